@@ -1,0 +1,25 @@
+"""S3 (SoftSignSGD) for PyTorch and Megatron-LM.
+
+``S3`` is a :class:`torch.optim.Optimizer` for any model.  ``register`` makes ``--optimizer s3``
+known to Megatron-LM; nothing of Megatron is imported before it is called.
+"""
+
+from megatron_s3.optimizers import S3
+
+__all__ = ["S3", "__version__", "register"]
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Makes the plugin's optimizers known to the installed Megatron-LM, before it reads arguments.
+
+    Idempotent.  See :mod:`megatron_s3.mcore` for what is wrapped and why.
+
+    Raises:
+        megatron_s3.mcore.seams.SeamMoved: a function that is wrapped is not as it was in the
+            releases this version was checked on.
+    """
+    from megatron_s3.mcore import registration
+
+    registration.register()

@@ -1,0 +1,76 @@
+"""One description of an optimizer, from which everything that must know it is derived.
+
+Flags and their validation, the names of the sharded state, the checkpoint's stamp and its checks
+read this; none of them names an optimizer.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Description", "Hyperparameter"]
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A number or switch of an optimizer, beside lr and weight decay.
+
+    Attributes:
+        name: key in the param groups, keyword of the constructor; ``--<optimizer>-<name>`` in
+            Megatron (a switch that is on by default: ``--<optimizer>-no-<name>``).
+        default: its value where nothing is given.  A bool makes it a switch; None makes it an
+            optional number.
+        help: one line for ``--help``.
+        low: smallest value allowed.
+        high: smallest value above ``low`` that is not allowed.
+        fixes_state: the stored state has a meaning only with the value it was made with, so that a
+            checkpoint of another value is refused.
+    """
+
+    name: str
+    default: float | bool | None
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    fixes_state: bool = False
+
+    @property
+    def is_switch(self) -> bool:
+        return isinstance(self.default, bool)
+
+    def check(self, value: Any, called: str | None = None) -> None:
+        """Raises ValueError, naming the value as ``called``, if it is not allowed."""
+        called = called or self.name
+        if self.is_switch:
+            if not isinstance(value, bool):
+                raise ValueError(f"{called} must be True or False, not {value!r}")
+            return
+        if value is None and self.default is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{called} must be a number, not {value!r}")
+        if not self.low <= value < self.high:  # also refuses NaN
+            raise ValueError(f"{called} must be in [{self.low:g}, {self.high:g}), not {value!r}")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an optimizer is, apart from its arithmetic.
+
+    Attributes:
+        name: value of ``--optimizer`` and of the stamp in checkpoints.
+        label: how it is called in messages.
+        state: names of the state tensors, in the order in which the rule takes them; each has the
+            size of its parameter.
+        hyperparameters: beside lr and weight decay.
+        clip_grad: default of Megatron's ``--clip-grad`` under this optimizer.
+        rule: the update rule, see :mod:`megatron_s3.rules`.
+    """
+
+    name: str
+    label: str
+    state: tuple[str, ...]
+    hyperparameters: tuple[Hyperparameter, ...]
+    clip_grad: float
+    rule: Callable[..., Any]

@@ -1,0 +1,89 @@
+"""S3 (SoftSignSGD) as a torch optimizer."""
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_s3.optimizers.base import ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.rules.s3 import s3_correction, s3_update
+
+__all__ = ["S3"]
+
+
+class S3(ElementwiseOptimizer):
+    """SoftSignSGD, Algorithm 1 of "SoftSignSGD (S3)" (Peng et al.), for any torch model.
+
+    ``m <- beta m + (1-beta) g``, ``s <- beta s + (1-beta) |g|**p``,
+    ``n = beta m + (1-beta) g``, ``b = (beta s + (1-beta) |g|**p)**(1/p)``,
+    ``x <- (1 - lr weight_decay) x - lr n/b``.  With one shared beta ``|n/b| <= 1`` (Theorem 2), so
+    that neither bias correction nor gradient clipping is used.
+
+    The state of a parameter is ``exp_avg`` (m) and ``exp_pnorm`` (``s**(1/p)``: the exponentially
+    weighted p-norm of its gradients, as Adamax's ``exp_inf`` is the one for p -> inf).
+
+    Args:
+        params: parameters or param groups.
+        lr: learning rate; about 10 times AdamW's at p=3 in the paper.
+        beta: the one coefficient of both averages, in [0, 1).
+        p: order of the denominator's momentum, any real >= 1.
+        weight_decay: decoupled; the paper keeps lr * weight_decay as it was for AdamW.
+        nesterov: False gives the ablation "w/o NAG" of Tables III and IV.
+        beta2: separate coefficient of ``s`` (their "diff. beta"); the bound is then
+            :func:`megatron_s3.rules.s3.s3_update_bound`.
+        bias_correction: divide both averages by the sum of their weights (not in the paper): the
+            first update is then sign(g) instead of (1-beta**2)**(1-1/p) of it, 0.21 by default.
+        error_if_nonfinite: see :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    description = Description(
+        name="s3",
+        label="S3 (SoftSignSGD)",
+        state=("exp_avg", "exp_pnorm"),
+        hyperparameters=(
+            Hyperparameter("beta", 0.95, "coefficient of both moving averages", 0, 1),
+            Hyperparameter("p", 3.0, "order of the denominator's momentum", 1, fixes_state=True),
+            Hyperparameter(
+                "beta2", None, "coefficient of the denominator alone; unset, beta's", 0, 1
+            ),
+            Hyperparameter("nesterov", True, "Nesterov momentum in numerator and denominator"),
+            Hyperparameter("bias_correction", False, "correct the bias of averages begun at 0"),
+        ),
+        clip_grad=0.0,
+        rule=s3_update,
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor | None = 1e-3,
+        *,
+        beta: float = 0.95,
+        p: float = 3.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = True,
+        beta2: float | None = None,
+        bias_correction: bool = False,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            weight_decay,
+            error_if_nonfinite=error_if_nonfinite,
+            beta=beta,
+            p=p,
+            beta2=beta2,
+            nesterov=nesterov,
+            bias_correction=bias_correction,
+        )
+
+    def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's arguments; bias correction reaches it as one factor."""
+        values = super().group_hyperparameters(group)
+        if values.pop("bias_correction"):
+            values["correction"] = s3_correction(group["step"], **values)
+        return values

@@ -18,7 +18,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     A subclass names its :attr:`description` and its constructor's arguments.  State tensors have
     their parameter's shape and layout, float64 for float64 parameters and float32 for all others:
-    half-precision parameters keep full-precision state.  A group also holds ``optimizer`` (the
+    half-precision parameters keep full-precision state.  A group also holds ``algorithm`` (the
     stamp that :meth:`load_state_dict` checks) and ``step`` (a Python int).
 
     Args:
@@ -50,8 +50,16 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         self.error_if_nonfinite = error_if_nonfinite
         #: Called with every update ``u`` (1-d, a part of a parameter) before it is applied.
         self.observe: Callable[[Tensor], None] | None = None
+        #: Keep this process's hyperparameters (lr and weight decay aside) when state is loaded.
+        #: torch's custom is that the saved ones win; where flags say what runs, the flags do.
+        self.keep_hyperparameters = False
         defaults = dict(lr=lr, weight_decay=weight_decay, **hyperparameters)
-        super().__init__(params, defaults | {"optimizer": self.description.name, "step": 0})
+        super().__init__(params, defaults | {"algorithm": self.description.name, "step": 0})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps its own three attributes only; observe belongs to the process, not to a copy.
+        own = {"error_if_nonfinite", "keep_hyperparameters"}
+        return super().__getstate__() | {k: getattr(self, k) for k in own} | {"observe": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises ValueError for values that are not allowed, before adding any."""
@@ -70,6 +78,12 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                     f"{self.description.label} updates floating-point parameters, not "
                     f"{param.dtype}; view a complex parameter with torch.view_as_real"
                 )
+            if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
+                self.param_groups.pop()
+                raise ValueError(
+                    f"{self.description.label}: elements of a parameter of shape "
+                    f"{tuple(param.shape)} share memory (expand); give the tensor it is a view of"
+                )
 
     def init_state(self) -> None:
         """Allocates the state (zeros) of every parameter that has none yet."""
@@ -86,7 +100,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's keyword arguments for this group's coming step."""
-        return {h.name: group[h.name] for h in self.description.hyperparameters}
+        return self._own_hyperparameters(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -163,8 +177,16 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 which it has no meaning (``p``).  Nothing is loaded then.
         """
         check_stamps(self, state_dict["param_groups"])
-        saved_state = state_dict["state"]
-        super().load_state_dict(state_dict)
+        names = self.description.state
+        saved_state = {
+            i: {name: tensors[name] for name in names if name in tensors}
+            for i, tensors in state_dict["state"].items()
+        }
+        own = [self._own_hyperparameters(group) for group in self.param_groups]
+        super().load_state_dict(state_dict | {"state": saved_state})
+        if self.keep_hyperparameters:
+            for group, values in zip(self.param_groups, own, strict=True):
+                group.update(values)
         # torch casts floating-point state to its parameter's dtype, which would round the
         # full-precision state of half-precision parameters.
         params = [param for group in self.param_groups for param in group["params"]]
@@ -173,9 +195,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             if param.dtype == _state_dtype(param):
                 continue
             for name, tensor in saved_state.get(i, {}).items():
-                if isinstance(tensor, Tensor):
-                    dtype = _state_dtype(param)
-                    self.state[param][name] = tensor.to(param.device, dtype, copy=True)
+                self.state[param][name] = tensor.to(param.device, _state_dtype(param), copy=True)
+
+    def _own_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {h.name: group[h.name] for h in self.description.hyperparameters}
 
 
 def check_stamps(optimizer: ElementwiseOptimizer, saved_groups: list[dict[str, Any]]) -> None:
@@ -186,9 +209,11 @@ def check_stamps(optimizer: ElementwiseOptimizer, saved_groups: list[dict[str, A
         saved_groups: param groups as saved, with or without their parameters.
     """
     ours = optimizer.description
-    own = optimizer.param_groups[0] if optimizer.param_groups else optimizer.defaults
-    for group in saved_groups:
-        name = group.get("optimizer", "another optimizer")
+    own_groups = optimizer.param_groups or [optimizer.defaults]
+    if len(own_groups) != len(saved_groups):
+        own_groups = own_groups[:1] * len(saved_groups)
+    for own, group in zip(own_groups, saved_groups, strict=True):
+        name = group.get("algorithm", "another optimizer")
         if name != ours.name:
             raise ValueError(
                 f"this optimizer is {ours.label}, but the state to load was saved by {name}; the "

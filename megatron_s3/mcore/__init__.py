@@ -1,0 +1,7 @@
+"""All contact with Megatron-LM.
+
+``seams`` lists every function of Megatron's that is wrapped; ``registration`` wraps them.  The
+other modules hold the wrappers, by concern: ``arguments`` (flags), ``build`` (the optimizer that
+the trainer gets), ``distributed`` (sharded state), ``checkpoint`` (what may be loaded into what),
+``cpu_device`` (training without a GPU).
+"""

@@ -1,0 +1,31 @@
+"""Makes the plugin's optimizers known to the installed Megatron-LM."""
+
+import sys
+
+from megatron_s3.mcore import cpu_device
+from megatron_s3.mcore.arguments import DEVICES
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """See :func:`megatron_s3.register`.
+
+    The device is chosen first, from ``--s3-device`` on the command line: Megatron looks at
+    torch.cuda while it is imported, long before it parses arguments.
+    """
+    cpu_device.select(_device_asked_for(sys.argv[1:]))
+    from megatron_s3.mcore import seams  # imports Megatron
+
+    seams.install()
+
+
+def _device_asked_for(argv: list[str]) -> str:
+    """The value of ``--s3-device``; argparse reads and checks it again with all other flags."""
+    asked = "auto"
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag == "--s3-device" and value in DEVICES:
+            asked = value
+        elif flag.startswith("--s3-device=") and flag.partition("=")[2] in DEVICES:
+            asked = flag.partition("=")[2]
+    return asked

@@ -1,0 +1,166 @@
+"""Every function of Megatron-LM's that the plugin wraps: the one list, its check, its installation.
+
+With an ``--optimizer`` of Megatron's own each wrapper hands straight on, except where its row
+says otherwise.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from megatron_s3.mcore import arguments, build, checkpoint
+
+__all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install"]
+
+#: Releases of Megatron-LM on which every seam below was trained, saved and resumed through.
+CHECKED_RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.0", "0.19.2", "main of 2026-08-22")
+
+_MARK = "__megatron_s3_seam__"
+
+
+class SeamMoved(RuntimeError):
+    """A function the plugin wraps is missing or takes other parameters than it is known with."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of Megatron's and what is put around it.
+
+    Attributes:
+        module: where it is defined.
+        name: its name there, ``Class.method`` for a method.
+        parameters: the names its leading parameters must have.
+        wrapper: called with the original, then the call's own arguments.
+        purpose: what it does, and so what is missing without it.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    wrapper: Callable[..., Any]
+    purpose: str
+
+
+SEAMS = (
+    Seam(
+        "megatron.training.arguments",
+        "add_megatron_arguments",
+        ("parser",),
+        arguments.add_megatron_arguments,
+        "adds the optimizers to --optimizer, their flags and --s3-device; on the CPU, gloo as "
+        "the default backend",
+    ),
+    Seam(
+        "megatron.training.arguments",
+        "validate_args",
+        ("args", "defaults"),
+        arguments.validate_args,
+        "checks the flags, refuses what is not supported, sets --clip-grad's default, and keeps "
+        "--use-distributed-optimizer, which Megatron turns off for all but adam and sgd",
+    ),
+    Seam(
+        "megatron.training.arguments",
+        "_print_args",
+        ("title", "args"),
+        arguments.print_args,
+        "lets the printed arguments show the optimizer by its name",
+    ),
+    Seam(
+        "megatron.training.training",
+        "get_megatron_optimizer_config",
+        ("args",),
+        build.get_megatron_optimizer_config,
+        "carries the flags into the optimizer's configuration",
+    ),
+    Seam(
+        "megatron.core.optimizer",
+        "get_megatron_optimizer",
+        ("config", "model_chunks"),
+        build.get_megatron_optimizer,
+        "builds the optimizer over Megatron's main parameters, whole-model and sharded",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.state_dict",
+        ("self",),
+        checkpoint.distributed_state_dict,
+        "with --optimizer adam too: lets torch's AdamW resume under the distributed optimizer "
+        "without Transformer Engine or Apex",
+    ),
+    Seam(
+        "megatron.training.checkpointing",
+        "_load_base_checkpoint",
+        ("load_dir", "args"),
+        checkpoint.load_base_checkpoint,
+        "with --optimizer adam too: refuses another optimizer's state before any of it is loaded",
+    ),
+)
+
+
+def install() -> None:
+    """Checks every seam, then wraps each, wherever Megatron has bound it.  Idempotent.
+
+    Seams in ``megatron.training`` are left out where only megatron-core is installed.
+
+    Raises:
+        SeamMoved: a seam is not as expected; nothing is wrapped then.
+    """
+    has_training = importlib.util.find_spec("megatron.training") is not None
+    seams = [s for s in SEAMS if has_training or not s.module.startswith("megatron.training")]
+    found = [(seam, *_resolve(seam)) for seam in seams]
+    for seam, owner, original in found:
+        if not hasattr(original, _MARK):
+            _wrap(seam, owner, original)
+
+
+def _resolve(seam: Seam) -> tuple[Any, Callable[..., Any]]:
+    """The object that holds the seam's function, and the function; checked."""
+    module = importlib.import_module(seam.module)
+    *path, name = seam.name.split(".")
+    try:
+        owner = functools.reduce(getattr, path, module)
+        function = getattr(owner, name)
+    except AttributeError:
+        raise _moved(seam, "is not there") from None
+    parameters = tuple(inspect.signature(function).parameters)
+    if parameters[: len(seam.parameters)] != seam.parameters:
+        raise _moved(seam, f"takes ({', '.join(parameters)})")
+    return owner, function
+
+
+def _moved(seam: Seam, fault: str) -> SeamMoved:
+    try:
+        release = "megatron-core " + importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        release = "this Megatron-LM tree"
+    return SeamMoved(
+        f"{seam.module}.{seam.name} {fault} in {release}, where megatron_s3 expects it to take "
+        f"({', '.join(seam.parameters)}, ...). It {seam.purpose}. Nothing was wrapped. Use one of "
+        f"the releases the plugin was checked on ({', '.join(CHECKED_RELEASES)}), or a newer "
+        "megatron_s3."
+    )
+
+
+def _wrap(seam: Seam, owner: Any, original: Callable[..., Any]) -> None:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return seam.wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, seam)
+    if not isinstance(owner, ModuleType):
+        setattr(owner, original.__name__, wrapped)
+        return
+    # Modules that did `from ... import function` hold it under their own name: which ones do
+    # differs between releases.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "megatron" and module is not None:
+            for attribute, value in list(vars(module).items()):
+                if value is original:
+                    setattr(module, attribute, wrapped)

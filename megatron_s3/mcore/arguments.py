@@ -46,6 +46,16 @@ UNSUPPORTED = (
     ("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),
 )
 
+#: Other defaults of Megatron's flags where it trains on the CPU: its own name GPU kernels.
+CPU_DEFAULTS = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
+
 #: Flags of Megatron's own optimizers that have no effect under another one.
 _OF_OTHER_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
 
@@ -74,7 +84,8 @@ def add_megatron_arguments(
     known["--optimizer"].choices = [*known["--optimizer"].choices, *OPTIMIZERS]
     known["--clip-grad"].default = _Default(known["--clip-grad"].default)
     if cpu_device.active():
-        known["--distributed-backend"].default = "gloo"
+        here = {action.dest for action in known.values()}
+        parser.set_defaults(**{k: v for k, v in CPU_DEFAULTS.items() if k in here})
 
     group = parser.add_argument_group("megatron_s3")
     group.add_argument(

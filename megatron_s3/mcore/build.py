@@ -65,12 +65,19 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     adam = part.optimizer
     # What Adam added to its groups (betas, eps, ...) would read as settings of the new optimizer.
     adams_own = set(adam.defaults) - {"lr", "weight_decay"}
-    groups = [{k: v for k, v in g.items() if k not in adams_own} for g in adam.param_groups]
+    groups = [
+        {k: v for k, v in group.items() if k not in adams_own} | {"params": []}
+        for group in adam.param_groups
+    ]
     values = {}
     for h in _hyperparameters(cls):
         value = getattr(config, destination(cls.description, h), None)
         values[h.name] = h.default if value is None else value
     optimizer = cls(groups, lr=config.lr, weight_decay=config.weight_decay, **values)
+    # fp32 shards are views of parameters, which torch refuses to new optimizers; as upstream does,
+    # they are put in afterwards.
+    for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
+        group["params"] = adams["params"]
     optimizer.keep_hyperparameters = True
     part.optimizer = optimizer
     part.init_state_fn = _init_state

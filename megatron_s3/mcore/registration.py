@@ -1,5 +1,6 @@
 """Makes the plugin's optimizers known to the installed Megatron-LM."""
 
+import itertools
 import sys
 
 from megatron_s3.mcore import cpu_device
@@ -23,7 +24,7 @@ def register() -> None:
 def _device_asked_for(argv: list[str]) -> str:
     """The value of ``--s3-device``; argparse reads and checks it again with all other flags."""
     asked = "auto"
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in itertools.pairwise([*argv, ""]):
         if flag == "--s3-device" and value in DEVICES:
             asked = value
         elif flag.startswith("--s3-device=") and flag.partition("=")[2] in DEVICES:

@@ -1,0 +1,152 @@
+"""Two data-parallel ranks: Megatron's own DistributedOptimizer around S3, without the trainer."""
+
+import torch
+import torch.distributed
+
+import megatron_s3
+
+megatron_s3.register()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import optimizer as upstream  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+
+from megatron_s3.kernels.reference import S3Reference  # noqa: E402
+from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer  # noqa: E402
+
+torch.distributed.init_process_group("gloo")
+parallel_state.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+RANK = torch.distributed.get_rank()
+NORMS = 0
+
+
+def counted(function):
+    def count(*args, **kwargs):
+        global NORMS
+        NORMS += 1
+        return function(*args, **kwargs)
+
+    return count
+
+
+upstream.get_grad_norm_fp32 = counted(upstream.get_grad_norm_fp32)
+
+
+class Model(torch.nn.Module):
+    """A matrix, a bias, and a parameter that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(40, 30)
+        self.frozen = torch.nn.Parameter(torch.ones(7), requires_grad=False)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def build(dtype: torch.dtype, sharded: bool, **settings):
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=40, num_attention_heads=1, bf16=dtype == torch.bfloat16
+    )
+    model = Model()
+    if dtype != torch.float32:
+        model = Float16Module(config, model)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=sharded, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+    )
+    model = DistributedDataParallel(config, ddp, model)
+    optimizer_config = OptimizerConfig(
+        optimizer="s3",
+        lr=0.1,
+        weight_decay=0.5,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=sharded,
+        clip_grad=0.0,
+    )
+    for name, value in settings.items():
+        setattr(optimizer_config, name, value)
+    return model, get_megatron_optimizer(optimizer_config, [model])
+
+
+def step(model, optimizer, seed: int):
+    model.zero_grad_buffer()
+    torch.manual_seed(100 * seed + RANK)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.main_grad.copy_(torch.randn(param.shape))
+    model.finish_grad_sync()
+    return optimizer.step()
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    results = []
+    for sharded in (False, True):
+        model, optimizer = build(dtype, sharded)
+        reference = {
+            name: S3Reference(p.detach(), weight_decay=0.5)
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        frozen = next(p for n, p in model.named_parameters() if "frozen" in n).clone()
+        NORMS = 0
+        for seed in range(5):
+            success, norm, _ = step(model, optimizer, seed)
+            assert success and norm is None
+            grads = {}
+            for rank in range(2):  # what DDP averages
+                torch.manual_seed(100 * seed + rank)
+                for name, p in model.named_parameters():
+                    if p.requires_grad:
+                        grads[name] = grads.get(name, 0) + torch.randn(p.shape).double() / 2
+            for name in reference:
+                reference[name].step(grads[name], 0.1)
+        assert NORMS == 0, "the gradient norm was computed"
+        # One rounding to the parameter's dtype, and fp32's few beside it.
+        tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(
+                    p.double(), reference[name].x, rtol=tolerance, atol=1e-5, check_dtype=False
+                )
+            else:
+                assert torch.equal(p, frozen)
+        results.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        inner = optimizer.chained_optimizers[0].optimizer
+        params = [p for g in inner.param_groups for p in g["params"]]
+        held = sum(t.numel() * t.element_size() for s in inner.state.values() for t in s.values())
+        assert held == 8 * sum(p.numel() for p in params)
+        whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if sharded:
+            assert isinstance(optimizer.chained_optimizers[0], ElementwiseDistributedOptimizer)
+            counts = [None, None]
+            torch.distributed.all_gather_object(counts, sum(p.numel() for p in params))
+            assert sum(counts) == whole, "state is not sharded, or not whole"
+            assert abs(counts[0] - counts[1]) <= 128 * 2
+        # The groups hold nothing of Adam's.
+        assert all("betas" not in g and "eps" not in g for g in inner.param_groups)
+        assert {g["algorithm"] for g in inner.param_groups} == {"s3"}
+    # Bitwise: each element's update depends on it alone.
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+for settings in ({"clip_grad": 0.5}, {"s3_log_grad_norm": True}):
+    NORMS = 0
+    model, optimizer = build(torch.bfloat16, True, **settings)
+    success, norm, _ = step(model, optimizer, 0)
+    assert success and norm > 0 and NORMS == 1, settings
+
+# Hyperparameters reach the optimizer by their flags' names.
+_, optimizer = build(torch.float32, True, s3_p=2.0, s3_beta=0.5, s3_nesterov=False)
+(group, *_) = optimizer.chained_optimizers[0].optimizer.param_groups
+assert (group["p"], group["beta"], group["nesterov"]) == (2.0, 0.5, False)
+if RANK == 0:
+    print("adapter: ok")
+torch.distributed.destroy_process_group()

@@ -1,0 +1,114 @@
+"""Save, resume and reshard with S3's state, through the real trainer."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer import ITERATIONS, Run, assert_bitwise_equal, tensors, train
+
+pytestmark = pytest.mark.slow
+
+S3 = ["--optimizer", "s3"]
+BF16 = ["--bf16", "--use-distributed-optimizer"]
+RESHARDABLE = [*BF16, "--dist-ckpt-optim-fully-reshardable"]
+SAVE = ["--save-interval", "3"]
+
+SAME_LAYOUT = {
+    "1 fp32": (1, []),
+    "dp2 bf16": (2, ["--bf16"]),
+    "dp2 bf16 sharded": (2, BF16),
+    "dp2 bf16 sharded, reshardable": (2, RESHARDABLE),
+    "dp2 bf16 sharded, overlapped, async": (
+        2,
+        [*BF16, "--overlap-grad-reduce", "--overlap-param-gather", "--async-save"],
+    ),
+    "dp2 fp32 sharded": (2, ["--use-distributed-optimizer"]),
+    "dp2 fp16 sharded": (
+        2,
+        ["--fp16", "--use-distributed-optimizer", "--initial-loss-scale", "65536"],
+    ),
+    "tp2 bf16 sharded": (2, [*BF16, "--tensor-model-parallel-size", "2"]),
+    "pp2 bf16 sharded": (2, [*BF16, "--pipeline-model-parallel-size", "2"]),
+    "ep2 bf16 sharded": (2, [*BF16, "--num-experts", "2", "--expert-model-parallel-size", "2"]),
+}
+
+
+def after_resume(run: Run) -> dict[int, str]:
+    return {i: loss for i, loss in run.losses.items() if i in (4, 6)}
+
+
+@pytest.mark.parametrize("layout", SAME_LAYOUT)
+def test_same_layout_resumes_bitwise(layout: str, tmp_path: Path) -> None:
+    """Bitwise: a run that stops after 3 steps and one that does not end with the same tensors.
+
+    All of them: model, main parameters and both states, in what each saves after 6 steps.
+    """
+    ranks, flags = SAME_LAYOUT[layout]
+    through, resumed = tmp_path / "through", tmp_path / "resumed"
+    one = train(*S3, *flags, *SAVE, "--save", through, ranks=ranks)
+    two = train(
+        *S3, *flags, *SAVE, "--load", through, "--ckpt-step", 3, "--save", resumed, ranks=ranks
+    )
+    saved = tensors(through)
+    assert {"exp_avg", "exp_pnorm"} <= {part for name in saved for part in name.split(".")}
+    assert_bitwise_equal(saved, tensors(resumed))
+    assert after_resume(one) == after_resume(two)
+
+
+def test_torch_format_resumes_with_the_same_losses(tmp_path: Path) -> None:
+    """The legacy `--ckpt-format torch`, where data-parallel rank 0 gathers the state."""
+    flags = [*S3, *BF16, "--ckpt-format", "torch", *SAVE]
+    one = train(*flags, "--save", tmp_path, ranks=2)
+    two = train(*flags, "--load", tmp_path, "--ckpt-step", 3, ranks=2)
+    assert after_resume(one) == after_resume(two)
+
+
+@pytest.mark.parametrize("optimizer", ["s3", "adam"])
+def test_saves_before_the_first_step(optimizer: str, tmp_path: Path) -> None:
+    """Bitwise: starting from a checkpoint of a fresh model is starting."""
+    flags = ["--optimizer", optimizer, *BF16]
+    train(*flags, *AND_SAVE_AT_ONCE, tmp_path, ranks=2)
+    saved = tmp_path / "torch_dist"
+    one, two = train(*flags, ranks=2), train(*flags, "--load", saved, ranks=2)
+    assert one.losses == two.losses
+
+
+#: Megatron's conversion between checkpoint formats: loads, saves and exits without a step.
+AND_SAVE_AT_ONCE = ["--ckpt-convert-format", "torch_dist", "--ckpt-convert-save"]
+
+RESHARDED = {
+    # name: ranks, flags, largest difference of the loss after 3 more steps, in nats.
+    "dp1": (1, [], 1e-4),
+    "dp4": (4, [], 1e-4),
+    "tp2": (2, ["--tensor-model-parallel-size", "2"], 2e-3),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"], 1e-3),
+}
+
+
+@pytest.fixture(scope="module")
+def dp2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """A run over 2 data-parallel ranks, saved fully reshardable after 3 and 6 steps."""
+    directory = tmp_path_factory.mktemp("dp2")
+    return directory, train(*S3, *RESHARDABLE, *SAVE, "--save", directory, ranks=2)
+
+
+@pytest.mark.parametrize("layout", RESHARDED)
+def test_another_layout_loads_bitwise(layout: str, dp2: tuple[Path, Run], tmp_path: Path) -> None:
+    """Bitwise: model, main parameters and both states, loaded and saved again without a step."""
+    ranks, flags, _ = RESHARDED[layout]
+    load = ["--load", dp2[0], "--ckpt-step", 3]
+    train(*S3, *RESHARDABLE, *flags, *load, *AND_SAVE_AT_ONCE, tmp_path, ranks=ranks)
+    assert_bitwise_equal(tensors(dp2[0], 3), tensors(tmp_path / "torch_dist", 3))
+
+
+@pytest.mark.parametrize("layout", RESHARDED)
+def test_another_layout_continues_the_run(layout: str, dp2: tuple[Path, Run]) -> None:
+    """Within a bound: another layout sums gradients in another order and rounds at other places."""
+    ranks, flags, bound = RESHARDED[layout]
+    directory, unbroken = dp2
+    resumed = train(
+        *S3, *RESHARDABLE, *flags, "--load", directory, "--ckpt-step", 3, ranks=ranks
+    )
+    difference = abs(float(resumed.losses[ITERATIONS]) - float(unbroken.losses[ITERATIONS]))
+    print(f"{layout}: the loss differs by {difference:.1e} nats after 3 steps")
+    assert difference <= bound

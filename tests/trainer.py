@@ -1,0 +1,118 @@
+"""Megatron's real trainer on a tiny GPT, on as many CPU ranks as asked for."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+REPOSITORY = Path(__file__).parents[1]
+
+#: 2 layers, 120,576 parameters, 8 sequences of 64 made-up tokens a step.
+TINY = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+--max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3
+--lr-warmup-iters 2 --lr-decay-style cosine --weight-decay 0.01 --mock-data
+--tokenizer-type NullTokenizer --vocab-size 255 --log-interval 1
+--eval-iters 1 --eval-interval 1000""".split()
+PARAMETERS = 120_576
+ITERATIONS = 6
+
+
+@dataclass
+class Run:
+    """A finished training run.
+
+    Attributes:
+        returncode: of torchrun.
+        log: what all ranks printed.
+    """
+
+    returncode: int
+    log: str
+
+    @property
+    def losses(self) -> dict[int, str]:
+        """Losses as printed (7 digits), by iteration.
+
+        The second line after a start or a resume is left out: Megatron prints there the mean of
+        the first two iterations.
+        """
+        found = re.findall(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+)", self.log)
+        return {int(i): loss for n, (i, loss) in enumerate(found) if n != 1}
+
+    @property
+    def said(self) -> list[str]:
+        """The lines of the plugin, without its name."""
+        return re.findall(r"^\[megatron_s3\] (.*)", self.log, re.MULTILINE)
+
+    @property
+    def error(self) -> str:
+        """The last line of the first traceback."""
+        found = re.findall(r"^(?:\[rank\d+\]: )?(\w+(?:Error|Moved): .*)", self.log, re.MULTILINE)
+        return found[0] if found else ""
+
+
+def train(
+    *flags: str | Path,
+    ranks: int = 1,
+    megatron: str | Path | None = None,
+    command: tuple[str, ...] = ("-m", "megatron_s3.pretrain_gpt"),
+    tiny: bool = True,
+    check: bool = True,
+    environment: dict[str, str] | None = None,
+) -> Run:
+    """Trains for 6 iterations, unless the flags say otherwise.
+
+    Args:
+        *flags: added to :data:`TINY`; the last of two equal flags wins.
+        ranks: number of processes.
+        megatron: folder of another Megatron-LM than the installed one.
+        command: what torchrun starts.
+        tiny: whether to add :data:`TINY` at all.
+        check: fail with the end of the log unless the run ends well.
+        environment: added to this process's.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    schedule = ["--train-iters", str(ITERATIONS), *TINY] if tiny else []
+    path = [str(p) for p in (megatron, REPOSITORY, os.environ.get("PYTHONPATH")) if p]
+    run = subprocess.run(
+        [*torchrun, f"--nproc-per-node={ranks}", *command, *schedule, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        | (environment or {}),
+    )
+    result = Run(run.returncode, run.stdout)
+    assert not check or run.returncode == 0, run.stdout[-6000:]
+    return result
+
+
+def tensors(checkpoint: Path, iteration: int = ITERATIONS) -> dict[str, torch.Tensor]:
+    """Every tensor of a torch_dist checkpoint, by its name there."""
+    reader = dcp.FileSystemReader(checkpoint / f"iter_{iteration:07d}")
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def assert_bitwise_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [
+        name
+        for name in one
+        if not torch.equal(
+            one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)
+        )
+    ]
+    assert not different

@@ -7,8 +7,8 @@ from torch import Tensor
 
 __all__ = ["step"]
 
-# Temporaries are about eight tensors of this many elements: on a CPU they stay in cache, on a GPU
-# one chunk fills the machine.
+# Temporaries are at most twelve tensors of this many elements: on a CPU they stay in cache, on a
+# GPU one chunk fills the machine.
 _CHUNK = {"cpu": 1 << 16}
 _LARGE_CHUNK = 1 << 22
 

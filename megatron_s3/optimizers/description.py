@@ -37,6 +37,7 @@ class Hyperparameter:
 
     @property
     def is_switch(self) -> bool:
+        """Whether it is on or off."""
         return isinstance(self.default, bool)
 
     def check(self, value: Any, called: str | None = None) -> None:

@@ -39,9 +39,10 @@ def s3_update(
 
     Returns:
         ``u``, shape and dtype of ``grad``; ``|u|`` never exceeds :func:`s3_update_bound` times
-        ``correction``, and with one shared beta never 1.  An element whose state and gradient are
-        all 0 has ``u = 0``.  A NaN or infinite gradient makes its own element's state and ``u``
-        NaN and no other's.
+        ``correction``, and with one shared beta never 1.  An element whose ``r`` and ``|g|`` are
+        both below the smallest normal number (1e-38 in float32) counts as never touched: ``r`` and
+        ``u`` are 0.  A NaN or infinite gradient makes its own element's ``r`` and ``u`` NaN and
+        its ``m`` non-finite, for good, and no other's.
     """
     beta_s = beta if beta2 is None else beta2
 
@@ -49,8 +50,12 @@ def s3_update(
     n = m.mul(beta).add_(grad, alpha=1 - beta) if nesterov else m.clone()
 
     magnitude = grad.abs()
+    if beta_s == 0:
+        exp_pnorm.zero_()  # nothing of it remains, so it must not set the scale either
     largest = torch.maximum(exp_pnorm, magnitude)
-    untouched = largest == 0
+    # Not == 0: after thousands of zero gradients rounding stops the decay of both m and r at some
+    # denormal number, and their quotient would move the parameter by a third of lr for ever.
+    untouched = largest < torch.finfo(largest.dtype).tiny
     divisor = largest.masked_fill(untouched, 1)
     g_p = _power(magnitude.div_(divisor), p)
     w = _power(exp_pnorm.div(divisor), p).mul_(beta_s).add_(g_p, alpha=1 - beta_s)
@@ -83,7 +88,7 @@ def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
     q = p / (p - 1)
     if beta2 == 0:
         return math.inf
-    ratio = beta**q / beta2 ** (q / p)
+    ratio = (beta / beta2 ** (1 / p)) ** q
     if ratio >= 1:
         return math.inf
     return (1 - beta) / ((1 - beta2) ** (1 / p) * (1 - ratio) ** (1 / q))
@@ -107,18 +112,31 @@ def s3_correction(
 
 
 def _power(x: Tensor, p: float) -> Tensor:
-    """``x**p`` in place, by multiplication where p is small and whole (pow costs 10 times that)."""
+    """``x**p``, may reuse x; by multiplication where p is small and whole (pow costs 10 times)."""
     if p == 1:
         return x
     if p == 2:
         return x.square_()
     if p == 3:
         return x.mul_(x.square())
-    return x.pow_(p)
+    return _pow(x, p)
 
 
 def _root(x: Tensor, p: float) -> Tensor:
     """``x**(1/p)`` in a new tensor."""
     if p == 1:
         return x.clone()
-    return x.sqrt() if p == 2 else x.pow(1 / p)
+    return x.sqrt() if p == 2 else _pow(x, 1 / p)
+
+
+def _pow(x: Tensor, exponent: float) -> Tensor:
+    """``x**exponent``, the same to the last bit wherever in ``x`` an element lies.
+
+    On a CPU torch takes another pow for the last few elements than for the vectors before them;
+    padded to whole vectors, an update does not depend on how parameters are cut into shards.
+    """
+    padding = -x.numel() % 64
+    if x.device.type != "cpu" or padding == 0:
+        return x.pow(exponent)
+    padded = torch.nn.functional.pad(x.reshape(-1), (0, padding), value=1.0)
+    return padded.pow_(exponent)[: x.numel()].view(x.shape)

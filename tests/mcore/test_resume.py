@@ -106,9 +106,7 @@ def test_another_layout_continues_the_run(layout: str, dp2: tuple[Path, Run]) ->
     """Within a bound: another layout sums gradients in another order and rounds at other places."""
     ranks, flags, bound = RESHARDED[layout]
     directory, unbroken = dp2
-    resumed = train(
-        *S3, *RESHARDABLE, *flags, "--load", directory, "--ckpt-step", 3, ranks=ranks
-    )
+    resumed = train(*S3, *RESHARDABLE, *flags, "--load", directory, "--ckpt-step", 3, ranks=ranks)
     difference = abs(float(resumed.losses[ITERATIONS]) - float(unbroken.losses[ITERATIONS]))
     print(f"{layout}: the loss differs by {difference:.1e} nats after 3 steps")
     assert difference <= bound

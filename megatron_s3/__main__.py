@@ -1,0 +1,38 @@
+"""Runs a training script with the plugin registered: ``python -m megatron_s3 SCRIPT ARGS``."""
+
+import os
+import runpy
+import sys
+
+from megatron_s3 import register
+
+USAGE = """\
+usage: torchrun [...] -m megatron_s3 SCRIPT [ARGS ...]
+
+Makes --optimizer s3 known to Megatron-LM, then runs SCRIPT, for example the pretrain_gpt.py of a
+Megatron-LM checkout, as python would. ARGS are the script's. Without a checkout:
+torchrun [...] -m megatron_s3.pretrain_gpt [ARGS ...]"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the script ``argv[0]`` with the arguments that follow it.
+
+    Returns:
+        The exit status: 2 if there is no such script. The script's own ``sys.exit`` passes through.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    script = argv[0]
+    if not os.path.isfile(script):
+        print(f"[megatron_s3] no such script: {script}", file=sys.stderr)
+        return 2
+    sys.argv = argv
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    register()
+    runpy.run_path(script, run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

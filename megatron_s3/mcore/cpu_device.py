@@ -1,0 +1,260 @@
+"""Runs Megatron's own trainer on the CPU with gloo, for laptops, tests and first runs.
+
+Megatron-LM names its device ``cuda`` throughout. ``use_cpu`` gives those names a meaning on a
+machine without a GPU, inside torch and for the whole process; Megatron itself is not touched. It
+has to run before Megatron is imported, which takes some of the names at import. Everything that is
+replaced is in the one table of ``_replacements``; ``_CudaIsCpu`` rewrites arguments, not names.
+
+Losses are those of the CPU's kernels, times say nothing about a GPU, and memory figures read 0.
+"""
+
+import collections
+import contextlib
+import logging
+import operator
+import os
+import types
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_active = False
+
+
+def _nothing(*args, **kwargs) -> None:
+    """Stands for a call that has no meaning on the CPU."""
+
+
+def _zero(*args, **kwargs) -> int:
+    return 0
+
+
+def _context(*args, **kwargs):
+    return contextlib.nullcontext()
+
+
+class _Immediate:
+    """A CUDA stream or event where work is done when its call returns."""
+
+    device = _CPU
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Immediate") -> float:
+        return 0.0
+
+    def record_event(self, event: "_Immediate | None" = None) -> "_Immediate":
+        return event or _Immediate()
+
+    record = synchronize = wait = wait_event = wait_stream = _nothing
+
+
+# Compute capability 10 is the first for which Megatron asks nothing of CUDA_DEVICE_MAX_CONNECTIONS:
+# below it, tensor parallelism asserts that it is 1 and Megatron-FSDP that it is not.
+_PROPERTIES = types.SimpleNamespace(
+    name="CPU", major=10, minor=0, total_memory=1 << 40, multi_processor_count=1
+)
+
+
+def _replacements() -> dict[str, object]:
+    """Returns all that is replaced in torch: its name below ``torch.`` and what it becomes."""
+    generator = torch.default_generator
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    get_context = torch.multiprocessing.get_context
+    exchange = torch.distributed.all_to_all_single
+    send = torch.distributed.isend
+    start = torch.utils.data.dataloader._BaseDataLoaderIter.__init__
+
+    def get_rng_state(device=None) -> torch.Tensor:
+        return generator.get_state()
+
+    def set_rng_state(state: torch.Tensor, device=None) -> None:
+        generator.set_state(state)
+
+    def start_loading(self, loader) -> None:
+        state = generator.get_state()
+        start(self, loader)
+        generator.set_state(state)
+
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        sizes = (
+            size.tolist() if isinstance(size, torch.Tensor) else size
+            for size in (output_split_sizes, input_split_sizes)
+        )
+        return exchange(output, input, *sizes, **kwargs)
+
+    def isend(tensor, *args, **kwargs):
+        return send(tensor.detach(), *args, **kwargs)
+
+    return {
+        # A device for each process of this machine, number 0 to every one of them: nothing here
+        # tells them apart. An int, because Megatron-FSDP compares it.
+        "cuda.is_available": lambda: True,
+        "cuda.is_initialized": lambda: True,
+        "cuda.init": _nothing,
+        "cuda._lazy_init": _nothing,
+        "cuda._lazy_call": lambda call, **kwargs: call(),
+        "cuda.device_count": lambda: ranks,
+        "cuda.current_device": lambda: 0,
+        "cuda.set_device": _nothing,
+        "cuda.device": _context,
+        "cuda.get_device_name": lambda device=None: _PROPERTIES.name,
+        "cuda.get_device_capability": lambda device=None: (_PROPERTIES.major, _PROPERTIES.minor),
+        "cuda.get_device_properties": lambda device=None: _PROPERTIES,
+        "cuda.is_bf16_supported": lambda including_emulation=True: True,
+        "cuda.utilization": _zero,
+        "cuda.check_error": _nothing,
+        # Inside torch (data loader, optimizers) the CPU stays what it is.
+        "accelerator.is_available": lambda: False,
+        "accelerator.current_accelerator": lambda check_available=False: None,
+        # Random numbers come from the CPU's generator, which torch.manual_seed has seeded when it
+        # calls manual_seed_all.
+        "cuda.default_generators": (generator,) * ranks,
+        "cuda.manual_seed": generator.manual_seed,
+        "cuda.random.manual_seed": generator.manual_seed,
+        "cuda.manual_seed_all": _nothing,
+        "cuda.random.manual_seed_all": _nothing,
+        "cuda.get_rng_state": get_rng_state,
+        "cuda.random.get_rng_state": get_rng_state,
+        "cuda.set_rng_state": set_rng_state,
+        "cuda.random.set_rng_state": set_rng_state,
+        # A data loader draws from the CPU's, which must not move CUDA's: tensor-parallel ranks
+        # without a loader share their dropout with those that have one.
+        "utils.data.dataloader._BaseDataLoaderIter.__init__": start_loading,
+        # Work is done when its call returns.
+        "cuda.synchronize": _nothing,
+        "cuda.Stream": _Immediate,
+        "cuda.Event": _Immediate,
+        "cuda.stream": _context,
+        "cuda.set_stream": _nothing,
+        "cuda.current_stream": _Immediate,
+        "cuda.default_stream": _Immediate,
+        "Tensor.record_stream": _nothing,
+        "cuda.is_current_stream_capturing": lambda: False,
+        "cuda.nvtx.range_push": _nothing,
+        "cuda.nvtx.range_pop": _nothing,
+        "cuda.nvtx.mark": _nothing,
+        # No memory of a device to account for.
+        "cuda.empty_cache": _nothing,
+        "cuda.reset_peak_memory_stats": _nothing,
+        "cuda.memory_allocated": _zero,
+        "cuda.max_memory_allocated": _zero,
+        "cuda.memory_reserved": _zero,
+        "cuda.max_memory_reserved": _zero,
+        "cuda.device_memory_used": _zero,
+        "cuda.memory_stats": lambda device=None: collections.defaultdict(int),
+        "cuda.mem_get_info": lambda device=None: (_PROPERTIES.total_memory,) * 2,
+        # Tensor types that are called as constructors.
+        "cuda.FloatTensor": torch.FloatTensor,
+        "cuda.HalfTensor": torch.HalfTensor,
+        "cuda.BFloat16Tensor": torch.BFloat16Tensor,
+        "cuda.LongTensor": torch.LongTensor,
+        "cuda.IntTensor": torch.IntTensor,
+        "cuda.ByteTensor": torch.ByteTensor,
+        # Megatron makes lists of the split sizes only where their tensor is on a CUDA device
+        # (``moe_utils.maybe_move_tensor_to_cpu``); torch takes no tensors for them.
+        "distributed.all_to_all_single": all_to_all_single,
+        # Gloo reads what it sends after the call. The interleaved pipeline schedule before 0.18
+        # frees it by then (``schedules.deallocate_output_tensor``); a view keeps it.
+        "distributed.isend": isend,
+        "distributed.distributed_c10d.isend": isend,
+        # Its checkpoint writer is a process of its own: spawned, to keep CUDA out of it; forked, it
+        # keeps what is replaced here.
+        "multiprocessing.get_context": lambda method=None: get_context("fork"),
+    }
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Rewrites ``device="cuda"``, ``device=<int>`` and the tensor methods of CUDA to the CPU."""
+
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DistributedOptimizer tells 16-bit parameters by "torch.cuda.HalfTensor" and the like.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.split(":")[0] == "cuda"
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return type(device) is int
+
+
+def use_cpu() -> None:
+    """Makes torch's ``cuda`` names mean the CPU, for the rest of the process.
+
+    Replaces what ``_replacements`` lists, enters a ``TorchFunctionMode`` in the calling thread,
+    which has to be the one that trains, and turns torch.compile off, which cannot see through
+    either. Call it before Megatron is imported. A second call does nothing.
+    """
+    global _active
+    if _active:
+        return
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import torch._dynamo  # indexes the functions of torch, so it comes before they change
+
+    for name, replacement in _replacements().items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(operator.attrgetter(owner)(torch), attribute, replacement)
+    _CudaIsCpu().__enter__()
+    # With one generator for both devices this is so, by design, on every use of dropout.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    _active = True
+
+
+def active() -> bool:
+    """Tells whether ``use_cpu`` has run in this process."""
+    return _active
+
+
+def select(device: str) -> str:
+    """Settles what Megatron trains on, and prepares torch for it.
+
+    Rank 0 (``RANK`` in the environment) prints one line when that is the CPU.
+
+    Args:
+        device: "cuda", "cpu", or "auto": CUDA if torch sees a device, else the CPU.
+
+    Returns:
+        "cuda" or "cpu".
+
+    Raises:
+        RuntimeError: ``device`` is "cuda" and there is none, or the process is on the CPU already.
+        ValueError: ``device`` is none of the three.
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"--s3-device {device}: expected auto, cuda or cpu")
+    has_cuda = not _active and torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        reason = "the process is on the CPU already" if _active else "torch sees no CUDA device"
+        raise RuntimeError(f"--s3-device cuda: {reason}; use --s3-device cpu, or auto")
+    if device == "cuda" or (device == "auto" and has_cuda):
+        return "cuda"
+    if not _active and os.environ.get("RANK", "0") == "0":
+        reason = "--s3-device cpu" if device == "cpu" else "torch sees no CUDA device"
+        print(f"[megatron_s3] training on the CPU with gloo ({reason})", flush=True)
+    use_cpu()
+    return "cpu"

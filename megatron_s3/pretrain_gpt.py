@@ -1,0 +1,250 @@
+"""GPT pretraining on the wheel of megatron-core >= 0.17 alone, without a Megatron-LM checkout.
+
+Run it as ``torchrun [...] -m megatron_s3.pretrain_gpt ARGS``; the arguments are Megatron-LM's. The
+wheel holds the trainer and the models but not the script that joins them, which this is. It knows
+dense and mixture-of-experts GPT on plain documents and refuses the arguments of anything else: for
+those run Megatron-LM's own script with ``-m megatron_s3 pretrain_gpt.py``.
+
+Megatron is imported inside the functions, because ``register`` has to come first.
+"""
+
+import inspect
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+# Destinations of the arguments that Megatron-LM's own script acts upon and this one does not.
+_NOT_HERE = (
+    "dataloader_inter_document_masking",
+    "experimental_attention_variant",
+    "fim_data",
+    "heterogeneous_layers_config_path",
+    "hybrid_context_parallel",
+    "inprocess_restart",
+    "logits_load_dir",
+    "mtp_num_layers",
+    "overlap_moe_expert_parallel_comm",
+    "sft",
+    "spec",
+    "use_legacy_models",
+    "yaml_cfg",
+)
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config=None,
+    pg_collection=None,
+) -> torch.nn.Module:
+    """Builds this rank's part of the model.
+
+    Args:
+        pre_process: whether the part begins with the embedding.
+        post_process: whether it ends with the output layer and the loss.
+        vp_stage: the virtual pipeline stage, if there are any.
+        config: a ``TransformerConfig``; made of the arguments if None.
+        pg_collection: the process groups; the global ones if None.
+
+    Raises:
+        ValueError: an argument asks for what only Megatron-LM's own script does.
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    refused = [name for name in _NOT_HERE if getattr(args, name, None)]
+    if args.context_parallel_size > 1:
+        refused.append("context_parallel_size")
+    if refused:
+        raise ValueError(
+            f"megatron_s3.pretrain_gpt does not do {', '.join(refused)}: run Megatron-LM's own "
+            "pretrain_gpt.py with -m megatron_s3"
+        )
+    config = config or core_transformer_config_from_args(args)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=args.transformer_impl == "transformer_engine",
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+            vp_stage=vp_stage,
+        ),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
+    """Runs a micro-batch through this rank's part of the model.
+
+    Args:
+        data_iterator: yields dicts of ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``,
+            each (batch, sequence), and perhaps ``attention_mask``; not read on the stages between
+            the first and the last of the pipeline.
+        model: what ``model_provider`` built, as Megatron wrapped it.
+
+    Returns:
+        The output, (batch, sequence) losses on the last stage, and the function that reduces it.
+    """
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    batch = {}
+    if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
+        batch = {
+            name: value.cuda(non_blocking=True)
+            for name, value in next(data_iterator).items()
+            if isinstance(value, torch.Tensor)
+        }
+    loss_mask = batch.get("loss_mask")
+    output = model(
+        batch.get("tokens"),
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        labels=batch.get("labels"),
+        loss_mask=loss_mask,
+    )
+    return output, partial(_loss, loss_mask)
+
+
+def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple:
+    """Returns the summed loss, the number of tokens in it, and the two for Megatron to log."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    loss_mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * loss_mask)
+    tokens = loss_mask.sum().to(torch.int)
+    args = get_args()
+    rerun = get_rerun_state_machine()
+    checks = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks += [("NaN", torch.isnan, True), ("Inf", torch.isinf, True)]
+    if args.check_for_spiky_loss:
+        spiky = partial(rerun.is_unexpectedly_large, threshold=10, context="loss")
+        checks.append(("a spike", spiky, False))
+    for what, rejects, fatal in checks:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=rejects,
+            message=f"found {what} in the local loss of the forward pass",
+            tolerance=0.0,
+            fatal=fatal,
+        )
+    logged = torch.cat([loss.detach().view(1), tokens.view(1)])
+    return loss, tokens, {"lm loss": logged}
+
+
+def train_valid_test_datasets_provider(
+    num_samples: list[int], vp_stage: int | None = None
+) -> tuple:
+    """Builds the three datasets on the ranks that read them.
+
+    Every rank of a tensor-parallel group reads for itself, which spares a broadcast of each batch.
+
+    Args:
+        num_samples: how many samples training, validation and test need.
+        vp_stage: the virtual pipeline stage, if there are any.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import get_args
+    from megatron.training.utils import (
+        get_blend_and_blend_per_split,
+        is_first_or_last_pipeline_stage,
+    )
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+    )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    is_built = partial(is_first_or_last_pipeline_stage, vp_stage)
+    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built, config).build()
+
+
+# Megatron then builds the data loaders on every rank instead of on the first of each group.
+train_valid_test_datasets_provider.is_distributed = True
+
+
+def _keep_built_helpers() -> None:
+    """Keeps Megatron from compiling the dataset helpers that came built with its wheel.
+
+    ``megatron.core.datasets.utils.compile_helpers`` calls make, and the wheels of 0.17 to 0.19 have
+    no Makefile: it would end the process.
+    """
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError:
+        return
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
+
+
+def main() -> None:
+    """Trains as ``sys.argv`` says, with whatever optimizers Megatron knows by now."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    _keep_built_helpers()
+    trainer = partial(
+        pretrain,
+        train_valid_test_dataset_provider=train_valid_test_datasets_provider,
+        model_provider=model_provider,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
+    )
+    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
+    if "cfg_container" not in inspect.signature(pretrain).parameters:  # before 0.18
+        trainer(args_defaults=defaults)
+        return
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(args_defaults=defaults)
+    trainer(pretrain_cfg_container_from_args(args))
+
+
+if __name__ == "__main__":
+    from megatron_s3 import register
+
+    register()
+    main()

@@ -1,0 +1,390 @@
+"""The first run: text to dataset, a small GPT trained in two launches, figures and a picture.
+
+`scripts/quickstart.sh` makes an environment and calls this; every step is a command that users can
+run themselves, and `DIR/s3/train.log` begins with it.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_s3 import data, report
+
+TRAINER = "megatron_s3.pretrain_gpt"
+LAYERS, HIDDEN, HEADS, SEQ_LENGTH, BATCH = 4, 128, 4, 128, 16
+_EVALUATIONS = 7
+_EVAL_BATCHES = 50
+_LINE_EVERY_S = 10.0
+_TAIL_LINES = 25
+
+_ITERATION = re.compile(
+    r"iteration +(\d+)/ *(\d+) \|.*elapsed time per iteration \(ms\): ([\d.]+)"
+    r"(?:.*\blm loss: (\S+))?"
+)
+_RANK_FAILED = re.compile(r"failed \(exitcode: ")
+
+
+class QuickstartError(Exception):
+    """Something the user has to know; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one optimizer is trained.
+
+    Attributes:
+        name: Shown in the table and the picture.
+        folder: Below the output directory.
+        lr: Peak learning rate.
+        weight_decay: Chosen by the paper's rule, lr * weight_decay = 3e-5 for all.
+        flags: The optimizer's own of Megatron's flags.
+        resumes: Whether training is cut in two. Plain Megatron cannot resume Adam under the
+            distributed optimizer without Transformer Engine or Apex.
+    """
+
+    name: str
+    folder: str
+    lr: float
+    weight_decay: float
+    flags: tuple[str, ...]
+    resumes: bool
+
+
+S3 = Recipe("S3", "s3", 3e-3, 0.01, ("--optimizer", "s3", "--s3-log-max-update"), True)
+ADAMW = Recipe(
+    "AdamW", "adamw", 6e-3, 0.005,
+    ("--optimizer", "adam", "--adam-beta1", "0.9", "--adam-beta2", "0.95", "--clip-grad", "1.0"),
+    False,
+)  # fmt: skip
+
+WHY = f"""\
+S3 as in the paper: beta 0.95, p 3, no clipping, lr {S3.lr:g}, weight decay {S3.weight_decay:g}
+(lr * weight decay as for AdamW). Warmup is 30 % of the run, then a cosine to lr/10: early gradients
+come in bursts, a burst fills the denominator for about p/(1-beta) = 60 steps in which S3 hardly
+moves, and a slow start avoids the burst."""
+
+WHY_COMPARED = f"""\
+AdamW: beta 0.9 and 0.95, gradients clipped at 1, lr {ADAMW.lr:g}, weight decay \
+{ADAMW.weight_decay:g}, the same schedule and data.
+Its rate is the best of a few that were tried on the standard library; S3's is the paper's, not
+tuned. One seed at this size does not rank optimizers."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; the process's own when None.
+
+    Returns:
+        0; 1 if training failed; 2 if the input is unusable; 130 if interrupted.
+    """
+    args = _arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that torchrun ends with us
+    try:
+        return _run(args)
+    except (data.DataError, report.RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except QuickstartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the script that users call has the help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="./scripts/quickstart.sh", add_help=False, allow_abbrev=False)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--input", default="stdlib")
+    parser.add_argument("--json-key", default="text")
+    parser.add_argument("--glob", action="append")
+    parser.add_argument("--iters", type=int, default=700)
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--fresh", action="store_true")
+    args = parser.parse_args(argv)
+    if args.iters < 10:
+        parser.error(f"--iters {args.iters} is too few: give at least 10")
+    if args.nproc is not None and (args.nproc < 1 or BATCH % args.nproc):
+        parser.error(f"--nproc {args.nproc}: the batch of {BATCH} samples has to divide by it")
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    prefix = str(args.out / "data" / "text")
+    src = data.source(args.input, args.json_key, args.glob)
+    dataset, reused = data.build(src, prefix)
+    for side in ("train", "valid"):
+        if dataset[side]["bytes"] <= SEQ_LENGTH:
+            raise data.DataError(
+                f"--input {src}: the {side} part has {dataset[side]['bytes']} bytes, less than one "
+                f"sample of {SEQ_LENGTH + 1}; give more text"
+            )
+    print(
+        f"dataset   {prefix}: {src}, {dataset['train']['bytes'] / 1e6:.1f} MB for training, "
+        f"{dataset['valid']['bytes'] / 1e6:.2f} MB for validation{' (reused)' if reused else ''}"
+    )
+    nproc = args.nproc or _default_nproc()
+    recipes = [S3, ADAMW] if args.compare else [S3]
+    print("\n".join([WHY, WHY_COMPARED] if args.compare else [WHY]))
+    for recipe in recipes:
+        _train(recipe, args, nproc, prefix, dataset)
+    runs = [report.read(args.out / r.folder / "tensorboard", r.name) for r in recipes]
+    picture = args.out / "loss.png"
+    report.draw(
+        runs,
+        picture,
+        title=f"GPT, {LAYERS} layers of {HIDDEN}, {nproc} ranks, {BATCH} x {SEQ_LENGTH} bytes",
+        unigram_entropy=dataset["unigram_entropy"],
+    )
+    print(_table(runs, recipes, dataset, args.out, picture))
+    return 0
+
+
+def _default_nproc() -> int:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return max((n for n in range(1, gpus + 1) if BATCH % n == 0), default=2)
+
+
+def megatron_flags(recipe: Recipe, iters: int, nproc: int) -> list[str]:
+    """Megatron's flags for a recipe, without any path.
+
+    Args:
+        recipe: The optimizer.
+        iters: Length of the whole run, over which the learning rate is scheduled.
+        nproc: Ranks, all of them data-parallel.
+    """
+    return shlex.split(
+        f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS} "
+        f"--seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
+        "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 16 "
+        f"--micro-batch-size {BATCH // nproc} --global-batch-size {BATCH} --seed 1234 "
+        "--bf16 --use-distributed-optimizer "
+        # Megatron's plain layers: the others need Transformer Engine or Apex.
+        "--transformer-impl local --attention-backend unfused --no-persist-layer-norm "
+        "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion "
+        "--no-bias-dropout-fusion --no-rope-fusion "
+        f"--train-iters {iters} --lr {recipe.lr} --min-lr {recipe.lr / 10:g} "
+        f"--lr-decay-style cosine --lr-warmup-fraction 0.3 --weight-decay {recipe.weight_decay} "
+        f"--eval-interval {max(1, iters // _EVALUATIONS)} --eval-iters {_EVAL_BATCHES} "
+        f"--log-interval {max(1, min(10, iters // 10))} --log-timers-to-tensorboard"
+    ) + list(recipe.flags)
+
+
+def _train(
+    recipe: Recipe, args: argparse.Namespace, nproc: int, prefix: str, dataset: dict[str, Any]
+) -> None:
+    """Train a recipe to its end, in two launches if it can resume; or find that done."""
+    folder = args.out / recipe.folder
+    flags = megatron_flags(recipe, args.iters, nproc)
+    plan = {"flags": flags, "nproc": nproc, "text_sha256": dataset["sha256"]}
+    record = folder / "run.json"
+    old = _load(record)
+    if old.get("plan") == plan and old.get("finished") and not args.fresh:
+        print(f"{recipe.name}: finished before, nothing to train (--fresh trains again)")
+        return
+    half = args.iters // 2
+    at = _checkpointed(folder)
+    if args.fresh or old.get("plan") != plan or not at:
+        if folder.exists() and not record.exists():
+            raise QuickstartError(
+                f"{folder} exists and was not made by a quickstart: name another place with --out"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        at = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    _store(record, {"plan": plan, "finished": False})
+    arguments = [
+        *flags,
+        *data.megatron_arguments(prefix),
+        "--save", str(folder / "checkpoints"),
+        "--load", str(folder / "checkpoints"),
+        "--save-interval", str(half),
+        "--tensorboard-dir", str(folder / "tensorboard"),
+    ]  # fmt: skip
+    log = folder / "train.log"
+    if at < half and recipe.resumes:
+        print(f"{recipe.name}: iterations 1 to {half}, then a checkpoint")
+        _launch([*arguments, "--exit-interval", str(half)], nproc, log)
+        at = _checkpointed(folder)
+        if at != half:
+            raise QuickstartError(f"no checkpoint of iteration {half} was written; see {log}")
+    if at:
+        print(f"{recipe.name}: resumed in a new process from the checkpoint of iteration {at}")
+    else:
+        print(f"{recipe.name}: iterations 1 to {args.iters} in one go")
+    _launch(arguments, nproc, log)
+    _store(record, {"plan": plan, "finished": True})
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _checkpointed(folder: Path) -> int:
+    """Iteration of the last checkpoint, 0 if there is none."""
+    try:
+        return int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _launch(arguments: list[str], nproc: int, log: Path) -> None:
+    """Run the trainer on `nproc` ranks, showing its progress and keeping its output in `log`."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(nproc), "-m", TRAINER, *arguments,
+    ]  # fmt: skip
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    progress = _Progress()
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                progress.read(line)
+            status = process.wait()
+        finally:
+            progress.close()
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if status:
+        print("\n".join(f"  | {line}" for line in _tail(log)), file=sys.stderr)
+        raise QuickstartError(f"training ended with status {status}; the whole log is {log}")
+
+
+def _tail(log: Path) -> list[str]:
+    """The end of a failed launch's output, up to where torchrun reports that a rank has failed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("$ "))
+    end = next((i for i in range(start, len(lines)) if _RANK_FAILED.search(lines[i])), None)
+    return lines[start:end][-_TAIL_LINES:]
+
+
+class _Progress:
+    """One line that is rewritten on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._rewrite = sys.stdout.isatty()
+        self._shown_at = float("-inf")
+        self._pending = ""
+        if self._rewrite:
+            self._show("  starting Megatron ...")
+
+    def read(self, line: str) -> None:
+        """Take a line of Megatron's output."""
+        found = _ITERATION.search(line)
+        if not found or not found[4]:
+            return
+        iteration, last = int(found[1]), int(found[2])
+        seconds = float(found[3]) / 1000
+        left = int((last - iteration) * seconds)
+        self._show(
+            f"  iteration {iteration}/{last}  loss {float(found[4]):.3f}  "
+            f"{BATCH * SEQ_LENGTH / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+        )
+
+    def close(self) -> None:
+        """Leave the last line standing."""
+        if self._rewrite:
+            print()
+        elif self._pending:
+            print(self._pending, flush=True)
+
+    def _show(self, text: str) -> None:
+        if self._rewrite:
+            print(f"\r\033[K{text}", end="", flush=True)
+        elif time.monotonic() - self._shown_at >= _LINE_EVERY_S:
+            self._shown_at = time.monotonic()
+            self._pending = ""
+            print(text, flush=True)
+        else:
+            self._pending = text
+
+
+def _table(
+    runs: list[report.Run],
+    recipes: list[Recipe],
+    dataset: dict[str, Any],
+    out: Path,
+    picture: Path,
+) -> str:
+    summaries = [report.summarize(run) for run in runs]
+
+    def row(label: str, values: list[float | None], form: str, note: str) -> str:
+        shown = "".join(f"{'-' if v is None else format(v, form):>10}" for v in values)
+        return f"{label:20}{shown}   {note}".rstrip()
+
+    entropy = dataset["unigram_entropy"]
+    tested = min(dataset["valid"]["bytes"], _EVAL_BATCHES * BATCH * SEQ_LENGTH)
+    lines = [
+        "",
+        " " * 20 + "".join(f"{run.name:>10}" for run in runs),
+        row("peak learning rate", [r.lr for r in recipes], "g", ""),
+        row("validation loss", [s.valid_loss for s in summaries], ".3f",
+            f"nats per byte, on {tested:,} bytes"),
+        row("unigram entropy", [entropy] * len(runs), ".3f",
+            "nats per byte: the loss of knowing byte frequencies only"),
+        row("largest |update|", [s.largest_update for s in summaries], ".3f",
+            "in units of the learning rate; S3's cannot exceed 1"),
+        row("tokens per second", [s.tokens_per_second for s in summaries], ",.0f", "training"),
+        "",
+    ]  # fmt: skip
+    for recipe in recipes:
+        lines += [
+            f"{recipe.name} checkpoints".ljust(20) + str(out / recipe.folder / "checkpoints"),
+            f"{recipe.name} TensorBoard".ljust(20) + str(out / recipe.folder / "tensorboard"),
+        ]
+    return "\n".join([*lines, "picture".ljust(20) + str(picture)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

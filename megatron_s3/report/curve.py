@@ -1,0 +1,230 @@
+"""Loss curves of one or more of Megatron's training runs, and the figures at their end.
+
+Everything is read from TensorBoard files. There, unlike in Megatron's log, each `lm loss` is one
+iteration's own: the log's second line after a start or a resume is the mean of two iterations.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAIN_LOSS = "lm loss"
+VALID_LOSS = "lm loss validation"
+LEARNING_RATE = "learning-rate"
+ITERATION_TIME = "iteration-time"
+BATCH_SIZE = "batch-size"
+LARGEST_UPDATE = "update/max_abs"
+_SEQ_LENGTH = "seq_length/text_summary"
+
+# Dark and solid, light and dashed ...: told apart on paper without colour too.
+_STYLES = (
+    ("#004488", "-", "o"),
+    ("#DDAA33", "--", "s"),
+    ("#BB5566", "-.", "^"),
+    ("#222222", ":", "D"),
+)
+_SMOOTHED_OVER = 25
+
+
+class RunError(ValueError):
+    """A run cannot be read; the message names its directory and what is missing."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity over a run.
+
+    Attributes:
+        iterations: Iteration of each value, ascending.
+        values: As many values.
+    """
+
+    iterations: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What TensorBoard files tell about one training run.
+
+    Attributes:
+        name: Shown in legends and tables.
+        scalars: Each quantity by its tag.
+        seq_length: Tokens in a sample, None if the run did not write its arguments.
+    """
+
+    name: str
+    scalars: dict[str, Series]
+    seq_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures at the end of a run; None where the run did not write them.
+
+    Attributes:
+        iterations: The last iteration seen.
+        valid_loss: The last validation loss, in nats per token.
+        largest_update: The largest |update| seen (the step without the learning rate).
+        tokens_per_second: At the median iteration time, without evaluation and saving.
+    """
+
+    iterations: int
+    valid_loss: float | None
+    largest_update: float | None
+    tokens_per_second: float | None
+
+
+def read(folder: str | Path, name: str) -> Run:
+    """Read a run from the directory that was Megatron's `--tensorboard-dir`.
+
+    A run that was resumed has a file for each launch there. What a launch did after the
+    checkpoint from which the next one went on is left out.
+
+    Args:
+        folder: The directory.
+        name: What to call the run.
+
+    Raises:
+        RunError: If there is no directory, no event file in it, or no training loss.
+    """
+    files = sorted(Path(folder).glob("events.out.tfevents.*"))  # their names begin with the time
+    if not files:
+        raise RunError(f"{folder}: no TensorBoard files; train with --tensorboard-dir {folder}")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values: dict[str, dict[int, float]] = {}
+    seq_length = None
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 0})
+        events.Reload()
+        tags = events.Tags()
+        launch = {t: {e.step: e.value for e in events.Scalars(t)} for t in tags["scalars"]}
+        if launch.get(TRAIN_LOSS):
+            start = min(launch[TRAIN_LOSS])
+            values = {t: {i: v for i, v in old.items() if i < start} for t, old in values.items()}
+        for tag, new in launch.items():
+            values.setdefault(tag, {}).update(new)
+        if _SEQ_LENGTH in tags["tensors"]:
+            text = events.Tensors(_SEQ_LENGTH)[-1].tensor_proto.string_val[0].decode()
+            seq_length = int(text) if text.isdecimal() else None
+    if not values.get(TRAIN_LOSS):
+        raise RunError(f"{folder}: no {TRAIN_LOSS!r} in its TensorBoard files; has it trained yet?")
+    scalars = {
+        tag: Series(*zip(*sorted(series.items()), strict=True))
+        for tag, series in values.items()
+        if series
+    }
+    return Run(name, scalars, seq_length)
+
+
+def summarize(run: Run) -> Summary:
+    """The figures at the end of a run."""
+    times = run.scalars.get(ITERATION_TIME)
+    batch = run.scalars.get(BATCH_SIZE)
+    speed = None
+    if times and batch and run.seq_length:
+        speed = batch.values[-1] * run.seq_length / statistics.median(times.values)
+    valid = run.scalars.get(VALID_LOSS)
+    update = run.scalars.get(LARGEST_UPDATE)
+    return Summary(
+        iterations=run.scalars[TRAIN_LOSS].iterations[-1],
+        valid_loss=valid.values[-1] if valid else None,
+        largest_update=max(update.values) if update else None,
+        tokens_per_second=speed,
+    )
+
+
+def figure(
+    runs: Sequence[Run],
+    title: str,
+    unigram_entropy: float | None = None,
+    unit: str = "nats per byte",
+) -> "Figure":
+    """Training and validation loss, learning rate and largest update against iterations.
+
+    Args:
+        runs: At least one.
+        title: Above the picture.
+        unigram_entropy: Drawn as a horizontal line: what a model that knows token frequencies
+            only would reach.
+        unit: Of the loss. Megatron's is nats per token.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with_update = any(LARGEST_UPDATE in run.scalars for run in runs)
+    heights = [4, 1, 1] if with_update else [4, 1]
+    drawn = Figure(figsize=(8, 3.5 + 1.2 * len(heights)), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = drawn.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    loss, rate = panels[0], panels[1]
+    for index, run in enumerate(runs):
+        colour, line, marker = _STYLES[index % len(_STYLES)]
+        _draw_loss(loss, run, colour, line, marker)
+        for panel, tag in zip(panels[1:], (LEARNING_RATE, LARGEST_UPDATE), strict=False):
+            if tag in run.scalars:
+                series = run.scalars[tag]
+                panel.plot(series.iterations, series.values, color=colour, linestyle=line)
+    if unigram_entropy is not None:
+        loss.axhline(unigram_entropy, color="black", linestyle=(0, (1, 3)), linewidth=1.5)
+        loss.annotate(
+            f"unigram entropy {unigram_entropy:.3f}",
+            (0.99, unigram_entropy),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+        )
+    loss.set_title(title)
+    loss.set_ylabel(f"loss ({unit})")
+    loss.legend()
+    rate.set_ylabel("learning\nrate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if with_update:
+        panels[2].axhline(1, color="black", linewidth=0.8)
+        panels[2].set_ylabel("largest\n|update|")
+        panels[2].set_ylim(0, 1.1 * max(1, panels[2].dataLim.ymax))
+    for panel in panels:
+        panel.grid(color="0.9")
+        panel.set_axisbelow(True)
+    panels[-1].set_xlabel("iteration")
+    return drawn
+
+
+def draw(
+    runs: Sequence[Run], png: str | Path, title: str, unigram_entropy: float | None = None
+) -> None:
+    """Write :func:`figure` to the path `png`, whose directory is made."""
+    Path(png).parent.mkdir(parents=True, exist_ok=True)
+    figure(runs, title, unigram_entropy).savefig(png)
+
+
+def _draw_loss(panel, run: Run, colour: str, line: str, marker: str) -> None:
+    train = run.scalars[TRAIN_LOSS]
+    window = min(_SMOOTHED_OVER, max(1, len(train.values) // 20))
+    label = f"{run.name}, training" + (f" (mean of {window})" if window > 1 else "")
+    panel.plot(train.iterations, train.values, color=colour, alpha=0.2, linewidth=0.8)
+    smooth = _trailing_mean(train.values, window)
+    panel.plot(train.iterations, smooth, color=colour, linestyle=line, linewidth=1.2, label=label)
+    if VALID_LOSS in run.scalars:
+        valid = run.scalars[VALID_LOSS]
+        panel.plot(
+            valid.iterations,
+            valid.values,
+            color=colour,
+            linestyle="none",
+            marker=marker,
+            markersize=6,
+            markeredgecolor="black",
+            label=f"{run.name}, validation: {valid.values[-1]:.3f} at the end",
+        )
+
+
+def _trailing_mean(values: Sequence[float], window: int) -> list[float]:
+    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

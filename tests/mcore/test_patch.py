@@ -1,0 +1,73 @@
+"""`patches/megatron-lm.patch` against the wheels: applied, trained through, reversed."""
+
+import filecmp
+import shutil
+import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.trainer import ITERATIONS, REPOSITORY, train
+
+PATCH = REPOSITORY / "patches/megatron-lm.patch"
+INSTALLED = version("megatron-core")
+#: Where scripts/test.sh unpacks the other supported wheels.
+OTHERS = REPOSITORY / ".venv/megatron-core"
+RELEASES = ("0.17.1", "0.18.2", INSTALLED)
+
+
+def unpacked(release: str) -> Path:
+    """The folder that holds `megatron/` of a wheel."""
+    if release == INSTALLED:
+        return Path(find_spec("megatron.core").origin).parents[2]
+    if not (OTHERS / release).is_dir():
+        pytest.skip(f"megatron-core {release} is not unpacked at {OTHERS}; scripts/test.sh does it")
+    return OTHERS / release
+
+
+def git_apply(tree: Path, *flags: str) -> None:
+    subprocess.run(["git", "apply", *flags, str(PATCH)], cwd=tree, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
+def test_wheel_with_the_patch_alone(release: str, tmp_path: Path) -> None:
+    """The patched wheel trains with S3 from a script that never mentions the plugin."""
+    original = unpacked(release) / "megatron/training"
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(unpacked(release) / "megatron", tree / "megatron", ignore=ignore)
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)  # not this repository's
+
+    git_apply(tree)
+    run = train(
+        *["--optimizer", "s3", "--bf16", "--use-distributed-optimizer"],
+        ranks=2,
+        megatron=tree,
+        command=(str(REPOSITORY / "tests/mcore/ranks/plain_script.py"),),
+    )
+    assert ITERATIONS in run.losses
+    assert any("sharded over 2" in line for line in run.said)
+
+    git_apply(tree, "-R")
+    assert filecmp.cmp(tree / "megatron/training/__init__.py", original / "__init__.py", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES[:-1])
+def test_older_wheels_resume(release: str, tmp_path: Path) -> None:
+    """Bitwise resume through the releases whose checkpoint code names Adam's states itself."""
+    from tests.trainer import assert_bitwise_equal, tensors
+
+    flags = ["--optimizer", "s3", "--bf16", "--use-distributed-optimizer", "--save-interval", 3]
+    flags += ["--dist-ckpt-optim-fully-reshardable"]
+    through, resumed, tree = tmp_path / "through", tmp_path / "resumed", unpacked(release)
+    train(*flags, "--save", through, ranks=2, megatron=tree)
+    load = ["--load", through, "--ckpt-step", 3]
+    train(*flags, *load, "--save", resumed, ranks=2, megatron=tree)
+    saved = tensors(through)
+    assert any(name.startswith("optimizer.state.exp_pnorm.") for name in saved)
+    assert not any("exp_avg_sq" in name for name in saved)
+    assert_bitwise_equal(saved, tensors(resumed))

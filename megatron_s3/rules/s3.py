@@ -39,9 +39,9 @@ def s3_update(
 
     Returns:
         ``u``, shape and dtype of ``grad``; ``|u|`` never exceeds :func:`s3_update_bound` times
-        ``correction``, and with one shared beta never 1.  An element whose ``r`` and ``|g|`` are
-        both below the smallest normal number (1e-38 in float32) counts as never touched: ``r`` and
-        ``u`` are 0.  A NaN or infinite gradient makes its own element's ``r`` and ``u`` NaN and
+        ``correction``, and with one shared beta never 1.  An element whose gradient is 0 and whose
+        ``r`` is below the smallest normal number (1e-38 in float32) counts as never touched: ``r``
+        and ``u`` are 0.  A NaN or infinite gradient makes its own element's ``r`` and ``u`` NaN and
         its ``m`` non-finite, for good, and no other's.
     """
     beta_s = beta if beta2 is None else beta2
@@ -53,9 +53,9 @@ def s3_update(
     if beta_s == 0:
         exp_pnorm.zero_()  # nothing of it remains, so it must not set the scale either
     largest = torch.maximum(exp_pnorm, magnitude)
-    # Not == 0: after thousands of zero gradients rounding stops the decay of both m and r at some
+    # Not r == 0: after thousands of zero gradients rounding stops the decay of both m and r at some
     # denormal number, and their quotient would move the parameter by a third of lr for ever.
-    untouched = largest < torch.finfo(largest.dtype).tiny
+    untouched = (grad == 0) & (exp_pnorm < torch.finfo(grad.dtype).tiny)
     divisor = largest.masked_fill(untouched, 1)
     g_p = _power(magnitude.div_(divisor), p)
     w = _power(exp_pnorm.div(divisor), p).mul_(beta_s).add_(g_p, alpha=1 - beta_s)

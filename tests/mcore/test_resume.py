@@ -29,7 +29,10 @@ SAME_LAYOUT = {
     ),
     "tp2 bf16 sharded": (2, [*BF16, "--tensor-model-parallel-size", "2"]),
     "pp2 bf16 sharded": (2, [*BF16, "--pipeline-model-parallel-size", "2"]),
-    "ep2 bf16 sharded": (2, [*BF16, "--num-experts", "2", "--expert-model-parallel-size", "2"]),
+    "ep2 bf16 sharded": (
+        2,
+        [*BF16, "--num-experts", "2", "--expert-model-parallel-size", "2", "--no-bias-gelu-fusion"],
+    ),
 }
 
 

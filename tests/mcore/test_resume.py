@@ -11,6 +11,8 @@ pytestmark = pytest.mark.slow
 S3 = ["--optimizer", "s3"]
 BF16 = ["--bf16", "--use-distributed-optimizer"]
 RESHARDABLE = [*BF16, "--dist-ckpt-optim-fully-reshardable"]
+# Without the other two flags 0.19 turns async saving off, or asks for nvidia-resiliency-ext.
+ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 SAVE = ["--save-interval", "3"]
 
 SAME_LAYOUT = {
@@ -20,7 +22,7 @@ SAME_LAYOUT = {
     "dp2 bf16 sharded, reshardable": (2, RESHARDABLE),
     "dp2 bf16 sharded, overlapped, async": (
         2,
-        [*BF16, "--overlap-grad-reduce", "--overlap-param-gather", "--async-save"],
+        [*BF16, "--overlap-grad-reduce", "--overlap-param-gather", *ASYNC],
     ),
     "dp2 fp32 sharded": (2, ["--use-distributed-optimizer"]),
     "dp2 fp16 sharded": (

@@ -54,7 +54,11 @@ class Model(torch.nn.Module):
 def build(dtype: torch.dtype, sharded: bool, **settings):
     torch.manual_seed(0)
     config = TransformerConfig(
-        num_layers=1, hidden_size=40, num_attention_heads=1, bf16=dtype == torch.bfloat16
+        num_layers=1,
+        hidden_size=40,
+        num_attention_heads=1,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
     )
     model = Model()
     if dtype != torch.float32:
@@ -68,6 +72,7 @@ def build(dtype: torch.dtype, sharded: bool, **settings):
         lr=0.1,
         weight_decay=0.5,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         params_dtype=dtype,
         use_distributed_optimizer=sharded,
         clip_grad=0.0,
@@ -77,12 +82,12 @@ def build(dtype: torch.dtype, sharded: bool, **settings):
     return model, get_megatron_optimizer(optimizer_config, [model])
 
 
-def step(model, optimizer, seed: int):
+def step(model, optimizer, seed: int, scale: float = 1.0):
     model.zero_grad_buffer()
     torch.manual_seed(100 * seed + RANK)
     for param in model.parameters():
         if param.requires_grad:
-            param.main_grad.copy_(torch.randn(param.shape))
+            param.main_grad.copy_(torch.randn(param.shape) * scale)
     model.finish_grad_sync()
     return optimizer.step()
 
@@ -142,6 +147,26 @@ for settings in ({"clip_grad": 0.5}, {"s3_log_grad_norm": True}):
     model, optimizer = build(torch.bfloat16, True, **settings)
     success, norm, _ = step(model, optimizer, 0)
     assert success and norm > 0 and NORMS == 1, settings
+
+# fp16: an overflow on one rank alone skips the step on both, and changes nothing but the scale.
+for sharded in (False, True):
+    model, optimizer = build(torch.float16, sharded, initial_loss_scale=1024.0, hysteresis=1)
+    assert step(model, optimizer, 0, scale=1024.0)[0]
+    inner = optimizer.chained_optimizers[0].optimizer
+    state = [t for s in inner.state.values() for t in s.values()]
+    params = [p for g in inner.param_groups for p in g["params"]]
+    watched = [*model.parameters(), *params, *state]
+    before = [t.detach().clone() for t in watched]
+    assert step(model, optimizer, 1, scale=float("inf") if RANK else 1024.0)[0] is False
+    assert all(torch.equal(a, b) for a, b in zip(before, watched, strict=True))
+    assert optimizer.get_loss_scale().item() == 512.0
+    assert {g["step"] for g in inner.param_groups} == {1}
+    assert step(model, optimizer, 2, scale=512.0)[0]
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(before, watched, strict=True)
+        if a.is_leaf and a.numel() > 7
+    )
 
 # Hyperparameters reach the optimizer by their flags' names.
 _, optimizer = build(torch.float32, True, s3_p=2.0, s3_beta=0.5, s3_nesterov=False)

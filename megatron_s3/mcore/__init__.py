@@ -1,7 +1,8 @@
 """All contact with Megatron-LM.
 
 ``seams`` lists every function of Megatron's that is wrapped; ``registration`` wraps them.  The
-other modules hold the wrappers, by concern: ``arguments`` (flags), ``build`` (the optimizer that
-the trainer gets), ``distributed`` (sharded state), ``checkpoint`` (what may be loaded into what),
-``cpu_device`` (training without a GPU).
+other modules hold the wrappers and what they need, by concern: ``arguments`` (flags), ``build``
+(the optimizer that the trainer gets), ``distributed`` (sharded state), ``checkpoint`` (what may be
+loaded into what), ``torch_adamw`` (a repair of upstream's own), ``update_log`` (the largest update,
+to TensorBoard), ``cpu_device`` (training without a GPU).
 """

@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from megatron.core.optimizer import distrib_optimizer
-
 from megatron_s3.mcore.arguments import destination, flag, say
 from megatron_s3.optimizers import OPTIMIZERS
 
-__all__ = ["distributed_state_dict", "load_base_checkpoint"]
+__all__ = ["load_base_checkpoint"]
 
 
 def load_base_checkpoint(
@@ -57,21 +54,3 @@ def _compare(load_dir: str, args: Any, saved: Any) -> None:
                 f"{flag(description, h)} {then}, {advice}."
             )
         say(f"{load_dir} was saved with {h.name}={then}; from here on it is {h.name}={now}")
-
-
-def distributed_state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
-    """Around DistributedOptimizer.state_dict: gives torch's AdamW its state before it is read.
-
-    Without Transformer Engine and Apex upstream reads each parameter's ``step``, which torch
-    creates in the first step: it can neither resume in a fresh process nor save before a step.
-    """
-    inner = optimizer.optimizer
-    if (
-        not distrib_optimizer.HAVE_APEX_OR_TE
-        and isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
-        and not inner.state
-    ):
-        optimizer.init_state_fn(inner, optimizer.config)
-        for state in inner.state.values():
-            state["step"] = torch.tensor(0.0)
-    return original(optimizer)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_s3.mcore import arguments, build, checkpoint
+from megatron_s3.mcore import arguments, build, checkpoint, torch_adamw
 
 __all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install"]
 
@@ -90,9 +90,23 @@ SEAMS = (
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.state_dict",
         ("self",),
-        checkpoint.distributed_state_dict,
-        "with --optimizer adam too: lets torch's AdamW resume under the distributed optimizer "
-        "without Transformer Engine or Apex",
+        torch_adamw.state_dict,
+        "with --optimizer adam too: lets torch's AdamW load and save before its first step under "
+        "the distributed optimizer, without Transformer Engine or Apex",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.load_state_dict",
+        ("self", "state_dict"),
+        torch_adamw.load_state_dict,
+        "the same: keeps the resumed AdamW from counting a step once for each parameter",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        ("self", "model_param", "tensors"),
+        torch_adamw.set_main_param_and_optimizer_states,
+        "the same, for the checkpoint formats that do not hold AdamW's step beside its averages",
     ),
     Seam(
         "megatron.training.checkpointing",

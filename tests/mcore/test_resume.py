@@ -64,7 +64,8 @@ def test_torch_format_resumes_with_the_same_losses(tmp_path: Path) -> None:
     """The legacy `--ckpt-format torch`, where data-parallel rank 0 gathers the state."""
     flags = [*S3, *BF16, "--ckpt-format", "torch", *SAVE]
     one = train(*flags, "--save", tmp_path, ranks=2)
-    two = train(*flags, "--load", tmp_path, "--ckpt-step", 3, ranks=2)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    two = train(*flags, "--load", tmp_path, ranks=2)
     assert after_resume(one) == after_resume(two)
 
 

@@ -1,0 +1,56 @@
+"""Repairs torch's AdamW in DistributedOptimizer, for machines without Transformer Engine and Apex.
+
+torch keeps ``step`` as a tensor beside each parameter's averages, TE and Apex as a number in the
+group.  Upstream's checkpoint code minds the difference in some places and not in others, so that
+AdamW cannot resume there in a fresh process.  With TE or Apex the wrappers only hand on.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.optimizer import distrib_optimizer
+
+__all__ = ["load_state_dict", "set_main_param_and_optimizer_states", "state_dict"]
+
+
+def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
+    """Around ``state_dict``, which reads every parameter's step: creates the state before a step.
+
+    torch creates it in the first step; a fresh process that loads, or saves at once, has none.
+    """
+    if _needs_repair(optimizer) and not optimizer.optimizer.state:
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+        for state in optimizer.optimizer.state.values():
+            state["step"] = torch.tensor(0.0)
+    return original(optimizer)
+
+
+def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[str, Any]) -> Any:
+    """Around ``load_state_dict``, which gives all parameters one step tensor that each counts."""
+    result = original(optimizer, saved)
+    if _needs_repair(optimizer):
+        for state in optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+    return result
+
+
+def set_main_param_and_optimizer_states(
+    original: Callable[..., Any], optimizer: Any, model_param: Any, tensors: dict[str, Any]
+) -> Any:
+    """Around the filling of one parameter's state, which asks for every tensor that it holds.
+
+    The step came with the groups and is there already; what stands beside the sharded tensors is
+    the step of the template that they were loaded into (dp_reshardable), or nothing.
+    """
+    if _needs_repair(optimizer):
+        group, order = optimizer.model_param_group_index_map[model_param]
+        main_param = optimizer.optimizer.param_groups[group]["params"][order]
+        tensors = tensors | {"step": optimizer.optimizer.state[main_param]["step"]}
+    return original(optimizer, model_param, tensors)
+
+
+def _needs_repair(optimizer: Any) -> bool:
+    return not distrib_optimizer.HAVE_APEX_OR_TE and isinstance(
+        optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW
+    )

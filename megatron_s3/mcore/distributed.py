@@ -45,6 +45,10 @@ class ElementwiseDistributedOptimizer(DistributedOptimizer):
         self.optimizer.init_state()
         super().load_state_dict(state_dict)
 
+    @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd guards
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict) -> None:
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
+
 
 _ADAMS = ("param", "exp_avg", "exp_avg_sq")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_s3.mcore import arguments, build, checkpoint, torch_adamw
 
-__all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install"]
+__all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install", "table"]
 
 #: Releases of Megatron-LM on which every seam below was trained, saved and resumed through.
 CHECKED_RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.0", "0.19.2", "main of 2026-08-22")
@@ -54,8 +54,8 @@ SEAMS = (
         "add_megatron_arguments",
         ("parser",),
         arguments.add_megatron_arguments,
-        "adds the optimizers to --optimizer, their flags and --s3-device; on the CPU, gloo as "
-        "the default backend",
+        "adds the optimizers to --optimizer, their flags and --s3-device; on the CPU, gloo and "
+        "layers without GPU kernels as defaults",
     ),
     Seam(
         "megatron.training.arguments",
@@ -134,6 +134,12 @@ def install() -> None:
             _wrap(seam, owner, original)
 
 
+def table() -> str:
+    """The README's table of seams, in Markdown."""
+    rows = [f"| `{seam.name}` | {seam.module} | {seam.purpose} |" for seam in SEAMS]
+    return "\n".join(["| wrapped | in | it |", "|---|---|---|", *rows])
+
+
 def _resolve(seam: Seam) -> tuple[Any, Callable[..., Any]]:
     """The object that holds the seam's function, and the function; checked."""
     module = importlib.import_module(seam.module)
@@ -178,3 +184,7 @@ def _wrap(seam: Seam, owner: Any, original: Callable[..., Any]) -> None:
             for attribute, value in list(vars(module).items()):
                 if value is original:
                     setattr(module, attribute, wrapped)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -18,7 +18,7 @@ def test_changes_nothing() -> None:
     registered = train(*ADAM, ranks=2)
     assert without.losses == registered.losses
     assert "clip_grad ....................................... 1.0" in registered.log
-    assert not [line for line in registered.said if "trains on the CPU" not in line]
+    assert not [line for line in registered.said if "training on the CPU" not in line]
 
 
 FORMATS = {

@@ -5,7 +5,9 @@ import pytest
 from tests.trainer import REPOSITORY, train
 
 
-@pytest.mark.parametrize(("program", "ranks"), [("arguments", 1), ("seams", 1), ("adapter", 2)])
+@pytest.mark.parametrize(
+    ("program", "ranks"), [("arguments", 1), ("seams", 1), ("adapter", 2), ("engine", 2)]
+)
 def test_program(program: str, ranks: int) -> None:
     path = REPOSITORY / "tests/mcore/ranks" / f"{program}.py"
     run = train(ranks=ranks, command=(str(path),), tiny=False)

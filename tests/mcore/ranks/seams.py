@@ -10,6 +10,7 @@ import megatron.training.arguments as arguments  # noqa: E402
 import megatron.training.checkpointing as checkpointing  # noqa: E402
 
 from megatron_s3.mcore import seams  # noqa: E402
+from tests.trainer import REPOSITORY  # noqa: E402
 
 
 def resolved():
@@ -20,6 +21,10 @@ first = resolved()
 assert all(hasattr(function, seams._MARK) for function in first)
 megatron_s3.register()
 assert all(a is b for a, b in zip(first, resolved(), strict=True)), "wrapped twice"
+
+assert seams.table() in (REPOSITORY / "README.md").read_text(), (
+    "see python -m megatron_s3.mcore.seams"
+)
 
 # A seam that takes other parameters, and one that is gone.
 original_validate = arguments.validate_args

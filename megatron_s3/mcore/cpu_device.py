@@ -212,7 +212,11 @@ def use_cpu() -> None:
     if _active:
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import torch._dynamo  # indexes the functions of torch, so it comes before they change
+    # Imported now, because it indexes the functions of torch. The stance is for what has been given
+    # to torch.compile already, where a hook inside Megatron calls this.
+    import torch._dynamo
+
+    torch.compiler.set_stance("force_eager")
 
     for name, replacement in _replacements().items():
         owner, _, attribute = name.rpartition(".")

@@ -19,12 +19,12 @@ def checkpoints(request, tmp_path_factory) -> tuple[Path, Path, list[str]]:
         "fully_reshardable": [*BF16, "--dist-ckpt-optim-fully-reshardable"],
         "torch": [*BF16, "--ckpt-format", "torch"],
     }[request.param]
-    made = []
+    made, nothing = [], tmp_path_factory.mktemp("nothing")
     for optimizer in ("s3", "adam"):
         directory = tmp_path_factory.mktemp(optimizer)
         kind = "torch" if request.param == "torch" else "torch_dist"
         save = ["--ckpt-convert-format", kind, "--ckpt-convert-save", directory]
-        train("--optimizer", optimizer, *flags, *save, ranks=1)
+        train("--optimizer", optimizer, *flags, "--load", nothing, *save, ranks=1)
         made.append(directory / kind)
     return made[0], made[1], flags
 

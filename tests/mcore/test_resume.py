@@ -73,7 +73,9 @@ def test_torch_format_resumes_with_the_same_losses(tmp_path: Path) -> None:
 def test_saves_before_the_first_step(optimizer: str, tmp_path: Path) -> None:
     """Bitwise: starting from a checkpoint of a fresh model is starting."""
     flags = ["--optimizer", optimizer, *BF16]
-    train(*flags, *AND_SAVE_AT_ONCE, tmp_path, ranks=2)
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    train(*flags, "--load", nothing, *AND_SAVE_AT_ONCE, tmp_path, ranks=2)
     saved = tmp_path / "torch_dist"
     one, two = train(*flags, ranks=2), train(*flags, "--load", saved, ranks=2)
     assert one.losses == two.losses

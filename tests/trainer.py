@@ -115,4 +115,4 @@ def assert_bitwise_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Te
             one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)
         )
     ]
-    assert not different
+    assert not different, different

@@ -79,6 +79,8 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
         group["params"] = adams["params"]
     optimizer.keep_hyperparameters = True
+    # A checkpoint of a run that has not updated yet (fp16 skips its first steps) holds the state.
+    optimizer.register_state_dict_pre_hook(ElementwiseOptimizer.init_state)
     part.optimizer = optimizer
     part.init_state_fn = _init_state
     if isinstance(part, DistributedOptimizer):

@@ -84,15 +84,20 @@ RESHARDED = {
 }
 
 
-# Ranks draw their own dropout: in another layout other masks fall on other samples.
-NO_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
+# Ranks draw their own dropout: in another layout other masks fall on other samples.  And untied,
+# because from pipeline stages Megatron saves something else for a tied embedding's main parameter
+# and state than what it has loaded (0.19.2, fully_reshardable; with Adam as with S3).
+COMPARABLE = [
+    *["--attention-dropout", "0", "--hidden-dropout", "0"],
+    "--untie-embeddings-and-output-weights",
+]
 
 
 @pytest.fixture(scope="module")
 def dp2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     """A run over 2 data-parallel ranks, saved fully reshardable after 3 and 6 steps."""
     directory = tmp_path_factory.mktemp("dp2")
-    return directory, train(*S3, *RESHARDABLE, *NO_DROPOUT, *SAVE, "--save", directory, ranks=2)
+    return directory, train(*S3, *RESHARDABLE, *COMPARABLE, *SAVE, "--save", directory, ranks=2)
 
 
 @pytest.mark.parametrize("layout", RESHARDED)
@@ -100,7 +105,7 @@ def test_another_layout_loads_bitwise(layout: str, dp2: tuple[Path, Run], tmp_pa
     """Bitwise: model, main parameters and both states, loaded and saved again without a step."""
     ranks, flags, _ = RESHARDED[layout]
     load = ["--load", dp2[0], "--ckpt-step", 3]
-    train(*S3, *RESHARDABLE, *flags, *load, *AND_SAVE_AT_ONCE, tmp_path, ranks=ranks)
+    train(*S3, *RESHARDABLE, *COMPARABLE, *flags, *load, *AND_SAVE_AT_ONCE, tmp_path, ranks=ranks)
     assert_bitwise_equal(tensors(dp2[0], 3), tensors(tmp_path / "torch_dist", 3))
 
 
@@ -110,7 +115,7 @@ def test_another_layout_continues_the_run(layout: str, dp2: tuple[Path, Run]) ->
     ranks, flags, bound = RESHARDED[layout]
     directory, unbroken = dp2
     load = ["--load", directory, "--ckpt-step", 3]
-    resumed = train(*S3, *RESHARDABLE, *NO_DROPOUT, *flags, *load, ranks=ranks)
+    resumed = train(*S3, *RESHARDABLE, *COMPARABLE, *flags, *load, ranks=ranks)
     difference = abs(float(resumed.losses[ITERATIONS]) - float(unbroken.losses[ITERATIONS]))
     print(f"{layout}: the loss differs by {difference:.1e} nats after 3 steps")
     assert difference <= bound

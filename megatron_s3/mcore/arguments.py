@@ -128,7 +128,9 @@ def add_megatron_arguments(
     return parser
 
 
-def validate_args(original: Callable[..., Any], args: argparse.Namespace, *rest: Any) -> Any:
+def validate_args(
+    original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any
+) -> Any:
     """Around Megatron's validation: ours first, then Megatron's as it treats adam.
 
     Raises:
@@ -143,7 +145,7 @@ def validate_args(original: Callable[..., Any], args: argparse.Namespace, *rest:
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
         args.clip_grad = float(args.clip_grad)
-        return original(args, *rest)
+        return original(args, *rest, **more)
 
     description = cls.description
     for h in description.hyperparameters:
@@ -171,7 +173,7 @@ def validate_args(original: Callable[..., Any], args: argparse.Namespace, *rest:
             f"--optimizer {description.name} is {description.clip_grad:g}"
         )
     with as_adam(args):
-        return original(args, *rest)
+        return original(args, *rest, **more)
 
 
 def _refuse_flags_of(description: Description, args: argparse.Namespace) -> None:

@@ -1,0 +1,439 @@
+"""Run configurations: YAML files that extend one another, with the place each value came from.
+
+A file is a mapping of these keys, all optional::
+
+    extends: models/gpt2-7b.yaml    # a path beside this file, or a list of them; read first
+    arguments:                      # Megatron's flags by name; true is the bare flag, false or
+      optimizer: s3                 # null takes an inherited one away, a list is several words
+      lr: 3e-3
+    derived:                        # computed where the arguments do not give the value themselves
+      lr_times_weight_decay: 3e-5   # weight_decay = 3e-5 / lr
+      min_lr_over_lr: 0.1           # min_lr = 0.1 * lr
+    launch:
+      nodes: 8
+      nproc_per_node: 8             # ranks on a node: one for each GPU
+      script: pretrain_gpt.py       # of a Megatron-LM checkout; else megatron_s3.pretrain_gpt
+      time: "24:00:00"              # SLURM's time limit
+      environment: {NAME: value}    # for every rank
+      sbatch: {partition: batch}    # further options of sbatch
+    array:                          # as many runs, each in a folder of its own
+      lr: [1e-3, 3e-3]              # (several keys: all combinations)
+    dataset: PREFIX                 # what `megatron-s3 data` wrote, instead of --data-path
+
+Later files win over earlier ones, key by key, and ``--set`` wins over all files.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["Config", "ConfigError", "Launch", "Origin", "load", "shipped"]
+
+Value = str | bool | None | list[str]
+
+_SECTIONS = ("arguments", "derived", "launch", "array")
+_DERIVED = ("lr_times_weight_decay", "min_lr_over_lr")
+_LAUNCH = ("nodes", "nproc_per_node", "script", "time", "environment", "sbatch")
+_TABLES = ("environment", "sbatch")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names file, line, reason and remedy."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was given.
+
+    Attributes:
+        source: the file as the user named it, or the ``--set`` word.
+        line: counted from 1; 0 for ``--set``.
+    """
+
+    source: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else f"--set {self.source}"
+
+
+@dataclass
+class Launch:
+    """Where the ranks run.
+
+    Attributes:
+        nodes: number of machines.
+        nproc_per_node: ranks on each: one for each GPU.
+        script: a training script of Megatron-LM's; None for :mod:`megatron_s3.pretrain_gpt`.
+        time: SLURM's time limit, as sbatch takes it; None for the partition's own.
+        environment: variables set for every rank.
+        sbatch: further long options of sbatch, without dashes; "" for one without a value.
+    """
+
+    nodes: int = 1
+    nproc_per_node: int = 1
+    script: str | None = None
+    time: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    sbatch: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Config:
+    """A configuration, resolved.
+
+    Attributes:
+        name: the first file's, without its ending.
+        arguments: Megatron's, by the names of their flags with underscores; flags without a value
+            are True. Derived ones included, those that the dataset brings not.
+        launch: nodes, ranks, environment.
+        array: values of arguments for as many runs; empty for one run.
+        dataset: prefix of what ``megatron-s3 data`` wrote, or None.
+        origins: where each value was given, by ``section.key``.
+    """
+
+    name: str
+    arguments: dict[str, str | bool | list[str]]
+    launch: Launch
+    array: dict[str, list[str]]
+    dataset: str | None
+    origins: dict[str, Origin]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.launch.nodes * self.launch.nproc_per_node
+
+    def words(self) -> list[str]:
+        """Megatron's command line."""
+        words = []
+        for name, value in self.arguments.items():
+            words.append(_flag(name))
+            if isinstance(value, list):
+                words += value
+            elif value is not True:
+                words.append(str(value))
+        return words
+
+    def where(self, name: str) -> str:
+        """Where argument ``name`` was given, for messages."""
+        origin = self.origins.get(f"arguments.{name}")
+        return str(origin) if origin else "a default"
+
+    def yaml(self) -> str:
+        """The resolved configuration as YAML, each value with the place it came from."""
+        lines = []
+
+        def add(key: str, value: Any, indent: str, origin: Origin | None) -> None:
+            text = _text(value)
+            lines.append(f"{indent}{key}: {text}" + (f"  # {origin}" if origin else ""))
+
+        lines.append("arguments:")
+        for name, value in self.arguments.items():
+            add(name, value, "  ", self.origins.get(f"arguments.{name}"))
+        lines.append("launch:")
+        for name in _LAUNCH:
+            value = getattr(self.launch, name)
+            if value:
+                add(name, value, "  ", self.origins.get(f"launch.{name}"))
+        if self.dataset:
+            add("dataset", self.dataset, "", self.origins["dataset"])
+        return "\n".join(lines) + "\n"
+
+
+def _text(value: Any) -> str:
+    """A value in YAML, so that :func:`load` reads the same one."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_text(item) for item in value) + "]"
+    if value is True:
+        return "true"
+    plain = re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*", str(value))
+    spoken_for = str(value).lower() in ("true", "false", "yes", "no", "on", "off", "null", "~")
+    return str(value) if plain and not spoken_for else json.dumps(str(value))
+
+
+def _flag(name: str) -> str:
+    # The one spelling of Megatron's with an underscore in it.
+    return "--" + name.replace("_", "-").replace("opt-param-scheduler", "opt_param-scheduler")
+
+
+def shipped() -> Path:
+    """The folder of the configurations that came with this package."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"  # as installed from the wheel
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
+    """The file that a user means, a path or the name of a shipped configuration, and its name.
+
+    Args:
+        name: ``my.yaml``, ``gpt2-7b-s3`` or ``configs/layouts/gpt2-7b-64gpu.yaml``.
+        beside: the folder that a relative path is looked for in first; the working directory
+            unless given.
+
+    Raises:
+        ConfigError: there is none; the message names the nearest.
+    """
+    given = Path(beside or ".") / name
+    if given.is_file():
+        return given, _shown(given)
+    inside = shipped() / name.removeprefix("configs/")
+    for candidate in (inside, inside.with_name(inside.name + ".yaml")):
+        if candidate.is_file():
+            return candidate, _shown(candidate)
+    known = sorted(
+        str(path.relative_to(shipped()).with_suffix("")) for path in shipped().rglob("*.yaml")
+    )
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    near = difflib.get_close_matches(short, known, n=3, cutoff=0.5) or known
+    raise ConfigError(
+        f"{name}: no such file, and no shipped configuration; near: {', '.join(near)}"
+    )
+
+
+def _shown(path: Path) -> str:
+    """How messages call a file: from configs/ if it came with the package, else as given."""
+    real = path.resolve()
+    if real.is_relative_to(shipped().resolve()):
+        return str(Path("configs") / real.relative_to(shipped().resolve()))
+    return os.path.normpath(path)
+
+
+def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
+    """Reads files and overrides, later ones winning.
+
+    Args:
+        files: paths or names of shipped configurations; the first gives the name.
+        sets: ``KEY=VALUE`` words. KEY is an argument's name, ``dataset``, or ``SECTION.KEY``;
+            VALUE is read as YAML.
+
+    Raises:
+        ConfigError: naming file, line, reason and remedy.
+    """
+    merged: dict[str, tuple[Value, Origin]] = {}
+    for name in files:
+        _read(*find(name), merged, ())
+    for word in sets:
+        _set(word, merged)
+    return _resolve(Path(files[0]).stem, merged)
+
+
+def _read(
+    path: Path, shown: str, merged: dict[str, tuple[Value, Origin]], within: tuple[Path, ...]
+) -> None:
+    """Merges a file, after those that it extends."""
+    real = path.resolve()
+    if real in within:
+        raise ConfigError(f"{shown}: extends itself by way of {within[-1].name}")
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown}: cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{shown}:{line}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{shown}: not YAML: {error}") from error
+    if root is None:
+        return
+    entries = list(_entries(root, shown, "the file"))
+    for key, node, origin in entries:
+        if key == "extends":
+            bases = _value(node, origin, key)
+            for base in bases if isinstance(bases, list) else [bases]:
+                if not isinstance(base, str):
+                    raise ConfigError(f"{origin}: extends: name a file, or a list of files")
+                try:
+                    target, name = find(base, path.parent)
+                except ConfigError as error:
+                    raise ConfigError(f"{origin}: extends: {error}") from None
+                _read(target, name, merged, (*within, real))
+    for key, node, origin in entries:
+        if key != "extends":
+            _add(key, node, origin, merged)
+
+
+def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml.Node, Origin]]:
+    """The keys of a mapping with their values and places.
+
+    Raises:
+        ConfigError: it is no mapping, or a key occurs twice.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{shown}:{line}: {what} must be a mapping of keys to values")
+    seen: dict[str, int] = {}
+    for key_node, value in node.value:
+        line = key_node.start_mark.line + 1
+        key = key_node.value
+        if not isinstance(key, str):
+            raise ConfigError(f"{shown}:{line}: a key must be a word")
+        if key in seen:
+            raise ConfigError(
+                f"{shown}:{line}: {key} was given in line {seen[key]} already; remove one"
+            )
+        seen[key] = line
+        yield key, value, Origin(shown, line)
+
+
+def _value(node: yaml.Node, origin: Origin, key: str) -> Value:
+    """A scalar as it is written (3e-3 stays 3e-3), true, false and null apart; or a list."""
+    if isinstance(node, yaml.SequenceNode):
+        return [str(_value(item, origin, key)) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{origin}: {key} must be a value or a list, not a mapping")
+    if node.tag == "tag:yaml.org,2002:null":
+        return None
+    if node.tag == "tag:yaml.org,2002:bool":
+        return node.value.lower() in ("true", "yes", "on")
+    return node.value
+
+
+def _known(key: str, known: Sequence[str], origin: Origin, what: str) -> None:
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    raise ConfigError(f"{origin}: unknown {what} {key!r}; {hint}")
+
+
+def _add(
+    key: str, node: yaml.Node, origin: Origin, merged: dict[str, tuple[Value, Origin]]
+) -> None:
+    _known(key, ("extends", *_SECTIONS, "dataset"), origin, "key")
+    if key == "dataset":
+        merged[key] = (_value(node, origin, key), origin)
+        return
+    for name, value, place in _entries(node, origin.source, key):
+        if key == "launch" and name in _TABLES:
+            for entry, inner, at in _entries(value, origin.source, f"launch.{name}"):
+                merged[f"launch.{name}.{entry}"] = (_value(inner, at, entry), at)
+            continue
+        _put(key, name, _value(value, place, name), place, merged)
+
+
+def _put(
+    section: str, name: str, value: Value, origin: Origin, merged: dict[str, tuple[Value, Origin]]
+) -> None:
+    if section == "derived":
+        _known(name, _DERIVED, origin, "derived value")
+    elif section == "launch":
+        _known(name, _LAUNCH, origin, "launch setting")
+    else:
+        name = name.replace("-", "_")
+    merged[f"{section}.{name}"] = (value, origin)
+
+
+def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
+    key, equals, text = word.partition("=")
+    origin = Origin(word)
+    if not equals or not key:
+        raise ConfigError(f"--set {word}: write KEY=VALUE")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {word}: {text!r} is not a YAML value: {error}") from error
+    value = None if node is None else _value(node, origin, key)
+    section, dot, name = key.partition(".")
+    if key == "dataset":
+        merged[key] = (value, origin)
+    elif not dot:
+        _put("arguments", key, value, origin, merged)
+    elif section not in _SECTIONS:
+        raise ConfigError(
+            f"--set {word}: unknown section {section!r}; known: {', '.join(_SECTIONS)}"
+        )
+    elif section == "launch" and name.split(".")[0] in _TABLES:
+        if "." not in name:
+            raise ConfigError(f"--set {word}: write launch.{name}.NAME=VALUE")
+        merged[key] = (value, origin)
+    else:
+        _put(section, name, value, origin, merged)
+
+
+def _resolve(name: str, merged: dict[str, tuple[Value, Origin]]) -> Config:
+    arguments: dict[str, str | bool | list[str]] = {}
+    origins: dict[str, Origin] = {}
+    launch = Launch()
+    array: dict[str, list[str]] = {}
+    dataset = None
+    for key, (value, origin) in merged.items():
+        section, _, rest = key.partition(".")
+        if value is None or (value is False and section == "arguments"):
+            continue
+        if section == "arguments":
+            arguments[rest] = value
+        elif section == "array":
+            array[rest] = value if isinstance(value, list) else [str(value)]
+        elif section == "launch":
+            _set_launch(launch, rest, value, origin)
+        elif key == "dataset":
+            if not isinstance(value, str):
+                raise ConfigError(
+                    f"{origin}: dataset must be the prefix that megatron-s3 data wrote"
+                )
+            dataset = value
+        origins[key] = origin
+    _derive(arguments, merged, origins)
+    return Config(name, arguments, launch, array, dataset, origins)
+
+
+def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
+    table, dot, name = key.partition(".")
+    if dot:
+        if isinstance(value, list):
+            raise ConfigError(f"{origin}: {key} must be one value")
+        text = "" if value is True and table == "sbatch" else str(value)
+        getattr(launch, table)[name] = text
+    elif key in ("time", "script"):
+        setattr(launch, key, str(value))
+    else:
+        if not isinstance(value, str) or not value.isdecimal() or int(value) < 1:
+            raise ConfigError(
+                f"{origin}: launch.{key} must be a whole number from 1, not {value!r}"
+            )
+        setattr(launch, key, int(value))
+
+
+def _derive(
+    arguments: dict[str, Any],
+    merged: dict[str, tuple[Value, Origin]],
+    origins: dict[str, Origin],
+) -> None:
+    for key, target, compute in (
+        ("lr_times_weight_decay", "weight_decay", lambda x, lr: x / lr),
+        ("min_lr_over_lr", "min_lr", lambda x, lr: x * lr),
+    ):
+        value, origin = merged.get(f"derived.{key}", (None, None))
+        if value is None or target in arguments:
+            continue
+        if "lr" not in arguments:
+            raise ConfigError(f"{origin}: {key} needs arguments.lr, and no file gives it")
+        factor = _number(value, key, origin)
+        lr = _number(arguments["lr"], "lr", merged["arguments.lr"][1])
+        if lr <= 0:
+            raise ConfigError(f"{merged['arguments.lr'][1]}: lr must be above 0, not {lr}")
+        # Decimal, so that 3e-5 / 3e-4 is 0.1 and not 0.09999999999999999.
+        arguments[target] = f"{float(compute(factor, lr)):.12g}"
+        origins[f"arguments.{target}"] = origin
+
+
+def _number(value: Value, key: str, origin: Origin) -> Decimal:
+    try:
+        number = Decimal(value) if isinstance(value, str) else Decimal("nan")
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite():
+        raise ConfigError(f"{origin}: {key} must be a number, not {value!r}")
+    return number

@@ -1,0 +1,126 @@
+"""Megatron's own parser and validation, for jobs that are not running yet.
+
+Nothing here trains: a job for GPUs can be checked on a machine that has none.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Iterator, Sequence
+from unittest import mock
+
+import torch
+
+from megatron_s3.mcore import cpu_device
+
+__all__ = ["parse", "parser", "prepare"]
+
+#: What validation asks of a device, where there is none: an H100's (compute capability 9.0).
+_STANDIN = types.SimpleNamespace(
+    name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
+)
+
+
+def prepare(words: Sequence[str]) -> None:
+    """Registers the plugin for jobs of the device that ``words`` name.
+
+    Raises:
+        RuntimeError: this process was prepared for the CPU, and the job is for GPUs.
+        SeamMoved: the installed Megatron is none that the plugin knows.
+        ImportError: there is no Megatron.
+    """
+    if _device(words) == "cpu":
+        cpu_device.use_cpu()
+    elif cpu_device.active():
+        raise RuntimeError("a process that has checked a CPU job cannot check one for GPUs")
+    with _quiet():
+        from megatron_s3.mcore import seams  # imports Megatron
+
+        seams.install()
+
+
+def _device(words: Sequence[str]) -> str:
+    """The device that the job is for, cpu or cuda."""
+    words = list(words)
+    return words[words.index("--s3-device") + 1] if "--s3-device" in words else "cuda"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Megatron's parser with the plugin's flags in it; :func:`prepare` first."""
+    from megatron.training import arguments
+
+    with _quiet():
+        return arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
+    """Megatron's arguments, validated, as rank 0 of ``world_size`` would see them.
+
+    Args:
+        words: the command line, without the program.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: Megatron or the plugin refuses them, with its words.
+    """
+    prepare(words)
+    from megatron.training import arguments
+
+    environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+    # What Megatron demands of the environment is the launcher's to set, and set it does.
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    errors = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(sys, "argv", ["megatron-s3", *words]),
+        _device_standin(),
+        _quiet(),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            args = arguments.parse_args()
+            arguments.validate_args(args, {})
+        except SystemExit as error:  # argparse's way
+            lines = errors.getvalue().strip().splitlines() or [str(error)]
+            raise ValueError(lines[-1].partition("error: ")[2] or lines[-1]) from None
+        except Exception as error:  # assertions, and whatever a release stumbles over
+            raise ValueError(_words_of(error)) from error
+    return args
+
+
+def _words_of(error: Exception) -> str:
+    """What the error says; of a bare assertion, the condition that failed."""
+    if str(error) and not isinstance(error, KeyError):
+        return " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} {error}: {frame.line} ({frame.filename}:{frame.lineno})"
+
+
+@contextlib.contextmanager
+def _device_standin() -> Iterator[None]:
+    if cpu_device.active() or torch.cuda.is_available():
+        yield
+        return
+    with (
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=_STANDIN),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Megatron's table of arguments and its warnings about optional packages."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_s3.launch.config import Config, ConfigError
 
-__all__ = ["arithmetic", "check", "megatron_is_here"]
+__all__ = ["arithmetic", "ask_megatron", "check", "megatron_is_here"]
 
 
 def megatron_is_here() -> bool:
@@ -17,6 +17,14 @@ def megatron_is_here() -> bool:
         return all(importlib.util.find_spec(name) for name in ("torch", "megatron.training"))
     except ModuleNotFoundError:
         return False
+
+
+def ask_megatron(config: Config, more: list[str] | None = None) -> None:
+    """As :func:`check`; where there is no Megatron, says so and leaves it to the job's nodes."""
+    if megatron_is_here():
+        check(config, more)
+    else:
+        print("Megatron is not installed here: its own checks are left to the nodes of the job")
 
 
 def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:

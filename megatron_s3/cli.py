@@ -1,0 +1,49 @@
+"""The command ``megatron-s3 VERB``; the module of a verb is loaded when it is called."""
+
+import importlib
+import sys
+
+__all__ = ["main"]
+
+VERBS = {
+    "launch": ("megatron_s3.launch.run", "train a configuration, on this node or through SLURM"),
+    "plan": (
+        "megatron_s3.launch.plan",
+        "memory, traffic and days of a configuration, on any layout",
+    ),
+    "configs": ("megatron_s3.launch.shipped", "list and check the configurations"),
+    "data": ("megatron_s3.data.__main__", "text to Megatron's datasets"),
+    "export": ("megatron_s3.checkpoints.export", "a checkpoint to a Hugging Face GPT-2 model"),
+    "eval": ("megatron_s3.checkpoints.evaluate", "exported models on the paper's five tasks"),
+}
+
+
+def _usage() -> str:
+    verbs = "".join(f"  {name:8} {what}\n" for name, (_, what) in VERBS.items())
+    return f"usage: megatron-s3 VERB [...]\n\n{verbs}\nmegatron-s3 VERB --help says more."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb with the arguments that follow it.
+
+    Returns:
+        Its exit status; 2 for an unknown verb.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv and argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"megatron-s3 {version('megatron-s3')}")
+        return 0
+    if not argv or argv[0] not in VERBS:
+        what = f"error: no verb {argv[0]!r}\n" if argv else ""
+        print(what + _usage(), file=sys.stderr)
+        return 2
+    return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

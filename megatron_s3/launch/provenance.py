@@ -1,0 +1,117 @@
+"""What a run was: command, configuration, code, packages, environment and machine, beside it."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import megatron_s3
+from megatron_s3.launch.config import Config
+
+__all__ = ["record"]
+
+# Whose values are not written down.
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE", re.IGNORECASE)
+
+
+def record(run_dir: Path, config: Config, command: list[str]) -> None:
+    """Writes an attempt's record; each node its own facts, the first one all the rest.
+
+    ``RUN/config.yaml`` is the newest attempt's configuration; what differs from the one before is
+    printed. ``RUN/provenance/ATTEMPT/`` keeps ``command.txt``, ``config.yaml``, ``packages.txt``,
+    ``environment.txt`` (secrets left out), ``code.txt``, ``code.diff`` and ``node-HOST.json``.
+    """
+    attempt = run_dir / "provenance" / _attempt()
+    attempt.mkdir(parents=True, exist_ok=True)
+    host = platform.node()
+    (attempt / f"node-{host}.json").write_text(json.dumps(_node(), indent=2) + "\n")
+    if os.environ.get("SLURM_NODEID", "0") != "0":
+        return
+    resolved = config.yaml()
+    _say_changes(run_dir / "config.yaml", resolved)
+    for folder in (run_dir, attempt):
+        (folder / "config.yaml").write_text(resolved)
+    (attempt / "command.txt").write_text(shlex.join(command) + "\n")
+    packages = {d.name: d.version for d in importlib.metadata.distributions()}
+    (attempt / "packages.txt").write_text(
+        "".join(f"{name}=={version}\n" for name, version in sorted(packages.items()))
+    )
+    environment = {
+        name: "(not written down)" if _SECRET.search(name) else value
+        for name, value in sorted(os.environ.items())
+    }
+    (attempt / "environment.txt").write_text(
+        "".join(f"{name}={value}\n" for name, value in environment.items())
+    )
+    code, difference = _code()
+    (attempt / "code.txt").write_text(code)
+    if difference:
+        (attempt / "code.diff").write_text(difference)
+
+
+def _attempt() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    if job:  # the same on all nodes
+        return f"job-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+
+
+def _say_changes(path: Path, resolved: str) -> None:
+    """Prints which values of the run differ from its last attempt's."""
+    if not path.is_file():
+        return
+
+    def values(text: str) -> set[str]:
+        return {line.partition("  #")[0].strip() for line in text.splitlines()}
+
+    before, now = values(path.read_text()), values(resolved)
+    if before != now:
+        gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
+        print(f"[megatron-s3] the configuration changed since the last attempt: {gone} -> {new}")
+
+
+def _code() -> tuple[str, str]:
+    """The plugin's version and commit, and what is changed beside the commit."""
+    here = Path(megatron_s3.__file__).parents[1]
+    lines = [f"megatron_s3 {megatron_s3.__version__} ({here})", f"python {sys.version}"]
+    commit = (
+        _output("git", "-C", str(here), "rev-parse", "HEAD") if (here / ".git").exists() else ""
+    )
+    if not commit:
+        return "\n".join(lines) + "\n", ""
+    lines.append(f"commit {commit}")
+    difference = _output("git", "-C", str(here), "diff", "HEAD")
+    lines.append("changed since the commit: see code.diff" if difference else "nothing changed")
+    return "\n".join(lines) + "\n", difference
+
+
+def _node() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "host": platform.node(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if shutil.which("nvidia-smi"):
+        query = "name,memory.total,driver_version,uuid"
+        gpus = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        facts["gpus"] = gpus.splitlines()
+    return facts
+
+
+def _output(*command: str) -> str:
+    """What a command prints; empty if it cannot run or fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""

@@ -1,0 +1,314 @@
+"""`megatron-s3 launch`: starts the ranks of a configuration on this node, or submits it to SLURM.
+
+In a SLURM job, one task of a step runs this on each node; node rank and the first node's address
+are taken from SLURM_NODEID, MASTER_ADDR and MASTER_PORT. SIGUSR1 and SIGTERM are passed on to the
+ranks as SIGTERM, for which Megatron saves a checkpoint and ends (--exit-signal-handler); torchrun
+itself is left alone, since it would kill them after 30 seconds.
+
+Exit status: 0, trained to the end (at once if it was already); 75, stopped before the end with a
+checkpoint saved, and the same command goes on from it; 2, cannot run; else the ranks failed.
+"""
+
+import argparse
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from megatron_s3.launch import provenance, slurm
+from megatron_s3.launch.check import arithmetic, ask_megatron
+from megatron_s3.launch.config import Config, ConfigError, load
+
+__all__ = ["STOPPED", "main"]
+
+#: EX_TEMPFAIL: stopped before the end, to be run again.
+STOPPED = 75
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; see the module."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-s3 launch",
+        description="Train a configuration on this node, or submit it to SLURM. The same command "
+        "resumes from the newest checkpoint in the run directory.",
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="where everything is written (default: $RUN_DIR, else runs/NAME)",
+    )
+    parser.add_argument(
+        "--task",
+        type=int,
+        metavar="K",
+        default=os.environ.get("SLURM_ARRAY_TASK_ID"),
+        help="the K-th run, from 0, of a configuration with an array (default: "
+        "$SLURM_ARRAY_TASK_ID)",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--slurm", action="store_true", help="submit with sbatch")
+    mode.add_argument(
+        "--print-run-dir", action="store_true", help="print the run directory, and do nothing"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print the commands, and start nothing"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return _main(args)
+    except (ConfigError, slurm.SlurmError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, OVERLAY and --set, for every verb that takes a configuration."""
+    parser.add_argument("config", help="a YAML file, or the name of a shipped one (gpt2-7b-s3)")
+    parser.add_argument("overlay", nargs="*", help="more files; the later ones win")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="sets",
+        help="override an argument of Megatron's, dataset, or launch.NAME; may be repeated",
+    )
+
+
+def _main(args: argparse.Namespace) -> int:
+    config = load([args.config, *args.overlay], args.sets)
+    stems = [Path(name).stem for name in args.overlay]
+    run_dir = Path(
+        args.run_dir or os.environ.get("RUN_DIR") or "runs/" + "-".join([config.name, *stems])
+    )
+    tasks = array_tasks(config)
+    if args.slurm:
+        return slurm.submit(config, args, run_dir, len(tasks) if config.array else 0)
+    if config.array:
+        if args.task is None:
+            raise ConfigError(
+                f"{config.name} is an array of {len(tasks)} runs ({', '.join(tasks)}): submit it "
+                "with --slurm, or run one of them with --task K"
+            )
+        if not 0 <= args.task < len(tasks):
+            raise ConfigError(f"--task {args.task}: the array has the runs 0 to {len(tasks) - 1}")
+        name, sets = list(tasks.items())[args.task]
+        config = load([args.config, *args.overlay], [*args.sets, *sets])
+        run_dir /= name
+    if args.print_run_dir:
+        print(run_dir)
+        return 0
+    return _launch(config, run_dir, args.dry_run)
+
+
+def array_tasks(config: Config) -> dict[str, list[str]]:
+    """The runs of an array: name -> overrides; all combinations of its values."""
+    return {
+        "-".join(f"{key}-{value}" for key, value in zip(config.array, values, strict=True)): [
+            f"{key}={value}" for key, value in zip(config.array, values, strict=True)
+        ]
+        for values in itertools.product(*config.array.values())
+    }
+
+
+def megatron_words(config: Config, run_dir: Path) -> list[str]:
+    """Megatron's command line for a run: the configuration's, the dataset's, and its folders.
+
+    Raises:
+        ConfigError: there is no data to train on, or the dataset is not there.
+    """
+    words = config.words()
+    given = config.arguments
+    if config.dataset:
+        from megatron_s3 import data
+
+        try:
+            words += data.megatron_arguments(config.dataset)
+        except data.DataError as error:
+            raise ConfigError(f"{config.origins['dataset']}: dataset: {error}") from error
+    elif (
+        not {
+            "data_path",
+            "train_data_path",
+            "mock_data",
+            "data_args_path",
+            "per_split_data_args_path",
+        }
+        & given.keys()
+    ):
+        raise ConfigError(
+            f"{config.name}: nothing to train on; --set dataset=PREFIX names what `megatron-s3 "
+            "data` wrote (or data_path=PREFIX a dataset of Megatron's, or mock_data=true)"
+        )
+    for name, folder in {
+        "save": "checkpoints",
+        "load": "checkpoints",
+        "tensorboard_dir": "tensorboard",
+        "data_cache_path": "data-cache",
+    }.items():
+        if name not in given:
+            words += ["--" + name.replace("_", "-"), str(run_dir.absolute() / folder)]
+    return words
+
+
+def torchrun(config: Config, words: list[str]) -> list[str]:
+    """The command that starts this node's ranks.
+
+    Raises:
+        ConfigError: the SLURM job has another number of nodes, or does not say where they meet.
+    """
+    launch = config.launch
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={launch.nproc_per_node}",
+    ]
+    if launch.nodes == 1:
+        # The address, because a container's host name may not resolve.
+        command += ["--standalone", "--local-addr=127.0.0.1"]
+    else:
+        rank, address, port = (
+            os.environ.get(name) for name in ("SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT")
+        )
+        command += [
+            f"--nnodes={launch.nodes}",
+            f"--node-rank={rank or '$SLURM_NODEID'}",
+            f"--master-addr={address or '$MASTER_ADDR'}",
+            f"--master-port={port or '$MASTER_PORT'}",
+        ]
+    program = (
+        ["-m", "megatron_s3", launch.script]
+        if launch.script
+        else ["-m", "megatron_s3.pretrain_gpt"]
+    )
+    return [*command, *program, *words]
+
+
+def _launch(config: Config, run_dir: Path, dry_run: bool) -> int:
+    _check_job(config, dry_run)
+    words = megatron_words(config, run_dir)
+    shape = arithmetic(config)
+    if os.environ.get("SLURM_NODEID", "0") == "0":  # once is enough
+        ask_megatron(config, words[len(config.words()) :])
+    command = torchrun(config, words)
+    say(
+        f"{config.name}: {shape['world_size']} ranks on {config.launch.nodes} nodes = data "
+        f"{shape['data_parallel']} x tensor {shape['tensor']} x pipeline {shape['pipeline']} x "
+        f"context {shape['context']}; batch {shape['global_batch_size']}, on a rank "
+        f"{shape['micro_batches']} micro-batches of {shape['micro_batch_size']}; in {run_dir}"
+    )
+    if dry_run:
+        print(config.yaml())
+        for name, value in config.launch.environment.items():
+            print(f"export {name}={shlex.quote(value)}")
+        print(shlex.join(command))
+        return 0
+    last = int(str(config.arguments.get("train_iters", 0)))
+    saved = newest_checkpoint(run_dir)
+    if last and saved is not None and saved >= last:
+        say(f"trained to iteration {saved} of {last} already; nothing to do")
+        return 0
+    if saved is not None:
+        say(f"going on from iteration {saved}")
+    provenance.record(run_dir, config, command)
+    status, stopped = _supervise(command, os.environ | config.launch.environment)
+    reached = newest_checkpoint(run_dir)
+    if status:
+        say(f"the ranks ended with status {status}; the newest checkpoint is {reached}")
+        return status
+    if last and (reached or 0) < last:
+        why = f"asked to by {stopped}" if stopped else "Megatron ended early"
+        say(f"stopped at iteration {reached} of {last} ({why}); the same command goes on")
+        return STOPPED
+    return 0
+
+
+def _check_job(config: Config, dry_run: bool) -> None:
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "0"))
+    if nodes and nodes != config.launch.nodes:
+        where = config.origins.get("launch.nodes", "a default")
+        raise ConfigError(
+            f"launch.nodes is {config.launch.nodes} ({where}), but the SLURM job has {nodes} "
+            f"nodes; submit with --nodes={config.launch.nodes}, or --set launch.nodes={nodes}"
+        )
+    if config.launch.nodes > 1 and not dry_run:
+        missing = [n for n in ("SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"{config.launch.nodes} nodes, but {', '.join(missing)} is not set: submit with "
+                "--slurm, or set them on each node and run this there"
+            )
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """Iteration of the newest complete checkpoint: Megatron writes this file after all else."""
+    try:
+        return int((run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _supervise(command: list[str], environment: dict[str, str]) -> tuple[int, str | None]:
+    """Runs torchrun; returns its status, and the signal that asked the ranks to stop, if any."""
+    asked: list[str] = []
+    process = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        first = not asked
+        asked.append(signal.Signals(number).name)
+        if first:
+            say(f"{asked[0]}: the ranks are asked to save and end")
+            threading.Thread(target=_stop_ranks, args=(process,), daemon=True).start()
+
+    process = subprocess.Popen(command, env=environment)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return status, asked[0] if asked else None
+
+
+def _stop_ranks(process: subprocess.Popen) -> None:
+    """Sends each rank one SIGTERM, as soon as it is ready to take it."""
+    told: set[int] = set()
+    while process.poll() is None:
+        for pid in _ranks(process.pid) - told:
+            if _catches(pid, signal.SIGTERM):
+                os.kill(pid, signal.SIGTERM)
+                told.add(pid)
+        threading.Event().wait(0.5)
+
+
+def _ranks(agent: int) -> set[int]:
+    """The processes that torchrun started."""
+    try:
+        return set(map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split()))
+    except FileNotFoundError:
+        return set()
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for the signal; without one it would just die."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+    mask = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(mask >> (number - 1) & 1)
+
+
+def say(message: str) -> None:
+    """One line, from the first node alone."""
+    if os.environ.get("SLURM_NODEID", "0") == "0":
+        print(f"[megatron-s3] {message}", flush=True)

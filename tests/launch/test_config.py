@@ -1,0 +1,164 @@
+"""Configuration files: merging, origins, derived values, errors."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from megatron_s3.launch.config import ConfigError, load, shipped
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def write(folder: Path, **files: str) -> list[str]:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return [str(folder / f"{name}.yaml") for name in files]
+
+
+def refusal(files, *sets: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(files, sets)
+    return str(error.value)
+
+
+def test_later_files_win_key_by_key(tmp_path):
+    base, run, overlay = write(
+        tmp_path,
+        base="arguments: {lr: 1e-3, bf16: true, seed: 1}\nlaunch: {nodes: 2, environment: {A: 1}}",
+        run="extends: base.yaml\narguments: {lr: 3e-3}\nlaunch: {environment: {B: 2}}",
+        overlay="arguments: {bf16: false, window_size: [128, 0]}",
+    )
+    config = load([run, overlay], ["seed=7", "launch.environment.A=3"])
+    assert config.name == "run"
+    assert config.words() == ["--lr", "3e-3", "--seed", "7", "--window-size", "128", "0"]
+    assert (config.launch.nodes, config.launch.environment) == (2, {"A": "3", "B": "2"})
+    assert config.where("lr") == f"{run}:2"
+    assert config.where("seed") == "--set seed=7"
+    assert config.where("window_size") == f"{overlay}:1"
+    assert base not in config.where("lr")
+
+
+def test_numbers_are_passed_on_as_written(tmp_path):
+    (run,) = write(tmp_path, run="arguments: {lr: 3.0e-3, a: 010, b: 1_000, c: 12:30, d: .5}")
+    assert load([run]).arguments == {
+        "lr": "3.0e-3",
+        "a": "010",
+        "b": "1_000",
+        "c": "12:30",
+        "d": ".5",
+    }
+
+
+def test_the_rule_for_weight_decay_follows_the_rate(tmp_path):
+    (run,) = write(
+        tmp_path,
+        run="arguments: {lr: 3e-4}\nderived: {lr_times_weight_decay: 3e-5, min_lr_over_lr: 0.1}",
+    )
+    assert load([run]).arguments == {"lr": "3e-4", "weight_decay": "0.1", "min_lr": "3e-05"}
+    assert load([run], ["lr=3e-3"]).arguments["weight_decay"] == "0.01"
+    assert load([run], ["weight_decay=0"]).arguments["weight_decay"] == "0"
+    assert "weight_decay" not in load([run], ["derived.lr_times_weight_decay=null"]).arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arguments: {lr: 1\n", "not YAML"),
+        ("- lr", "run.yaml:1: the file must be a mapping"),
+        ("arguments:\n  lr: 1\n  lr: 2\n", "run.yaml:3: lr was given in line 2 already"),
+        ("argument:\n  lr: 1\n", "run.yaml:1: unknown key 'argument'; did you mean arguments?"),
+        ("arguments:\n  lr: {a: 1}\n", "run.yaml:2: lr must be a value or a list, not a mapping"),
+        ("launch:\n  node: 2\n", "run.yaml:2: unknown launch setting 'node'; did you mean nodes?"),
+        ("launch:\n  nodes: 0\n", "run.yaml:2: launch.nodes must be a whole number from 1"),
+        ("derived:\n  min_lr_over_lr: 0.1\n", "run.yaml:2: min_lr_over_lr needs arguments.lr"),
+        ("arguments: {lr: x}\nderived: {min_lr_over_lr: 1}", "run.yaml:1: lr must be a number"),
+        ("extends: nowhere.yaml\n", "run.yaml:1: extends: nowhere.yaml: no such file"),
+        ("extends: run.yaml\n", "extends itself by way of run.yaml"),
+    ],
+)
+def test_errors_name_file_line_and_reason(tmp_path, text, message):
+    assert message in refusal(write(tmp_path, run=text))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lr", "--set lr: write KEY=VALUE"),
+        ("lanch.nodes=2", "unknown section 'lanch'"),
+        ("launch.nodes=two", "--set launch.nodes=two: launch.nodes must be a whole number"),
+        ("launch.sbatch=x", "write launch.sbatch.NAME=VALUE"),
+        ("lr={a: 1}", "lr must be a value or a list"),
+        ("lr=[1", "is not a YAML value"),
+    ],
+)
+def test_overrides_are_checked_too(word, message):
+    assert message in refusal(["tiny-s3"], word)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    assert "near: gpt2-7b-s3" in refusal(["gpt2-7b-s4"])
+
+
+SHIPPED = sorted(
+    str(path.relative_to(shipped()))
+    for path in shipped().glob("*.yaml")
+    if path.name != "base.yaml"
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_resolved_configuration_reads_back_as_itself(name, tmp_path):
+    config = load([name])
+    (again,) = write(tmp_path, again=config.yaml())
+    read = load([again])
+    assert (read.arguments, read.launch) == (config.arguments, config.launch)
+
+
+def test_two_optimizers_differ_only_in_the_optimizers_lines():
+    for model in ("gpt2-345m-paper", "gpt2-345m", "gpt2-7b", "tiny"):
+        s3, adamw = load([f"{model}-s3"]).arguments, load([f"{model}-adamw"]).arguments
+        different = {k for k in s3.keys() | adamw.keys() if s3.get(k) != adamw.get(k)}
+        assert different == {
+            "optimizer", "lr", "min_lr", "weight_decay", "clip_grad", "s3_beta", "s3_p",
+            "s3_log_max_update", "adam_beta1", "adam_beta2", "adam_eps",
+        }  # fmt: skip
+
+
+def test_the_papers_settings():
+    s3 = load(["gpt2-345m-paper-s3"]).arguments
+    wanted = {
+        "num_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 1024,
+        "global_batch_size": 512, "train_iters": 50000, "lr_warmup_iters": 5000, "lr": 3e-3,
+        "min_lr": 3e-4, "weight_decay": 0.01, "s3_beta": 0.95, "s3_p": 3, "clip_grad": 0,
+    }  # fmt: skip
+    assert {name: float(s3[name]) for name in wanted} == wanted
+    adamw = load(["gpt2-7b-adamw", "overlays/100k-steps"]).arguments
+    wanted = {
+        "num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "seq_length": 4096,
+        "global_batch_size": 1024, "train_iters": 100000, "lr": 3e-4, "weight_decay": 0.1,
+        "adam_beta1": 0.9, "adam_beta2": 0.95, "clip_grad": 1,
+    }  # fmt: skip
+    assert {name: float(adamw[name]) for name in wanted} == wanted
+
+
+def test_configurations_and_job_script_are_in_the_wheel(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "tests")
+    shutil.copytree(REPOSITORY, source, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    here = {
+        f"megatron_s3/configs/{path.relative_to(shipped())}" for path in shipped().rglob("*.yaml")
+    }
+    assert here <= inside
+    assert "megatron_s3/scripts/pretrain.sbatch" in inside
+    packages = {
+        str(p.parent.relative_to(REPOSITORY)) for p in REPOSITORY.glob("megatron_s3/**/*.py")
+    }
+    assert packages <= {str(Path(name).parent) for name in inside}

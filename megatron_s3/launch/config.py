@@ -3,6 +3,8 @@
 A file is a mapping of these keys, all optional::
 
     extends: models/gpt2-7b.yaml    # a path beside this file, or a list of them; read first
+    over: gpt2-7b-s3.yaml           # the same, where this file is the first one: what an overlay
+                                    # is meant for
     arguments:                      # Megatron's flags by name; true is the bare flag, false or
       optimizer: s3                 # null takes an inherited one away, a list is several words
       lr: 3e-3
@@ -35,7 +37,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Config", "ConfigError", "Launch", "Origin", "load", "shipped"]
+__all__ = ["Config", "ConfigError", "Launch", "Origin", "load", "name_of", "shipped"]
 
 Value = str | bool | None | list[str]
 
@@ -226,7 +228,14 @@ def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
         _read(*find(name), merged, ())
     for word in sets:
         _set(word, merged)
-    return _resolve(Path(files[0]).stem, merged)
+    return _resolve(name_of(files[0]), merged)
+
+
+def name_of(name: str) -> str:
+    """What a file is called in names of runs: ``configs/overlays/table-iv/3-s3`` table-iv-3-s3."""
+    path = Path(find(name)[1]).with_suffix("")
+    parts = path.parts if path.parts[0] == "configs" else path.parts[-1:]
+    return "-".join(p for p in parts if p not in ("configs", "overlays", "layouts"))
 
 
 def _read(
@@ -249,18 +258,18 @@ def _read(
         return
     entries = list(_entries(root, shown, "the file"))
     for key, node, origin in entries:
-        if key == "extends":
+        if key == "extends" or (key == "over" and not merged):
             bases = _value(node, origin, key)
             for base in bases if isinstance(bases, list) else [bases]:
                 if not isinstance(base, str):
-                    raise ConfigError(f"{origin}: extends: name a file, or a list of files")
+                    raise ConfigError(f"{origin}: {key}: name a file, or a list of files")
                 try:
                     target, name = find(base, path.parent)
                 except ConfigError as error:
-                    raise ConfigError(f"{origin}: extends: {error}") from None
+                    raise ConfigError(f"{origin}: {key}: {error}") from None
                 _read(target, name, merged, (*within, real))
     for key, node, origin in entries:
-        if key != "extends":
+        if key not in ("extends", "over"):
             _add(key, node, origin, merged)
 
 
@@ -311,7 +320,7 @@ def _known(key: str, known: Sequence[str], origin: Origin, what: str) -> None:
 def _add(
     key: str, node: yaml.Node, origin: Origin, merged: dict[str, tuple[Value, Origin]]
 ) -> None:
-    _known(key, ("extends", *_SECTIONS, "dataset"), origin, "key")
+    _known(key, ("extends", "over", *_SECTIONS, "dataset"), origin, "key")
     if key == "dataset":
         merged[key] = (_value(node, origin, key), origin)
         return

@@ -22,9 +22,9 @@ from types import FrameType
 
 from megatron_s3.launch import provenance, slurm
 from megatron_s3.launch.check import arithmetic, ask_megatron
-from megatron_s3.launch.config import Config, ConfigError, load
+from megatron_s3.launch.config import Config, ConfigError, load, name_of
 
-__all__ = ["STOPPED", "main"]
+__all__ = ["STOPPED", "add_config_arguments", "add_run_arguments", "main", "resolve"]
 
 #: EX_TEMPFAIL: stopped before the end, to be run again.
 STOPPED = 75
@@ -38,19 +38,7 @@ def main(argv: list[str]) -> int:
         "resumes from the newest checkpoint in the run directory.",
     )
     add_config_arguments(parser)
-    parser.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="where everything is written (default: $RUN_DIR, else runs/NAME)",
-    )
-    parser.add_argument(
-        "--task",
-        type=int,
-        metavar="K",
-        default=os.environ.get("SLURM_ARRAY_TASK_ID"),
-        help="the K-th run, from 0, of a configuration with an array (default: "
-        "$SLURM_ARRAY_TASK_ID)",
-    )
+    add_run_arguments(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--slurm", action="store_true", help="submit with sbatch")
     mode.add_argument(
@@ -83,30 +71,62 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _main(args: argparse.Namespace) -> int:
-    config = load([args.config, *args.overlay], args.sets)
-    stems = [Path(name).stem for name in args.overlay]
-    run_dir = Path(
-        args.run_dir or os.environ.get("RUN_DIR") or "runs/" + "-".join([config.name, *stems])
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """--run-dir and --task."""
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="where everything is written (default: $RUN_DIR, else runs/NAME)",
     )
-    tasks = array_tasks(config)
+    parser.add_argument(
+        "--task",
+        type=int,
+        metavar="K",
+        default=os.environ.get("SLURM_ARRAY_TASK_ID"),
+        help="the K-th run, from 0, of a configuration with an array (default: "
+        "$SLURM_ARRAY_TASK_ID)",
+    )
+
+
+def _main(args: argparse.Namespace) -> int:
     if args.slurm:
-        return slurm.submit(config, args, run_dir, len(tasks) if config.array else 0)
-    if config.array:
-        if args.task is None:
-            raise ConfigError(
-                f"{config.name} is an array of {len(tasks)} runs ({', '.join(tasks)}): submit it "
-                "with --slurm, or run one of them with --task K"
-            )
-        if not 0 <= args.task < len(tasks):
-            raise ConfigError(f"--task {args.task}: the array has the runs 0 to {len(tasks) - 1}")
-        name, sets = list(tasks.items())[args.task]
-        config = load([args.config, *args.overlay], [*args.sets, *sets])
-        run_dir /= name
+        config = load([args.config, *args.overlay], args.sets)
+        tasks = len(array_tasks(config)) if config.array else 0
+        return slurm.submit(config, args, _run_dir(args), tasks)
+    config, run_dir = resolve(args)
     if args.print_run_dir:
         print(run_dir)
         return 0
     return _launch(config, run_dir, args.dry_run)
+
+
+def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
+    """The configuration and the run directory that the arguments mean, those of the array's task.
+
+    Args:
+        args: of :func:`add_config_arguments` and :func:`add_run_arguments`.
+
+    Raises:
+        ConfigError: the files cannot be read, or no run of the array is chosen.
+    """
+    config = load([args.config, *args.overlay], args.sets)
+    if not config.array:
+        return config, _run_dir(args)
+    tasks = array_tasks(config)
+    if args.task is None:
+        raise ConfigError(
+            f"{config.name} is an array of {len(tasks)} runs ({', '.join(tasks)}): submit it "
+            "with --slurm, or run one of them with --task K"
+        )
+    if not 0 <= args.task < len(tasks):
+        raise ConfigError(f"--task {args.task}: the array has the runs 0 to {len(tasks) - 1}")
+    name, sets = list(tasks.items())[args.task]
+    return load([args.config, *args.overlay], [*args.sets, *sets]), _run_dir(args) / name
+
+
+def _run_dir(args: argparse.Namespace) -> Path:
+    names = [name_of(name) for name in (args.config, *args.overlay)]
+    return Path(args.run_dir or os.environ.get("RUN_DIR") or "runs/" + "-".join(names))
 
 
 def array_tasks(config: Config) -> dict[str, list[str]]:

@@ -1,0 +1,287 @@
+"""``megatron-s3 export``: a Megatron checkpoint as a Hugging Face GPT-2, checked logit by logit."""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_s3 import __version__
+from megatron_s3.checkpoints import gpt2
+from megatron_s3.mcore import weights
+
+__all__ = ["ExportError", "bound", "export", "main"]
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_SAMPLE = 1024  # tokens compared
+
+
+class ExportError(ValueError):
+    """The export cannot be made; the message says why, and what to do."""
+
+
+class Mismatch(RuntimeError):
+    """What was written computes something else than Megatron does."""
+
+
+def bound(args: argparse.Namespace, scale: float) -> float:
+    """The largest difference of logits that rounding in fp32 can explain.
+
+    Each of the 2 L sublayers and the output adds sums of up to ``ffn_hidden_size`` products, whose
+    rounding errors grow as the square root of their number; so do, independent of each other, those
+    of the sublayers.  4 times that: attention and norms are not linear.
+
+    Args:
+        args: Megatron's arguments.
+        scale: the largest logit's magnitude.
+    """
+    depth = math.sqrt(2 * args.num_layers + 1)
+    return 4 * torch.finfo(torch.float32).eps * math.sqrt(args.ffn_hidden_size) * depth * scale
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    iteration: int | None = None,
+    widen: bool = False,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+) -> dict:
+    """Writes ``output``, whole or not at all, after comparing logits with Megatron's own.
+
+    Args:
+        checkpoint: folder of ``--save``, or of one iteration in it.
+        output: folder to make.
+        iteration: the last one saved if None.
+        widen: write float32, whatever the checkpoint's weights are.
+        tokenizer: folder that goes along; the one of the run if None, where it is a folder.
+        vocab_size: rows of the vocabulary to keep; the tokenizer's number if None.
+
+    Returns:
+        What ``export.json`` holds: where the model is from, and how far its logits differ.
+
+    Raises:
+        ExportError, gpt2.NotGPT2, weights.CheckpointError: unusable input; nothing is written.
+        Mismatch: the logits differ by more than rounding; nothing is left of what was written.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ExportError(f"{output} exists: choose another folder, or remove it")
+    if not output.absolute().parent.is_dir():
+        raise ExportError(f"{output.parent}: no such folder; make it first")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f'{error}: pip install "megatron-s3[eval]"') from error
+
+    found = weights.find(checkpoint, iteration)
+    _say(f"reading {found}")
+    args = weights.arguments(found)
+    gpt2.check(args)
+    folder = _tokenizer_folder(args, tokenizer)
+    rows = _vocab_size(args, folder, vocab_size)
+    tensors = weights.tensors(found)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        raise ExportError(
+            f"{found}: its weights are {', '.join(sorted(map(str, dtypes)))}, where one of "
+            "float32, bfloat16 and float16 is expected. Save it from a run without FP8 weights."
+        )
+    dtype = torch.float32 if widen else dtypes.pop()
+    state = {k: v.to(dtype) for k, v in gpt2.state_dict(args, tensors, rows).items()}
+    del tensors
+
+    part = output.absolute().parent / f".{output.name}.{os.getpid()}.part"
+    part.mkdir()
+    try:
+        _say(f"writing {sum(map(torch.numel, state.values())):,} parameters as {dtype}")
+        _write(part, gpt2.config(args, rows, dtype), state, folder)
+        del state
+        largest, scale = _compare(part, found, args, rows)
+        record = {
+            "checkpoint": str(found.absolute()),
+            "iteration": int(found.name[5:]),
+            "largest_logit": scale,
+            "largest_logit_difference": largest,
+            "bound": bound(args, scale),
+            "megatron_s3": __version__,
+        }
+        _say(
+            f"largest difference from Megatron's logits {largest:.1e}, largest logit {scale:.3g}; "
+            f"rounding explains {record['bound']:.1e}"
+        )
+        if not largest <= record["bound"]:
+            raise Mismatch(
+                f"{found}: Hugging Face's logits differ from Megatron's by {largest:.1e}, where "
+                f"rounding explains {record['bound']:.1e}. {output} was not written. This is a "
+                "fault of the export: report it with the arguments of the run."
+            )
+        (part / "export.json").write_text(json.dumps(record, indent=2) + "\n")
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return record
+
+
+def _tokenizer_folder(args: argparse.Namespace, given: str | Path | None) -> Path | None:
+    if given is None:
+        of_run = getattr(args, "tokenizer_model", None)
+        if args.tokenizer_type != "HuggingFaceTokenizer" or not Path(of_run or "").is_dir():
+            return None
+        given = of_run
+    folder = Path(given)
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise ExportError(
+            f"--tokenizer {folder}: neither vocab.json nor tokenizer.json in it; give the folder "
+            "of a Hugging Face tokenizer"
+        )
+    return folder
+
+
+def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None) -> int:
+    padded = args.padded_vocab_size
+    if given is None and folder is not None:
+        from transformers import AutoTokenizer
+
+        given = len(AutoTokenizer.from_pretrained(folder))
+        source = f"the tokenizer {folder} has {given} tokens"
+    else:
+        source = f"--vocab-size {given}"
+    if given is None:
+        if args.tokenizer_type != "NullTokenizer":
+            raise ExportError(
+                f"the run's tokenizer ({args.tokenizer_type} {args.tokenizer_model}) is no folder "
+                f"here, so nothing tells how many of the {padded} rows of the vocabulary are "
+                "padding. Give the folder with --tokenizer, or the number with --vocab-size."
+            )
+        _say(f"all {padded} rows of the vocabulary are kept, padding included (--vocab-size cuts)")
+        return padded
+    if not 0 < given <= padded:
+        raise ExportError(f"{source}, but the model was trained with {padded}, padding included")
+    return given
+
+
+def _write(folder: Path, config: dict, state: dict[str, torch.Tensor], tokenizer) -> None:
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoTokenizer, GPT2Config
+
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    if tokenizer:
+        for name in _TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
+        read = AutoTokenizer.from_pretrained(folder)
+        ends = {name: getattr(read, name) for name in ends}
+    GPT2Config(**config, **ends).save_pretrained(folder)
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors"):  # which are the owner's alone, whatever the umask
+        shutil.copymode(folder / "config.json", file)
+
+
+def _compare(
+    folder: Path, checkpoint: Path, args: argparse.Namespace, rows: int
+) -> tuple[float, float]:
+    """The largest difference of the two models' logits, and the largest logit.
+
+    In turns, so that only one of the two is in memory.
+    """
+    length = min(args.max_position_embeddings, _SAMPLE)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(rows, (max(1, _SAMPLE // length), length), generator=generator)
+    _say(f"computing {tokens.numel()} tokens' logits as Hugging Face does")
+    ours = _hugging_face(folder, tokens)
+    _say("computing them as Megatron does")
+    theirs = weights.logits(checkpoint, tokens)[..., :rows]
+    return (ours - theirs).abs().max().item(), theirs.abs().max().item()
+
+
+def _hugging_face(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import GPT2LMHeadModel
+
+    model, loading = GPT2LMHeadModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    wrong = {kind: sorted(names) for kind, names in loading.items() if names}
+    if wrong:
+        raise Mismatch(f"Hugging Face does not find its tensors in what was written: {wrong}")
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+def _say(message: str) -> None:
+    print(f"[export] {message}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        0; 2 after one line on stderr if the input is unusable, 1 if the comparison failed, 130 if
+        it was interrupted. The output folder is there after 0 alone.
+    """
+    parser = argparse.ArgumentParser(
+        prog="megatron-s3 export",
+        description="Write a Megatron checkpoint as a Hugging Face GPT-2, and compare its logits "
+        "with Megatron's own. The checkpoint is unpickled: export only what you trust.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="the folder of --save, or of one iteration in it; saved with any layout, with or "
+        "without Transformer Engine, in the format torch_dist",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="the folder to make")
+    parser.add_argument("--iteration", type=int, metavar="N", help="which (the last one saved)")
+    parser.add_argument(
+        "--dtype",
+        choices=("checkpoint", "float32"),
+        default="checkpoint",
+        help="of what is written (as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="a Hugging Face tokenizer that goes along (that of the run, where it is a folder)",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="rows of the vocabulary that are no padding (as many as the tokenizer has)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        export(
+            args.checkpoint,
+            args.output,
+            iteration=args.iteration,
+            widen=args.dtype == "float32",
+            tokenizer=args.tokenizer,
+            vocab_size=args.vocab_size,
+        )
+    except (ExportError, gpt2.NotGPT2, weights.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Mismatch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

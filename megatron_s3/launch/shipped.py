@@ -1,0 +1,94 @@
+"""`megatron-s3 configs`: the shipped configurations, their arithmetic, and what Megatron says."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_s3.launch.check import arithmetic, check, megatron_is_here
+from megatron_s3.launch.config import Config, ConfigError, load, shipped
+
+__all__ = ["main", "names"]
+
+_COLUMNS = ("configuration", "parameters", "ranks", "d x t x p", "batch", "iterations", "tokens")
+
+
+def names() -> list[str]:
+    """The shipped configurations that can be run; bases and models are only extended."""
+    found = (path.relative_to(shipped()).with_suffix("") for path in shipped().rglob("*.yaml"))
+    runnable = (path for path in found if path.parts[0] not in ("models", "base"))
+    return [str(path) for path in sorted(runnable, key=lambda path: (len(path.parts), path))]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-s3 configs",
+        description="Check every shipped configuration (or the FILES) with the parser and the "
+        "validation of the Megatron that is installed, and print them as a table.",
+    )
+    parser.add_argument("files", nargs="*", help="check these instead")
+    args = parser.parse_args(argv)
+    if not megatron_is_here():
+        print(
+            "error: there is no Megatron here: pip install 'megatron-core>=0.17'", file=sys.stderr
+        )
+        return 2
+    configs, errors = [], []
+    for name in args.files or names():
+        try:
+            configs.append((name, load([name])))
+        except ConfigError as error:
+            errors.append(str(error))
+    rows = _rows(configs, errors)
+    _print([_COLUMNS, *rows])
+    from megatron.core.package_info import __version__ as release
+
+    print(f"megatron-core {release}: {len(rows)} accepted, {len(errors)} refused")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[str, ...]]:
+    # A process that has seen a job for CPUs takes none for GPUs any more.
+    configs = sorted(configs, key=lambda c: c[1].arguments.get("s3_device") == "cpu")
+    checked = []
+    for name, config in configs:
+        try:
+            checked.append((name, config, arithmetic(config), check(config)))
+        except ConfigError as error:
+            errors.append(str(error))
+    from megatron_s3.mcore import sizes
+
+    parameters: dict[tuple, int] = {}
+    rows = []
+    for name, config, shape, args in checked:
+        model = (args.num_layers, args.hidden_size, args.seq_length, args.vocab_size)
+        if model not in parameters:
+            parameters[model] = sizes.plan(args).parameters
+        tokens = shape["global_batch_size"] * args.seq_length * (args.train_iters or 0)
+        if config.array:
+            name += f" ({', '.join(config.array)}: {', '.join(*config.array.values())})"
+        rows.append(
+            (
+                name,
+                f"{parameters[model]:,}",
+                str(shape["world_size"]),
+                f"{shape['data_parallel']} x {shape['tensor']} x {shape['pipeline']}",
+                f"{shape['global_batch_size']} = {shape['data_parallel']} x "
+                f"{shape['micro_batch_size']} x {shape['micro_batches']}",
+                f"{args.train_iters:,}",
+                f"{tokens / 1e9:.4g} B",
+            )
+        )
+    return rows
+
+
+def _print(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *rest]))

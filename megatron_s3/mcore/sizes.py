@@ -1,0 +1,412 @@
+"""What one rank of a job keeps in memory, from Megatron's own sharding, without the job.
+
+Megatron's process groups, model, gradient buffers and optimizer are built by Megatron for one rank
+of a made-up world: torch's fake process group has any number of ranks, and torch's fake tensors
+have shapes, dtypes and storages of a size, but no memory. So padding, buckets, shards and dtypes
+are not computed by formulas of ours; :func:`measure` counts fake tensors as it counts real ones.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_s3.mcore import cpu_device
+from megatron_s3.mcore.arguments import CPU_DEFAULTS
+
+__all__ = [
+    "Buffer",
+    "Rank",
+    "Sizes",
+    "activations",
+    "build",
+    "completed",
+    "flops",
+    "measure",
+    "plan",
+    "plan_rank",
+]
+
+#: Settings that the model is built with here: neither number, shape nor dtype of a parameter
+#: depends on them, and the CPU has no kernels for others.
+_HERE = {
+    **CPU_DEFAULTS,
+    "context_parallel_size": 1,  # divides activations; process groups are made before
+    "moe_grouped_gemm": False,
+    "perform_initialization": False,
+    "sequence_parallel": False,  # divides activations
+    "tp_comm_overlap": False,
+}
+
+#: Arguments whose memory is not known here: destination, flag, reason.
+_UNSUPPORTED = (
+    ("use_megatron_fsdp", "--use-megatron-fsdp", "Megatron-FSDP shards in another way"),
+    ("use_torch_fsdp2", "--use-torch-fsdp2", "torch FSDP2 shards in another way"),
+    ("fp8", "--fp8-format", "its weights are Transformer Engine's"),
+    ("fp4", "--fp4-format", "its weights are Transformer Engine's"),
+    (
+        "use_precision_aware_optimizer",
+        "--use-precision-aware-optimizer",
+        "its main parameters and states are Transformer Engine's",
+    ),
+    ("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps states in two memories"),
+)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One contiguous gradient buffer of Megatron's.
+
+    Attributes:
+        elements: with padding.
+        unpadded: elements that belong to parameters.
+        buckets: number of pieces that are communicated one by one.
+        param_bytes: of its parameters' buffer, as all-gathered; 0 without the distributed optimizer.
+        grad_bytes: of the buffer, as reduced.
+        ranks: size of the group that reduces it.
+    """
+
+    elements: int
+    unpadded: int
+    buckets: int
+    param_bytes: int
+    grad_bytes: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank keeps from step to step, in bytes.
+
+    Attributes:
+        stage: its pipeline stage.
+        parameters: elements of its part of the model.
+        updated: elements that its optimizer updates (the shard, under the distributed optimizer).
+        weights: the model's parameters, padding included.
+        gradients: Megatron's gradient buffers, padding included.
+        main_parameters: the optimizer's own copies of parameters.
+        states: of the optimizer, by name; scalars (torch AdamW's ``step``) are left out.
+        main_gradients: copies of gradients that live from the step to the next ``zero_grad``.
+        buffers: the gradient buffers, one for each dtype and kind.
+    """
+
+    stage: int
+    parameters: int
+    updated: int
+    weights: int
+    gradients: int
+    main_parameters: int
+    states: dict[str, int]
+    main_gradients: int
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        kept = (self.weights, self.gradients, self.main_parameters, self.main_gradients)
+        return sum(kept) + sum(self.states.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A job's.
+
+    Attributes:
+        parameters: elements of the whole model, each once.
+        embeddings: those in embeddings and the output layer.
+        stages: a rank of each pipeline stage, tensor- and data-parallel rank 0: the one whose
+            shard has no padding at its end.
+    """
+
+    parameters: int
+    embeddings: int
+    stages: tuple[Rank, ...]
+
+
+def plan(args: argparse.Namespace) -> Sizes:
+    """Builds a rank of every pipeline stage of a job, each in a made-up world.
+
+    From here on the process is one for the CPU (:mod:`megatron_s3.mcore.cpu_device`).
+
+    Args:
+        args: Megatron's, validated (:func:`megatron_s3.mcore.parse.parse`) and :func:`completed`.
+
+    Raises:
+        ValueError: naming the flag whose memory is not known here.
+        RuntimeError: a process group is there already.
+    """
+    ranks_apart = args.world_size // args.pipeline_model_parallel_size
+    if args.use_tp_pp_dp_mapping:
+        ranks_apart = args.tensor_model_parallel_size * args.context_parallel_size
+    stages = [
+        _rank(args, stage * ranks_apart) for stage in range(args.pipeline_model_parallel_size)
+    ]
+    return Sizes(
+        parameters=sum(elements for _, elements, _ in stages),
+        embeddings=sum(embedded for _, _, embedded in stages),
+        stages=tuple(rank for rank, _, _ in stages),
+    )
+
+
+def plan_rank(args: argparse.Namespace, rank: int) -> Rank:
+    """As :func:`plan`, for one rank of the job, whichever."""
+    return _rank(args, rank)[0]
+
+
+def completed(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of validated arguments with what Megatron sets later: the padded vocabulary.
+
+    Raises:
+        ValueError: the size of the vocabulary is not given.
+    """
+    from megatron.core.tokenizers.utils import build_tokenizer
+
+    args = copy.copy(args)
+    if args.padded_vocab_size is None and str(args.tokenizer_type).startswith("Null"):
+        build_tokenizer.build_tokenizer(args)
+    elif args.padded_vocab_size is None:
+        if args.vocab_size is None:
+            raise ValueError(
+                "--vocab-size is not given, and no tokenizer is loaded for a plan: name its size"
+            )
+        args.padded_vocab_size = build_tokenizer.vocab_size_with_padding(args.vocab_size, args)
+    return args
+
+
+def flops(args: argparse.Namespace) -> float:
+    """Floating-point operations of one step of the whole job, as Megatron counts them."""
+    from megatron.training.training import num_floating_point_operations
+
+    return float(num_floating_point_operations(args, args.global_batch_size))
+
+
+def activations(args: argparse.Namespace) -> tuple[int, str]:
+    """Bytes of activations by Megatron's formula, and which; (0, why not) where it has none."""
+    from megatron.training import theoretical_memory_usage as formulas
+
+    unknown = {
+        "recomputation of whole layers": args.recompute_granularity == "full",
+        "context parallelism": args.context_parallel_size > 1,
+        "mixtures of experts": bool(args.num_experts),
+    }
+    if any(unknown.values()):
+        return 0, " and ".join(name for name, is_so in unknown.items() if is_so)
+    name = "compute_activation_memory_without_sp"
+    if args.sequence_parallel and args.recompute_granularity == "selective":
+        name = "compute_activation_memory"
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    return int(getattr(formulas, name)(args, num_microbatches=micro_batches)), name
+
+
+def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:
+    """A rank; the elements that its stage adds to the model; how many of them are embeddings."""
+    for name, flag, reason in _UNSUPPORTED:
+        if getattr(args, name, False):
+            raise ValueError(f"{flag} cannot be planned: {reason}. Leave it out")
+    if getattr(args, "num_distributed_optimizer_instances", 1) > 1:
+        raise ValueError("--num-distributed-optimizer-instances above 1 cannot be planned")
+    if torch.distributed.is_initialized():
+        raise RuntimeError("a process group is there already: plan in a process of its own")
+    cpu_device.use_cpu()
+    with _world(args, rank) as stage, _as_all(), torch.device("meta"), _NoMemory():
+        model, optimizer = build()
+        for part in _parts(optimizer):
+            part.init_state_fn(part.optimizer, part.config)
+            # fp32 has no main gradients to copy to, and prepares by pointing at the buffers.
+            getattr(part, "_copy_model_grads_to_main_grads", part.prepare_grads)()
+        return measure(model, optimizer, stage), *_elements(model)
+
+
+def build() -> tuple[list[torch.nn.Module], Any]:
+    """Model chunks and optimizer of this rank, as Megatron's trainer sets them up."""
+    from megatron.core.enums import ModelType
+    from megatron.training import training
+    from megatron.training.arguments import core_transformer_config_from_args
+    from megatron.training.global_vars import get_args
+
+    from megatron_s3.pretrain_gpt import model_provider
+
+    args = get_args()
+    provider = partial(_provide, model_provider, core_transformer_config_from_args(args))
+    model = training.get_model(provider, ModelType.encoder_or_decoder)
+    made = training.get_megatron_optimizer_config(args)
+    config, overrides = made if isinstance(made, tuple) else (made, None)
+    more = {"config_overrides": overrides} if isinstance(made, tuple) else {}
+    optimizer = training.get_megatron_optimizer(
+        config, model, use_gloo_process_groups=args.use_gloo_process_groups, **more
+    )
+    return model, optimizer
+
+
+def _provide(provider: Any, made: Any, /, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    return provider(*args, **{**kwargs, "config": made})
+
+
+def measure(model: Iterable[torch.nn.Module], optimizer: Any, stage: int = 0) -> Rank:
+    """Counts what a model in Megatron's DDP and its optimizer hold, each storage once.
+
+    Args:
+        model: the chunks that this rank has.
+        optimizer: Megatron's, with its state allocated.
+        stage: the rank's pipeline stage.
+    """
+    parts = _parts(optimizer)
+    held = [b for chunk in model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    params = [p for chunk in model for p in chunk.parameters()]
+    main = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
+    seen: set[int] = set()
+    weights = _bytes((*params, *(b.param_data for b in held)), seen)
+    gradients = _bytes((b.grad_data for b in held), seen)
+    main_parameters = _bytes(main, seen)
+    states: dict[str, int] = {}
+    for part in parts:
+        for state in part.optimizer.state.values():
+            for name, tensor in state.items():
+                if isinstance(tensor, torch.Tensor) and tensor.dim():
+                    states[name] = states.get(name, 0) + _bytes((tensor,), seen)
+    return Rank(
+        stage=stage,
+        parameters=sum(p.numel() for p in params),
+        updated=sum(p.numel() for p in main),
+        weights=weights,
+        gradients=gradients,
+        main_parameters=main_parameters,
+        states=states,
+        main_gradients=_bytes((p.grad for p in main), seen),
+        buffers=tuple(
+            Buffer(
+                elements=b.numel,
+                unpadded=sum(p.numel() for p in b.params),
+                buckets=len(b.buckets),
+                param_bytes=0 if b.param_data is None else b.param_data.nbytes,
+                grad_bytes=b.grad_data.nbytes,
+                ranks=b.data_parallel_group.size(),
+            )
+            for b in held
+        ),
+    )
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers that a chained one is made of, those without parameters left out."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if part.optimizer is not None]
+
+
+def _bytes(tensors: Iterable[torch.Tensor | None], seen: set[int]) -> int:
+    """Bytes of the tensors' storages that are not in ``seen``, which they are put into."""
+    total = 0
+    for tensor in tensors:
+        if tensor is not None and tensor.untyped_storage()._cdata not in seen:
+            seen.add(tensor.untyped_storage()._cdata)
+            total += tensor.untyped_storage().nbytes()
+    return total
+
+
+def _elements(model: Iterable[torch.nn.Module]) -> tuple[int, int]:
+    """Elements that this stage adds to the whole model, and how many of them are embeddings."""
+    from megatron.core import parallel_state
+
+    whole = embedded = 0
+    for chunk in model:
+        for name, param in chunk.named_parameters():
+            if getattr(param, "shared", False):  # the last stage's copy of a tied embedding
+                continue
+            expert = not getattr(param, "allreduce", True)
+            elements = param.numel()
+            if expert:
+                elements *= parallel_state.get_expert_model_parallel_world_size()
+            if getattr(param, "tensor_model_parallel", False):
+                elements *= (
+                    parallel_state.get_expert_tensor_parallel_world_size()
+                    if expert
+                    else parallel_state.get_tensor_model_parallel_world_size()
+                )
+            whole += elements
+            if "embedding." in name or "output_layer." in name:
+                embedded += elements
+    return whole, embedded
+
+
+@contextlib.contextmanager
+def _world(args: argparse.Namespace, rank: int) -> Iterator[int]:
+    """Megatron's groups and global arguments, as the rank sees them; yields its stage."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.training import global_vars, initialize
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    own = copy.copy(args)
+    own.rank = rank
+    own.use_gloo_process_groups = False
+    torch.distributed.init_process_group(
+        "cpu:fake,meta:fake", rank=rank, world_size=own.world_size, store=FakeStore()
+    )
+    with _quiet():
+        try:
+            global_vars.set_args(own)
+            initialize._initialize_distributed(None, None, None)
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+            for name, value in _HERE.items():
+                if hasattr(own, name):
+                    setattr(own, name, value)
+            yield parallel_state.get_pipeline_model_parallel_rank()
+        finally:
+            global_vars.unset_global_variables()
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _as_all() -> Iterator[None]:
+    """Every rank says what this one says: Megatron compares their parameter groups."""
+
+    def all_gather_object(gathered: list[Any], said: Any, group: Any = None) -> None:
+        gathered[:] = [said] * len(gathered)
+
+    with mock.patch.object(torch.distributed, "all_gather_object", all_gather_object):
+        yield
+
+
+class _NoMemory(TorchFunctionMode):
+    """Puts every tensor on the device "meta", wherever it was asked for, under a GPU's type."""
+
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.pin_memory):
+            return args[0]
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        if func is torch.Tensor.to:
+            args = tuple("meta" if isinstance(a, str | int | torch.device) else a for a in args)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _GPU_TYPES[args[0].dtype]
+        return func(*args, **kwargs)
+
+
+#: What ``Tensor.type()`` says on a GPU: DistributedOptimizer tells parameters by it.
+_GPU_TYPES = {
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.float32: "torch.cuda.FloatTensor",
+}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

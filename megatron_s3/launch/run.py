@@ -215,8 +215,13 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
 
 def _launch(config: Config, run_dir: Path, dry_run: bool) -> int:
     _check_job(config, dry_run)
-    words = megatron_words(config, run_dir)
     shape = arithmetic(config)
+    last = int(str(config.arguments.get("train_iters", 0)))
+    saved = newest_checkpoint(run_dir)
+    if last and saved is not None and saved >= last and not dry_run:
+        say(f"trained to iteration {saved} of {last} already; nothing to do")
+        return 0
+    words = megatron_words(config, run_dir)
     if os.environ.get("SLURM_NODEID", "0") == "0":  # once is enough
         ask_megatron(config, words[len(config.words()) :])
     command = torchrun(config, words)
@@ -231,11 +236,6 @@ def _launch(config: Config, run_dir: Path, dry_run: bool) -> int:
         for name, value in config.launch.environment.items():
             print(f"export {name}={shlex.quote(value)}")
         print(shlex.join(command))
-        return 0
-    last = int(str(config.arguments.get("train_iters", 0)))
-    saved = newest_checkpoint(run_dir)
-    if last and saved is not None and saved >= last:
-        say(f"trained to iteration {saved} of {last} already; nothing to do")
         return 0
     if saved is not None:
         say(f"going on from iteration {saved}")

@@ -171,5 +171,5 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     assert min(losses(again.stdout)) == stopped + 1
     assert run.newest_checkpoint(tmp_path) == 100
     third = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "trained to iteration 400 of 100 already; nothing to do" in third.stdout
+    assert "trained to iteration 100 of 100 already; nothing to do" in third.stdout
     assert third.returncode == 0

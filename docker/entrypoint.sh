@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# What the images start: a program of the image's by its name, anything else is megatron-s3's.
+#   IMAGE launch CONFIG --dry-run     megatron-s3 launch CONFIG --dry-run
+#   IMAGE bash                        bash
+set -euo pipefail
+
+# Triton, matplotlib and torch keep caches below HOME, and the root may be read-only or the user
+# one that the image has never heard of.
+if [ ! -d "${HOME:-}" ] || [ ! -w "$HOME" ]; then
+  HOME=$(mktemp -d 2>/dev/null) || {
+    echo "error: HOME (${HOME:-unset}) and ${TMPDIR:-/tmp} are not writable; give the container one" \
+      "of them, for instance with --tmpfs /tmp" >&2
+    exit 2
+  }
+  export HOME
+fi
+# torch asks for the user's name, and a bare user id has none.
+USER=${USER:-$(id -un 2>/dev/null || echo "uid$(id -u)")}
+export USER
+
+[ $# -gt 0 ] || set -- --help
+type -P -- "$1" >/dev/null || set -- megatron-s3 "$@"
+# What NGC images start with: it checks the driver and says what the image holds.
+nvidia=/opt/nvidia/nvidia_entrypoint.sh
+[ ! -x "$nvidia" ] || set -- "$nvidia" "$@"
+exec "$@"

@@ -1,12 +1,12 @@
-"""Text to Megatron's indexed datasets: `python -m megatron_s3.data --help`."""
+"""Text to Megatron's indexed datasets: `megatron-s3 data --help`."""
 
-from megatron_s3.data.corpus import EOD, VOCAB_SIZE, build, load, megatron_arguments
-from megatron_s3.data.documents import DataError, Source, source
+from megatron_s3.data.corpus import build, load, megatron_arguments
+from megatron_s3.data.documents import Source, source
+from megatron_s3.data.errors import DataError, IncompleteError
 
 __all__ = [
-    "EOD",
-    "VOCAB_SIZE",
     "DataError",
+    "IncompleteError",
     "Source",
     "build",
     "load",

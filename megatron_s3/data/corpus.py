@@ -1,62 +1,107 @@
 """Documents to tokens to Megatron's indexed datasets.
 
-A token is a byte of UTF-8 text; `EOD` closes each document. There is no tokenizer to download, and
-Megatron's loss is then in nats per byte. A dataset at `PREFIX` is five files::
+The token `eod` closes each document. A dataset at `PREFIX` is::
 
-    PREFIX_train.bin  PREFIX_train.idx  PREFIX_valid.bin  PREFIX_valid.idx  PREFIX.json
+    PREFIX_train.bin  PREFIX_train.idx  PREFIX_valid.bin  PREFIX_valid.idx
+    PREFIX_tokenizer/  PREFIX.json
 
-`PREFIX.json` describes the other four and is written last: where it stands, they are whole.
+`PREFIX.json` describes the others and is written last: where it stands, they are whole. Until then
+`PREFIX.parts/` holds what is finished; the same call goes on from there, and removes it.
 """
 
+import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_s3.data.documents import DataError, Source
+from megatron_s3.data import indexed, parts, tokenizers, work
+from megatron_s3.data.documents import Source
+from megatron_s3.data.errors import DataError, IncompleteError
+from megatron_s3.data.parts import SPLITS
+from megatron_s3.data.readers import Shard
+from megatron_s3.data.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: End of document: the first number that is no byte.
-EOD = 256
-VOCAB_SIZE = 257
-SPLITS = ("train", "valid")
-_FORMAT = 1
+_FORMAT = 2
 
 
 def build(
-    src: Source, prefix: str, split: tuple[int, int] = (95, 5)
+    src: Source,
+    prefix: str,
+    split: tuple[int, int] = (95, 5),
+    tokenizer: str = "gpt2",
+    workers: int = 1,
 ) -> tuple[dict[str, Any], bool]:
-    """Write the dataset, or find it already there.
+    """Write the dataset, or go on with it, or find it already there.
 
-    A dataset is reused if it was made from the same source with the same split, every document is
-    still the same (by SHA-256) and its files have the sizes they were written with.
+    A dataset is reused if it was made from the same source with the same split and tokenizer, the
+    input's files have the sizes and times they had, and its own files the sizes they were written
+    with. The files written are the same, byte for byte, whatever `workers` and however often the
+    work was broken off.
 
     Args:
         src: The documents. Read one at a time, never all at once.
         prefix: Path that all file names begin with; its directory is made.
         split: Parts of the documents for training and for validation.
+        tokenizer: `gpt2`, `bytes` (a token is a byte of UTF-8) or the folder of a Hugging Face
+            tokenizer.
+        workers: Processes; one works in the caller's. More need a caller whose main module can be
+            imported, as `multiprocessing` does.
 
     Returns:
         The description (the content of `PREFIX.json`) and whether the dataset was reused.
 
     Raises:
-        DataError: If the source is unusable, or leaves one side of the split empty.
+        DataError: If the source is unusable, leaves one side of the split empty, or is not the one
+            that the finished parts are of.
+        IncompleteError: If a worker or the network failed; the same call goes on.
     """
     if min(split) < 1:
         raise DataError(f"--split {split[0]},{split[1]}: both parts must be at least 1")
-    wanted = {"format": _FORMAT, "source": src.describe(), "split": list(split)}
-    old = load(prefix)
-    if old and all(old.get(k) == v for k, v in wanted.items()) and _same(old, prefix, src):
-        return old, True
-    return _write(src, prefix, split, wanted), False
+    if workers < 1:
+        raise DataError(f"--workers {workers}: give at least 1")
+    shards = src.shards()
+    folder = f"{prefix}.parts"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output-prefix {prefix}: {folder}: {error.strerror}") from error
+    with _locked(folder):
+        try:
+            made = tokenizers.prepare(tokenizer, os.path.join(folder, "tokenizer"))
+            wanted = {
+                "format": _FORMAT,
+                "source": src.describe(),
+                "input": hashlib.sha256("".join(map(parts.identity, shards)).encode()).hexdigest(),
+                "split": list(split),
+                "tokenizer": made.describe(),
+            }
+            old = load(prefix)
+            if old and all(old.get(k) == v for k, v in wanted.items()) and _whole(old, prefix):
+                return old, True
+            before = _resume(prefix, shards, {**wanted, "versions": _versions()})
+            progress = work.Progress(shards)
+            for number, part in before.items():
+                progress.resumed(number, part)
+            todo = [number for number in range(len(shards)) if number not in before]
+            work.write_parts(folder, shards, todo, made, split, workers, progress)
+            description = _merge(src, prefix, len(shards), made, wanted)
+            progress.show(last=True)
+            _publish(prefix, description)
+            shutil.rmtree(folder)
+            return description, False
+        finally:
+            if os.path.isdir(folder) and not _numbers(folder):
+                shutil.rmtree(folder)
 
 
 def load(prefix: str) -> dict[str, Any] | None:
@@ -66,7 +111,27 @@ def load(prefix: str) -> dict[str, Any] | None:
             found = json.load(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.get("format") == _FORMAT else None
+
+
+def megatron_arguments(prefix: str) -> list[str]:
+    """Megatron's command-line arguments for training on the dataset at `prefix`.
+
+    Raises:
+        DataError: If there is no whole dataset.
+    """
+    found = load(prefix)
+    if not found:
+        raise DataError(
+            f"{prefix}.json: no dataset; make it with: megatron-s3 data --output-prefix {prefix}"
+        )
+    made = found["tokenizer"]
+    if made["name"] == "bytes":
+        named = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(made["vocab_size"])]
+    else:
+        named = ["--tokenizer-type", "HuggingFaceTokenizer"]
+        named += ["--tokenizer-model", f"{prefix}_tokenizer"]
+    return ["--train-data-path", f"{prefix}_train", "--valid-data-path", f"{prefix}_valid", *named]
 
 
 def unigram_entropy(counts: "np.ndarray", model: "np.ndarray") -> float:
@@ -86,125 +151,160 @@ def unigram_entropy(counts: "np.ndarray", model: "np.ndarray") -> float:
     return float(-(counts * np.log(p)).sum() / counts.sum())
 
 
-def _same(old: dict[str, Any], prefix: str, src: Source) -> bool:
-    for split in SPLITS:
-        for ending in ("bin", "idx"):
-            with suppress(OSError, KeyError):
-                size = os.path.getsize(f"{prefix}_{split}.{ending}")
-                if size == old[split][f"{ending}_size"]:
-                    continue
-            return False
-    digest = hashlib.sha256()
-    for _ in _hashed(src.documents(), digest):
-        pass
-    return digest.hexdigest() == old.get("sha256")
+@contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Hold the folder for this process alone; a kill lets go of it."""
+    path = os.path.join(folder, "lock")
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not a lock that its holder has removed since it was opened here.
+            held = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except BlockingIOError:
+            held = False
+        except OSError as error:  # a file system without locks
+            raise DataError(
+                f"{folder}: cannot be locked ({error.strerror}); give an --output-prefix on a file "
+                "system with flock"
+            ) from error
+        if not held:
+            raise DataError(f"{folder}: another process is writing this dataset; wait for it")
+        yield
 
 
-def _hashed(documents: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
-    for document in documents:
-        digest.update(len(document).to_bytes(8, "little"))  # where a document ends matters too
-        digest.update(document)
-        yield document
+def _versions() -> dict[str, str]:
+    """Of what decides the bytes that are written."""
+    found = {}
+    for package in ("megatron-core", "tokenizers", "datasets"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
-def _is_valid(index: int, split: tuple[int, int]) -> bool:
-    """Whether document `index` is for validation: the first is, then one at regular distances."""
-    train, valid = split
-    return -(-(index + 1) * valid // (train + valid)) > -(-index * valid // (train + valid))
+def _numbers(folder: str) -> list[int]:
+    """The parts that are there."""
+    return sorted(int(n) for n in os.listdir(folder) if n.isdecimal())
 
 
-def _builder_class() -> type:
-    """Megatron's IndexedDatasetBuilder, without what Megatron says about missing GPU packages."""
-    logging.disable(logging.WARNING)
+def _whole(old: dict[str, Any], prefix: str) -> bool:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    except ImportError as error:
-        raise DataError(
-            f"megatron-core cannot be imported ({error}); it writes the dataset: "
-            "pip install 'megatron-s3[megatron]'"
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
-    return IndexedDatasetBuilder
+        sizes = all(
+            os.path.getsize(f"{prefix}_{side}.{ending}") == old[side][f"{ending}_size"]
+            for side in SPLITS
+            for ending in ("bin", "idx")
+        )
+    except OSError:
+        return False
+    return sizes and (old["tokenizer"]["name"] == "bytes" or os.path.isdir(f"{prefix}_tokenizer"))
 
 
-def _write(
-    src: Source, prefix: str, split: tuple[int, int], wanted: dict[str, Any]
+def _resume(
+    prefix: str, shards: list[Shard], settings: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """The finished parts; what is left of unfinished ones is removed."""
+    folder = Path(f"{prefix}.parts")
+    plan = folder / "plan.json"
+    there = _numbers(str(folder))
+    if there:
+        try:
+            old = json.loads(plan.read_text())
+        except (OSError, ValueError):
+            old = {}
+        # The input is compared part by part: a file may be mended before its part is made.
+        differing = [
+            f"{key} was {json.dumps(old.get(key))}, is {json.dumps(settings[key])}"
+            for key in settings
+            if key != "input" and old.get(key) != settings[key]
+        ]
+        finished = {n: part for n in there if (part := parts.finished(str(folder), n))}
+        for number, part in finished.items():
+            if number >= len(shards):
+                differing.append("the input has become smaller")
+            elif part["shard"] != parts.identity(shards[number]):
+                differing.append(f"{shards[number].files[0]} has changed, or files before it")
+            else:
+                continue
+            break
+        if differing:
+            raise DataError(
+                f"--output-prefix {prefix}: {folder} holds {len(there)} finished parts of another "
+                f"run ({'; '.join(differing)}); repeat that run's command to go on with it, or "
+                "remove the folder to start anew"
+            )
+    else:
+        finished = {}
+    plan.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for path in folder.glob("*.tmp.*"):
+        shutil.rmtree(path, ignore_errors=True)
+    return finished
+
+
+def _merge(
+    src: Source, prefix: str, number_of_parts: int, tokenizer: Tokenizer, wanted: dict[str, Any]
 ) -> dict[str, Any]:
-    import numpy as np
-
-    new_builder = _builder_class()
-    folder, name = os.path.split(os.path.abspath(prefix))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--output-prefix {prefix}: {folder}: {error.strerror}") from error
-    temporary = {s: os.path.join(folder, f".{name}_{s}.{os.getpid()}") for s in SPLITS}
-    counts = {s: np.zeros(VOCAB_SIZE, dtype=np.int64) for s in SPLITS}
-    documents = dict.fromkeys(SPLITS, 0)
-    digest = hashlib.sha256()
-    try:
-        builders = {s: new_builder(f"{temporary[s]}.bin", dtype=np.uint16) for s in SPLITS}
-        for index, document in enumerate(_hashed(src.documents(), digest)):
-            side = "valid" if _is_valid(index, split) else "train"
-            tokens = np.empty(len(document) + 1, dtype=np.uint16)
-            tokens[:-1] = np.frombuffer(document, dtype=np.uint8)
-            tokens[-1] = EOD
-            builders[side].add_document(tokens, [len(tokens)])
-            counts[side] += np.bincount(tokens, minlength=VOCAB_SIZE)
-            documents[side] += 1
-        for side in SPLITS:
-            if not documents[side]:
-                raise DataError(
-                    f"--input {src}: {sum(documents.values())} documents with text; --split "
-                    f"{split[0]},{split[1]} leaves none for {side}: give more, shorter documents"
-                )
-            builders[side].finalize(f"{temporary[side]}.idx")
-        description = {
-            **wanted,
-            "sha256": digest.hexdigest(),
-            "vocab_size": VOCAB_SIZE,
-            "eod": EOD,
-            "unigram_entropy": unigram_entropy(counts["valid"], counts["train"]),
-        }
-        for side in SPLITS:
-            description[side] = {
-                "documents": documents[side],
-                "bytes": int(counts[side][:EOD].sum()),
-                "entropy": unigram_entropy(counts[side], counts[side]),
-                "bin_size": os.path.getsize(f"{temporary[side]}.bin"),
-                "idx_size": os.path.getsize(f"{temporary[side]}.idx"),
-            }
-        _publish(temporary, prefix, description)
-    finally:
-        for path in temporary.values():
-            for ending in ("bin", "idx", "json"):
-                Path(f"{path}.{ending}").unlink(missing_ok=True)
+    """Join the parts with Megatron's builder, into files beside them."""
+    folder = f"{prefix}.parts"
+    described = [parts.finished(folder, n) for n in range(number_of_parts)]
+    made = [part for part in described if part]
+    if len(made) < number_of_parts:
+        raise IncompleteError(f"{folder}: a part has vanished or been changed")
+    totals = {
+        side: {what: sum(p[side][what] for p in made) for what in ("documents", "bytes", "tokens")}
+        for side in SPLITS
+    }
+    for side in SPLITS:
+        if not totals[side]["documents"]:
+            shutil.rmtree(folder)  # nothing to go on with
+            raise DataError(
+                f"--input {src}: {sum(t['documents'] for t in totals.values())} documents with "
+                f"text; --split {wanted['split'][0]},{wanted['split'][1]} leaves none for {side}: "
+                "give more, shorter documents"
+            )
+    digest = hashlib.sha256("".join(p["sha256"] for p in made).encode()).hexdigest()
+    description: dict[str, Any] = {
+        **wanted,
+        "versions": _versions(),
+        "sha256": digest,
+        "blank_documents": sum(p["blank"] for p in made),
+    }
+    counts = {}
+    for side in SPLITS:
+        path = os.path.join(folder, side)
+        pieces = [
+            os.path.join(folder, parts.name(number), side)
+            for number, part in enumerate(made)
+            if part[side]["documents"]
+        ]
+        indexed.join(path, pieces, tokenizer.vocab_size)
+        files, counts[side] = indexed.sums(path, tokenizer.vocab_size)
+        found = int(counts[side].sum()), int(counts[side][tokenizer.eod])
+        if found != (totals[side]["tokens"], totals[side]["documents"]):
+            raise IncompleteError(
+                f"{path}.bin: {found[0]} tokens and {found[1]} ends of documents, where the parts "
+                f"have {totals[side]['tokens']} and {totals[side]['documents']}; remove {folder}"
+            )
+        entropy = unigram_entropy(counts[side], counts[side])
+        description[side] = {**totals[side], "entropy": entropy, **files}
+    description["unigram_entropy"] = unigram_entropy(counts["valid"], counts["train"])
     return description
 
 
-def _publish(temporary: dict[str, str], prefix: str, description: dict[str, Any]) -> None:
+def _publish(prefix: str, description: dict[str, Any]) -> None:
     """Put the finished files in place so that a description never stands beside other files."""
+    folder = f"{prefix}.parts"
     Path(f"{prefix}.json").unlink(missing_ok=True)
-    for side, path in temporary.items():
+    shutil.rmtree(f"{prefix}_tokenizer", ignore_errors=True)
+    for side in SPLITS:
         # Megatron keeps shuffled indices here under a key that ignores the content.
         shutil.rmtree(f"{prefix}_{side}/cache", ignore_errors=True)
         for ending in ("bin", "idx"):
-            os.replace(f"{path}.{ending}", f"{prefix}_{side}.{ending}")
-    last = f"{temporary['train']}.json"
+            os.replace(f"{folder}/{side}.{ending}", f"{prefix}_{side}.{ending}")
+    if os.path.isdir(f"{folder}/tokenizer"):
+        os.replace(f"{folder}/tokenizer", f"{prefix}_tokenizer")
+    last = f"{folder}/{os.path.basename(prefix)}.json"
     with open(last, "w", encoding="utf-8") as file:
         json.dump(description, file, indent=2)
         file.write("\n")
     os.replace(last, f"{prefix}.json")
-
-
-def megatron_arguments(prefix: str) -> list[str]:
-    """Megatron's command-line arguments for training on the dataset at `prefix`."""
-    return [
-        "--train-data-path", f"{prefix}_train",
-        "--valid-data-path", f"{prefix}_valid",
-        "--tokenizer-type", "NullTokenizer",
-        "--vocab-size", str(VOCAB_SIZE),
-    ]  # fmt: skip

@@ -1,7 +1,10 @@
-"""Where documents come from: the standard library, a directory, or a JSONL file."""
+"""Where documents come from, and the shards in which they are worked on.
+
+The shards follow from the input alone, so that a dataset is the same whatever the number of
+workers, and a shard is the unit that is redone after a kill.
+"""
 
 import fnmatch
-import json
 import os
 import random
 import sys
@@ -10,8 +13,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-#: What a directory is searched for when no --glob is given.
+from megatron_s3.data import hub, readers
+from megatron_s3.data.errors import DataError
+from megatron_s3.data.readers import Shard
+
+#: What a directory without data files is searched for when no --glob is given.
 TEXT_GLOBS = ("*.txt", "*.md", "*.rst", "*.py")
+#: Files that hold many documents each.
+DATA_GLOBS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet")
 
 # Not text that people wrote for people to read: tests, vendored code, generated tables.
 _STDLIB_SKIPPED_DIRS = {
@@ -20,10 +29,10 @@ _STDLIB_SKIPPED_DIRS = {
 }  # fmt: skip
 _STDLIB_SKIPPED_FILES = ("_sysconfigdata*", "entities.py", "stringprep.py")
 _SHUFFLE_SEED = 20240
-
-
-class DataError(ValueError):
-    """The input cannot be made into a dataset; the message says what to do instead."""
+# Small enough to lose little in a kill, and never many thousands of them.
+_SHARD_BYTES = 4 << 20
+_SHARDS = 1024
+_TEXT_FILES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -31,16 +40,20 @@ class Source:
     """A set of documents, readable again and again in the same order.
 
     Attributes:
-        kind: `stdlib`, `directory` or `jsonl`.
-        path: The directory or file.
-        globs: File-name patterns of a directory.
-        json_key: The key of a JSONL record that holds its text.
+        kind: `stdlib`, `directory`, `file` or `hub`.
+        path: The directory or file, or the dataset's name on the Hugging Face hub.
+        globs: File-name patterns of a directory; when empty, chosen by what it holds.
+        json_key: The key (JSONL) or column (parquet, hub) that holds the text.
+        config: Configuration of a dataset on the hub.
+        revision: Commit, tag or branch of a dataset on the hub.
     """
 
     kind: str
     path: str
     globs: tuple[str, ...] = ()
-    json_key: str = ""
+    json_key: str = "text"
+    config: str = ""
+    revision: str = ""
 
     def describe(self) -> dict[str, object]:
         """The source as JSON values; equal ones ask for the same documents."""
@@ -49,67 +62,117 @@ class Source:
     def __str__(self) -> str:
         if self.kind == "stdlib":
             return f"the standard library of Python {sys.version.split()[0]}"
+        if self.kind == "hub":
+            return ":".join(filter(None, (f"hf:{self.path}", self.config)))
         return self.path
 
-    def documents(self) -> Iterator[bytes]:
-        """Yield the documents as UTF-8, one at a time.
+    def shards(self) -> list[Shard]:
+        """The documents' files, cut into the units of work, in order.
 
         Raises:
-            DataError: If a file or a JSONL line is not what it should be.
+            DataError: If there is no file to read, or one cannot be.
         """
-        return _from_jsonl(self) if self.kind == "jsonl" else _from_files(self)
+        if self.kind == "hub":
+            return hub.shards(self.path, self.config, self.revision, self.json_key)
+        if self.kind == "file":
+            files = [self.path]
+        else:
+            files = [os.path.join(self.path, name) for name in _files(self)]
+        return list(_cut(files, self.json_key))
+
+    def documents(self) -> Iterator[bytes]:
+        """Yield the documents as UTF-8, one at a time, without those that are empty.
+
+        Raises:
+            DataError: If a file or a record is not what it should be.
+        """
+        for shard in self.shards():
+            yield from filter(None, readers.documents(shard))
 
 
-def source(name: str, json_key: str = "text", globs: list[str] | None = None) -> Source:
+def source(
+    name: str, json_key: str | None = None, globs: list[str] | None = None, revision: str = ""
+) -> Source:
     """Find out what `--input` means.
 
     Args:
-        name: `stdlib`, a directory, or a file whose name ends in `.jsonl`.
-        json_key: The key of a JSONL record that holds its text.
-        globs: File-name patterns for a directory; `TEXT_GLOBS` when empty.
+        name: `stdlib`; a directory; a file whose name ends in one of `DATA_GLOBS`; a name in
+            `hub.NAMED`; or `hf:NAME[:CONFIG]`, a dataset on the Hugging Face hub.
+        json_key: The key or column that holds the text; `text` when None, or what the named
+            dataset calls it.
+        globs: File-name patterns for a directory.
+        revision: Commit, tag or branch of a dataset on the hub.
 
     Raises:
-        DataError: If there is nothing of that name or of a kind that can be read.
+        DataError: If there is nothing of that name or of a kind that can be read, or an option
+            does not go with it.
     """
-    if name == "stdlib":
-        return Source("stdlib", sysconfig.get_paths()["stdlib"], ("*.py",))
     path = Path(name)
+    remote = name.startswith("hf:") or (name in hub.NAMED and not path.exists())
+    if revision and not remote:
+        raise DataError(f"--revision {revision}: goes with a dataset of the hub, not {name}")
+    if globs and (name == "stdlib" or not path.is_dir()):
+        raise DataError(f"--glob {' '.join(globs)}: goes with a directory, not {name}")
+    if remote:
+        address, key = hub.NAMED.get(name, (name, "text"))
+        repository, _, config = address.removeprefix("hf:").partition(":")
+        if not repository:
+            raise DataError(f"--input {name}: no name after hf:; give hf:NAME or hf:NAME:CONFIG")
+        return Source("hub", repository, json_key=json_key or key, config=config, revision=revision)
+    key = json_key or "text"
+    if name == "stdlib":
+        return Source("stdlib", sysconfig.get_paths()["stdlib"], ("*.py",), key)
     if path.is_dir():
-        return Source("directory", str(path.resolve()), tuple(globs or TEXT_GLOBS))
+        return Source("directory", str(path.resolve()), tuple(globs or ()), key)
     if not path.exists():
         raise DataError(
-            f"--input {name}: there is none; give a directory, a .jsonl file or 'stdlib'"
+            f"--input {name}: there is none; give a directory, a {_endings()} file, 'stdlib', "
+            f"{', '.join(hub.NAMED)} or hf:NAME"
         )
-    if path.suffix != ".jsonl":
+    if not _matches(path.name, DATA_GLOBS):
         raise DataError(
-            f"--input {name}: a single file must be JSON lines with a name ending in .jsonl; "
+            f"--input {name}: the name of a single file must end in {_endings()}; "
             "for plain text give the directory that holds it"
         )
-    return Source("jsonl", str(path.resolve()), json_key=json_key)
+    return Source("file", str(path.resolve()), json_key=key)
+
+
+def _endings() -> str:
+    return ", ".join(glob.removeprefix("*") for glob in DATA_GLOBS)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _walk(src: Source) -> Iterator[str]:
+    skipped = _STDLIB_SKIPPED_DIRS if src.kind == "stdlib" else set()
+    for folder, folders, names in os.walk(src.path):
+        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
+        for name in names:
+            if src.kind == "stdlib" and _matches(name, _STDLIB_SKIPPED_FILES):
+                continue
+            yield os.path.relpath(os.path.join(folder, name), src.path)
 
 
 def _files(src: Source) -> list[str]:
     """The source's files, relative to its path, in an order that is the same on every machine."""
-    found: list[str] = []
-    seen: dict[str, int] = {}
-    for folder, folders, names in os.walk(src.path):
-        skipped = _STDLIB_SKIPPED_DIRS if src.kind == "stdlib" else set()
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
-        for name in names:
-            if src.kind == "stdlib" and any(
-                fnmatch.fnmatchcase(name, p) for p in _STDLIB_SKIPPED_FILES
-            ):
-                continue
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in src.globs):
-                found.append(os.path.relpath(os.path.join(folder, name), src.path))
-            else:
-                ending = Path(name).suffix or name
-                seen[ending] = seen.get(ending, 0) + 1
+    there = list(_walk(src))
+    globs = src.globs
+    if not globs:
+        data = any(_matches(os.path.basename(n), DATA_GLOBS) for n in there)
+        globs = DATA_GLOBS if data else TEXT_GLOBS
+    found = [n for n in there if _matches(os.path.basename(n), globs)]
     if not found:
+        seen: dict[str, int] = {}
+        for name in there:
+            ending = Path(name).suffix or os.path.basename(name)
+            seen[ending] = seen.get(ending, 0) + 1
         common = sorted(seen, key=lambda e: (-seen[e], e))[:3]
-        there = ", ".join(f"{e} ({seen[e]})" for e in common) or "no files at all"
+        holds = ", ".join(f"{e} ({seen[e]})" for e in common) or "no files at all"
+        patterns = " ".join(src.globs or TEXT_GLOBS + DATA_GLOBS)
         raise DataError(
-            f"--input {src.path}: no file matches {' '.join(src.globs)}; it holds {there}: "
+            f"--input {src.path}: no file matches {patterns}; it holds {holds}: "
             "name the files with --glob"
         )
     # Shuffled, so that neighbours (one package, one author) fall on both sides of the split.
@@ -118,56 +181,49 @@ def _files(src: Source) -> list[str]:
     return found
 
 
-def _from_files(src: Source) -> Iterator[bytes]:
-    for name in _files(src):
-        path = os.path.join(src.path, name)
+def _cut(files: list[str], key: str) -> Iterator[Shard]:
+    stats = {}
+    for path in files:
         try:
-            with open(path, "rb") as file:
-                text = file.read()
+            stats[path] = os.stat(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: not UTF-8 at byte {error.start}; convert it, or leave it out with --glob"
-            ) from error
-        if text.strip():
-            yield text
+    target = max(_SHARD_BYTES, sum(s.st_size for s in stats.values()) // _SHARDS)
+    texts: list[str] = []  # text files, one document each
+    before: int | None = 0
+
+    def text_shard() -> Iterator[Shard]:
+        if texts:
+            size = sum(stats[p].st_size for p in texts)
+            identity = tuple(_identity(stats[p]) for p in texts)
+            yield Shard("text", tuple(texts), identity, size=size, before=before)
+
+    gathered = 0
+    for path in files:
+        stat, name = stats[path], os.path.basename(path)
+        if not _matches(name, DATA_GLOBS):
+            if stat.st_size:
+                texts.append(path)
+                gathered += stat.st_size
+            if gathered >= target or len(texts) == _TEXT_FILES:
+                yield from text_shard()
+                before = None if before is None else before + len(texts)
+                texts, gathered = [], 0
+            continue
+        yield from text_shard()  # the order of the files is the order of the documents
+        texts, gathered, before = [], 0, None
+        identity = (_identity(stat),)
+        if name.endswith(".parquet"):
+            for start, stop, size in readers.row_groups(path, key, target):
+                yield Shard("parquet", (path,), identity, start, stop, key, size)
+        elif name.endswith(".jsonl"):
+            for start in range(0, stat.st_size, target):
+                stop = min(start + target, stat.st_size)
+                yield Shard("jsonl", (path,), identity, start, stop, key, stop - start)
+        else:  # compressed: readable from its beginning only
+            yield Shard("jsonl", (path,), identity, 0, stat.st_size, key, stat.st_size)
+    yield from text_shard()
 
 
-def _from_jsonl(src: Source) -> Iterator[bytes]:
-    number = 0
-    with open(src.path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{src.path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{where}: not JSON ({error.msg}); each line must be one object"
-                ) from error
-            if not isinstance(record, dict) or src.json_key not in record:
-                keys = ", ".join(map(repr, record)) if isinstance(record, dict) else "no object"
-                raise DataError(
-                    f"{where}: no key {src.json_key!r} (it has {keys}); "
-                    "name the key of the text with --json-key"
-                )
-            text = record[src.json_key]
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{where}: the value of {src.json_key!r} is {type(text).__name__}, not a string"
-                )
-            if not text.strip():
-                raise DataError(f"{where}: the text is empty; remove the line")
-            try:
-                yield text.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{where}: character {error.start} of the text is half of a surrogate pair, "
-                    "which UTF-8 cannot hold"
-                ) from error
+def _identity(stat: os.stat_result) -> str:
+    return f"{stat.st_size} bytes of {stat.st_mtime_ns}"

@@ -1,0 +1,80 @@
+"""Megatron's own writer of indexed datasets, and the sums over what it wrote."""
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from megatron_s3.data.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CHUNK = 8 << 20
+
+
+def library() -> Any:
+    """Megatron's `indexed_dataset`, without what it says about GPU packages and ranks.
+
+    Raises:
+        DataError: If it cannot be imported.
+    """
+    try:
+        with _quiet():
+            from megatron.core.datasets import indexed_dataset
+    except ImportError as error:
+        raise DataError(
+            f"megatron-core cannot be imported ({error}); it writes the dataset: "
+            "pip install 'megatron-s3[megatron]'"
+        ) from error
+    return indexed_dataset
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def builder(path: str, vocab_size: int) -> Any:
+    """An `IndexedDatasetBuilder` that writes `path`.bin with the narrowest type for the tokens."""
+    megatron = library()
+    return megatron.IndexedDatasetBuilder(
+        f"{path}.bin", dtype=megatron.DType.optimal_dtype(vocab_size)
+    )
+
+
+def join(path: str, pieces: Iterable[str], vocab_size: int) -> None:
+    """Write `path`.bin and `path`.idx of the datasets `pieces`, one after the other."""
+    joined = builder(path, vocab_size)
+    with _quiet():
+        for piece in pieces:
+            joined.add_index(piece)
+    joined.finalize(f"{path}.idx")
+
+
+def sums(path: str, vocab_size: int) -> "tuple[dict[str, Any], np.ndarray]":
+    """Sizes and SHA-256 of `path`.bin and `path`.idx, and how often each token occurs."""
+    import numpy as np
+
+    dtype = library().DType.optimal_dtype(vocab_size)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    found: dict[str, Any] = {}
+    for ending in ("bin", "idx"):
+        digest = hashlib.sha256()
+        with open(f"{path}.{ending}", "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                if ending == "bin":
+                    counts += np.bincount(np.frombuffer(chunk, dtype=dtype), minlength=vocab_size)
+        found[f"{ending}_size"] = os.path.getsize(f"{path}.{ending}")
+        found[f"{ending}_sha256"] = digest.hexdigest()
+    return found, counts

@@ -1,0 +1,269 @@
+"""Shards to documents."""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from megatron_s3.data import hub
+from megatron_s3.data.errors import DataError
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the input: what one worker reads, in order.
+
+    Attributes:
+        kind: `text` (one document a file), `jsonl`, `parquet`, or `hub:` and a reader of the
+            `datasets` library.
+        files: Paths, or the address of a file on the hub.
+        identity: What tells each file from a changed one.
+        start: First byte (jsonl) or row group (parquet). A line belongs to the shard in which it
+            begins.
+        stop: One past the last.
+        key: The key or column that holds the text.
+        size: Bytes to read, 0 if unknown.
+        before: Documents before it in the input, or None if that is not known without reading.
+    """
+
+    kind: str
+    files: tuple[str, ...]
+    identity: tuple[str, ...]
+    start: int = 0
+    stop: int = 0
+    key: str = ""
+    size: int = 0
+    before: int | None = None
+
+
+def documents(shard: Shard) -> Iterator[bytes]:
+    """Yield a shard's documents as UTF-8; one that is empty or blank comes as b"".
+
+    Raises:
+        DataError: If a file or a record is not what it should be.
+        IncompleteError: If the hub cannot be reached.
+    """
+    if shard.kind == "text":
+        return map(_whole_file, shard.files)
+    if shard.kind == "jsonl":
+        return _from_jsonl(shard)
+    if shard.kind == "parquet":
+        return _from_parquet(shard)
+    return _from_hub(shard)
+
+
+def row_groups(path: str, column: str, target: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a parquet file into runs of row groups.
+
+    Args:
+        path: The file.
+        column: The column of the text.
+        target: Bytes of that column, uncompressed, from which on a run is long enough.
+
+    Yields:
+        First row group, one past the last, bytes of the column on disk.
+
+    Raises:
+        DataError: If the file is not parquet or has no such column of strings.
+    """
+    file = _parquet(path)
+    names = file.schema_arrow.names
+    if column not in names:
+        raise DataError(
+            f"{path}: no column {column!r} (it has {', '.join(map(repr, names))}); "
+            "name the column of the text with --json-key"
+        )
+    kind = str(file.schema_arrow.field(column).type)
+    if kind not in ("string", "large_string", "string_view"):
+        raise DataError(f"{path}: column {column!r} holds {kind}, not strings")
+    # Positions among the leaf columns, which nested columns make more than the names.
+    metadata = file.metadata
+    leaf = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
+    start = text = disk = 0
+    for group in range(metadata.num_row_groups):
+        chunk = metadata.row_group(group).column(leaf)
+        text += chunk.total_uncompressed_size
+        disk += chunk.total_compressed_size
+        if text >= target or group + 1 == metadata.num_row_groups:
+            yield start, group + 1, disk
+            start, text, disk = group + 1, 0, 0
+
+
+def _checked(text: object, where: Callable[[], str], key: str) -> bytes:
+    if not isinstance(text, str):
+        kind = "null" if text is None else type(text).__name__
+        raise DataError(f"{where()}: the value of {key!r} is {kind}, not a string")
+    if not text or text.isspace():
+        return b""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where()}: character {error.start} of the text is half of a surrogate pair, "
+            "which UTF-8 cannot hold"
+        ) from error
+
+
+def _whole_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 at byte {error.start}; convert it, or leave it out with --glob"
+        ) from error
+    return text if text.strip() else b""
+
+
+def _from_jsonl(shard: Shard) -> Iterator[bytes]:
+    path = shard.files[0]
+    if path.endswith(".gz"):
+        lines: Iterable[bytes] = _lines(_gunzipped(path))
+    elif path.endswith(".zst"):
+        lines = _lines(_unzstandarded(path))
+    else:
+        lines = _range(path, shard.start, shard.stop)
+    number = 0
+
+    def where() -> str:
+        before = 0
+        if shard.start:  # only now, as the error is told, does the line's number matter
+            before = sum(1 for _ in _range(path, 0, shard.start))
+        return f"{path}, line {before + number}"
+
+    for line in lines:
+        number += 1
+        if line.strip():
+            yield _text_of(line, shard.key, where)
+
+
+def _text_of(line: bytes, key: str, where: Callable[[], str]) -> bytes:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where()}: not JSON ({error.msg}); each line must be one object"
+        ) from error
+    if not isinstance(record, dict) or key not in record:
+        keys = ", ".join(map(repr, record)) if isinstance(record, dict) else "no object"
+        raise DataError(
+            f"{where()}: no key {key!r} (it has {keys}); name the key of the text with --json-key"
+        )
+    return _checked(record[key], where, key)
+
+
+def _range(path: str, start: int, stop: int) -> Iterator[bytes]:
+    """The lines of a file that begin at a byte of [start, stop)."""
+    try:
+        with open(path, "rb") as file:
+            position = start
+            if start:  # the line that byte start - 1 is in belongs to an earlier shard
+                file.seek(start - 1)
+                position += len(file.readline()) - 1
+            while position < stop and (line := file.readline()):
+                position += len(line)
+                yield line
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    open_line: list[bytes] = []
+    for chunk in chunks:
+        *closed, rest = chunk.split(b"\n")
+        for line in closed:
+            yield b"".join((*open_line, line))
+            open_line = []
+        open_line.append(rest)
+    if any(open_line):
+        yield b"".join(open_line)
+
+
+def _gunzipped(path: str) -> Iterator[bytes]:
+    import gzip
+
+    try:
+        with gzip.open(path) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cut off or damaged ({error}); fetch it again") from error
+
+
+def _unzstandarded(path: str) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(f"{path}: reading it needs zstandard: pip install zstandard") from error
+
+    def frame() -> "zstandard.ZstdDecompressionObj":
+        return zstandard.ZstdDecompressor().decompressobj()
+
+    # Not stream_reader(), which takes a file that was cut off for one that has ended.
+    try:
+        with open(path, "rb") as file:
+            current = None
+            while chunk := file.read(_CHUNK):
+                while chunk:
+                    current = current or frame()
+                    yield current.decompress(chunk)
+                    chunk = current.unused_data
+                    if current.eof:
+                        current = None
+    except (OSError, zstandard.ZstdError) as error:
+        raise DataError(f"{path}: cut off or damaged ({error}); fetch it again") from error
+    if current:
+        raise DataError(f"{path}: cut off or damaged (no end of frame); fetch it again")
+
+
+def _parquet(path: str) -> "pyarrow.parquet.ParquetFile":  # noqa: F821
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: not a whole parquet file ({reason}); fetch it again") from error
+
+
+def _from_parquet(shard: Shard) -> Iterator[bytes]:
+    import pyarrow
+
+    path = shard.files[0]
+    file = _parquet(path)
+    row = sum(file.metadata.row_group(g).num_rows for g in range(shard.start))
+    where = lambda: f"{path}, row {row}"
+    try:
+        for batch in file.iter_batches(
+            1024, row_groups=list(range(shard.start, shard.stop)), columns=[shard.key]
+        ):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield _checked(text, where, shard.key)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: damaged after row {row} ({reason}); fetch it again") from error
+
+
+def _from_hub(shard: Shard) -> Iterator[bytes]:
+    row = 0
+    where = lambda: f"{shard.files[0]}, row {row}"
+    for record in hub.records(shard.kind.removeprefix("hub:"), shard.files[0], shard.key):
+        row += 1
+        if shard.key not in record:
+            raise DataError(
+                f"{where()}: no column {shard.key!r} (it has {', '.join(map(repr, record))}); "
+                "name the column of the text with --json-key"
+            )
+        yield _checked(record[shard.key], where, shard.key)

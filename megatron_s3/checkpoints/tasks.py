@@ -1,0 +1,173 @@
+"""The paper's five tasks, as lm-evaluation-harness defines them, on its data or on local files."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TASKS", "Task", "TaskError", "load"]
+
+
+class TaskError(ValueError):
+    """A task's data cannot be read; the message names the task, the file and line, and the keys."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the tasks.
+
+    Attributes:
+        label: as in Figure 6.
+        harness: its name in lm-evaluation-harness, whose prompts and scoring are used.
+        choices: number of answers to choose from.
+        keys: of a record in a local JSON-lines file; those of the dataset on the hub.
+        labels: the key of the right answer, and the values it takes.
+    """
+
+    label: str
+    harness: str
+    choices: int
+    keys: tuple[str, ...]
+    labels: tuple[str, tuple[int | str, ...]]
+
+
+#: By the name that ``--tasks`` takes, and that a local file has (``piqa.jsonl``).
+TASKS = {
+    "cb": Task("CB", "cb", 3, ("premise", "hypothesis"), ("label", (0, 1, 2))),
+    "piqa": Task("PIQA", "piqa", 2, ("goal", "sol1", "sol2"), ("label", (0, 1))),
+    "siqa": Task(
+        "SIQA",
+        "social_iqa",
+        3,
+        ("context", "question", "answerA", "answerB", "answerC"),
+        ("label", ("1", "2", "3")),
+    ),
+    # 2016, because the answers of 2018's test set are not public.
+    "storycloze": Task(
+        "StoryCloze",
+        "storycloze_2016",
+        2,
+        (*(f"input_sentence_{i}" for i in range(1, 5)), "sentence_quiz1", "sentence_quiz2"),
+        ("answer_right_ending", (1, 2)),
+    ),
+    "hellaswag": Task(
+        "HellaSwag",
+        "hellaswag",
+        4,
+        ("activity_label", "ctx_a", "ctx_b", "endings"),
+        ("label", ("0", "1", "2", "3")),
+    ),
+}
+
+
+def load(names: Sequence[str], data: str | Path | None = None) -> dict[str, Any]:
+    """The harness's task objects, their data read.
+
+    Args:
+        names: keys of :data:`TASKS`.
+        data: folder with NAME.jsonl for each; the Hugging Face hub, or its cache, if None.
+
+    Returns:
+        Objects of lm-evaluation-harness by name.
+
+    Raises:
+        TaskError: the data of one cannot be had, or a record in a local file is not as it has to
+            be.
+    """
+    files = {}
+    if data is not None:
+        files = {name: Path(data, f"{name}.jsonl").absolute() for name in names}
+        for name, file in files.items():
+            _check(name, file)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    loaded = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            harness = TASKS[name].harness
+            wanted = harness
+            if name in files:
+                wanted = str(Path(scratch, f"{harness}.yaml"))
+                definition = manager.task_index[harness].yaml_path
+                Path(wanted).write_text(_on_file(harness, definition, files[name]))
+            try:
+                loaded[name] = manager.load([wanted])["tasks"][harness]
+            except Exception as error:
+                raise TaskError(_missing(name, files.get(name), error)) from error
+    return loaded
+
+
+def _on_file(harness: str, definition: Path, file: Path) -> str:
+    """The harness's own definition of a task, with other data; JSON, which is YAML too."""
+    return json.dumps(
+        {
+            "include": str(definition),
+            "task": harness,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"validation": str(file)}},
+            "training_split": None,
+            "validation_split": "validation",
+            "test_split": None,
+        }
+    )
+
+
+def _missing(name: str, file: Path | None, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    if file:
+        return f"{file}: the datasets library cannot read it ({reason})"
+    return (
+        f"task {name}: its dataset cannot be had from the Hugging Face hub ({reason}). Connect "
+        f"this machine to the hub, or give --data FOLDER with {name}.jsonl in it: "
+        f"{_described(name)}."
+    )
+
+
+def _described(name: str) -> str:
+    task = TASKS[name]
+    label, values = task.labels
+    shown = ", ".join(json.dumps(value) for value in values)
+    return f"an object a line with the keys {', '.join(task.keys)} and {label} ({shown})"
+
+
+def _check(name: str, file: Path) -> None:
+    """Reads a local file through, so that a fault is said with its line."""
+    task = TASKS[name]
+    expected = f"{name}.jsonl holds {_described(name)}"
+    if not file.is_file():
+        raise TaskError(f"task {name}: no file {file}; {expected}")
+    count = 0
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise TaskError(f"{file}:{number}: no JSON ({error}); {expected}") from None
+            label, values = task.labels
+            if not isinstance(record, dict) or (
+                missing := [key for key in (*task.keys, label) if key not in record]
+            ):
+                what = f"has no {', '.join(missing)}" if isinstance(record, dict) else "no object"
+                raise TaskError(f"{file}:{number}: {what}; {expected}")
+            for key in task.keys:
+                fits = list if key == "endings" else str
+                if not isinstance(record[key], fits):
+                    kind = "a list of strings" if fits is list else "a string"
+                    raise TaskError(f"{file}:{number}: {key} is not {kind}; {expected}")
+            if "endings" in record and len(record["endings"]) != task.choices:
+                raise TaskError(f"{file}:{number}: endings has not {task.choices} of them")
+            value = record[label]
+            if isinstance(value, bool) or value not in values:
+                raise TaskError(
+                    f"{file}:{number}: {label} is {json.dumps(value)}, not one of "
+                    f"{', '.join(json.dumps(v) for v in values)}; {expected}"
+                )
+            count += 1
+    if not count:
+        raise TaskError(f"{file} is empty; {expected}")

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments import CPU_DEFAULTS
+from megatron_s3.optimizers import OPTIMIZERS
 
 __all__ = [
     "Buffer",
@@ -33,6 +35,7 @@ __all__ = [
     "completed",
     "flops",
     "measure",
+    "needs_norm",
     "plan",
     "plan_rank",
 ]
@@ -71,7 +74,7 @@ class Buffer:
         elements: with padding.
         unpadded: elements that belong to parameters.
         buckets: number of pieces that are communicated one by one.
-        param_bytes: of its parameters' buffer, as all-gathered; 0 without the distributed optimizer.
+        param_bytes: of the parameters, as all-gathered; 0 without the distributed optimizer.
         grad_bytes: of the buffer, as reduced.
         ranks: size of the group that reduces it.
     """
@@ -110,6 +113,42 @@ class Rank:
     main_gradients: int
     buffers: tuple[Buffer, ...]
 
+    def traffic(self) -> tuple[float, float]:
+        """Bytes that an optimizer step reads and writes, each tensor that it needs once.
+
+        That is what a fused step needs; one of several torch operations moves more.
+        """
+        gradient = self.updated * self._gradient_bytes()
+        states = sum(self.states.values())
+        weights = self.updated * self.weights / sum(b.elements for b in self.buffers)
+        if not self.main_parameters:  # the weights are the main parameters
+            return gradient + weights + states, weights + states
+        # Copies of gradients are written, then read in their place.
+        return (
+            gradient + self.main_gradients + self.main_parameters + states,
+            self.main_gradients + self.main_parameters + states + weights,
+        )
+
+    def norm_traffic(self) -> float:
+        """Bytes read to compute the norm of the gradients, which clipping needs."""
+        return self.main_gradients or self.updated * self._gradient_bytes()
+
+    def _gradient_bytes(self) -> float:
+        return self.gradients / sum(b.elements for b in self.buffers)
+
+    def reduced_and_gathered(self) -> tuple[float, float]:
+        """Bytes a rank sends in a step over rings: to reduce gradients, to gather parameters.
+
+        Gradients are reduce-scattered under the distributed optimizer, and all-reduced, which is
+        twice as much, without it.
+        """
+        reduced = gathered = 0.0
+        for b in self.buffers:
+            share = (b.ranks - 1) / b.ranks
+            reduced += b.grad_bytes * share * (1 if b.param_bytes else 2)
+            gathered += b.param_bytes * share
+        return reduced, gathered
+
     @property
     def total(self) -> int:
         """All of them."""
@@ -124,8 +163,8 @@ class Sizes:
     Attributes:
         parameters: elements of the whole model, each once.
         embeddings: those in embeddings and the output layer.
-        stages: a rank of each pipeline stage, tensor- and data-parallel rank 0: the one whose
-            shard has no padding at its end.
+        stages: a rank of each pipeline stage, tensor- and data-parallel rank 0, whose shard has
+            no padding at its end. (Gaps that align parameters to 64 elements lie in any shard.)
     """
 
     parameters: int
@@ -206,6 +245,16 @@ def activations(args: argparse.Namespace) -> tuple[int, str]:
         name = "compute_activation_memory"
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     return int(getattr(formulas, name)(args, num_microbatches=micro_batches)), name
+
+
+def needs_norm(args: argparse.Namespace) -> bool:
+    """Whether each step computes the gradients' norm; for its own optimizers Megatron does."""
+    return (
+        args.optimizer not in OPTIMIZERS
+        or args.clip_grad > 0
+        or bool(getattr(args, "s3_log_grad_norm", False))
+        or math.isfinite(getattr(args, "grad_norm_skip_threshold", math.inf))
+    )
 
 
 def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:

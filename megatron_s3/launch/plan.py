@@ -1,0 +1,336 @@
+"""``megatron-s3 plan``: memory, traffic and days of a configuration, for any layout, on no GPU."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_s3.launch.config import Config, ConfigError, load
+
+__all__ = ["Plan", "main", "make", "text"]
+
+#: bf16 multiply-adds on tensor cores without sparsity, TFLOP/s, of an H100 or H200 SXM.
+H100_TFLOPS = 989.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A job's, as :func:`text` prints and ``--json`` writes it.
+
+    Attributes:
+        name: the configuration's.
+        optimizer: its name.
+        gpus: number of ranks.
+        layout: sizes of ``tensor``, ``pipeline``, ``context``, ``expert`` and ``data`` parallelism.
+        sharded: whether the distributed optimizer is used.
+        vocabulary: its size, padded.
+        sizes: a :class:`megatron_s3.mcore.sizes.Sizes`.
+        activations: bytes by Megatron's formula; 0 where it has none.
+        formula: its name, or what it does not know.
+        norm: whether the norm of the gradients is computed in each step.
+        batch: sequences of a step.
+        sequence: tokens of a sequence.
+        steps: number of steps.
+        flops: floating-point operations of a step, as Megatron counts them.
+        mfu: share of the peak that is assumed.
+        peak: of a GPU, FLOP/s.
+    """
+
+    name: str
+    optimizer: str
+    gpus: int
+    layout: dict[str, int]
+    sharded: bool
+    vocabulary: int
+    sizes: Any
+    activations: int
+    formula: str
+    norm: bool
+    batch: int
+    sequence: int
+    steps: int
+    flops: float
+    mfu: float
+    peak: float
+
+    @property
+    def fullest(self) -> Any:
+        """The rank that holds most."""
+        return max(self.sizes.stages, key=lambda rank: rank.total)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step."""
+        return self.flops / (self.gpus * self.peak * self.mfu)
+
+    @property
+    def days(self) -> float:
+        """Of all steps, without evaluation, checkpoints and failures."""
+        return self.steps * self.step_seconds / 86400
+
+
+def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
+    """Plans a job.
+
+    Args:
+        config: the job's.
+        gpus: number of ranks; those of ``config.launch`` if None.
+        mfu: share of the peak that the GPUs reach, in (0, 1].
+        peak: of a GPU, FLOP/s.
+
+    Raises:
+        ConfigError: it cannot run, or cannot be planned.
+    """
+    from megatron_s3.launch.check import arithmetic, check
+
+    if gpus is not None:
+        per_node = config.launch.nproc_per_node
+        nodes, rest = divmod(gpus, per_node)
+        if rest or not nodes:  # less than a node, or not whole ones: counted as one
+            nodes, per_node = 1, gpus
+        config.launch.nodes, config.launch.nproc_per_node = nodes, per_node
+    if "rampup_batch_size" in config.arguments:
+        raise ConfigError(
+            f"{config.where('rampup_batch_size')}: rampup_batch_size cannot be planned: every step "
+            "is counted alike. Leave it out (--set rampup_batch_size=null)"
+        )
+    arithmetic(config)  # before the imports that take seconds
+    from megatron_s3.mcore import sizes
+
+    args = check(config)
+    batch = args.global_batch_size
+    steps = args.train_iters or -(-(args.train_samples or 0) // batch)
+    if not steps:
+        raise ConfigError(f"{config.name}: neither train_iters nor train_samples is given")
+    try:
+        args = sizes.completed(args)
+        planned = sizes.plan(args)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"{config.name}: {error}") from error
+    activations, formula = sizes.activations(args)
+    return Plan(
+        name=config.name,
+        optimizer=args.optimizer,
+        gpus=config.world_size,
+        layout={
+            "tensor": args.tensor_model_parallel_size,
+            "pipeline": args.pipeline_model_parallel_size,
+            "context": args.context_parallel_size,
+            "expert": args.expert_model_parallel_size,
+            "data": args.data_parallel_size,
+        },
+        sharded=args.use_distributed_optimizer,
+        vocabulary=args.padded_vocab_size,
+        sizes=planned,
+        activations=activations,
+        formula=formula,
+        norm=sizes.needs_norm(args),
+        batch=batch,
+        sequence=args.seq_length,
+        steps=steps,
+        flops=sizes.flops(args),
+        mfu=mfu,
+        peak=peak,
+    )
+
+
+def text(plan: Plan) -> str:
+    """The plan as lines for people; bytes in powers of ten."""
+    rank, sizes = plan.fullest, plan.sizes
+    used = " x ".join(f"{kind} {n:,}" for kind, n in plan.layout.items() if kind != "expert")
+    if plan.layout["expert"] > 1:
+        used += f", expert {plan.layout['expert']}"
+    how = (
+        "sharded over data-parallel ranks" if plan.sharded else "whole on every data-parallel rank"
+    )
+    padding = sum(b.elements - b.unpadded for b in rank.buffers)
+    buckets = sum(b.buckets for b in rank.buffers)
+    reduced, gathered = rank.reduced_and_gathered()
+    read, written = rank.traffic()
+    norm = f"{_bytes(rank.norm_traffic())} read"
+    reduction = "reduce-scatter" if plan.sharded else "all-reduce"
+    tokens = plan.batch * plan.sequence
+    rows: list[tuple[str, str, str]] = [
+        (f"{plan.name} on {plan.gpus:,} GPUs", "", ""),
+        ("layout", used, f"{plan.optimizer}, its state {how} data-parallel ranks"),
+        ("parameters", f"{sizes.parameters:,}", ""),
+        (
+            "  without embeddings",
+            f"{sizes.parameters - sizes.embeddings:,}",
+            f"vocabulary padded to {plan.vocabulary:,}",
+        ),
+        ("", "", ""),
+        (_title(plan), "", ""),
+        ("  parameters", f"{rank.parameters:,}", f"{rank.updated:,} updated by its optimizer"),
+        ("  weights", _bytes(rank.weights), ""),
+        (
+            "  gradients",
+            _bytes(rank.gradients),
+            f"{padding:,} elements of padding; communicated in {buckets} "
+            + ("bucket" if buckets == 1 else "buckets"),
+        ),
+        ("  main parameters", _bytes(rank.main_parameters), ""),
+        *((f"  state {name}", _bytes(size), "") for name, size in rank.states.items()),
+        ("  main gradients", _bytes(rank.main_gradients), "") if rank.main_gradients else None,
+        ("  total", _bytes(rank.total), f"{rank.total:,} bytes"),
+        *_other_stages(plan),
+        ("  not counted", *_activations(plan)),
+        ("", "", "workspaces, fragmentation, NCCL's buffers"),
+        ("", "", ""),
+        ("each step, that rank", "", ""),
+        (
+            "  optimizer reads",
+            _bytes(read),
+            "each tensor once, as a fused step: gradients, main parameters, state",
+        ),
+        ("  optimizer writes", _bytes(written), "main parameters, state, weights"),
+        (
+            "  gradient norm",
+            norm,
+            "in each step" if plan.norm else "only with --clip-grad; off here",
+        ),
+        (
+            f"  {reduction} sends",
+            _bytes(reduced),
+            f"gradients, data-parallel ring of {_ring(rank)}",
+        ),
+        ("  all-gather sends", _bytes(gathered), "updated weights") if plan.sharded else None,
+        ("", "", ""),
+        ("FLOPs of a step", f"{plan.flops:.4g}", "whole job, as Megatron counts them"),
+        ("tokens of a step", f"{tokens:,}", f"{plan.batch:,} sequences of {plan.sequence:,}"),
+        ("steps", f"{plan.steps:,}", ""),
+        ("tokens", f"{tokens * plan.steps:.4g}", ""),
+        (
+            "a step",
+            f"{plan.step_seconds:.3g} s",
+            f"at --mfu {plan.mfu:g} of --peak-tflops {plan.peak / 1e12:g} (H100, bf16, dense: 989)",
+        ),
+        ("all steps", f"{plan.days:.3g} days", "without evaluation, checkpoints and failures"),
+    ]
+    return "\n".join(
+        f"{label:<24}{value:>18}  {note}".rstrip() if value or note else label
+        for label, value, note in filter(None, rows)
+    )
+
+
+def _title(plan: Plan) -> str:
+    stages = len(plan.sizes.stages)
+    which = f"of pipeline stage {plan.fullest.stage} of 0-{stages - 1}, the fullest"
+    return f"a rank {which}" if stages > 1 else "a rank"
+
+
+def _other_stages(plan: Plan) -> list[tuple[str, str, str]]:
+    rows = []
+    for rank in plan.sizes.stages:
+        if rank is not plan.fullest and (not rows or rows[-1][1] != _bytes(rank.total)):
+            rows.append((f"  total, stage {rank.stage}", _bytes(rank.total), ""))
+        elif rank is not plan.fullest:
+            first = rows[-1][0].split("-")[0]
+            rows[-1] = (f"{first}-{rank.stage}", rows[-1][1], "")
+    return rows
+
+
+def _activations(plan: Plan) -> tuple[str, str]:
+    if not plan.activations:
+        return "", f"activations (Megatron's formula knows no {plan.formula})"
+    return _bytes(plan.activations), f"activations: an estimate, Megatron's {plan.formula}"
+
+
+def _ring(rank: Any) -> str:
+    return " and ".join(f"{n:,}" for n in sorted({b.ranks for b in rank.buffers}, reverse=True))
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.3f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything, bytes and elements as whole numbers."""
+    fullest = plan.fullest
+    read, written = fullest.traffic()
+    reduced, gathered = fullest.reduced_and_gathered()
+    return dataclasses.asdict(plan) | {
+        "fullest_stage": fullest.stage,
+        "bytes_a_rank": fullest.total,
+        "optimizer_reads": round(read),
+        "optimizer_writes": round(written),
+        "gradient_norm_reads": round(fullest.norm_traffic()),
+        "gradient_reduction_sends": round(reduced),
+        "weight_gathering_sends": round(gathered),
+        "tokens": plan.batch * plan.sequence * plan.steps,
+        "step_seconds": plan.step_seconds,
+        "days": plan.days,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """The command; see ``--help``.
+
+    Returns:
+        The exit status: 2 where the configuration cannot run or be planned.
+    """
+    parser = argparse.ArgumentParser(prog="megatron-s3 plan", description=__doc__)
+    parser.add_argument("config", nargs="+", help="a configuration, then overlays")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override an argument of Megatron's, or launch.NAME; may be repeated",
+    )
+    parser.add_argument("--gpus", type=_positive(int), help="default: nodes x nproc_per_node")
+    parser.add_argument(
+        "--mfu", type=_positive(float, 1), default=0.4, help="share of the peak (default 0.4)"
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=_positive(float),
+        default=H100_TFLOPS,
+        metavar="X",
+        help="of a GPU, in the precision trained in (default 989: H100 or H200 SXM, bf16, dense)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there too")
+    options = parser.parse_args(argv)
+    if options.json and not options.json.absolute().parent.is_dir():
+        return _refuse(f"--json {options.json}: there is no folder {options.json.parent}")
+    # A plan is the same wherever it is made: no GPU of this machine is looked at.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        config = load(options.config, options.set)
+        plan = make(config, options.gpus, options.mfu, options.peak_tflops * 1e12)
+    except ConfigError as error:
+        return _refuse(str(error))
+    except ImportError as error:
+        return _refuse(f"{error}; a plan needs torch and megatron-core")
+    print(text(plan))
+    if options.json:
+        options.json.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _positive(kind: type, most: float = float("inf")) -> Any:
+    def value(word: str) -> Any:
+        number = kind(word)
+        if not 0 < number <= most:
+            limit = "" if most == float("inf") else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"must be above 0{limit}, not {word}")
+        return number
+
+    value.__name__ = kind.__name__
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

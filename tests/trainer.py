@@ -1,9 +1,12 @@
 """Megatron's real trainer on a tiny GPT, on as many CPU ranks as asked for."""
 
+import functools
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,7 @@ TINY = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 6
 --eval-iters 1 --eval-interval 1000""".split()
 PARAMETERS = 120_576
 ITERATIONS = 6
+TRAINER = ("-m", "megatron_s3.pretrain_gpt")
 
 
 @dataclass
@@ -61,12 +65,15 @@ def train(
     *flags: str | Path,
     ranks: int = 1,
     megatron: str | Path | None = None,
-    command: tuple[str, ...] = ("-m", "megatron_s3.pretrain_gpt"),
+    command: tuple[str, ...] = TRAINER,
     tiny: bool = True,
     check: bool = True,
     environment: dict[str, str] | None = None,
 ) -> Run:
     """Trains for 6 iterations, unless the flags say otherwise.
+
+    The ranks are forks of one process that has imported everything (:mod:`tests.nursery`), or
+    torchrun's where another Megatron, program or environment is asked for.
 
     Args:
         *flags: added to :data:`TINY`; the last of two equal flags wins.
@@ -77,8 +84,10 @@ def train(
         check: fail with the end of the log unless the run ends well.
         environment: added to this process's.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     schedule = ["--train-iters", str(ITERATIONS), *TINY] if tiny else []
+    if command == TRAINER and megatron is None and not environment:
+        return _fork(ranks, [*schedule, *map(str, flags)], check)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = [str(p) for p in (megatron, REPOSITORY, os.environ.get("PYTHONPATH")) if p]
     run = subprocess.run(
         [*torchrun, f"--nproc-per-node={ranks}", *command, *schedule, *map(str, flags)],
@@ -91,6 +100,38 @@ def train(
     )
     result = Run(run.returncode, run.stdout)
     assert not check or run.returncode == 0, run.stdout[-6000:]
+    return result
+
+
+@functools.cache
+def _nursery() -> subprocess.Popen:
+    path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
+    return subprocess.Popen(
+        [sys.executable, REPOSITORY / "tests/nursery.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ
+        | {
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "LOCAL_WORLD_SIZE": "8",
+        },
+    )
+
+
+def _fork(ranks: int, argv: list[str], check: bool) -> Run:
+    nursery = _nursery()
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        request = {"argv": argv, "ranks": ranks, "environment": {}, "log": log.name}
+        print(json.dumps(request), file=nursery.stdin, flush=True)
+        answer = nursery.stdout.readline()
+        while answer and not answer.strip().lstrip("-").isdigit():  # what registering says
+            answer = nursery.stdout.readline()
+        result = Run(int(answer or 1), log.read())
+    assert not check or result.returncode == 0, result.log[-6000:]
     return result
 
 

@@ -104,7 +104,7 @@ def _replacements() -> dict[str, object]:
         "cuda.init": _nothing,
         "cuda._lazy_init": _nothing,
         "cuda._lazy_call": lambda call, **kwargs: call(),
-        "cuda.device_count": lambda: ranks,
+        "cuda.device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "cuda.current_device": lambda: 0,
         "cuda.set_device": _nothing,
         "cuda.device": _context,

@@ -143,14 +143,11 @@ def text(plan: Plan) -> str:
     used = " x ".join(f"{kind} {n:,}" for kind, n in plan.layout.items() if kind != "expert")
     if plan.layout["expert"] > 1:
         used += f", expert {plan.layout['expert']}"
-    how = (
-        "sharded over data-parallel ranks" if plan.sharded else "whole on every data-parallel rank"
-    )
+    how = "sharded over" if plan.sharded else "whole on all"
     padding = sum(b.elements - b.unpadded for b in rank.buffers)
     buckets = sum(b.buckets for b in rank.buffers)
     reduced, gathered = rank.reduced_and_gathered()
     read, written = rank.traffic()
-    norm = f"{_bytes(rank.norm_traffic())} read"
     reduction = "reduce-scatter" if plan.sharded else "all-reduce"
     tokens = plan.batch * plan.sequence
     rows: list[tuple[str, str, str]] = [
@@ -184,20 +181,21 @@ def text(plan: Plan) -> str:
         (
             "  optimizer reads",
             _bytes(read),
-            "each tensor once, as a fused step: gradients, main parameters, state",
+            "gradients, main parameters, state: each once, as a fused step",
         ),
         ("  optimizer writes", _bytes(written), "main parameters, state, weights"),
         (
-            "  gradient norm",
-            norm,
+            "  gradient norm reads",
+            _bytes(rank.norm_traffic()),
             "in each step" if plan.norm else "only with --clip-grad; off here",
         ),
-        (
-            f"  {reduction} sends",
-            _bytes(reduced),
-            f"gradients, data-parallel ring of {_ring(rank)}",
-        ),
+        (f"  {reduction} sends", _bytes(reduced), f"gradients, in a ring of {_ring(rank)} ranks"),
         ("  all-gather sends", _bytes(gathered), "updated weights") if plan.sharded else None,
+        (
+            "  link",
+            f"{(reduced + gathered) / plan.step_seconds / 1e9:,.1f} GB/s",
+            "to send that within the step below; other parallelism's traffic is not counted",
+        ),
         ("", "", ""),
         ("FLOPs of a step", f"{plan.flops:.4g}", "whole job, as Megatron counts them"),
         ("tokens of a step", f"{tokens:,}", f"{plan.batch:,} sequences of {plan.sequence:,}"),
@@ -208,7 +206,11 @@ def text(plan: Plan) -> str:
             f"{plan.step_seconds:.3g} s",
             f"at --mfu {plan.mfu:g} of --peak-tflops {plan.peak / 1e12:g} (H100, bf16, dense: 989)",
         ),
-        ("all steps", f"{plan.days:.3g} days", "without evaluation, checkpoints and failures"),
+        (
+            "all steps",
+            f"{plan.days:.3g} days",
+            f"{plan.days * 24:.3g} hours; without evaluation, checkpoints and failures",
+        ),
     ]
     return "\n".join(
         f"{label:<24}{value:>18}  {note}".rstrip() if value or note else label

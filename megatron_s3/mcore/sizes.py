@@ -263,7 +263,10 @@ def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:
         if getattr(args, name, False):
             raise ValueError(f"{flag} cannot be planned: {reason}. Leave it out")
     if getattr(args, "num_distributed_optimizer_instances", 1) > 1:
-        raise ValueError("--num-distributed-optimizer-instances above 1 cannot be planned")
+        raise ValueError(
+            "--num-distributed-optimizer-instances above 1 cannot be planned: what its instances "
+            "exchange is not counted. Leave it out"
+        )
     if torch.distributed.is_initialized():
         raise RuntimeError("a process group is there already: plan in a process of its own")
     cpu_device.use_cpu()

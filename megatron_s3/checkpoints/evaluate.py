@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_s3.checkpoints.tasks import TASKS, TaskError, load
+from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,13 @@ def evaluate(
             batch_size=batch_size,
         )
         run = lm_eval.simple_evaluate(
-            model, tasks=[*loaded.values()], num_fewshot=0, limit=limit, log_samples=False
+            model,
+            tasks=[*loaded.values()],
+            task_manager=manager(),
+            num_fewshot=0,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=100,  # for CB's F1 alone; accuracy's error has a formula
         )
         record = folder / "export.json"
         found[name] = {

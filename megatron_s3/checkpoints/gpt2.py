@@ -81,7 +81,7 @@ def check(args: argparse.Namespace) -> None:
         NotGPT2: with every argument that stands against it.
     """
     found = [
-        f"--{name.replace('_', '-')}" + (f" {value}" if value not in (True, False) else f"={value}")
+        f"--{name.replace('_', '-')}" + (f"={value}" if isinstance(value, bool) else f" {value}")
         for name, gpt2s in _GPT2.items()
         if (value := getattr(args, name, gpt2s)) != gpt2s and (value or gpt2s)
     ]

@@ -267,7 +267,8 @@ def _read(
                     target, name = find(base, path.parent)
                 except ConfigError as error:
                     raise ConfigError(f"{origin}: {key}: {error}") from None
-                _read(target, name, merged, (*within, real))
+                # What an overlay is meant for may have that same overlay in it.
+                _read(target, name, merged, within if key == "over" else (*within, real))
     for key, node, origin in entries:
         if key not in ("extends", "over"):
             _add(key, node, origin, merged)

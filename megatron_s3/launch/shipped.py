@@ -60,12 +60,12 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
             errors.append(str(error))
     from megatron_s3.mcore import sizes
 
-    parameters: dict[tuple, int] = {}
+    parameters: dict[tuple, int] = {}  # padding of the vocabulary depends on tensor parallelism
     rows = []
     for name, config, shape, args in checked:
-        model = (args.num_layers, args.hidden_size, args.seq_length, args.vocab_size)
+        model = (args.num_layers, args.hidden_size, args.vocab_size, shape["tensor"])
         if model not in parameters:
-            parameters[model] = sizes.plan(args).parameters
+            parameters[model] = sizes.plan(sizes.completed(args)).parameters
         tokens = shape["global_batch_size"] * args.seq_length * (args.train_iters or 0)
         if config.array:
             name += f" ({', '.join(config.array)}: {', '.join(*config.array.values())})"

@@ -3,28 +3,14 @@
 import filecmp
 import shutil
 import subprocess
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.trainer import ITERATIONS, REPOSITORY, train
+from tests.releases import RELEASES, unpacked
+from tests.trainer import ITERATIONS, REPOSITORY, assert_bitwise_equal, tensors, train
 
 PATCH = REPOSITORY / "patches/megatron-lm.patch"
-INSTALLED = version("megatron-core")
-#: Where scripts/test.sh unpacks the other supported wheels.
-OTHERS = REPOSITORY / ".venv/megatron-core"
-RELEASES = ("0.17.1", "0.18.2", INSTALLED)
-
-
-def unpacked(release: str) -> Path:
-    """The folder that holds `megatron/` of a wheel."""
-    if release == INSTALLED:
-        return Path(find_spec("megatron.core").origin).parents[2]
-    if not (OTHERS / release).is_dir():
-        pytest.skip(f"megatron-core {release} is not unpacked at {OTHERS}; scripts/test.sh does it")
-    return OTHERS / release
 
 
 def git_apply(tree: Path, *flags: str) -> None:
@@ -59,8 +45,6 @@ def test_wheel_with_the_patch_alone(release: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("release", RELEASES[:-1])
 def test_older_wheels_resume(release: str, tmp_path: Path) -> None:
     """Bitwise resume through the releases whose checkpoint code names Adam's states itself."""
-    from tests.trainer import assert_bitwise_equal, tensors
-
     flags = ["--optimizer", "s3", "--bf16", "--use-distributed-optimizer", "--save-interval", 3]
     flags += ["--dist-ckpt-optim-fully-reshardable"]
     through, resumed, tree = tmp_path / "through", tmp_path / "resumed", unpacked(release)

@@ -36,7 +36,7 @@ echo "ruff"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 echo "shellcheck"
-"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh .ci/run
+"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh scripts/*.sbatch docker/*.sh tests/*/*.sh .ci/run
 
 # pytest's status 5 says that it found no test of that kind, which is no failure.
 run_pytest() {
@@ -48,6 +48,8 @@ run_pytest() {
 if [ $# -gt 0 ]; then
   run_pytest "$@"
 else
-  run_pytest -q -m "not slow"
-  run_pytest -q -m slow --durations=10
+  run_pytest -q -m "not slow and not cluster and not container"
+  run_pytest -q -m "slow and not cluster and not container" --durations=10
+  run_pytest -q -m "cluster and not container" --durations=5 -rs
+  run_pytest -q -m container --durations=5 -rs
 fi

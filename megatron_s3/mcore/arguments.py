@@ -144,6 +144,13 @@ def validate_args(
             _refuse_flags_of(other.description, args)
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
+        for name in ("s3_log_grad_norm", "s3_log_max_update"):
+            if getattr(args, name):
+                known = ", ".join(OPTIMIZERS)
+                raise ValueError(
+                    f"--{name.replace('_', '-')} does nothing with --optimizer {args.optimizer}: it "
+                    f"is for the plugin's optimizers ({known}). Leave it out."
+                )
         args.clip_grad = float(args.clip_grad)
         return original(args, *rest, **more)
 

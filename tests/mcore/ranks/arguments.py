@@ -62,6 +62,8 @@ for flags, message in {
 }.items():
     refused("--optimizer", "s3", *flags, with_message=message)
 refused("--optimizer", "adam", "--s3-p", "2", with_message="--s3-p is a flag of --optimizer s3")
+for flag in ("--s3-log-max-update", "--s3-log-grad-norm"):
+    refused("--optimizer", "adam", flag, with_message=f"{flag} does nothing with --optimizer adam")
 
 assert len(S3.description.hyperparameters) == 5, "a flag is not tested here"
 print("arguments: ok")

@@ -7,12 +7,12 @@ set -euo pipefail
 # Triton, matplotlib and torch keep caches below HOME, and the root may be read-only or the user
 # one that the image has never heard of.
 if [ ! -d "${HOME:-}" ] || [ ! -w "$HOME" ]; then
-  HOME=$(mktemp -d 2>/dev/null) || {
+  home=$(mktemp -d 2>/dev/null) || {
     echo "error: HOME (${HOME:-unset}) and ${TMPDIR:-/tmp} are not writable; give the container one" \
       "of them, for instance with --tmpfs /tmp" >&2
     exit 2
   }
-  export HOME
+  export HOME=$home
 fi
 # torch asks for the user's name, and a bare user id has none.
 USER=${USER:-$(id -un 2>/dev/null || echo "uid$(id -u)")}

@@ -60,7 +60,7 @@ def _install(wheel: Path, pins: dict[str, str], megatron_core: str, version: str
     before = installed()
     if "torch" not in before:
         raise RuntimeError("the base image has no torch: BASE_IMAGE has to be an NGC PyTorch image")
-    before_torch = digest(before["torch"])
+    torch = digest("torch")
     wanted = {**pins, "megatron-core": megatron_core}
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{line}\n" for line in constraints(before, wanted)))
@@ -69,15 +69,14 @@ def _install(wheel: Path, pins: dict[str, str], megatron_core: str, version: str
         _run([*_PIP, "--constraint", file.name, str(wheel), *wanted], PIP_CONSTRAINT="")
     after = installed()
     changed = {
-        name: f"{old.version} -> {after[name].version if name in after else 'gone'}"
-        for name, old in before.items()
-        if name not in after or after[name].version != old.version
+        name: f"{version} -> {after.get(name, 'gone')}"
+        for name, version in before.items()
+        if after.get(name) != version
     }
-    if changed or digest(after["torch"]) != before_torch:
+    if changed or digest("torch") != torch:
         raise RuntimeError(f"the base image's packages were changed: {changed or 'files of torch'}")
-    added = sorted(set(after) - set(before))
-    print(f"torch {after['torch'].version} and {len(before)} packages of the base are as they were")
-    print("added", *(f"{name}=={after[name].version}" for name in added))
+    print(f"torch {after['torch']} and {len(before)} packages of the base are as they were")
+    print("added", *(f"{name}=={after[name]}" for name in sorted(set(after) - set(before))))
 
 
 def tested_with(wheel: Path) -> dict[str, str]:
@@ -87,32 +86,29 @@ def tested_with(wheel: Path) -> dict[str, str]:
     return {_canonical(m[1]): m[2] for m in found if m}
 
 
-def installed() -> dict[str, importlib.metadata.Distribution]:
-    """Every distribution that this Python finds, by canonical name; the first found counts."""
-    found: dict[str, importlib.metadata.Distribution] = {}
+def installed() -> dict[str, str]:
+    """Version of every distribution that this Python finds, by canonical name; the first counts."""
+    found: dict[str, str] = {}
     for dist in importlib.metadata.distributions():
         if name := dist.metadata["Name"]:  # None where a half-removed package left a folder
-            found.setdefault(_canonical(name), dist)
+            found.setdefault(_canonical(name), dist.version)
     return found
 
 
-def constraints(
-    base: dict[str, importlib.metadata.Distribution], pins: dict[str, str]
-) -> list[str]:
+def constraints(base: dict[str, str], pins: dict[str, str]) -> list[str]:
     """Lines for pip: the base's packages as they are, and `pins` for what it does not have."""
-    versions = {name: dist.version for name, dist in base.items()}
     return [
         f"{name}=={version}"
-        for name, version in sorted({**pins, **versions}.items())
+        for name, version in sorted({**pins, **base}.items())
         if _PEP440.fullmatch(version)
     ]
 
 
-def digest(dist: importlib.metadata.Distribution) -> str:
-    """SHA-256 over the names, sizes and times of the files of the package called as `dist` is."""
-    root = Path(str(dist.locate_file(dist.metadata["Name"])))
+def digest(package: str) -> str:
+    """SHA-256 over the names, sizes and times of the files of an installed package."""
+    root = Path(str(importlib.metadata.distribution(package).locate_file(package)))
     if not root.is_dir():
-        raise RuntimeError(f"{root} does not exist, although {dist.metadata['Name']} is installed")
+        raise RuntimeError(f"{root} does not exist, although {package} is installed")
     total = hashlib.sha256(str(root).encode())
     for folder, folders, files in os.walk(root):
         if "__pycache__" in folders:

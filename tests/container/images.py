@@ -8,6 +8,7 @@ is mounted wherever an image is built or run.
 
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import re
@@ -15,12 +16,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "localhost/megatron-s3-test"
 CERTIFICATES = Path("/etc/ssl/certs")
 SITE = Path(sysconfig.get_path("purelib"))
+# Ours asks for these, and NGC has them.
+_NGC = ("torch", "numpy", "matplotlib", "tensorboard", "psutil", "pyyaml", "packaging")
 _TORCH = f"--volume={SITE}:/torch:ro"
 
 
@@ -40,22 +45,27 @@ def unusable() -> str | None:
     return None
 
 
-def base() -> str:
-    """Name of the base image; it is made unless one of the same recipe and versions is there."""
-    recipe = [Path(__file__).read_bytes(), sys.version.encode(), *map(str.encode, _links())]
-    name = f"{NAME}/base:{hashlib.sha256(b'|'.join(recipe)).hexdigest()[:12]}"
-    if _call("buildah", "images", "--quiet", name, check=False).returncode == 0:
+def base(kind: str) -> str:
+    """Name of a base image; it is made unless one of the same recipe and versions is there.
+
+    Args:
+        kind: ``python`` for a Python and torch, ``ngc`` for one with more of what NGC's has.
+    """
+    made_by = map(inspect.getsource, (base, _fill, _dress, _link))
+    recipe = "|".join([*made_by, sys.version, *_links(_NGC)])
+    name = f"{NAME}/{kind}:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if _call("buildah", "inspect", "--type=image", name, check=False).returncode == 0:
         return name
-    container = _call("buildah", "from", "scratch").stdout.strip()
+    container = _call("buildah", "from", "scratch" if kind == "python" else base("python")).stdout
+    container = container.strip()
     try:
         root = Path(_call("buildah", "mount", container).stdout.strip())
-        _fill(root)
-        settings = [
-            "--env=PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
-            # As NGC's does: its own entry point, and constraints for pip.
-            '--entrypoint=["/opt/nvidia/nvidia_entrypoint.sh"]',
-            "--env=PIP_CONSTRAINT=/etc/pip/constraint.txt",
-        ]
+        settings = ["--env=PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"]
+        if kind == "python":
+            _fill(root)
+        else:
+            _dress(root)
+            settings = ["--env=PIP_CONSTRAINT=/etc/pip/constraint.txt"]
         _call("buildah", "config", *settings, container)
         _call("buildah", "commit", "--quiet", "--format=docker", container, name)
     finally:
@@ -64,21 +74,21 @@ def base() -> str:
 
 
 def build(target: str, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Build a target of the Dockerfile on `base()`; the caller looks at the status.
+    """Build a target of the Dockerfile on `base`; the caller looks at the status.
 
     Args:
         target: Of the Dockerfile.
         name: Of the image.
         arguments: More words for buildah, such as ``--build-arg=X=Y``.
     """
-    settings = pip_settings()
-    return _call(
-        "buildah", "build", "--isolation=chroot", "--format=docker", "--layers=false",
-        "--file=docker/Dockerfile", f"--target={target}", f"--tag={name}",
-        f"--build-arg=BASE_IMAGE={base()}", f"--build-arg=PYTHON_IMAGE={base()}",
-        _TORCH, *settings, *arguments, ".",
-        check=False,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        return _call(
+            "buildah", "build", "--isolation=chroot", "--format=docker", "--layers=false",
+            "--file=docker/Dockerfile", f"--target={target}", f"--tag={name}",
+            f"--build-arg=BASE_IMAGE={base('ngc')}", f"--build-arg=PYTHON_IMAGE={base('python')}",
+            _TORCH, *pip_settings(Path(folder)), *arguments, ".",
+            check=False,
+        )  # fmt: skip
 
 
 def run_words(image: str, *words: str, options: tuple[str, ...] = ()) -> list[str]:
@@ -91,7 +101,7 @@ def run_words(image: str, *words: str, options: tuple[str, ...] = ()) -> list[st
     """
     return [
         "podman", "--cgroup-manager=cgroupfs", "--runtime=runc", "run", "--rm", "--network=host",
-        "--cgroups=disabled", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096",
+        "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096",
         _TORCH, *options, image, *words,
     ]  # fmt: skip
 
@@ -101,17 +111,22 @@ def run(image: str, *words: str, options: tuple[str, ...] = ()) -> subprocess.Co
     return _call(*run_words(image, *words, options=options), check=False)
 
 
-def pip_settings() -> list[str]:
+def remove(name: str) -> None:
+    """Remove an image; the bases stay, for the next time."""
+    _call("podman", "rmi", "--force", name)
+
+
+def pip_settings(folder: Path) -> list[str]:
     """Words for buildah that give pip in the build the settings that it has here.
 
-    They are mounted, so that nothing of them stays in the image.
+    They are mounted from `folder`, so that nothing of them stays in the image.
     """
     listed = _call(sys.executable, "-m", "pip", "config", "list").stdout.splitlines()
     values: dict[str, str] = {}
     for line in sorted(listed, key=lambda line: line.startswith(":env:")):  # as pip ranks them
         key, _, value = line.partition("=")
         values[key.rpartition(".")[2]] = value.strip("'\"")
-    where = Path(os.environ.get("TMPDIR", "/tmp")) / f"megatron-s3-pip-{os.getpid()}.conf"
+    where = folder / "pip.conf"
     where.write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in values.items()))
     named = re.findall(r"(?:file://)?(/[^\s'\"]+)", " ".join(values.values()))
     # An index refers to files beside it, and a certificate is often a link to one.
@@ -122,10 +137,10 @@ def pip_settings() -> list[str]:
     return [f"--volume={where}:/etc/pip.conf:ro", *mounts]
 
 
-def _links() -> list[str]:
-    """Entries of site-packages that torch and what it requires consist of."""
+def _links(names: Iterable[str]) -> list[str]:
+    """Entries of site-packages that these packages and what they require consist of."""
     seen: set[str] = set()
-    todo = ["torch"]
+    todo = list(names)
     entries: set[str] = set()
     while todo:
         name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
@@ -171,9 +186,13 @@ def _fill(root: Path) -> None:
     site.mkdir()
     for path in (library / "site-packages").glob("pip*"):
         shutil.copytree(path, site / path.name, ignore=ignore)
-    for entry in _links():
-        (site / entry).symlink_to(f"/torch/{entry}")
+    _call("chroot", str(root), "ldconfig")
+    _link(root, "torch")
 
+
+def _dress(root: Path) -> None:
+    """Add what an NGC image has and a plain one has not, where it matters to ours."""
+    _link(root, *_NGC)
     nvidia = root / "opt/nvidia/nvidia_entrypoint.sh"
     nvidia.parent.mkdir()
     nvidia.write_text('#!/bin/bash\necho "the banner of the base"\nexec "$@"\n')
@@ -181,9 +200,16 @@ def _fill(root: Path) -> None:
     torch = importlib.metadata.version("torch")
     (root / "etc/pip").mkdir()
     (root / "etc/pip/constraint.txt").write_text(f"torch=={torch}\nmegatron-core==0.0.1\n")
-    _call("chroot", str(root), "ldconfig")
     # Ubuntu's images have a user 1000 already.
     _call("chroot", str(root), "/usr/sbin/useradd", "--uid=1000", "ubuntu")
+
+
+def _link(root: Path, *names: str) -> None:
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    site = root / "usr/local/lib" / version / "site-packages"
+    for entry in _links(names):
+        if not (site / entry).is_symlink():
+            (site / entry).symlink_to(f"/torch/{entry}")
 
 
 def _owner(path: Path) -> str | None:

@@ -148,8 +148,8 @@ def validate_args(
             if getattr(args, name):
                 known = ", ".join(OPTIMIZERS)
                 raise ValueError(
-                    f"--{name.replace('_', '-')} does nothing with --optimizer {args.optimizer}: it "
-                    f"is for the plugin's optimizers ({known}). Leave it out."
+                    f"--{name.replace('_', '-')} does nothing with --optimizer {args.optimizer}: "
+                    f"it is for the plugin's optimizers ({known}). Leave it out."
                 )
         args.clip_grad = float(args.clip_grad)
         return original(args, *rest, **more)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_s3 import __version__
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationError", "evaluate", "figure", "main", "table"]
 
-_VERSIONS = ("megatron-s3", "lm_eval", "transformers", "datasets", "tokenizers", "torch")
+_VERSIONS = ("lm_eval", "transformers", "datasets", "tokenizers", "torch")
 _COLOURS = ("#004488", "#DDAA33", "#BB5566", "#66CCEE", "#222222", "#999933")
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--")
 
@@ -56,6 +57,8 @@ def evaluate(
     Raises:
         EvaluationError, TaskError: unusable input; nothing has been computed.
     """
+    for folder in models.values():
+        _check_files(folder, tokenizer)
     try:
         import lm_eval
         import torch
@@ -63,7 +66,7 @@ def evaluate(
     except ImportError as error:
         raise EvaluationError(f'{error}: pip install "megatron-s3[eval]"') from error
     for folder in models.values():
-        _check_model(folder, tokenizer)
+        _check_vocabulary(folder, tokenizer or folder)
     loaded = load(tasks, data)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
@@ -92,7 +95,8 @@ def evaluate(
         }
         del model
     return {
-        "versions": _versions(),
+        "versions": {"megatron_s3": __version__}
+        | {package: importlib.metadata.version(package) for package in _VERSIONS},
         "harness_tasks": {task: TASKS[task].harness for task in tasks},
         "harness_task_versions": {task: run["versions"][TASKS[task].harness] for task in tasks},
         "data": str(Path(data).absolute()) if data else "Hugging Face hub",
@@ -102,7 +106,7 @@ def evaluate(
     }
 
 
-def _check_model(folder: Path, tokenizer: str | Path | None) -> None:
+def _check_files(folder: Path, tokenizer: str | Path | None) -> None:
     if not (folder / "config.json").is_file():
         raise EvaluationError(
             f"{folder}: no Hugging Face model (config.json); make one of a checkpoint with "
@@ -116,6 +120,23 @@ def _check_model(folder: Path, tokenizer: str | Path | None) -> None:
         )
 
 
+def _check_vocabulary(folder: Path, of: str | Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        rows = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
+        size = len(AutoTokenizer.from_pretrained(of, local_files_only=True))
+    except Exception as error:
+        raise EvaluationError(
+            f"{folder}, tokenizer {of}: transformers cannot read: {error}"
+        ) from error
+    if size > rows:
+        raise EvaluationError(
+            f"{folder}: its vocabulary has {rows} rows, and the tokenizer {of} {size} tokens; give "
+            "the folder of the one that the model was trained with, --tokenizer FOLDER"
+        )
+
+
 def _measured(run: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The harness's figures of a task, named ``acc``, ``acc_stderr`` ...; None for no number."""
     figures: dict[str, Any] = {"samples": run["n-samples"][task]["effective"]}
@@ -125,16 +146,6 @@ def _measured(run: Mapping[str, Any], task: str) -> dict[str, Any]:
             number = isinstance(value, int | float) and math.isfinite(value)
             figures[metric] = value if number else None
     return figures
-
-
-def _versions() -> dict[str, str | None]:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {package: version(package) for package in _VERSIONS}
 
 
 def table(models: Mapping[str, Results]) -> str:
@@ -213,7 +224,7 @@ def figure(models: Mapping[str, Results]) -> "Figure":
     axes.set_ylim(0, 108)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
-    drawn.legend(loc="outside upper center", ncols=4, frameon=False)
+    drawn.legend(loc="outside upper center", ncols=5, frameon=False)
     return drawn
 
 

@@ -156,7 +156,12 @@ def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None
     if given is None and folder is not None:
         from transformers import AutoTokenizer
 
-        given = len(AutoTokenizer.from_pretrained(folder))
+        try:
+            given = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        except Exception as error:
+            raise ExportError(
+                f"{folder}: transformers reads no tokenizer in it: {error}"
+            ) from error
         source = f"the tokenizer {folder} has {given} tokens"
     else:
         source = f"--vocab-size {given}"

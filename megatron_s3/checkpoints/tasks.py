@@ -154,7 +154,7 @@ def _check(name: str, file: Path) -> None:
     if not file.is_file():
         raise TaskError(f"task {name}: no file {file}; {expected}")
     count = 0
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:  # json decodes, so that a fault there has its line too
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

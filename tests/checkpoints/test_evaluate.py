@@ -9,15 +9,19 @@ from megatron_s3.checkpoints import evaluate
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load
 
 HAPPENED = {f"input_sentence_{i}": f"This happened {i}." for i in range(1, 5)}
-#: Two records of each task, whose right answers differ.
+#: Two records of each task, whose right answers differ; 9 of PIQA.
 RECORDS = {
     "cb": [
         {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0},
         {"premise": "It rains.", "hypothesis": "It is dry.", "label": 1},
     ],
     "piqa": [
-        {"goal": "cut bread", "sol1": "use a knife", "sol2": "use a spoon", "label": 0},
-        {"goal": "eat soup", "sol1": "use a knife", "sol2": "use a spoon", "label": 1},
+        {"goal": goal, "sol1": f"with a {one}", "sol2": f"with some {other}", "label": i % 2}
+        for i, (goal, one, other) in enumerate(
+            (goal, one, other)
+            for goal in ("cut bread", "eat soup", "paint the old wall")
+            for one, other in (("knife", "soap"), ("spoon", "grass"), ("brush", "iron"))
+        )
     ],
     "siqa": [
         {
@@ -96,13 +100,19 @@ def test_two_models_on_local_files_make_figure_6(
     for name, folder in folders.items():
         measured = results["models"][name]["tasks"]
         assert list(measured) == list(TASKS)
-        assert {task["samples"] for task in measured.values()} == {2}
+        assert [task["samples"] for task in measured.values()] == [2, 9, 2, 2, 2]
         assert measured["piqa"]["acc"] == _piqa_accuracy(folder)
     printed = capsys.readouterr().out
     assert "| model   | CB" in printed and "| AdamW   | " in printed
     assert (output / "results.png").stat().st_size > 10_000
     assert evaluate.main(arguments) == 2  # never over an earlier result
     assert "exists" in capsys.readouterr().err
+
+    smaller = tiny_gpt2(tmp_path / "smaller", 0)
+    config = json.loads((smaller / "config.json").read_text())
+    (smaller / "config.json").write_text(json.dumps(config | {"vocab_size": 256}))
+    assert evaluate.main([str(smaller), "--output", str(tmp_path / "other")]) == 2
+    assert "vocabulary has 256 rows" in capsys.readouterr().err
 
 
 def _piqa_accuracy(folder: Path) -> float:
@@ -129,6 +139,7 @@ def _piqa_accuracy(folder: Path) -> float:
 FAULTS = {
     "no file": ("", "no file"),
     "no JSON": ("{", "piqa.jsonl:1: no JSON"),
+    "no UTF-8": (b'\n{"goal": "\xff"}', "piqa.jsonl:2: no JSON"),
     "no object": ("[]", "piqa.jsonl:1: no object"),
     "a key": ('\n{"goal": "a", "label": 0}', "piqa.jsonl:2: has no sol1, sol2"),
     "no text": ('{"goal": "a", "sol1": 1, "sol2": "b", "label": 0}', "sol1 is not a string"),
@@ -143,14 +154,14 @@ def test_a_fault_in_local_data_is_said_with_its_line_and_the_keys(
 ) -> None:
     content, message = FAULTS[fault]
     if content:
-        (tmp_path / "piqa.jsonl").write_text(content)
+        text = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "piqa.jsonl").write_bytes(text)
     with pytest.raises(TaskError) as error:
         load(["piqa"], tmp_path)
     assert message in str(error.value) and "goal, sol1, sol2 and label (0, 1)" in str(error.value)
 
 
 def test_unusable_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lm_eval")
     rest = ["--output", str(tmp_path / "out")]
     model = tmp_path / "model"
     for words, message in (

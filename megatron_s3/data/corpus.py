@@ -86,9 +86,12 @@ def build(
                 "tokenizer": made.describe(),
             }
             old = load(prefix)
+            settings = {**wanted, "versions": _versions()}
             if old and all(old.get(k) == v for k, v in wanted.items()) and _whole(old, prefix):
+                if _plan(folder) in ({}, settings):  # killed while its parts were removed
+                    shutil.rmtree(folder)
                 return old, True
-            before = _resume(prefix, shards, {**wanted, "versions": _versions()})
+            before = _resume(prefix, shards, settings)
             progress = work.Progress(shards)
             for number, part in before.items():
                 progress.resumed(number, part)
@@ -200,18 +203,22 @@ def _whole(old: dict[str, Any], prefix: str) -> bool:
     return sizes and (old["tokenizer"]["name"] == "bytes" or os.path.isdir(f"{prefix}_tokenizer"))
 
 
+def _plan(folder: str) -> dict[str, Any]:
+    """The settings that the parts were made with."""
+    try:
+        return json.loads(Path(folder, "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def _resume(
     prefix: str, shards: list[Shard], settings: dict[str, Any]
 ) -> dict[int, dict[str, Any]]:
     """The finished parts; what is left of unfinished ones is removed."""
     folder = Path(f"{prefix}.parts")
-    plan = folder / "plan.json"
     there = _numbers(str(folder))
     if there:
-        try:
-            old = json.loads(plan.read_text())
-        except (OSError, ValueError):
-            old = {}
+        old = _plan(str(folder))
         # The input is compared part by part: a file may be mended before its part is made.
         differing = [
             f"{key} was {json.dumps(old.get(key))}, is {json.dumps(settings[key])}"
@@ -235,7 +242,7 @@ def _resume(
             )
     else:
         finished = {}
-    plan.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    Path(folder, "plan.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for path in folder.glob("*.tmp.*"):
         shutil.rmtree(path, ignore_errors=True)
     return finished

@@ -1,5 +1,6 @@
 """Megatron's own writer of indexed datasets, and the sums over what it wrote."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -13,7 +14,7 @@ from megatron_s3.data.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-_CHUNK = 8 << 20
+_CHUNK = 1 << 20
 
 
 def library() -> Any:
@@ -55,9 +56,14 @@ def builder(path: str, vocab_size: int) -> Any:
 def join(path: str, pieces: Iterable[str], vocab_size: int) -> None:
     """Write `path`.bin and `path`.idx of the datasets `pieces`, one after the other."""
     joined = builder(path, vocab_size)
-    with _quiet():
-        for piece in pieces:
-            joined.add_index(piece)
+    # add_index() collects garbage each time, which takes long with torch's objects to look through.
+    gc.freeze()
+    try:
+        with _quiet():
+            for piece in pieces:
+                joined.add_index(piece)
+    finally:
+        gc.unfreeze()
     joined.finalize(f"{path}.idx")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_s3 import data
-from megatron_s3.data import corpus, documents
+from megatron_s3.data import corpus, documents, indexed, parts, readers, tokenizers
 from megatron_s3.data.__main__ import main
 
 pytest.importorskip("megatron.core")
@@ -39,6 +40,12 @@ def jsonl(path: Path, *records: object) -> Path:
     return path
 
 
+def build(
+    path: Path | str, prefix: Path | str, split: tuple[int, int] = (95, 5), **options: Any
+) -> tuple[dict[str, Any], bool]:
+    return data.build(data.source(str(path)), str(prefix), split, "bytes", **options)
+
+
 def tokens(prefix: str) -> list[np.ndarray]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -49,13 +56,13 @@ def tokens(prefix: str) -> list[np.ndarray]:
 
 
 def as_text(document: np.ndarray) -> bytes:
-    assert document[-1] == data.EOD
+    assert document[-1] == tokenizers.BYTES_EOD
     return document[:-1].astype(np.uint8).tobytes()
 
 
 def test_every_document_is_in_one_split_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     prefix = str(tmp_path / "out" / "set")
-    made, reused = data.build(data.source(str(folder)), prefix)
+    made, reused = build(folder, prefix)
     assert not reused
     texts = {split: [as_text(d) for d in tokens(f"{prefix}_{split}")] for split in corpus.SPLITS}
     written = sorted(p.read_bytes() for p in folder.rglob("*.txt") if p.read_bytes())
@@ -64,27 +71,43 @@ def test_every_document_is_in_one_split_byte_for_byte(folder: Path, tmp_path: Pa
     for split, found in texts.items():
         assert made[split]["documents"] == len(found)
         assert made[split]["bytes"] == sum(map(len, found))
-    assert (made["vocab_size"], made["eod"]) == (257, 256)
+        assert made[split]["tokens"] == sum(map(len, found)) + len(found)
+        for ending in ("bin", "idx"):
+            content = Path(f"{prefix}_{split}.{ending}").read_bytes()
+            assert made[split][f"{ending}_sha256"] == hashlib.sha256(content).hexdigest()
+    assert made["tokenizer"] == {"name": "bytes", "vocab_size": 257, "eod": 256}
+    assert not Path(f"{prefix}.parts").exists()
     assert data.load(prefix) == made
 
 
 @given(st.integers(0, 500), st.integers(1, 99), st.integers(1, 99))
 def test_split_has_the_parts_asked_for(count: int, train: int, valid: int) -> None:
-    picked = sum(corpus._is_valid(i, (train, valid)) for i in range(count))
+    picked = sum(parts.is_valid(i, (train, valid)) for i in range(count))
     assert picked == math.ceil(count * valid / (train + valid))
+
+
+@pytest.mark.parametrize(("train", "valid"), [(95, 5), (1, 1), (999, 1), (2, 1)])
+def test_small_shards_of_unknown_place_keep_the_parts(train: int, valid: int) -> None:
+    shard, count = readers.Shard("jsonl", ("a",), ("",)), 4000
+    picked = 0
+    for number in range(count):
+        first = parts.first_index(number, shard, (train, valid))
+        picked += sum(parts.is_valid(first + i, (train, valid)) for i in range(number % 4))
+    assert picked == pytest.approx(count * 1.5 * valid / (train + valid), rel=0.02, abs=4)
 
 
 def test_sha256_is_of_the_documents_in_order(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
-    made, _ = data.build(data.source(str(file)), str(tmp_path / "set"), (1, 1))
+    made, _ = build(file, tmp_path / "set", (1, 1))
     framed = (3).to_bytes(8, "little") + b"one" + (3).to_bytes(8, "little") + b"two"
-    assert made["sha256"] == hashlib.sha256(framed).hexdigest()
+    one_shard = hashlib.sha256(framed).hexdigest()
+    assert made["sha256"] == hashlib.sha256(one_shard.encode()).hexdigest()
 
 
 def test_unigram_entropy_is_validation_under_training(tmp_path: Path) -> None:
     # The first document is for validation.
     file = jsonl(tmp_path / "a.jsonl", {"text": "aab"}, {"text": "abbbb"})
-    made, _ = data.build(data.source(str(file)), str(tmp_path / "set"), (1, 1))
+    made, _ = build(file, tmp_path / "set", (1, 1))
     total = 6 + 257  # tokens of the training text with its end, and one of each
     expected = -(2 * math.log(2 / total) + math.log(5 / total) + math.log(2 / total)) / 4
     assert made["unigram_entropy"] == pytest.approx(expected, rel=1e-12)
@@ -101,7 +124,7 @@ def test_same_source_is_reused_and_a_changed_one_rebuilt(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix = str(tmp_path / "set")
-    command = ["--input", str(folder), "--output-prefix", prefix]
+    command = ["--input", str(folder), "--output-prefix", prefix, "--tokenizer", "bytes"]
 
     def run(*more: str) -> str:
         assert main([*command, *more]) == 0
@@ -129,7 +152,7 @@ def test_rebuilding_removes_megatrons_indices_of_the_old_text(tmp_path: Path) ->
     prefix = str(tmp_path / "set")
     for text in ("old", "new"):
         file = jsonl(tmp_path / "a.jsonl", {"text": text}, {"text": text})
-        data.build(data.source(str(file)), prefix, (1, 1))
+        build(file, prefix, (1, 1))
         cache = tmp_path / "set_train" / "cache"
         assert not cache.exists()
         cache.mkdir(parents=True)
@@ -138,11 +161,11 @@ def test_rebuilding_removes_megatrons_indices_of_the_old_text(tmp_path: Path) ->
 def test_a_failed_build_leaves_the_dataset_that_was_there(tmp_path: Path) -> None:
     prefix = str(tmp_path / "set")
     file = jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
-    made, _ = data.build(data.source(str(file)), prefix, (1, 1))
+    made, _ = build(file, prefix, (1, 1))
     before = sorted(p.name for p in tmp_path.iterdir())
     jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "three"}, {"txt": "four"})
     with pytest.raises(data.DataError):
-        data.build(data.source(str(file)), prefix, (1, 1))
+        build(file, prefix, (1, 1))
     assert data.load(prefix) == made
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -153,8 +176,7 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
 ) -> None:
     prefix = str(tmp_path / "set")
     file = jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
-    src = data.source(str(file))
-    data.build(src, prefix, (1, 1))
+    build(file, prefix, (1, 1))
     jsonl(file, {"text": "three"}, {"text": "four"})
     replace, done = os.replace, []
 
@@ -166,12 +188,13 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
 
     monkeypatch.setattr(os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
-        data.build(src, prefix, (1, 1))
+        build(file, prefix, (1, 1))
     assert data.load(prefix) is None
     monkeypatch.undo()
-    _, reused = data.build(src, prefix, (1, 1))
+    _, reused = build(file, prefix, (1, 1))
     assert not reused
     assert as_text(tokens(f"{prefix}_valid")[0]) == b"three"
+    assert not Path(f"{prefix}.parts").exists()
 
 
 BAD = {
@@ -182,7 +205,7 @@ BAD = {
     "no object": ([b'{"text": "a"}\n[1]\n'], "file0.jsonl", ["line 2", "'text'"]),
     "no JSON": ([b'{"text": "a"}\n{"text": \n'], "file0.jsonl", ["line 2", "not JSON"]),
     "no string": ([b'{"text": 3}\n'], "file0.jsonl", ["line 1", "int", "not a string"]),
-    "empty": ([b'{"text": "a"}\n\n{"text": " "}\n'], "file0.jsonl", ["line 3", "empty"]),
+    "null": ([b'{"text": "a"}\n\n{"text": null}\n'], "file0.jsonl", ["line 3", "null"]),
     "line not UTF-8": ([b'{"text": "\xff"}\n'], "file0.jsonl", ["line 1", "UTF-8", "byte 10"]),
     "surrogate": ([b'{"text": "ab\\ud800"}\n'], "file0.jsonl", ["line 1", "surrogate"]),
     "one document": ([b'{"text": "a"}\n'], "file0.jsonl", ["1 documents", "none for train"]),
@@ -203,7 +226,8 @@ def test_bad_input_gives_one_error_and_status_2(
         Path(f"file{i}{ending}").write_bytes(content)
     Path("sub").mkdir()
     Path("sub/x.bin").write_bytes(b"x")
-    assert main(["--input", asked, "--output-prefix", "out/set"]) == 2
+    command = ["--input", asked, "--output-prefix", "out/set", "--tokenizer", "bytes"]
+    assert main([*command, "--workers", "1"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -217,7 +241,7 @@ def test_bad_input_gives_one_error_and_status_2(
 @pytest.mark.parametrize("split", ["95", "95,0", "a,b", "95,5,1"])
 def test_bad_split_is_refused(split: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["--output-prefix", "x", "--split", split])
+        main(["--input", "stdlib", "--output-prefix", "x", "--split", split])
     assert stopped.value.code == 2
     assert "--split" in capsys.readouterr().err
 
@@ -244,12 +268,12 @@ def test_jsonl_is_never_whole_in_memory(tmp_path: Path) -> None:
     with file.open("w") as out:
         for i in range(count):
             out.write(json.dumps({"text": chr(97 + i % 26) * size}) + "\n")
-    src, prefix = data.source(str(file)), str(tmp_path / "set")
-    corpus._builder_class()  # not to count the import
+    prefix = tmp_path / "set"
+    indexed.library()  # not to count the import
     tracemalloc.start()
     try:
         for reused in (False, True):
-            made, was_reused = data.build(src, prefix)
+            made, was_reused = build(file, prefix)
             assert was_reused == reused
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -1,0 +1,186 @@
+"""Files of every kind, and the hub's through the datasets library, to documents."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_s3 import data
+from megatron_s3.data import documents, readers
+from megatron_s3.data.__main__ import main
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+zstandard = pytest.importorskip("zstandard")
+
+TEXTS = [f"document {i} ü\n" * (i % 7 + 1) for i in range(60)]
+
+
+def lines(texts: list[str], key: str = "text") -> bytes:
+    # One record has its characters escaped, the others do not.
+    return b"".join(
+        json.dumps({"id": i, key: t}, ensure_ascii=i == 1).encode() + b"\n"
+        for i, t in enumerate(texts)
+    )
+
+
+def write_zst(path: Path, texts: list[str]) -> None:
+    frame = zstandard.ZstdCompressor().compress
+    path.write_bytes(frame(lines(texts[:9])) + frame(lines(texts[9:])))
+
+
+def write_parquet(path: Path, texts: list[str], rows: int = 7) -> None:
+    # A nested column before the text, so that columns and leaves are counted apart.
+    table = pa.table({"meta": [{"a": 1, "b": "x"}] * len(texts), "text": texts})
+    pq.write_table(table, path, row_group_size=rows)
+
+
+WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
+    ".jsonl": lambda path, texts: path.write_bytes(lines(texts)),
+    ".jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(lines(texts))),
+    ".jsonl.zst": write_zst,
+    ".parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 100, 1 << 22])
+@pytest.mark.parametrize("ending", WRITERS)
+def test_every_document_comes_once_and_in_order_however_a_file_is_cut(
+    ending: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(readers, "_CHUNK", 11)
+    path = tmp_path / f"a{ending}"
+    WRITERS[ending](path, TEXTS)
+    src = data.source(str(path))
+    assert [t.decode() for t in src.documents()] == TEXTS
+    cut = len(src.shards())
+    if shard_bytes == 1 << 22 or ending in (".jsonl.gz", ".jsonl.zst"):
+        assert cut == 1
+    else:
+        assert cut > 8
+    assert sum(s.size for s in src.shards()) <= path.stat().st_size
+
+
+def test_text_files_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_SHARD_BYTES", 100)
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode())
+    src = data.source(str(tmp_path))
+    assert sorted(t.decode() for t in src.documents()) == sorted(TEXTS)
+    shards = src.shards()
+    assert len(shards) > 8
+    assert [s.before for s in shards] == [
+        sum(len(s.files) for s in shards[:i]) for i in range(len(shards))
+    ]
+
+
+def test_data_files_of_a_folder_are_taken_together_and_texts_beside_them_are_not(
+    tmp_path: Path,
+) -> None:
+    for i, (ending, write) in enumerate(WRITERS.items()):
+        write(tmp_path / f"{i}{ending}", TEXTS[15 * i : 15 * (i + 1)])
+    (tmp_path / "README.md").write_text("not data")
+    found = [t.decode() for t in data.source(str(tmp_path)).documents()]
+    assert sorted(found) == sorted(TEXTS)
+    both = data.source(str(tmp_path), globs=["*.md", "0.jsonl"]).documents()
+    assert sorted(t.decode() for t in both) == sorted(["not data", *TEXTS[:15]])
+
+
+def test_documents_without_text_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("megatron.core")
+    (tmp_path / "a.jsonl").write_bytes(lines(["one", "", " \n", "two"]))
+    command = ["--input", str(tmp_path), "--output-prefix", str(tmp_path / "set")]
+    assert main([*command, "--split", "1,1", "--tokenizer", "bytes"]) == 0
+    assert "2 documents without text" in capsys.readouterr().out
+    made = data.load(str(tmp_path / "set"))
+    assert made and made["blank_documents"] == 2
+
+
+def test_error_in_a_later_shard_names_the_line_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_SHARD_BYTES", 50)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS[:40]) + b'{"txt": 1}\n' + lines(TEXTS[40:]))
+    with pytest.raises(data.DataError, match=r"a\.jsonl, line 41: no key 'text'"):
+        list(data.source(str(path)).documents())
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("keep", [0.99, 0.5])
+def test_file_that_was_cut_off_is_refused(ending: str, keep: float, tmp_path: Path) -> None:
+    path = tmp_path / f"a{ending}"
+    WRITERS[ending](path, TEXTS)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(data.DataError, match=rf"a{ending}: .*fetch it again"):
+        list(data.source(str(path)).documents())
+
+
+def test_parquet_without_the_column_is_refused_before_work(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    with pytest.raises(data.DataError, match=r"no column .content.*json-key"):
+        data.source(str(tmp_path), "content").shards()
+    with pytest.raises(data.DataError, match="'meta' holds struct"):
+        data.source(str(tmp_path), "meta").shards()
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(data.DataError, match=r"row 2: .* null"):
+        list(data.source(str(tmp_path)).documents())
+
+
+def test_options_that_do_not_go_with_the_input_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="--revision main: "):
+        data.source(str(tmp_path), revision="main")
+    with pytest.raises(data.DataError, match=r"--glob \*.c: "):
+        data.source("stdlib", globs=["*.c"])
+    with pytest.raises(data.DataError, match="hf:NAME"):
+        data.source("hf:")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
+def test_hub_dataset_is_streamed_file_by_file(ending: str, tmp_path: Path) -> None:
+    # A folder goes the way of a dataset on the hub: its files are found by the same library.
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for i in range(3):
+        WRITERS[ending](folder / f"train-{i}{ending}", TEXTS[20 * i : 20 * (i + 1)])
+    src = data.source(f"hf:{folder}")
+    shards = src.shards()
+    assert [Path(s.files[0]).name for s in shards] == [f"train-{i}{ending}" for i in range(3)]
+    assert len({s.identity for s in shards}) == 3
+    assert [t.decode() for t in src.documents()] == TEXTS
+    assert [t.decode() for t in readers.documents(shards[1])] == TEXTS[20:40]
+    with pytest.raises((data.DataError, data.IncompleteError), match="content"):
+        list(data.source(f"hf:{folder}", "content").documents())
+
+
+@pytest.mark.usefixtures("offline")
+def test_unreachable_hub_dataset_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    assert main(["--input", "refinedweb", "--output-prefix", str(tmp_path / "set")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --input hf:tiiuae/falcon-refinedweb: ConnectionError: Couldn't")
+    assert error.count("\n") == 1
+    assert data.source("refinedweb").json_key == "content"
+    fineweb = data.source("fineweb-10bt", revision="abc")
+    assert (fineweb.path, fineweb.config) == ("HuggingFaceFW/fineweb", "sample-10BT")
+    assert fineweb.revision == "abc"

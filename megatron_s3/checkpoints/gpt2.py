@@ -81,7 +81,7 @@ def check(args: argparse.Namespace) -> None:
         NotGPT2: with every argument that stands against it.
     """
     found = [
-        f"--{name.replace('_', '-')}" + (f"={value}" if isinstance(value, bool) else f" {value}")
+        _flag(name, value)
         for name, gpt2s in _GPT2.items()
         if (value := getattr(args, name, gpt2s)) != gpt2s and (value or gpt2s)
     ]
@@ -97,6 +97,13 @@ def check(args: argparse.Namespace) -> None:
             "and nothing else. Nothing was written. Export a model trained without these, or "
             "convert it to another architecture with NVIDIA's Megatron Bridge."
         )
+
+
+def _flag(name: str, value: object) -> str:
+    words = name.replace("_", "-")
+    if value is False:
+        return f"--disable-{words.removeprefix('add-')}"
+    return f"--{words}" if value is True else f"--{words} {value}"
 
 
 def config(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]:

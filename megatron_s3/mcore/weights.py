@@ -109,8 +109,8 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
         raise CheckpointError(
             f"{found} is in the format --ckpt-format torch, which only the layout that saved it "
             "reads. Run its training command once more, in that layout, with "
-            "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, and export "
-            "FOLDER/torch_dist."
+            f"--load {found.parent} --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, "
+            "and export FOLDER/torch_dist."
         )
     if not (found / "metadata.json").is_file() or not list(found.glob("*.distcp")):
         raise CheckpointError(

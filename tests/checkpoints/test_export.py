@@ -121,7 +121,7 @@ def test_gelu_is_the_one_that_megatron_ran() -> None:
         ({"group_query_attention": True, "num_query_groups": 1}, "--num-query-groups 1"),
         ({"num_experts": 8}, "--num-experts 8"),
         ({"swiglu": True}, "--swiglu"),
-        ({"add_bias_linear": False}, "--add-bias-linear=False"),
+        ({"add_bias_linear": False}, "--disable-bias-linear"),
         ({"kv_channels": 4}, "--kv-channels 4"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
     ],

@@ -20,7 +20,11 @@ export USER
 
 [ $# -gt 0 ] || set -- --help
 type -P -- "$1" >/dev/null || set -- megatron-s3 "$@"
-# What NGC images start with: it checks the driver and says what the image holds.
+# What NGC images start with checks the driver and says what the image holds. It says so on standard
+# output, which is the program's.
 nvidia=/opt/nvidia/nvidia_entrypoint.sh
-[ ! -x "$nvidia" ] || set -- "$nvidia" "$@"
+if [ -x "$nvidia" ]; then
+  # shellcheck disable=SC2016  # the inner shell's
+  exec "$nvidia" bash -c 'exec "$@" >&3 3>&-' bash "$@" 3>&1 >&2
+fi
 exec "$@"

@@ -8,9 +8,6 @@ shape, dtype and storage of a size, but no memory. After its use the process is 
 import argparse
 import contextlib
 import copy
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -20,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments import CPU_DEFAULTS
+from megatron_s3.mcore.parse import quiet
 
 __all__ = ["rank_of"]
 
@@ -62,7 +60,7 @@ def rank_of(args: argparse.Namespace, rank: int) -> Iterator[int]:
     torch.distributed.init_process_group(
         "cpu:fake,meta:fake", rank=rank, world_size=own.world_size, store=FakeStore()
     )
-    with _quiet():
+    with quiet():
         try:
             global_vars.set_args(own)
             initialize._initialize_distributed(None, None, None)
@@ -111,14 +109,3 @@ _GPU_TYPES = {
     torch.float16: "torch.cuda.HalfTensor",
     torch.float32: "torch.cuda.FloatTensor",
 }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

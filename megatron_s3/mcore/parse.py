@@ -19,7 +19,7 @@ import torch
 
 from megatron_s3.mcore import cpu_device
 
-__all__ = ["parse", "parser", "prepare"]
+__all__ = ["parse", "parser", "prepare", "quiet"]
 
 #: What validation asks of a device, where there is none: an H100's (compute capability 9.0).
 _STANDIN = types.SimpleNamespace(
@@ -39,7 +39,7 @@ def prepare(words: Sequence[str]) -> None:
         cpu_device.use_cpu()
     elif cpu_device.active():
         raise RuntimeError("a process that has checked a CPU job cannot check one for GPUs")
-    with _quiet():
+    with quiet():
         from megatron_s3.mcore import seams  # imports Megatron
 
         seams.install()
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     """Megatron's parser with the plugin's flags in it; :func:`prepare` first."""
     from megatron.training import arguments
 
-    with _quiet():
+    with quiet():
         return arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
@@ -80,7 +80,7 @@ def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(sys, "argv", ["megatron-s3", *words]),
         _device_standin(),
-        _quiet(),
+        quiet(),
         contextlib.redirect_stderr(errors),
     ):
         try:
@@ -115,7 +115,7 @@ def _device_standin() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Megatron's table of arguments and its warnings about optional packages."""
     logging.disable(logging.WARNING)
     try:

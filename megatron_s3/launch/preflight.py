@@ -1,7 +1,7 @@
 """Looks at every node of a SLURM job before anything trains, and names the bad ones.
 
-``srun --ntasks-per-node=1 python -m megatron_s3.launch.preflight CONFIG [OVERLAY ...] --run-dir DIR
---nodes NAME ...`` runs this once on each node of a job. It looks at
+``srun --ntasks-per-node=1 python -m megatron_s3.launch.preflight CONFIG [OVERLAY ...] --nodes
+NAME,NAME`` runs this once on each node of a job. It looks at
 
 1. the disk: the run directory can be written, is the same on all nodes, and has room; and the
    devices: as many as the configuration wants ranks, and each computes correctly;
@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -33,10 +34,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_s3.launch.pairs import blame, rounds
+
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-__all__ = ["blame", "main", "rounds"]
+__all__ = ["main"]
 
 _GIB = 2**30
 
@@ -78,15 +81,20 @@ class _Node:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the preflight on this node; see the module."""
-    from megatron_s3.launch.config import ConfigError, load
-    from megatron_s3.launch.run import add_config_arguments, newest_checkpoint
+    from megatron_s3.launch.config import ConfigError
+    from megatron_s3.launch.run import (
+        add_config_arguments,
+        add_run_arguments,
+        newest_checkpoint,
+        resolve,
+    )
 
     parser = argparse.ArgumentParser(
         prog="python -m megatron_s3.launch.preflight",
         description="Check the disk, the devices and the network of every node of a SLURM job.",
     )
     add_config_arguments(parser)
-    parser.add_argument("--run-dir", type=Path, required=True, help="where the run writes")
+    add_run_arguments(parser)
     parser.add_argument("--nodes", required=True, help="host names by SLURM_NODEID, with commas")
     parser.add_argument(
         "--timeout", type=float, default=300, help="seconds for each look (default: 300)"
@@ -95,9 +103,10 @@ def main(argv: list[str] | None = None) -> int:
         "--min-free", type=float, default=0, help="GiB of room in the run directory (default: 0)"
     )
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the job's time is up: it is for the trainer
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of stack frames
     try:
-        config = load([args.config, *args.overlay], args.sets)
+        config, run_dir = resolve(args)
         node = _Node(
             rank=int(os.environ["SLURM_NODEID"]),
             names=args.nodes.split(","),
@@ -112,12 +121,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.args[0]} is not set: run this in a SLURM step", file=sys.stderr)
         return 2
     last = int(str(config.arguments.get("train_iters", 0)))
-    if last and (newest_checkpoint(args.run_dir) or 0) >= last:
+    if last and (newest_checkpoint(run_dir) or 0) >= last:
         _say(node, f"trained to iteration {last} already, so no node is looked at")
         return 0
     # Children are forked before any thread of torch's works or holds a lock.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    return _look(node, args.run_dir, args.min_free)
+    return _look(node, run_dir, args.min_free)
 
 
 def _devices(s3_device: object, per_node: int) -> int:
@@ -202,7 +211,7 @@ class _Meeting:
             lines = json.loads(self.store.get(key))
             return {int(rank): line for rank, line in lines.items()}
         lines, took = {}, {}
-        deadline = started + node.timeout + 5  # they end their own looks in time, and say why
+        deadline = started + 1.2 * node.timeout + 1  # they end their own looks in time, and say why
         for rank, name in enumerate(node.names):
             try:
                 left = max(deadline - time.monotonic(), 0.1)
@@ -349,47 +358,6 @@ def _in_children(node: _Node, count: int, task: Callable, *args) -> str | None:
 
 def _report(pipe: Connection, task: Callable, *args) -> None:
     pipe.send(task(*args))
-
-
-def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Neighbours in a ring, as rounds of pairs that are disjoint within a round.
-
-    Args:
-        nodes: how many, at least 2.
-    """
-    ring = [(i, (i + 1) % nodes) for i in range(nodes if nodes > 2 else 1)]
-    even, odd = ring[0 : nodes - 1 : 2], ring[1 : nodes - 1 : 2]
-    last = ring[nodes - 1 :]  # shares a node with the first pair, and with an odd ring's even ones
-    if nodes % 2 == 0:
-        odd, last = odd + last, []
-    return [pairs for pairs in (even, odd, last) if pairs]
-
-
-def blame(names: list[str], failed: Iterable[tuple[int, int]]) -> dict[int, str]:
-    """Who is to blame when these neighbours in a ring do not reach one another.
-
-    Args:
-        names: host names, by rank.
-        failed: the pairs of :func:`rounds` between which an all-reduce fails.
-
-    Returns:
-        Lines by rank: of nodes that reach none of their neighbours, and of the first node of each
-        pair that this does not explain.
-    """
-    count: dict[int, int] = {}
-    failed = list(failed)
-    for pair in failed:
-        for rank in pair:
-            count[rank] = count.get(rank, 0) + 1
-    lines = {
-        rank: f"{names[rank]}: no all-reduce with any other node"
-        for rank, times in sorted(count.items())
-        if times == 2
-    }
-    for one, other in failed:
-        if one not in lines and other not in lines:
-            lines[one] = f"{names[one]} and {names[other]}: no all-reduce between the two"
-    return lines
 
 
 def _ask_pairs(node: _Node, meeting: _Meeting) -> dict[int | str, str]:

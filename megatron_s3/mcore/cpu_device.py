@@ -190,7 +190,12 @@ class _CudaIsCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # DistributedOptimizer tells 16-bit parameters by "torch.cuda.HalfTensor" and the like.
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.to and result is args[0] and kwargs.get("non_blocking"):
+            # From a device it would be a copy, and an asynchronous save counts on that: it writes
+            # while training goes on.
+            return result.clone()
+        return result
 
 
 def _is_cuda(device: object) -> bool:

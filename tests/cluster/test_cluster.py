@@ -1,0 +1,136 @@
+"""The shipped job body in a real SLURM cluster of three nodes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+TWO_NODES = ["tiny-s3", "--set", "launch.nodes=2", "--set", "launch.nproc_per_node=1"]
+#: About a third of a second for an iteration.
+SLOW = ["--set", "global_batch_size=32"]
+QUICK = {"PREFLIGHT": "0"}
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> list[str]:
+    """A run of 4 iterations on one rank, as an array of two learning rates or alone."""
+    array = tmp_path / "array.yaml"
+    array.write_text("array:\n  lr: [1e-3, 3e-3]\n")
+    return ["tiny-s3", "--set", "launch.nproc_per_node=1", "--set", "train_iters=4"]
+
+
+def test_array_and_chain(cluster, short: list[str], tmp_path: Path) -> None:
+    both = ["tiny-s3", str(tmp_path / "array.yaml"), *short[1:]]
+    array = cluster.submit(tmp_path / "search", *both, options="--array=0-1", **QUICK)
+    link = "--job-name=chain --dependency=singleton"
+    chain = [cluster.submit(tmp_path / "chain", *short, options=link, **QUICK) for _ in range(2)]
+
+    for job in chain:
+        assert job.wait_for_end() == "COMPLETED", job.log
+    assert chain[0].said[-1] == "finished at checkpoint 4"
+    assert len(chain[0].attempts[0]) == 3
+    assert "trained to iteration 4 of 4 already" in chain[1].log
+    assert "attempt 1 on" in chain[1].said[0] and chain[1].said[0].endswith("checkpoint 4")
+    assert not chain[1].attempts[0]
+
+    assert array.wait_for_end() == "COMPLETED"
+    folders = [tmp_path / "search" / name for name in ("lr-1e-3", "lr-3e-3")]
+    logs = [path.read_text() for path in sorted((tmp_path / "search").glob("slurm-*.out"))]
+    assert len(logs) == 2
+    for folder in folders:
+        assert (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "4"
+        mine = next(log for log in logs if str(folder) in log)
+        rate = float(folder.name.removeprefix("lr-"))
+        # The last warmup iteration is the peak.
+        assert max(map(float, re.findall(r"learning rate: (\S+)", mine))) == pytest.approx(rate)
+
+
+def test_preflight_names_the_node_whose_disk_is_read_only(cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    cluster.on(2, "mount", "--bind", str(run_dir), str(run_dir))
+    cluster.on(2, "mount", "-o", "remount,bind,ro", str(run_dir))
+    try:
+        job = cluster.submit(run_dir, *TWO_NODES, options="--nodes=2")
+        assert job.wait_for_end() == "FAILED"
+    finally:
+        cluster.on(2, "umount", str(run_dir))
+    assert job.said[1:] == [
+        f"node2: cannot write to {run_dir}: Read-only file system",
+        "nothing trained: the preflight ended with status 1; see above for the node",
+    ]
+
+
+def test_preflight_names_the_nodes_without_gpus(cluster, tmp_path: Path) -> None:
+    words = [*TWO_NODES, "--set", "s3_device=cuda"]
+    job = cluster.submit(tmp_path / "run", *words, options="--nodes=2")
+    assert job.wait_for_end() == "FAILED"
+    what = "has 0 GPUs, and the configuration wants 1 (launch.nproc_per_node)"
+    assert job.said[1:3] == [f"node1: {what}", f"node2: {what}"]
+    assert not job.attempts[0]
+
+
+def test_preflight_names_the_node_with_a_dead_network(cluster, tmp_path: Path) -> None:
+    # All but SLURM's own ports and the one at which the nodes meet.
+    rule = "ipproto tcp sport 30000-59999 dport 30000-59999 blackhole".split()
+    cluster.on(2, "ip", "rule", "add", *rule)
+    try:
+        words = [*TWO_NODES, "--set", "launch.nodes=3"]
+        run = tmp_path / "run"
+        job = cluster.submit(run, *words, options="--nodes=3", PREFLIGHT_TIMEOUT="10")
+        assert job.wait_for_end() == "FAILED"
+    finally:
+        cluster.on(2, "ip", "rule", "del", *rule)
+    assert job.said[1] == "node2: no all-reduce with any other node"
+    assert not job.attempts[0]
+
+
+def test_time_limit_saves_requeues_and_resumes(cluster, tmp_path: Path) -> None:
+    words = [*TWO_NODES, *SLOW, "--set", "train_iters=400"]
+    job = cluster.submit(tmp_path / "run", *words, options="--nodes=2 --time=10")
+    job.wait_for("iteration +1/")
+    # Less than the 180 s of --signal are left now: SLURM sends it when it looks next.
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=3")
+    saved = int(job.wait_for(r"stopped before the end, checkpoint 0 -> (\d+); requeued, 1 of at"))
+    assert "received USR1" in job.log
+    job.wait(lambda: job.state == "PENDING", "the requeue")
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
+    last = saved + 4
+    job.wait_for(rf"iteration +{last}/")
+    # Save and stop for good.
+    cluster.run("scancel", "--signal=TERM", "--batch", job.number)
+    assert job.wait_for_end() == "FAILED"
+    assert "not requeued after TERM" in job.said[-1]
+    first, second = job.attempts
+    assert min(second) == saved + 1
+
+    unbroken = cluster.submit(
+        *[tmp_path / "unbroken", *words, "--set", f"exit_interval={last}"],
+        options="--nodes=2",
+        MAX_REQUEUES="0",
+        **QUICK,
+    )
+    assert unbroken.wait_for_end() == "FAILED"
+    assert unbroken.said[-1].endswith("not requeued: 0 times already, MAX_REQUEUES is 0")
+    (reference,) = unbroken.attempts
+    broken = first | second
+    both = sorted(set(reference) & set(broken))
+    assert {saved, saved + 1, last} <= set(both)
+    assert [broken[i] for i in both] == [reference[i] for i in both]
+
+
+def test_dead_node_is_replaced_and_training_goes_on(cluster, tmp_path: Path) -> None:
+    """Last, because the node stays dead."""
+    words = [*TWO_NODES, *SLOW, "--set", "save_interval=10"]
+    job = cluster.submit(tmp_path / "run", *words, options="--nodes=2", **QUICK)
+    job.wait_for("iteration +12/")
+    cluster.power_off(2)
+    assert job.wait_for_end() == "COMPLETED"
+    assert job.said[-1] == "finished at checkpoint 30"
+    assert "attempt 2 on node1,node3" in job.log
+    first, second = job.attempts
+    assert min(second) == 11
+    again = sorted(set(first) & set(second))
+    assert 11 in again and [first[i] for i in again] == [second[i] for i in again]

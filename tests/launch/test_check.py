@@ -19,13 +19,13 @@ REPOSITORY = Path(__file__).parents[2]
         (
             ["launch.nodes=3"],
             "configs/models/gpt2-7b.yaml:9: global_batch_size 1024 does not divide by "
-            "micro_batch_size 1 (configs/layouts/gpt2-7b/8gpu.yaml:3) x 12 data-parallel ranks "
+            "micro_batch_size 1 (configs/layouts/gpt2-7b/8gpu.yaml:4) x 12 data-parallel ranks "
             "(24 ranks, tensor 2 x pipeline 1 x context 1); 1020 would, or 16 ranks",
         ),
         (
             ["tensor_model_parallel_size=3"],
-            "--set tensor_model_parallel_size=3, configs/layouts/gpt2-7b/8gpu.yaml:7, "
-            "configs/layouts/gpt2-7b/8gpu.yaml:8: 1 nodes x 8 ranks = 8 ranks do not divide by "
+            "--set tensor_model_parallel_size=3, configs/layouts/gpt2-7b/8gpu.yaml:8, "
+            "configs/layouts/gpt2-7b/8gpu.yaml:9: 1 nodes x 8 ranks = 8 ranks do not divide by "
             "tensor 3 x pipeline 1 x context 1 = 3",
         ),
         (["micro_batch_size=1.5"], "micro_batch_size must be a whole number from 1, not '1.5'"),

@@ -136,7 +136,7 @@ def test_containers(job, tmp_path: Path) -> None:
     given = {"MOUNTS": "/data:/data", "VENV": ""}
     _, _, seen = job("config", CONTAINER="apptainer:a.sif", **given)
     for line in seen:
-        assert f" apptainer run --nv --bind {mounts} --pwd {tmp_path} a.sif python3 -m " in line
+        assert f" apptainer exec --nv --bind {mounts} --pwd {tmp_path} a.sif python3 -m " in line
     (tmp_path / "seen").unlink()
     _, _, seen = job("config", CONTAINER="pyxis:some/image:tag", **given)
     for line in seen:

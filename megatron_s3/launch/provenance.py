@@ -40,7 +40,8 @@ def record(run_dir: Path, config: Config, command: list[str]) -> None:
     for folder in (run_dir, attempt):
         (folder / "config.yaml").write_text(resolved)
     (attempt / "command.txt").write_text(shlex.join(command) + "\n")
-    packages = {d.name: d.version for d in importlib.metadata.distributions()}
+    # A package whose metadata are broken has no name.
+    packages = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
     (attempt / "packages.txt").write_text(
         "".join(f"{name}=={version}\n" for name, version in sorted(packages.items()))
     )

@@ -10,6 +10,7 @@ checkpoint saved, and the same command goes on from it; 2, cannot run; else the 
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import shlex
@@ -97,7 +98,9 @@ def _main(args: argparse.Namespace) -> int:
     if args.print_run_dir:
         print(run_dir)
         return 0
-    return _launch(config, run_dir, args.dry_run)
+    stop = _StopRequest()
+    with contextlib.nullcontext() if args.dry_run else stop:
+        return _launch(config, run_dir, args.dry_run, stop)
 
 
 def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
@@ -213,7 +216,7 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
     return [*command, *program, *words]
 
 
-def _launch(config: Config, run_dir: Path, dry_run: bool) -> int:
+def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") -> int:
     _check_job(config, dry_run)
     shape = arithmetic(config)
     last = int(str(config.arguments.get("train_iters", 0)))
@@ -240,13 +243,16 @@ def _launch(config: Config, run_dir: Path, dry_run: bool) -> int:
     if saved is not None:
         say(f"going on from iteration {saved}")
     provenance.record(run_dir, config, command)
-    status, stopped = _supervise(command, os.environ | config.launch.environment)
+    # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
+    with subprocess.Popen(command, env=os.environ | config.launch.environment) as process:
+        stop.pass_on_to(process)
+        status = process.wait()
     reached = newest_checkpoint(run_dir)
     if status:
         say(f"the ranks ended with status {status}; the newest checkpoint is {reached}")
         return status
     if last and (reached or 0) < last:
-        why = f"asked to by {stopped}" if stopped else "Megatron ended early"
+        why = f"asked to by {stop.asked_by}" if stop.asked_by else "Megatron ended early"
         say(f"stopped at iteration {reached} of {last} ({why}); the same command goes on")
         return STOPPED
     return 0
@@ -277,26 +283,40 @@ def newest_checkpoint(run_dir: Path) -> int | None:
         return None
 
 
-def _supervise(command: list[str], environment: dict[str, str]) -> tuple[int, str | None]:
-    """Runs torchrun; returns its status, and the signal that asked the ranks to stop, if any."""
-    asked: list[str] = []
-    process = None
+class _StopRequest:
+    """SIGUSR1 and SIGTERM, from before the ranks start (checks take seconds) until they have ended.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        first = not asked
-        asked.append(signal.Signals(number).name)
-        if first:
-            say(f"{asked[0]}: the ranks are asked to save and end")
-            threading.Thread(target=_stop_ranks, args=(process,), daemon=True).start()
+    Attributes:
+        asked_by: name of the first signal that came, if any.
+    """
 
-    process = subprocess.Popen(command, env=environment)
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in previous.items():
+    def __init__(self) -> None:
+        self.asked_by: str | None = None
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> None:
+        self._previous = {n: signal.signal(n, self._ask) for n in (signal.SIGUSR1, signal.SIGTERM)}
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-    return status, asked[0] if asked else None
+
+    def pass_on_to(self, process: subprocess.Popen) -> None:
+        """From now on, or at once if a signal has come already, asks torchrun's ranks to end."""
+        self._process = process
+        if self.asked_by:
+            self._tell()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked_by:
+            return
+        self.asked_by = signal.Signals(number).name
+        say(f"{self.asked_by}: the ranks are asked to save and end")
+        if self._process:
+            self._tell()
+
+    def _tell(self) -> None:
+        threading.Thread(target=_stop_ranks, args=(self._process,), daemon=True).start()
 
 
 def _stop_ranks(process: subprocess.Popen) -> None:

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     _print([_COLUMNS, *rows])
     from megatron.core.package_info import __version__ as release
 
-    print(f"megatron-core {release}: {len(rows)} accepted, {len(errors)} refused")
+    # What follows a "+" is the commit of whatever repository the environment lies in.
+    print(f"megatron-core {release.partition('+')[0]}: {len(rows)} accepted, {len(errors)} refused")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 2 if errors else 0

@@ -78,7 +78,8 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
         iteration: which; the last one saved if None.
 
     Raises:
-        CheckpointError: there is none, it is not complete, or not in the format ``torch_dist``.
+        CheckpointError: there is none, it is not complete or damaged (a file missing or cut short),
+            or not in the format ``torch_dist``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -117,7 +118,33 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
             f"{found} is not a complete checkpoint of the format --ckpt-format torch_dist "
             "(metadata.json and *.distcp): choose another iteration, or save in that format"
         )
+    _check_files(found)
     return found
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Every file that the checkpoint's index speaks of is there, and as long as it says."""
+    import torch.distributed.checkpoint as dcp
+
+    needed: dict[str, int] = {}
+    try:
+        for part in dcp.FileSystemReader(checkpoint).read_metadata().storage_data.values():
+            end = part.offset + part.length
+            needed[part.relative_path] = max(end, needed.get(part.relative_path, 0))
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint / '.metadata'} cannot be read ({type(error).__name__}: {error}): the "
+            "checkpoint is damaged. Choose another iteration with --iteration."
+        ) from error
+    for name, size in needed.items():
+        file = checkpoint / name
+        there = file.stat().st_size if file.is_file() else None
+        if there is None or there < size:
+            fault = "is missing" if there is None else f"has {there:,} bytes of at least {size:,}"
+            raise CheckpointError(
+                f"{file} {fault}: the checkpoint is damaged. Choose another iteration with "
+                "--iteration."
+            )
 
 
 def arguments(checkpoint: Path) -> argparse.Namespace:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from megatron_s3.checkpoints import export, gpt2
 from megatron_s3.mcore import weights
@@ -166,9 +167,31 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     (iteration / "mp_rank_00").mkdir()
     assert "--ckpt-convert-format torch_dist" in error(tmp_path)
     (iteration / "mp_rank_00").rmdir()
-    for name in ("metadata.json", "__0_0.distcp"):
-        (iteration / name).touch()
+    torch.distributed.checkpoint.save({"a": torch.ones(100)}, checkpoint_id=iteration, no_dist=True)
+    (iteration / "metadata.json").touch()
     assert weights.find(tmp_path) == weights.find(tmp_path, 6) == weights.find(iteration)
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path: Path) -> None:
+    iteration = tmp_path / "iter_0000006"
+    torch.distributed.checkpoint.save(
+        {"a": torch.ones(100), "b": 1}, checkpoint_id=iteration, no_dist=True
+    )
+    (iteration / "metadata.json").touch()
+    shard = iteration / "__0_0.distcp"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(
+        weights.CheckpointError, match=rf"{shard} has .* of at least {len(whole):,}"
+    ):
+        weights.find(iteration)
+    shard.rename(iteration / "__1_0.distcp")
+    with pytest.raises(weights.CheckpointError, match=f"{shard} is missing"):
+        weights.find(iteration)
+    index = iteration / ".metadata"
+    index.write_bytes(index.read_bytes()[:10])
+    with pytest.raises(weights.CheckpointError, match=f"{index} cannot be read"):
+        weights.find(iteration)
 
 
 def test_the_output_is_never_overwritten(

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -148,7 +149,8 @@ def losses(log: str) -> dict[int, str]:
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     """Status 75 and a checkpoint; then 0 and the last iteration; then nothing to do.
 
-    SIGUSR1 takes the same way; the cluster's tests send it.
+    The signal comes in the first seconds, before there are ranks: they start, and end at once.
+    SIGUSR1 takes the same way; the cluster's tests send it in mid-run.
     """
     command = [
         sys.executable, "-m", "megatron_s3.cli", "launch", "tiny-s3", "--run-dir", str(tmp_path),
@@ -158,13 +160,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        while not losses(log.read_text()) and process.poll() is None:
-            time.sleep(0.1)
+        while not run._catches(process.pid, signal.SIGTERM) and process.poll() is None:
+            time.sleep(0.01)
         process.terminate()
         assert process.wait() == run.STOPPED, log.read_text()[-4000:]
     stopped = run.newest_checkpoint(tmp_path)
     assert 0 < stopped < 100
-    assert f"stopped at iteration {stopped} of 100 (asked to by SIGTERM)" in log.read_text()
+    said = log.read_text()
+    assert said.index("SIGTERM: the ranks are asked") < said.index("2 ranks on 1 nodes")
+    assert f"stopped at iteration {stopped} of 100 (asked to by SIGTERM)" in said
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stdout[-4000:]
     assert f"going on from iteration {stopped}" in again.stdout

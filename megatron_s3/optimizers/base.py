@@ -1,13 +1,18 @@
 """What every element-wise optimizer of the plugin shares: groups, state, checks, the stamp."""
 
+import importlib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_s3.kernels import portable
+from megatron_s3.kernels.operands import Operands, flatten, write_back
+from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.description import Description
 
 __all__ = ["ElementwiseOptimizer"]
@@ -17,9 +22,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose update of an element depends on that element alone.
 
     A subclass names its :attr:`description` and its constructor's arguments.  State tensors have
-    their parameter's shape and layout, float64 for float64 parameters and float32 for all others:
-    half-precision parameters keep full-precision state.  A group also holds ``algorithm`` (the
-    stamp that :meth:`load_state_dict` checks) and ``step`` (a Python int).
+    their parameter's shape and layout, float64 for float64 parameters and ``state_dtype`` for all
+    others: half-precision parameters keep full-precision state unless asked otherwise.  A group
+    also holds ``algorithm`` (the stamp that :meth:`load_state_dict` checks) and ``step`` (a Python
+    int).  A gradient is read from ``param.decoupled_grad``, which may have another dtype than the
+    parameter, where that is set, and else from ``param.grad``.
 
     Args:
         params: as for every torch optimizer.
@@ -30,6 +37,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             changed, if one holds NaN or inf.  Costs a pass over the gradients and a host
             synchronisation.  Without it such an element turns NaN alone, in its state and its
             parameter, as under torch.optim.AdamW.
+        fused: None takes the device's kernel where it can run and torch operations elsewhere; True
+            makes it an error where it cannot; False never takes it.
+        state_dtype: of the states, or of each by its name (what is left out is float32).
         **hyperparameters: those of the description.
 
     Raises:
@@ -45,11 +55,25 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         error_if_nonfinite: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
         **hyperparameters: Any,
     ) -> None:
+        if fused not in (None, True, False):
+            raise ValueError(f"fused must be True, False or None, not {fused!r}")
         self.error_if_nonfinite = error_if_nonfinite
-        #: Called with every update ``u`` (1-d, a part of a parameter) before it is applied.
-        self.observe: Callable[[Tensor], None] | None = None
+        self.fused = fused
+        #: What the last step ran: "C++ kernel", "Triton kernel", or "portable: " and the reason.
+        self.path = ""
+        #: What every step's totals are added to, if anything.
+        self.statistics: Statistics | None = None
+        #: Tensors that are given the new value of a parameter as well, rounded to their dtype; 1-d
+        #: or of the parameter's shape.
+        self.model_params: dict[Tensor, Tensor] = {}
+        #: Whether half-precision parameters are but rounded copies of a float32 ``master_param`` in
+        #: their state.
+        self.master_params = False
+        self.state_dtypes = self._state_dtypes(state_dtype)
         #: Keep this process's hyperparameters (lr and weight decay aside) when state is loaded.
         #: torch's custom is that the saved ones win; where flags say what runs, the flags do.
         self.keep_hyperparameters = False
@@ -57,9 +81,42 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults | {"algorithm": self.description.name, "step": 0})
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps its own three attributes only; observe belongs to the process, not to a copy.
-        own = {"error_if_nonfinite", "keep_hyperparameters"}
-        return super().__getstate__() | {k: getattr(self, k) for k in own} | {"observe": None}
+        # torch keeps its own three attributes only; what else a copy takes along, and what stays.
+        own = ("error_if_nonfinite", "keep_hyperparameters", "fused", "master_params")
+        state = super().__getstate__() | {name: getattr(self, name) for name in own}
+        return state | {
+            "state_dtypes": dict(self.state_dtypes),
+            "statistics": None,
+            "model_params": {},
+            "path": "",
+        }
+
+    def _state_dtypes(
+        self, given: torch.dtype | Mapping[str, torch.dtype]
+    ) -> dict[str, torch.dtype]:
+        names = self.description.state
+        if isinstance(given, torch.dtype):
+            return dict.fromkeys(names, given)
+        if unknown := sorted(set(given) - set(names)):
+            raise ValueError(
+                f"state_dtype names {', '.join(unknown)}, but the states of "
+                f"{self.description.label} are {', '.join(names)}"
+            )
+        return {name: given.get(name, torch.float32) for name in names}
+
+    @classmethod
+    def check_state_dtype(
+        cls, name: str, dtype: torch.dtype, hyperparameters: Mapping[str, Any]
+    ) -> None:
+        """Raises ValueError if the arithmetic does not allow a state to be kept in this dtype.
+
+        Args:
+            name: of the state.
+            dtype: asked for.
+            hyperparameters: a group's.
+        """
+        if dtype != torch.float32:
+            raise ValueError(f"{cls.description.label} keeps {name} in float32, not in {dtype}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises ValueError for values that are not allowed, before adding any."""
@@ -70,6 +127,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         _check_rate("weight_decay", merged["weight_decay"])
         for hyperparameter in self.description.hyperparameters:
             hyperparameter.check(merged[hyperparameter.name])
+        for name, dtype in self.state_dtypes.items():
+            self.check_state_dtype(name, dtype, merged)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if not param.is_floating_point():
@@ -93,10 +152,20 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, param: Tensor) -> list[Tensor]:
         state = self.state[param]
+        if self._has_master(param) and "master_param" not in state:
+            state["master_param"] = param.detach().to(torch.float32, copy=True)
         for name in self.description.state:
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=_state_dtype(param))
+                state[name] = torch.zeros_like(param, dtype=self._state_dtype(name, param))
         return [state[name] for name in self.description.state]
+
+    def _has_master(self, param: Tensor) -> bool:
+        return self.master_params and param.dtype in (torch.bfloat16, torch.float16)
+
+    def _state_dtype(self, name: str, param: Tensor) -> torch.dtype:
+        if name == "master_param":
+            return torch.float32
+        return torch.float64 if param.dtype == torch.float64 else self.state_dtypes[name]
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's keyword arguments for this group's coming step."""
@@ -125,29 +194,64 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         work = []
         for index, group in enumerate(self.param_groups):
             _check_rate("lr", group["lr"], may_be_none=False)
-            params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
-                self._check_grad(param, index)
-            work.append((group, params))
+            found = [(param, _grad(param)) for param in group["params"]]
+            found = [(param, grad) for param, grad in found if grad is not None]
+            for param, grad in found:
+                self._check_grad(param, grad, index)
+            work.append((group, found))
         if self.error_if_nonfinite:
-            self._check_finite([param for _, params in work for param in params])
-        states = [[self._init_state(param) for param in params] for _, params in work]
-        for (group, params), group_states in zip(work, states, strict=True):
+            self._check_finite([grad for _, found in work for _, grad in found])
+        tasks = []
+        for group, found in work:
+            flat = [self._flatten(param, grad) for param, grad in found]
+            operands = [o for o, _ in flat]
+            hyperparameters = self.group_hyperparameters(group | {"step": group["step"] + 1})
+            tasks.append((group, operands, hyperparameters, [c for _, cs in flat for c in cs]))
+        # Every kernel is chosen before anything is changed.
+        kernels = [self._kernel(operands, values) for _, operands, values, _ in tasks]
+        for (group, operands, values, copies), kernel in zip(tasks, kernels, strict=True):
             group["step"] += 1
-            portable.step(
-                self.description.rule,
-                params,
-                [param.grad for param in params],
-                group_states,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                observe=self.observe,
-                **self.group_hyperparameters(group),
-            )
+            values |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+            if kernel is not None:
+                kernel.step(operands, statistics=self.statistics, **values)
+            else:
+                portable.step(self.description.rule, operands, statistics=self.statistics, **values)
+            write_back(copies)
         return loss
 
-    def _check_grad(self, param: Tensor, group: int) -> None:
-        grad = param.grad
+    def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list]:
+        state = self._init_state(param)
+        if self._has_master(param):
+            return flatten(self.state[param]["master_param"], grad, state, param.detach())
+        return flatten(param.detach(), grad, state, self.model_params.get(param))
+
+    def _kernel(
+        self, operands: Sequence[Operands], hyperparameters: Mapping[str, Any]
+    ) -> ModuleType | None:
+        """The fused kernel for a group's operands, or None for the portable path.
+
+        Raises:
+            RuntimeError: ``fused=True``, and it cannot run.
+        """
+        if not operands:
+            return None
+        kernel, reason = None, "fused=False"
+        if self.fused is not False:
+            device = operands[0].param.device.type
+            name = self.description.kernels.get(device)
+            reason = f"no kernel for {self.description.label} on {device}"
+            if name is not None:
+                kernel = importlib.import_module(name)
+                reason = kernel.reason(operands, **hyperparameters)
+        if reason is None:
+            self.path = kernel.NAME
+            return kernel
+        if self.fused:
+            raise RuntimeError(f"fused=True, but {reason}. No parameter was changed.")
+        self.path = f"portable: {reason}"
+        return None
+
+    def _check_grad(self, param: Tensor, grad: Tensor, group: int) -> None:
         fault = None
         if grad.layout != torch.strided:
             fault = f"is {grad.layout}; a dense gradient is needed (sparse=False in the embedding?)"
@@ -160,24 +264,26 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 f"{group} {fault}. No parameter was changed."
             )
 
-    def _check_finite(self, params: list[Tensor]) -> None:
-        bad = [not bool(param.grad.isfinite().all()) for param in params]
+    def _check_finite(self, grads: list[Tensor]) -> None:
+        bad = [not bool(grad.isfinite().all()) for grad in grads]
         if any(bad):
-            shapes = [tuple(p.shape) for p, is_bad in zip(params, bad, strict=True) if is_bad]
+            shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
             raise RuntimeError(
                 f"{self.description.label}: NaN or inf in the gradients of {len(shapes)} "
                 f"parameters, the first of shape {shapes[0]}. No parameter was changed."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but only what this optimizer saved, and with the state's dtype kept.
+        """As in torch, but only what this optimizer saved, and in the dtypes it keeps.
+
+        A state that was saved in another dtype is converted, and a warning says so.
 
         Raises:
             ValueError: the state is another optimizer's, or was made with a hyperparameter without
                 which it has no meaning (``p``).  Nothing is loaded then.
         """
         check_stamps(self, state_dict["param_groups"])
-        names = self.description.state
+        names = (*self.description.state, "master_param")
         saved_state = {
             i: {name: tensors[name] for name in names if name in tensors}
             for i, tensors in state_dict["state"].items()
@@ -191,11 +297,19 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         # full-precision state of half-precision parameters.
         params = [param for group in self.param_groups for param in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        converted = set()
         for param, i in zip(params, ids, strict=True):
-            if param.dtype == _state_dtype(param):
-                continue
             for name, tensor in saved_state.get(i, {}).items():
-                self.state[param][name] = tensor.to(param.device, _state_dtype(param), copy=True)
+                dtype = self._state_dtype(name, param)
+                if tensor.dtype != dtype:
+                    converted.add(f"{name} from {tensor.dtype} to {dtype}")
+                if not tensor.dtype == dtype == param.dtype:
+                    self.state[param][name] = tensor.to(param.device, dtype, copy=True)
+        if converted:
+            warnings.warn(
+                f"{self.description.label}: converted loaded state: {', '.join(sorted(converted))}",
+                stacklevel=2,
+            )
 
     def _own_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         return {h.name: group[h.name] for h in self.description.hyperparameters}
@@ -229,8 +343,9 @@ def check_stamps(optimizer: ElementwiseOptimizer, saved_groups: list[dict[str, A
                 )
 
 
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+def _grad(param: Tensor) -> Tensor | None:
+    grad = getattr(param, "decoupled_grad", None)
+    return param.grad if grad is None else grad
 
 
 def _check_rate(name: str, value: Any, may_be_none: bool = True) -> None:

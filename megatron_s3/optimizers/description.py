@@ -5,8 +5,8 @@ read this; none of them names an optimizer.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Description", "Hyperparameter"]
@@ -67,6 +67,8 @@ class Description:
         hyperparameters: beside lr and weight decay.
         clip_grad: default of Megatron's ``--clip-grad`` under this optimizer.
         rule: the update rule, see :mod:`megatron_s3.rules`.
+        kernels: fused kernels of the rule: device type -> name of their module, which is imported
+            when it is needed (see :mod:`megatron_s3.kernels`).
     """
 
     name: str
@@ -75,3 +77,4 @@ class Description:
     hyperparameters: tuple[Hyperparameter, ...]
     clip_grad: float
     rule: Callable[..., Any]
+    kernels: Mapping[str, str] = field(default_factory=dict)

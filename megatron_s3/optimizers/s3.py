@@ -1,7 +1,9 @@
 """S3 (SoftSignSGD) as a torch optimizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
@@ -33,10 +35,12 @@ class S3(ElementwiseOptimizer):
             :func:`megatron_s3.rules.s3.s3_update_bound`.
         bias_correction: divide both averages by the sum of their weights (not in the paper): the
             first update is then sign(g) instead of (1-beta**2)**(1-1/p) of it, 0.21 by default.
-        error_if_nonfinite: see :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`.
+        error_if_nonfinite, fused, state_dtype: see
+            :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`; states may be bfloat16 where
+            that does not freeze them (:meth:`check_state_dtype`).
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or a ``state_dtype`` that cannot work.
     """
 
     description = Description(
@@ -68,18 +72,62 @@ class S3(ElementwiseOptimizer):
         beta2: float | None = None,
         bias_correction: bool = False,
         error_if_nonfinite: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
     ) -> None:
         super().__init__(
             params,
             lr,
             weight_decay,
             error_if_nonfinite=error_if_nonfinite,
+            fused=fused,
+            state_dtype=state_dtype,
             beta=beta,
             p=p,
             beta2=beta2,
             nesterov=nesterov,
             bias_correction=bias_correction,
         )
+
+    @classmethod
+    def check_state_dtype(
+        cls, name: str, dtype: torch.dtype, hyperparameters: Mapping[str, Any]
+    ) -> None:
+        """bfloat16 is allowed where rounding to nearest cannot stop a state's decay.
+
+        A step lowers ``exp_avg`` by at most ``1 - beta`` of itself and ``exp_pnorm`` by
+        ``1 - beta2**(1/p)``; of what is less than half a unit in bfloat16's last place, 2**-8 of
+        the value, nothing is left after rounding.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        if dtype == torch.float32:
+            return
+        label = cls.description.label
+        if dtype != torch.bfloat16:
+            reason = (
+                "its range ends at 6e-8: smaller gradients vanish"
+                if (dtype == torch.float16)
+                else "it is too coarse for an average of gradients"
+            )
+            raise ValueError(
+                f"{label} cannot keep {name} in {dtype}: {reason}. Use torch.bfloat16 or "
+                "torch.float32."
+            )
+        beta, p = hyperparameters["beta"], hyperparameters["p"]
+        if name == "exp_pnorm":
+            beta2 = hyperparameters["beta2"]
+            decay, formula = (beta if beta2 is None else beta2) ** (1 / p), "beta**(1/p)"
+        else:
+            decay, formula = beta, "beta"
+        if 1 - decay < 2.0**-8:
+            raise ValueError(
+                f"{label} cannot keep {name} in torch.bfloat16 with beta={beta:g}, p={p:g}: a step "
+                f"lowers it by at most 1 - {formula} = {1 - decay:.2g} of itself, which rounding "
+                "undoes below 2**-8 = 0.0039, so that it would stay at its largest value. Use "
+                "torch.float32, or a smaller beta."
+            )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's arguments; bias correction reaches it as one factor."""

@@ -2,16 +2,21 @@
 
 Algorithm 1 keeps ``s``, the moving average of ``|g|**p``.  In fp32 with p=3 that underflows below
 ``|g|`` of about 1e-13 and sticks at inf above 7e12.  Here the second state is ``r = s**(1/p)``, a
-norm with the gradient's own units, and every power is taken of a ratio to ``M = max(r, |g|)``, so
-that nothing leaves [0, 1] whatever the gradient's magnitude and whatever p.
+norm with the gradient's own units, and every power is taken of what has been scaled by a power of
+two near ``M = max(r, |g|)``, so that nothing under- or overflows whatever the gradient's magnitude.
+
+For p = 1, 2 and 3 in float32 this is one sequence of additions, multiplications, divisions and
+square roots, each rounded once and none contracted to a fused multiply-add: the kernels repeat it
+and give the same bits.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["s3_correction", "s3_update", "s3_update_bound"]
+__all__ = ["s3_bound", "s3_correction", "s3_update", "s3_update_bound"]
 
 
 def s3_update(
@@ -46,28 +51,42 @@ def s3_update(
     """
     beta_s = beta if beta2 is None else beta2
 
-    m = exp_avg.mul_(beta).add_(grad, alpha=1 - beta)
-    n = m.mul(beta).add_(grad, alpha=1 - beta) if nesterov else m.clone()
+    share = grad * (1 - beta)  # not add_(grad, alpha=...), which torch contracts where it can
+    m = exp_avg.mul_(beta).add_(share)
+    n = m.mul(beta).add_(share) if nesterov else m.clone()
+    del share
 
     magnitude = grad.abs()
     if beta_s == 0:
         exp_pnorm.zero_()  # nothing of it remains, so it must not set the scale either
-    largest = torch.maximum(exp_pnorm, magnitude)
     # Not r == 0: after thousands of zero gradients rounding stops the decay of both m and r at some
     # denormal number, and their quotient would move the parameter by a third of lr for ever.
     untouched = (grad == 0) & (exp_pnorm < torch.finfo(grad.dtype).tiny)
-    divisor = largest.masked_fill(untouched, 1)
-    g_p = _power(magnitude.div_(divisor), p)
-    w = _power(exp_pnorm.div(divisor), p).mul_(beta_s).add_(g_p, alpha=1 - beta_s)
-    denominator = _root(w, p)
-    torch.mul(largest, denominator, out=exp_pnorm)
+    scaled, unscaled = _scaling(torch.maximum(exp_pnorm, magnitude), untouched, p)
+    g_p = _power(scaled(magnitude), p).mul_(1 - beta_s)
+    del magnitude
+    w = _power(scaled(exp_pnorm), p).mul_(beta_s).add_(g_p)
+    exp_pnorm.copy_(unscaled(_root(w, p))).masked_fill_(untouched, 0)
     if nesterov:
-        denominator = _root(w.mul_(beta_s).add_(g_p, alpha=1 - beta_s), p)
-    # n / M first: both are of the gradient's magnitude, their ratio is at most 1.
-    u = n.div_(divisor).div_(denominator).mul_(correction).masked_fill_(untouched, 0)
-    bound = 1.0 if beta_s == beta else s3_update_bound(beta, p, beta2) * correction
+        w = w.mul_(beta_s).add_(g_p)
+    # n is scaled first: it and the root are of the same magnitude, their ratio is at most 1.
+    u = _over_root(scaled(n), w, p)
+    if correction != 1:
+        u = u.mul_(correction)
+    u = u.masked_fill_(untouched, 0)
     # The theorem bounds exact arithmetic; the clamp carries it over the last rounding.
+    bound = s3_bound(beta, p, beta2, correction)
     return u if math.isinf(bound) else u.clamp_(-bound, bound)
+
+
+def s3_bound(beta: float, p: float, beta2: float | None = None, correction: float = 1.0) -> float:
+    """Where an update is clamped: Theorem 2's bound, ``inf`` where there is none.
+
+    With one shared beta it is 1, also with bias correction.  Arguments as for :func:`s3_update`.
+    """
+    if beta2 is None or beta2 == beta:
+        return 1.0
+    return s3_update_bound(beta, p, beta2) * correction
 
 
 def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
@@ -111,6 +130,31 @@ def s3_correction(
     return (1 - beta_s**k) ** (1 / p) / (1 - beta**k)
 
 
+#: For each dtype: an integer of its size, its exponent's bits, the smallest normal number's bits.
+_BITS = {
+    torch.float32: (torch.int32, 0x7F800000, 0x00800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000, 0x0010000000000000),
+}
+
+
+def _scaling(
+    largest: Tensor, untouched: Tensor, p: float
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Two functions: to a scale on which powers are safe, and back; ``largest`` may be reused.
+
+    Scaled, ``largest`` lies in [2, 4) for small whole p (exactly, by a power of two; where it is
+    inf or NaN the factor is 0, and everything becomes NaN), and is 1 for any other p.
+    """
+    if p not in (1, 2, 3):
+        divisor = largest.masked_fill_(untouched, 1)
+        return lambda x: x / divisor, lambda x: x.mul_(divisor)
+    integer, exponent, smallest = _BITS[largest.dtype]
+    bits = largest.view(integer).bitwise_and_(exponent).clamp_(min=smallest)
+    factor = (exponent - bits).view(largest.dtype)
+    back = bits.view(largest.dtype).mul_(0.5)
+    return lambda x: x * factor, lambda x: x.mul_(back)
+
+
 def _power(x: Tensor, p: float) -> Tensor:
     """``x**p``, may reuse x; by multiplication where p is small and whole (pow costs 10 times)."""
     if p == 1:
@@ -118,7 +162,7 @@ def _power(x: Tensor, p: float) -> Tensor:
     if p == 2:
         return x.square_()
     if p == 3:
-        return x.mul_(x.square())
+        return x.square().mul_(x)
     return _pow(x, p)
 
 
@@ -126,7 +170,45 @@ def _root(x: Tensor, p: float) -> Tensor:
     """``x**(1/p)`` in a new tensor."""
     if p == 1:
         return x.clone()
-    return x.sqrt() if p == 2 else _pow(x, 1 / p)
+    if p == 2:
+        return x.sqrt()
+    if p == 3 and x.dtype == torch.float32:
+        y = _inverse_cube_root(x)
+        return (x * y).mul_(y)
+    return _pow(x, 1 / p)
+
+
+def _over_root(n: Tensor, x: Tensor, p: float) -> Tensor:
+    """``n / x**(1/p)``, may reuse n."""
+    if p == 3 and x.dtype == torch.float32:
+        return n.mul_(_inverse_cube_root(x))
+    return n.div_(_root(x, p))
+
+
+# (1 - c)**(-1/3) = 1 + c * (polynomial in c), minimax over |c| < 0.1021, rounded to float32.
+_CUBE_ROOT = (
+    0.3333333432674408,
+    0.22221696376800537,
+    0.17282718420028687,
+    0.14565744996070862,
+    0.12691685557365417,
+)
+
+
+def _inverse_cube_root(x: Tensor) -> Tensor:
+    """``x**(-1/3)`` of float32, relative error below 1e-7 for x in [2**-66, 2**7].
+
+    A third of the bits is a first guess (within 3.5 %), one polynomial step does the rest: no
+    special function, whose last bit each machine has its own idea of.
+    """
+    third = x.view(torch.int32).to(torch.float32).mul_(1 / 3)
+    y = third.neg_().add_(1419900000.0).to(torch.int32).view(torch.float32)
+    del third
+    c = (x * y).mul_(y).mul_(y).neg_().add_(1)
+    q = torch.full_like(c, _CUBE_ROOT[-1])
+    for coefficient in reversed(_CUBE_ROOT[:-1]):
+        q.mul_(c).add_(coefficient)
+    return c.mul_(y).mul_(q).add_(y)
 
 
 def _pow(x: Tensor, exponent: float) -> Tensor:

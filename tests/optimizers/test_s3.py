@@ -19,6 +19,7 @@ from torch.nn import Parameter
 import megatron_s3
 from megatron_s3 import S3
 from megatron_s3.kernels.reference import S3Reference
+from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update_bound
 
 
@@ -81,13 +82,16 @@ def test_steps_are_the_papers(options: dict[str, Any]) -> None:
     param = parameter(7, 5)
     run = S3Reference(param.detach(), **options)
     optimizer = S3([param], lr=0.05, **options)
-    updates = []
-    optimizer.observe = lambda u: updates.append(u.clone())
+    probe = torch.nn.Parameter(torch.zeros(7, 5))  # from 0 with a rate of 1 it becomes -u
+    observer = S3([probe], lr=1.0, **options)
     for t in range(50):
         new_grads([param], t)
         expected = run.step(param.grad, 0.05)
         optimizer.step()
-        assert (updates[-1].view(7, 5) - expected).abs().max() < 5e-6
+        torch.nn.init.zeros_(probe)
+        probe.grad = param.grad
+        observer.step()
+        assert (-probe.detach() - expected).abs().max() < 5e-6
     assert (param - run.x).abs().max() < 50 * (0.05 * 5e-6 + 2 * 2.0**-22)
 
 
@@ -115,12 +119,15 @@ def test_separate_beta2_is_clamped_at_its_own_bound() -> None:
     """Exact up to the bound's rounding to fp32; larger than 1, which shared betas never are."""
     param = parameter(1)
     optimizer = S3([param], lr=0.0, beta=0.5, beta2=0.99, p=2.0, nesterov=False)
-    largest = []
-    optimizer.observe = lambda u: largest.append(u.abs().max().item())
+    optimizer.statistics = Statistics("cpu")
     for _ in range(20):
         param.grad = torch.ones(1)
         optimizer.step()
-    assert 1 < max(largest) <= s3_update_bound(0.5, 2, 0.99) * (1 + 2.0**-24)
+    assert (
+        1
+        < optimizer.statistics.take()["max_abs_update"]
+        <= s3_update_bound(0.5, 2, 0.99) * (1 + 2.0**-24)
+    )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -298,14 +305,14 @@ def test_resumed_run_is_the_uninterrupted_one(options: dict[str, Any]) -> None:
     "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
 def test_copies_step_like_the_original(copied: Callable[[S3], S3]) -> None:
-    """Bitwise, and apart from it; an observer stays with the original."""
+    """Bitwise, and apart from it; statistics stay with the original."""
     params = [parameter(6, 4, dtype=torch.bfloat16), parameter(9, seed=1)]
     optimizer = S3(params, error_if_nonfinite=True)
-    optimizer.observe = lambda u: None
+    optimizer.statistics = Statistics("cpu")
     optimizer.step()
     twin = copied(optimizer)
     assert twin.error_if_nonfinite
-    assert twin.observe is None
+    assert twin.statistics is None
     before = snapshot(optimizer)
     assert same(snapshot(twin), before)
     new_grads(twin.param_groups[0]["params"], 5)

@@ -1,0 +1,71 @@
+"""What a step works on: tensors as flat memory, whatever their shapes and layouts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Operands", "flatten", "write_back"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """One parameter (or shard) of a step: 1-d dense tensors of equal length on one device.
+
+    Attributes:
+        param: the parameter ``x``, advanced in place; a main parameter where there is one.
+        grad: the gradient, as it lies; any floating dtype.
+        state: the rule's state tensors in its order, advanced in place.
+        model_param: a tensor that is also given the new ``x``, rounded to its dtype; or None.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: tuple[Tensor, ...]
+    model_param: Tensor | None = None
+
+
+def flatten(
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    model_param: Tensor | None = None,
+) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
+    """Operands of a parameter, and the copies that a step on them leaves to :func:`write_back`.
+
+    Elements are taken in the order of the parameter's memory, so that nothing is copied for a dense
+    parameter in any layout (channels_last, transposed) whose state has the same; what is laid out
+    otherwise is copied.
+
+    Args:
+        param, grad, state: of one shape.
+        model_param: of as many elements; of the same shape, or 1-d in the parameter's order.
+    """
+    tensors = [param, grad, *state]
+    if all(tensor.is_contiguous() for tensor in tensors):
+        flat = [tensor.view(-1) for tensor in tensors]
+        copies = []
+        order = list(range(param.dim()))
+    else:
+        order = sorted(range(param.dim()), key=param.stride, reverse=True)
+        ordered = [tensor.permute(order) for tensor in tensors]
+        flat = [tensor.reshape(-1) for tensor in ordered]
+        copies = [
+            (f, o)
+            for f, o in zip(flat, ordered, strict=True)
+            if f.data_ptr() != o.data_ptr() and f is not flat[1]
+        ]
+    if model_param is not None and model_param.dim() != 1:
+        o = model_param.permute(order) if model_param.dim() == len(order) else model_param
+        model_param = o.reshape(-1)
+        if model_param.data_ptr() != o.data_ptr():
+            copies.append((model_param, o))
+    return Operands(flat[0], flat[1], tuple(flat[2:]), model_param), copies
+
+
+@torch.no_grad()
+def write_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Puts what a step left in copies to where it belongs."""
+    for flat, ordered in copies:
+        ordered.copy_(flat.view(ordered.shape))

@@ -171,6 +171,9 @@ def _root(x: Tensor, p: float) -> Tensor:
     if p == 1:
         return x.clone()
     if p == 2:
+        if x.dtype == torch.float32 and x.device.type == "cpu":
+            # torch's may be MKL's, which is not always rounded to nearest; through float64 it is.
+            return x.double().sqrt_().float()
         return x.sqrt()
     if p == 3 and x.dtype == torch.float32:
         y = _inverse_cube_root(x)

@@ -1,0 +1,353 @@
+// Fused optimizer steps on the CPU, called from cpu.py through ctypes; no header of torch's.
+//
+// Vectors are written out (GCC's and clang's vector types) instead of left to the vectorizer: GCC
+// turns a clamp into masks and branches, and an update is one long chain of dependent operations
+// that hides its latency only if several vectors go through it side by side. Every element goes
+// through the same instructions, those of a tail in a padded copy.
+//
+// The arithmetic is that of megatron_s3/rules: single IEEE operations, none contracted
+// (-ffp-contract=off), so that the results are the same bits.
+
+#include <cstdint>
+#include <cstring>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;  // floats in a register
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int LANES = 2;  // registers side by side
+constexpr int BLOCK = WIDTH * LANES;
+constexpr int64_t CHUNK = 1 << 16;  // elements to a row of statistics
+
+typedef float Float __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Int __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Half __attribute__((vector_size(2 * WIDTH)));
+typedef Float Floats[LANES];
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH for (int k = 0; k < LANES; ++k)
+
+enum Dtype : int64_t { NONE, FLOAT32, BFLOAT16, FLOAT16 };
+
+// What cpu.py writes, all fields of 8 bytes.
+struct Array {
+  char* data;
+  Dtype dtype;
+};
+
+struct Operands {
+  int64_t count;
+  Array param, grad, state[2], model_param;  // param is FLOAT32
+};
+
+struct Scalars {
+  float lr, decay, beta, one_minus_beta, beta_s, one_minus_beta_s, correction, bound;
+};
+
+INLINE int64_t size_of(Dtype dtype) { return dtype == NONE ? 0 : dtype == FLOAT32 ? 4 : 2; }
+
+// ---- loading and storing -----------------------------------------------------------------------
+
+template <class T>
+INLINE T read(const char* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class T>
+INLINE void write(char* to, const T& value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+INLINE Int widened(const Half& bits) { return __builtin_convertvector(bits, Int); }
+INLINE Half narrowed(const Int& bits) { return __builtin_convertvector(bits, Half); }
+
+INLINE Float from_bfloat16(const Half& bits) { return (Float)(widened(bits) << 16); }
+
+// Round to nearest even. A NaN is only cut off, its quiet bit stays: arithmetic makes no other.
+INLINE Half to_bfloat16(const Float& x) {
+  const Int bits = (Int)x;
+  const Int up = (x == x) & (((bits >> 16) & 1) + 0x7fff);
+  return narrowed((bits + up) >> 16);
+}
+
+INLINE Float from_float16(const Half& half) {
+  const Int bits = widened(half);
+  const Int magnitude = bits & 0x7fff;
+  Int wide = (magnitude << 13) + 0x38000000;
+  wide = magnitude > 0x7bff ? (magnitude << 13) | 0x7f800000 : wide;  // inf, NaN
+  const Float denormal = __builtin_convertvector(magnitude, Float) * 0x1p-24f;
+  wide = magnitude < 0x0400 ? (Int)denormal : wide;
+  return (Float)(wide | ((bits & 0x8000) << 16));
+}
+
+// Round to nearest even, denormals too; what rounds to 65536 or more is inf.
+INLINE Half to_float16(const Float& x) {
+  const Int magnitude = (Int)x & 0x7fffffff;
+  Int half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+  half = magnitude > 0x477fffff ? Int{} + 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? Int{} + 0x7e00 : half;
+  const Int denormal = (Int)((Float)magnitude + 0.5f) - 0x3f000000;  // the addition rounds
+  half = magnitude < 0x38800000 ? denormal : half;
+  return narrowed(half | (((Int)x >> 16) & 0x8000));
+}
+
+// The dtype is the same for all of a tensor: a branch that costs nothing.
+INLINE void load(Floats& out, const Array& array, int64_t i) {
+  const char* from = array.data + i * size_of(array.dtype);
+  if (array.dtype == FLOAT32) {
+    EACH out[k] = read<Float>(from + k * sizeof(Float));
+  } else if (array.dtype == BFLOAT16) {
+    EACH out[k] = from_bfloat16(read<Half>(from + k * sizeof(Half)));
+  } else {
+    EACH out[k] = from_float16(read<Half>(from + k * sizeof(Half)));
+  }
+}
+
+INLINE void store(const Array& array, int64_t i, const Floats& values) {
+  char* to = array.data + i * size_of(array.dtype);
+  if (array.dtype == FLOAT32) {
+    EACH write(to + k * sizeof(Float), values[k]);
+  } else if (array.dtype == BFLOAT16) {
+    EACH write(to + k * sizeof(Half), to_bfloat16(values[k]));
+  } else if (array.dtype == FLOAT16) {
+    EACH write(to + k * sizeof(Half), to_float16(values[k]));
+  }
+}
+
+// ---- rules: state and u from gradient and state -------------------------------------------------
+
+// w**(-1/3), relative error below 1e-7 for w in [2**-66, 2**7]: a third of the bits is a first
+// guess, one polynomial step does the rest.
+INLINE void inverse_cube_root(Floats& y, const Floats& w) {
+  Floats c, q;
+  EACH y[k] = __builtin_convertvector((Int)w[k], Float);
+  EACH y[k] = 1419900000.0f - y[k] * 0.3333333432674408f;
+  EACH y[k] = (Float)__builtin_convertvector(y[k], Int);
+  EACH c[k] = w[k] * y[k];
+  EACH c[k] = c[k] * y[k];
+  EACH c[k] = c[k] * y[k];
+  EACH c[k] = 1.0f - c[k];
+  EACH q[k] = 0.12691685557365417f * c[k] + 0.14565744996070862f;
+  EACH q[k] = q[k] * c[k] + 0.17282718420028687f;
+  EACH q[k] = q[k] * c[k] + 0.22221696376800537f;
+  EACH q[k] = q[k] * c[k] + 0.3333333432674408f;
+  EACH c[k] = y[k] * c[k];
+  EACH c[k] = c[k] * q[k];
+  EACH y[k] = y[k] + c[k];
+}
+
+INLINE Float root(const Float& w) {
+  Float y;
+  for (int j = 0; j < WIDTH; ++j) y[j] = __builtin_sqrtf(w[j]);
+  return y;
+}
+
+template <int P>
+INLINE void power(Floats& x) {
+  Floats y;
+  if (P == 2) EACH x[k] = x[k] * x[k];
+  if (P == 3) EACH y[k] = x[k] * x[k];
+  if (P == 3) EACH x[k] = y[k] * x[k];
+}
+
+// S3, megatron_s3/rules/s3.py: m = state[0], r = state[1].
+template <int P, bool NESTEROV>
+struct S3 {
+  INLINE void update(Floats& u, Floats (&state)[2], const Floats& g, const Scalars& s) {
+    Floats &m = state[0], &r = state[1];
+    Int g_bits[LANES], r_bits[LANES], exponent[LANES], untouched[LANES];
+    Floats inverse, scale, share, d, w, y;
+
+    // Not r == 0 for untouched: see the rule.
+    if (s.beta_s == 0) EACH r[k] = Float{};
+    EACH g_bits[k] = (Int)g[k] & 0x7fffffff;
+    EACH r_bits[k] = (Int)r[k] & 0x7fffffff;
+    EACH exponent[k] = (r_bits[k] > g_bits[k] ? r_bits[k] : g_bits[k]) & 0x7f800000;
+    EACH exponent[k] = exponent[k] > 0x00800000 ? exponent[k] : Int{} + 0x00800000;
+    EACH inverse[k] = (Float)(0x7f800000 - exponent[k]);
+    EACH scale[k] = (Float)exponent[k] * 0.5f;
+    EACH untouched[k] = (g_bits[k] | (r_bits[k] & 0x7f800000)) == 0;
+
+    EACH d[k] = (Float)g_bits[k] * inverse[k];
+    EACH w[k] = r[k] * inverse[k];
+    power<P>(d);
+    power<P>(w);
+    EACH d[k] = s.one_minus_beta_s * d[k];
+    EACH w[k] = s.beta_s * w[k] + d[k];
+
+    EACH share[k] = s.one_minus_beta * g[k];
+    EACH m[k] = s.beta * m[k] + share[k];
+    EACH u[k] = NESTEROV ? s.beta * m[k] + share[k] : m[k];
+    EACH u[k] = u[k] * inverse[k];
+    // Zeroed here, what they are multiplied with is finite and positive.
+    EACH u[k] = untouched[k] ? Float{} : u[k];
+    EACH scale[k] = untouched[k] ? Float{} : scale[k];
+
+    if (P == 3) {
+      inverse_cube_root(y, w);
+      EACH r[k] = w[k] * y[k];
+      EACH r[k] = r[k] * y[k];
+    } else {
+      EACH y[k] = r[k] = P == 2 ? root(w[k]) : w[k];
+    }
+    EACH r[k] = scale[k] * r[k];
+    if (NESTEROV) {
+      EACH w[k] = s.beta_s * w[k] + d[k];
+      if (P == 3) {
+        inverse_cube_root(y, w);
+      } else {
+        EACH y[k] = P == 2 ? root(w[k]) : w[k];
+      }
+    }
+    if (P == 3) {
+      EACH u[k] = u[k] * y[k];
+    } else {
+      // 0 / 0 where untouched
+      EACH u[k] = u[k] / (untouched[k] ? Float{} + 1.0f : y[k]);
+    }
+    EACH u[k] = s.correction * u[k];
+    // In this order of operands a NaN stays.
+    EACH u[k] = s.bound < u[k] ? Float{} + s.bound : u[k];
+    EACH u[k] = -s.bound > u[k] ? Float{} - s.bound : u[k];
+  }
+};
+
+// ---- what every rule shares ---------------------------------------------------------------------
+
+// megatron_s3/kernels/statistics.py. One accumulator a lane, so that the loop is vectorized.
+struct Statistics {
+  double sum_abs_update[BLOCK] = {}, sum_sq_grad[BLOCK] = {};
+  float max_abs_update[BLOCK] = {};
+  int32_t zero_grads[BLOCK] = {}, nonfinite_grads[BLOCK] = {};
+
+  __attribute__((noinline)) void add(const float* update, const float* grad, int count) {
+    for (int j = 0; j < count; ++j) {
+      float u = __builtin_fabsf(update[j]), g = grad[j];
+      u = u == u ? u : 0.0f;
+      const bool finite = __builtin_fabsf(g) < __builtin_inff();
+      zero_grads[j] += g == 0.0f;
+      nonfinite_grads[j] += !finite;
+      const double finite_g = finite ? g : 0.0f;
+      sum_abs_update[j] += u;
+      max_abs_update[j] = max_abs_update[j] < u ? u : max_abs_update[j];
+      sum_sq_grad[j] += finite_g * finite_g;
+    }
+  }
+
+  void write_row(double* row) const {
+    for (int f = 0; f < 5; ++f) row[f] = 0;
+    for (int j = 0; j < BLOCK; ++j) {
+      row[0] += sum_abs_update[j];
+      row[1] = row[1] < max_abs_update[j] ? max_abs_update[j] : row[1];
+      row[2] += sum_sq_grad[j];
+      row[3] += zero_grads[j];
+      row[4] += nonfinite_grads[j];
+    }
+  }
+};
+
+// Elements i to i + BLOCK, of which the first `count` enter the statistics.
+template <class Rule>
+INLINE void block(const Operands& o, int64_t i, const Scalars& s, Statistics* statistics,
+                  int count) {
+  Floats g, x, u, state[2];
+  load(g, o.grad, i);
+  load(state[0], o.state[0], i);
+  load(state[1], o.state[1], i);
+  Rule::update(u, state, g, s);
+  store(o.state[0], i, state[0]);
+  store(o.state[1], i, state[1]);
+  EACH x[k] = read<Float>(o.param.data + (i + k * WIDTH) * 4);
+  EACH x[k] = x[k] * s.decay - s.lr * u[k];
+  EACH write(o.param.data + (i + k * WIDTH) * 4, x[k]);
+  if (o.model_param.dtype != NONE) store(o.model_param, i, x);
+  if (statistics) statistics->add((const float*)u, (const float*)g, count);
+}
+
+template <class Rule>
+void chunk(const Operands& operands, int64_t begin, int64_t end, const Scalars& scalars,
+           Statistics* statistics) {
+  const Operands o = operands;
+  const Scalars s = scalars;
+  int64_t i = begin;
+  for (; i + BLOCK <= end; i += BLOCK) block<Rule>(o, i, s, statistics, BLOCK);
+  if (i == end) return;
+
+  alignas(64) char padded[5][BLOCK * 4] = {};
+  Operands tail = o;
+  Array* arrays[5] = {&tail.param, &tail.grad, &tail.state[0], &tail.state[1], &tail.model_param};
+  char* at[5];
+  for (int a = 0; a < 5; ++a) {
+    at[a] = arrays[a]->data + i * size_of(arrays[a]->dtype);
+    std::memcpy(padded[a], at[a], (end - i) * size_of(arrays[a]->dtype));
+    arrays[a]->data = padded[a];
+  }
+  block<Rule>(tail, 0, s, statistics, int(end - i));
+  for (int a = 0; a < 5; ++a) {
+    if (a != 1) std::memcpy(at[a], padded[a], (end - i) * size_of(arrays[a]->dtype));
+  }
+}
+
+typedef void (*Chunk)(const Operands&, int64_t, int64_t, const Scalars&, Statistics*);
+
+// Denormals are numbers here, whatever some library or thread has set (flush to zero).
+struct IeeeArithmetic {
+#ifdef __SSE__
+  unsigned saved = _mm_getcsr();
+  IeeeArithmetic() { _mm_setcsr(0x1f80); }
+  ~IeeeArithmetic() { _mm_setcsr(saved); }
+#endif
+};
+
+// Every chunk whose first element, counted over all operands, lies in [begin, end).
+// rows: one of five doubles for every chunk of all operands, or null.
+void step(Chunk chunk, const Operands* operands, int64_t count, int64_t begin, int64_t end,
+          const Scalars& scalars, double* rows) {
+  const IeeeArithmetic ieee;
+  int64_t before = 0, row = 0;
+  for (int64_t t = 0; t < count; before += operands[t].count, ++t) {
+    const int64_t n = operands[t].count;
+    if (before + n <= begin || before >= end) {
+      row += (n + CHUNK - 1) / CHUNK;
+      continue;
+    }
+    for (int64_t i = 0; i < n; i += CHUNK, ++row) {
+      if (before + i < begin || before + i >= end) continue;
+      const int64_t stop = i + CHUNK < n ? i + CHUNK : n;
+      if (rows) {
+        Statistics statistics;
+        chunk(operands[t], i, stop, scalars, &statistics);
+        statistics.write_row(rows + 5 * row);
+      } else {
+        chunk(operands[t], i, stop, scalars, nullptr);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t chunk_elements() { return CHUNK; }
+
+void s3_step(int64_t p, int64_t nesterov, const Operands* operands, int64_t count, int64_t begin,
+             int64_t end, const Scalars* scalars, double* rows) {
+  static const Chunk chunks[3][2] = {
+      {chunk<S3<1, false>>, chunk<S3<1, true>>},
+      {chunk<S3<2, false>>, chunk<S3<2, true>>},
+      {chunk<S3<3, false>>, chunk<S3<3, true>>},
+  };
+  step(chunks[p - 1][nesterov != 0], operands, count, begin, end, *scalars, rows);
+}
+}

@@ -1,0 +1,303 @@
+"""The fused step on the CPU: S3 with p = 1, 2 or 3 in C++, compiled where it is first used."""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from megatron_s3.kernels.operands import Operands
+from megatron_s3.kernels.statistics import FIELDS, Statistics
+from megatron_s3.rules.s3 import s3_bound
+
+__all__ = ["NAME", "reason", "step"]
+
+NAME = "C++ kernel"
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_COMPILERS = ("c++", "g++", "clang++")
+# No -ffast-math, and no contraction: the arithmetic is IEEE's, operation by operation.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-ffp-contract=off", "-fPIC", "-shared"),
+)
+_PATIENCE = 300  # seconds; it takes a few
+
+# As in cpu.cpp.
+_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_GRAD = frozenset(_DTYPES)
+_STATE = frozenset((torch.float32, torch.bfloat16))
+
+
+def reason(operands: Sequence[Operands], *, p: float, **hyperparameters: object) -> str | None:
+    """Why :func:`step` cannot take these operands, or None; the first call compiles the kernel.
+
+    Args:
+        operands: what the step is to work on.
+        p: order of the denominator's momentum.
+        **hyperparameters: the rule's others; none of them matters.
+    """
+    if p not in (1, 2, 3):
+        return f"the C++ kernel has p = 1, 2 and 3, not {p:g}"
+    for o in operands:
+        if (fault := _fault(o)) is not None:
+            return f"the C++ kernel cannot take {fault}"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def _fault(o: Operands) -> str | None:
+    if len(o.state) != 2:
+        return f"{len(o.state)} state tensors"
+    named = [("param", o.param, (torch.float32,)), ("gradient", o.grad, _GRAD)]
+    named += [("state", tensor, _STATE) for tensor in o.state]
+    if o.model_param is not None:
+        named.append(("model_param", o.model_param, _GRAD))
+    count = o.param.numel()
+    for name, tensor, dtypes in named:
+        if tensor.dtype not in dtypes:
+            return f"a {name} of {tensor.dtype}"
+        if tensor.device.type != "cpu":
+            return f"a {name} on {tensor.device}"
+        if not tensor.is_contiguous():
+            return f"a {name} that is not contiguous"
+        if tensor.numel() != count:
+            return f"a {name} of {tensor.numel()} elements with a param of {count}"
+    return None
+
+
+@torch.no_grad()
+def step(
+    operands: Sequence[Operands],
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    beta: float,
+    p: float,
+    beta2: float | None = None,
+    nesterov: bool = True,
+    correction: float = 1.0,
+    statistics: Statistics | None = None,
+) -> None:
+    """One step of S3, the same bits as the portable path's whatever the number of threads.
+
+    Args:
+        operands: such that :func:`reason` is None.
+        lr: learning rate, a number or a 0-dim tensor on the CPU.
+        weight_decay: decoupled weight decay.
+        beta, p, beta2, nesterov, correction: as for :func:`megatron_s3.rules.s3.s3_update`.
+        statistics: what to add the step's to.
+
+    It works with ``torch.get_num_threads()`` threads, each with an equal share of all elements.
+
+    Raises:
+        RuntimeError: there is no compiled kernel.
+    """
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    beta_s = beta if beta2 is None else beta2
+    scalars = (ctypes.c_float * 8)(
+        *(float(lr), float(1 - lr * weight_decay), beta, 1 - beta, beta_s, 1 - beta_s),
+        *(correction, s3_bound(beta, p, beta2, correction)),
+    )
+    table = array("q")
+    for o in operands:
+        table.append(o.param.numel())
+        for tensor in (o.param, o.grad, *o.state, o.model_param):
+            table.extend((0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype]))
+    counts = [o.param.numel() for o in operands]
+    chunk = library.chunk_elements()
+    chunks = sum(-(-count // chunk) for count in counts)
+    rows = None
+    if statistics is not None:
+        rows = torch.empty(chunks, len(FIELDS), dtype=torch.float64)
+    address, total = table.buffer_info()[0], sum(counts)
+
+    def run(begin: int, end: int) -> None:
+        library.s3_step(
+            *(int(p), nesterov, address, len(counts), begin, end),
+            *(ctypes.byref(scalars), None if rows is None else rows.data_ptr()),
+        )
+
+    threads = max(1, min(torch.get_num_threads(), chunks))
+    bounds = [total * i // threads for i in range(threads + 1)]
+    shares = list(zip(bounds[:-1], bounds[1:], strict=True))
+    others = [_pool(threads - 1).submit(run, *share) for share in shares[1:]]
+    try:
+        run(*shares[0])
+    finally:
+        for other in others:
+            other.result()
+    if statistics is not None:
+        statistics.add(rows)
+    # Autograd must notice that what it saved was changed.
+    for o in operands:
+        increment_version(o.param)
+        if o.model_param is not None:
+            increment_version(o.model_param)
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+_threads: ThreadPoolExecutor | None = None
+_threads_count = 0
+
+
+def _pool(count: int) -> ThreadPoolExecutor | None:
+    """At least ``count`` threads, kept from step to step."""
+    global _threads, _threads_count
+    if _threads is None or _threads_count < count:
+        # The one before ends with its last reference.
+        _threads, _threads_count = ThreadPoolExecutor(count, "megatron-s3-step"), count
+    return _threads
+
+
+def _forget_threads() -> None:
+    global _threads
+    _threads = None  # a forked process has none of its parent's threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+# ---- compilation ---------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_loaded: ctypes.CDLL | str | None = None
+
+
+def _library() -> ctypes.CDLL | str:
+    """The compiled kernel, or why there is none; tried once in a process."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _compiled()
+    return _loaded
+
+
+def _compiled() -> ctypes.CDLL | str:
+    compiler = _compiler()
+    if compiler is None:
+        return f"no C++ compiler ({', '.join(_COMPILERS)}; CXX names another)"
+    try:
+        source = _SOURCE.read_bytes()
+        # Its version, and every instruction set that -march=native stands for on this CPU: home
+        # folders are shared between nodes of different kinds.
+        macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+        key = hashlib.sha256(repr((source, compiler, _FLAGS, macros)).encode()).hexdigest()
+        return _cached(compiler, f"cpu-{key[:24]}.so")
+    except _CompilerError as error:
+        return f"the C++ compiler failed: {error}"
+    except OSError as error:
+        return f"the C++ kernel cannot be built or loaded: {error}"
+
+
+def _compiler() -> list[str] | None:
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        return command if shutil.which(command[0]) else None
+    found = (shutil.which(name) for name in _COMPILERS)
+    return next(([path] for path in found if path), None)
+
+
+class _CompilerError(Exception):
+    pass
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _CompilerError(f"no result within {_PATIENCE} seconds") from error
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line] or lines
+        raise _CompilerError(errors[0] if errors else f"exit status {done.returncode}")
+    return done.stdout
+
+
+def _cached(compiler: list[str], name: str) -> ctypes.CDLL:
+    folder = _cache_folder()
+    if folder is not None:
+        path = folder / name
+        try:
+            if not _is_whole(path):
+                _build(compiler, path)
+            return _load(path)
+        except OSError:
+            pass  # full, or mounted noexec
+    with tempfile.TemporaryDirectory(prefix="megatron-s3-") as temporary:
+        path = Path(temporary) / name
+        _build(compiler, path)
+        return _load(path)  # what is loaded stays when the file goes
+
+
+def _cache_folder() -> Path | None:
+    """Where torch keeps compiled extensions; None if nothing can be written there."""
+    try:
+        root = os.environ.get("TORCH_EXTENSIONS_DIR")
+        if not root:
+            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            root = Path(cache) / "torch_extensions"
+        folder = Path(root) / "megatron_s3"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _build(compiler: list[str], path: Path) -> None:
+    """Compiles to a file of its own and renames it: any number of processes may do so at once."""
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as temporary:
+        file = Path(temporary) / path.name
+        _run([*compiler, *_FLAGS, "-o", str(file), str(_SOURCE)])
+        content = file.read_bytes()
+        with file.open("ab") as end:
+            end.write(hashlib.sha256(content).digest())
+            end.flush()
+            os.fsync(end.fileno())
+        os.replace(file, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file ends with the sum of what precedes: loading a cut one may be a SIGBUS."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.chunk_elements.restype = integer
+    library.chunk_elements.argtypes = ()
+    library.s3_step.restype = None
+    library.s3_step.argtypes = (
+        integer,
+        integer,
+        pointer,
+        integer,
+        integer,
+        integer,
+        pointer,
+        pointer,
+    )
+    return library

@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from megatron_s3.mcore import cpu_device
-from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description, Hyperparameter
 
 __all__ = [
@@ -16,8 +19,12 @@ __all__ = [
     "as_adam",
     "destination",
     "flag",
+    "hyperparameters",
+    "needs_grad_norm",
     "print_args",
     "say",
+    "state_dtypes",
+    "switches",
     "validate_args",
 ]
 
@@ -27,22 +34,12 @@ DEVICES = ("auto", "cuda", "cpu")
 #: Arguments that the plugin's optimizers do not support yet: destination, flag, reason.
 UNSUPPORTED = (
     (
-        "use_precision_aware_optimizer",
-        "--use-precision-aware-optimizer",
-        "its states are kept in fp32; low-precision states are not implemented yet",
-    ),
-    (
         "optimizer_cpu_offload",
         "--optimizer-cpu-offload",
         "Megatron's hybrid device optimizer knows Adam and SGD only",
     ),
     ("use_megatron_fsdp", "--use-megatron-fsdp", "its state is not sharded by Megatron-FSDP yet"),
     ("use_torch_fsdp2", "--use-torch-fsdp2", "its state is not sharded by torch FSDP2 yet"),
-    (
-        "optimizer_cuda_graph",
-        "--optimizer-cuda-graph",
-        "its step reads the learning rate on the host",
-    ),
     ("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),
 )
 
@@ -54,6 +51,35 @@ CPU_DEFAULTS = {
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
+}
+
+#: Switches for all of the plugin's optimizers: destination, help.
+SWITCHES = (
+    (
+        "s3_log_grad_norm",
+        "compute and log the gradient norm although nothing needs it: a pass over the gradients, "
+        "an all-reduce and a host synchronisation each step",
+    ),
+    (
+        "s3_log_max_update",
+        "log the largest |update| of each logging interval to TensorBoard (update/max_abs)",
+    ),
+    (
+        "s3_no_fused",
+        "step with torch operations, between Megatron's copies of gradients and of parameters, "
+        "instead of a fused kernel that needs neither; slower, with the same result",
+    ),
+)
+
+#: Flags of ``--use-precision-aware-optimizer``: destination, in the order of an optimizer's states.
+_STATE_DTYPES = ("exp_avg_dtype", "exp_avg_sq_dtype")
+
+#: What Megatron's flags call the dtypes; its validation replaces the names.
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,
 }
 
 #: Flags of Megatron's own optimizers that have no effect under another one.
@@ -94,17 +120,8 @@ def add_megatron_arguments(
         default="auto",
         help="where to train; auto takes the CPU, with gloo, where there is no GPU",
     )
-    group.add_argument(
-        "--s3-log-grad-norm",
-        action="store_true",
-        help="compute and log the gradient norm although nothing needs it: a pass over the "
-        "gradients, an all-reduce and a host synchronisation each step",
-    )
-    group.add_argument(
-        "--s3-log-max-update",
-        action="store_true",
-        help="log the largest |update| of each logging interval to TensorBoard (update/max_abs)",
-    )
+    for name, meaning in SWITCHES:
+        group.add_argument(_flag(name), action="store_true", help=meaning)
     for cls in OPTIMIZERS.values():
         description = cls.description
         group = parser.add_argument_group(description.label)
@@ -144,11 +161,11 @@ def validate_args(
             _refuse_flags_of(other.description, args)
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
-        for name in ("s3_log_grad_norm", "s3_log_max_update"):
+        for name, _ in SWITCHES:
             if getattr(args, name):
                 known = ", ".join(OPTIMIZERS)
                 raise ValueError(
-                    f"--{name.replace('_', '-')} does nothing with --optimizer {args.optimizer}: "
+                    f"{_flag(name)} does nothing with --optimizer {args.optimizer}: "
                     f"it is for the plugin's optimizers ({known}). Leave it out."
                 )
         args.clip_grad = float(args.clip_grad)
@@ -166,10 +183,12 @@ def validate_args(
                 f"--optimizer {description.name} does not support {unsupported}: {reason}. Leave "
                 f"{unsupported} out, or train with --optimizer adam."
             )
+    _check_precision(args, cls)
+    _check_cuda_graph(args, cls)
     for name, default in defaults.items():
         if getattr(args, name, default) != default:
             say(
-                f"--{name.replace('_', '-')} {getattr(args, name)} has no effect with --optimizer "
+                f"{_flag(name)} {getattr(args, name)} has no effect with --optimizer "
                 f"{description.name}"
             )
     if not clip_grad_given:
@@ -181,6 +200,133 @@ def validate_args(
         )
     with as_adam(args):
         return original(args, *rest, **more)
+
+
+def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, Any]:
+    """The optimizer's, as ``holder`` has them under their flags' destinations, or by default."""
+    values = {}
+    for h in cls.description.hyperparameters:
+        value = getattr(holder, destination(cls.description, h), None)
+        values[h.name] = h.default if value is None else value
+    return values
+
+
+def switches(holder: Any) -> dict[str, bool]:
+    """The values of :data:`SWITCHES` in Megatron's arguments or optimizer configuration."""
+    return {name: bool(getattr(holder, name, False)) for name, _ in SWITCHES}
+
+
+def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torch.dtype]:
+    """The dtypes that arguments or an optimizer configuration ask for, by the states' names.
+
+    ``--exp-avg-dtype`` is the first state's and ``--exp-avg-sq-dtype`` the second's, whatever the
+    optimizer calls them; without ``--use-precision-aware-optimizer`` all are float32.
+    """
+    if not getattr(holder, "use_precision_aware_optimizer", False):
+        return dict.fromkeys(cls.description.state, torch.float32)
+    pairs = zip(cls.description.state, _STATE_DTYPES, strict=False)
+    return {name: _dtype(getattr(holder, asked)) for name, asked in pairs}
+
+
+def needs_grad_norm(holder: Any) -> bool:
+    """Whether something reads the gradients' norm each step: clipping, a threshold, the log."""
+    return (
+        holder.clip_grad > 0
+        or math.isfinite(getattr(holder, "grad_norm_skip_threshold", math.inf))
+        or bool(getattr(holder, "s3_log_grad_norm", False))
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _dtype(value: str | torch.dtype) -> torch.dtype:
+    return _DTYPES.get(value, value)
+
+
+def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+    """Raises ValueError for dtypes that the optimizer, or what is around it, cannot keep."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    asked = {
+        name: _dtype(getattr(args, name, torch.float32))
+        for name in ("main_grads_dtype", "main_params_dtype", *_STATE_DTYPES)
+    }
+    label = f"--optimizer {cls.description.name}"
+    if not getattr(args, "use_precision_aware_optimizer", False):
+        for name, dtype in asked.items():
+            if dtype != torch.float32:
+                raise ValueError(
+                    f"{_flag(name)} {names[dtype]} is a flag of --use-precision-aware-optimizer, "
+                    "which is not given: everything would be fp32. Add it, or leave "
+                    f"{_flag(name)} out."
+                )
+        return
+    if not args.use_distributed_optimizer:
+        raise ValueError(
+            "--use-precision-aware-optimizer needs --use-distributed-optimizer: Megatron has it "
+            "nowhere else. Add that, or leave --use-precision-aware-optimizer out."
+        )
+    for name in ("fp8_param_gather", "fp4_param_gather"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{_flag(name)} with --use-precision-aware-optimizer is not supported by {label}: "
+                "it does not write quantized parameters. Leave one of the two out."
+            )
+    if asked["main_params_dtype"] != torch.float32:
+        raise ValueError(
+            f"--main-params-dtype {names[asked['main_params_dtype']]} is not supported by {label}: "
+            "an update is smaller than what fp16 resolves of a parameter. Leave it out (fp32)."
+        )
+    if args.fp16 and not args.accumulate_allreduce_grads_in_fp32:
+        raise ValueError(
+            "--use-precision-aware-optimizer with --fp16 needs "
+            "--accumulate-allreduce-grads-in-fp32: gradients would be unscaled in fp16, where all "
+            "below 6e-8 vanish. Add that, or use --bf16."
+        )
+    values = hyperparameters(cls, args)
+    for state, name in zip(cls.description.state, _STATE_DTYPES, strict=False):
+        try:
+            cls.check_state_dtype(state, asked[name], values)
+        except ValueError as error:
+            raise ValueError(f"{_flag(name)} {names[asked[name]]}: {error}") from None
+    for name in _STATE_DTYPES[len(cls.description.state) :]:
+        if asked[name] != torch.float32:
+            say(f"{_flag(name)} {names[asked[name]]} has no effect with {label}")
+
+
+def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+    """Raises ValueError for what a step that is replayed from a CUDA graph cannot do."""
+    if not getattr(args, "optimizer_cuda_graph", False):
+        return
+    why_not = None
+    if cpu_device.active():
+        why_not = "there are no CUDA graphs where it trains on the CPU"
+    elif args.s3_no_fused:
+        why_not = "with --s3-no-fused there is no kernel to record"
+    elif args.s3_log_max_update:
+        why_not = "nothing would write the log of --s3-log-max-update: a replay runs no Python"
+    elif args.fp16 or getattr(args, "loss_scale", None):
+        why_not = "under a loss scale the host reads whether gradients overflowed"
+    elif getattr(args, "weight_decay_incr_style", "constant") != "constant":
+        why_not = (
+            f"--weight-decay-incr-style {args.weight_decay_incr_style} changes a number that is "
+            "recorded"
+        )
+    elif _changes_by_step(cls, hyperparameters(cls, args)):
+        why_not = "bias correction changes a number each step that is recorded"
+    if why_not:
+        raise ValueError(
+            f"--optimizer {cls.description.name} does not support --optimizer-cuda-graph here: "
+            f"{why_not}. Leave one of the two out."
+        )
+
+
+def _changes_by_step(cls: type[ElementwiseOptimizer], values: dict[str, Any]) -> bool:
+    optimizer = cls([torch.zeros(1)], lr=0.0, **values)
+    (group,) = optimizer.param_groups
+    one, other = (optimizer.group_hyperparameters(group | {"step": t}) for t in (1, 100))
+    return one != other
 
 
 def _refuse_flags_of(description: Description, args: argparse.Namespace) -> None:

@@ -1,21 +1,42 @@
 """The optimizer that Megatron's trainer gets: built as Adam, then given another update rule."""
 
-import math
-from collections.abc import Callable
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+)
 
-from megatron_s3.mcore.arguments import as_adam, destination, say
+from megatron_s3.mcore.arguments import (
+    as_adam,
+    destination,
+    hyperparameters,
+    needs_grad_norm,
+    say,
+    state_dtypes,
+    switches,
+)
 from megatron_s3.mcore.distributed import sharded_class
+from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
 from megatron_s3.mcore.update_log import UpdateLog
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 
 __all__ = ["ElementwiseChainedOptimizer", "get_megatron_optimizer", "get_megatron_optimizer_config"]
 
-_SWITCHES = ("s3_log_grad_norm", "s3_log_max_update")
+#: What Megatron's configuration refuses without Transformer Engine's FusedAdam, and has instead.
+_WITHOUT_FUSED_ADAM = {
+    "use_precision_aware_optimizer": False,
+    "main_grads_dtype": torch.float32,
+    "main_params_dtype": torch.float32,
+    "exp_avg_dtype": torch.float32,
+    "exp_avg_sq_dtype": torch.float32,
+}
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:
@@ -23,13 +44,28 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
         return original(args)
-    with as_adam(args):  # before 0.18 it raises on a name it does not know
+    # Before 0.18 it raises on a name it does not know.
+    with as_adam(args), _replaced(args, _WITHOUT_FUSED_ADAM) as asked:
         result = original(args)
     config = result[0] if isinstance(result, tuple) else result
     config.optimizer = args.optimizer
-    for name in (*(destination(cls.description, h) for h in _hyperparameters(cls)), *_SWITCHES):
-        setattr(config, name, getattr(args, name))
+    own = {destination(cls.description, h) for h in cls.description.hyperparameters}
+    for name, value in {**asked, **{n: getattr(args, n) for n in own}, **switches(args)}.items():
+        setattr(config, name, value)
     return result
+
+
+@contextlib.contextmanager
+def _replaced(holder: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside, ``holder`` has these values of what it has; yields its own."""
+    own = {name: getattr(holder, name) for name in values if hasattr(holder, name)}
+    for name in own:
+        setattr(holder, name, values[name])
+    try:
+        yield own
+    finally:
+        for name, value in own.items():
+            setattr(holder, name, value)
 
 
 def get_megatron_optimizer(
@@ -46,7 +82,9 @@ def get_megatron_optimizer(
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
-    with as_adam(config):
+    _prepare(config)
+    without = {"use_precision_aware_optimizer": False}  # or Adam gets arguments of FusedAdam's
+    with as_adam(config), _replaced(config, without):
         built = original(config, *args, **kwargs)
     if not isinstance(built, ChainedOptimizer):  # a release that returns a single part as it is
         built = ChainedOptimizer([built])
@@ -61,6 +99,17 @@ def get_megatron_optimizer(
     return built
 
 
+def _prepare(config: Any) -> None:
+    """Settles what Megatron reads of a precision-aware optimizer, as it would for FusedAdam."""
+    aware = getattr(config, "use_precision_aware_optimizer", False)
+    # Under other recipes Megatron keeps the main parameters, as without it.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = aware and (
+        getattr(config, "fp8_recipe", None) in (None, "delayed")
+    )
+    if aware:
+        config.store_param_remainders = False  # whole fp32 main parameters
+
+
 def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: Any) -> None:
     adam = part.optimizer
     # What Adam added to its groups (betas, eps, ...) would read as settings of the new optimizer.
@@ -69,11 +118,17 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         {k: v for k, v in group.items() if k not in adams_own} | {"params": []}
         for group in adam.param_groups
     ]
-    values = {}
-    for h in _hyperparameters(cls):
-        value = getattr(config, destination(cls.description, h), None)
-        values[h.name] = h.default if value is None else value
-    optimizer = cls(groups, lr=config.lr, weight_decay=config.weight_decay, **values)
+    in_graph = getattr(config, "optimizer_cuda_graph", False)
+    optimizer = cls(
+        groups,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        # A graph of another path would not follow the learning rate.
+        fused=False if switches(config)["s3_no_fused"] else (True if in_graph else None),
+        state_dtype=state_dtypes(cls, config),
+        **hyperparameters(cls, config),
+    )
+    optimizer.master_params = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
     # fp32 shards are views of parameters, which torch refuses to new optimizers; as upstream does,
     # they are put in afterwards.
     for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
@@ -81,10 +136,32 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     optimizer.keep_hyperparameters = True
     # A checkpoint of a run that has not updated yet (fp16 skips its first steps) holds the state.
     optimizer.register_state_dict_pre_hook(ElementwiseOptimizer.init_state)
+    if in_graph:
+        _keep_lr_on_device(optimizer)
+        optimizer.register_state_dict_post_hook(_with_lr_as_number)
+        optimizer.register_load_state_dict_post_hook(_keep_lr_on_device)
     part.optimizer = optimizer
     part.init_state_fn = _init_state
     if isinstance(part, DistributedOptimizer):
         part.__class__ = sharded_class(cls.description.state)
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        part.__class__ = ElementwiseFloat16Optimizer
+
+
+def _keep_lr_on_device(optimizer: ElementwiseOptimizer) -> None:
+    """Makes every group's lr a tensor: Megatron's scheduler fills it, and a CUDA graph reads it."""
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], torch.Tensor):
+            group["lr"] = torch.tensor(
+                group["lr"] or 0.0, dtype=torch.float32, device=torch.cuda.current_device()
+            )
+
+
+def _with_lr_as_number(optimizer: ElementwiseOptimizer, state_dict: dict[str, Any]) -> None:
+    """A checkpoint holds the lr as it does without a CUDA graph."""
+    for group in state_dict["param_groups"]:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = group["lr"].item()
 
 
 def _init_state(optimizer: ElementwiseOptimizer, config: Any = None) -> None:
@@ -102,6 +179,9 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
 
     update_log: UpdateLog | None
 
+    #: Whether rank 0 has said which path its first update took.
+    said_path = False
+
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
         """As upstream; 0 (a number, which 0.18 compares with a threshold) where not needed."""
@@ -111,16 +191,24 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
     def step(self) -> tuple[bool, Any, Any]:
         """As upstream: whether the parameters were updated, gradient norm, number of zeros."""
         success, grad_norm, zeros = super().step()
+        if not self.said_path:
+            self._say_path()
         if self.update_log is not None:
             self.update_log.after_step()
         return success, grad_norm if self._needs_grad_norm() else None, zeros
 
     def _needs_grad_norm(self) -> bool:
-        return bool(self.chained_optimizers) and (
-            self.config.clip_grad > 0
-            or math.isfinite(getattr(self.config, "grad_norm_skip_threshold", math.inf))
-            or getattr(self.config, "s3_log_grad_norm", False)
-        )
+        return bool(self.chained_optimizers) and needs_grad_norm(self.config)
+
+    def _say_path(self) -> None:
+        optimizers = [p.optimizer for p in self.chained_optimizers if p.optimizer is not None]
+        paths = sorted({o.path for o in optimizers if o.path})
+        if not paths:
+            return  # no update yet
+        self.said_path = True
+        for path in paths:
+            if path.startswith("portable") and optimizers[0].fused is not False:
+                say(f"{optimizers[0].description.label} is updated by torch operations ({path})")
 
 
 def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], config: Any) -> None:
@@ -133,16 +221,35 @@ def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], c
         for part in parts
     }
     group = parts[0].optimizer.param_groups[0] if parts else {}
-    settings = " ".join(f"{h.name}={group.get(h.name)}" for h in _hyperparameters(cls))
+    settings = " ".join(f"{name}={group.get(name)}" for name in hyperparameters(cls, config))
+    main = {
+        torch.float32 if part.optimizer.master_params else p.dtype
+        for part in parts
+        for g in part.optimizer.param_groups
+        for p in g["params"]
+    }
+    states = ", ".join(
+        f"{name} {_name(dtype)}" for name, dtype in state_dtypes(cls, config).items()
+    )
     say(
         f"{cls.description.label} with {settings} weight_decay={config.weight_decay}: "
         f"{sum(p.numel() for p in params):,} parameters of rank 0 in "
-        f"{', '.join(sorted({str(p.dtype).removeprefix('torch.') for p in params}))}, state "
-        f"({', '.join(cls.description.state)}) {' and '.join(sorted(sharding))}, portable path on "
-        f"{', '.join(sorted({p.device.type for p in params}))}, "
+        f"{', '.join(sorted(map(_name, main)))}, state ({states}) "
+        f"{' and '.join(sorted(sharding))}, "
+        f"{', '.join(sorted({_path(cls, p.device.type, config) for p in params}))}, "
         + (f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping")
     )
 
 
-def _hyperparameters(cls: type[ElementwiseOptimizer]) -> tuple[Any, ...]:
-    return cls.description.hyperparameters
+def _path(cls: type[ElementwiseOptimizer], device: str, config: Any) -> str:
+    """What is tried first on a device; what an update then took is known after it."""
+    if switches(config)["s3_no_fused"]:
+        return f"portable path on {device} (--s3-no-fused)"
+    kernel = cls.description.kernels.get(device)
+    if kernel is None:
+        return f"portable path on {device}"
+    return f"{importlib.import_module(kernel).NAME} on {device}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

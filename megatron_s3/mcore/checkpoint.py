@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_s3.mcore.arguments import destination, flag, say
+from megatron_s3.mcore.arguments import destination, flag, say, state_dtypes
 from megatron_s3.optimizers import OPTIMIZERS
 
 __all__ = ["load_base_checkpoint"]
@@ -54,3 +54,7 @@ def _compare(load_dir: str, args: Any, saved: Any) -> None:
                 f"{flag(description, h)} {then}, {advice}."
             )
         say(f"{load_dir} was saved with {h.name}={then}; from here on it is {h.name}={now}")
+    now, then = (state_dtypes(OPTIMIZERS[running], each) for each in (args, saved))
+    for name in now:
+        if now[name] != then[name]:
+            say(f"{load_dir} was saved with {name} in {then[name]}: loaded into {now[name]}")

@@ -7,7 +7,6 @@ formulas of ours; :func:`measure` counts tensors without memory as it counts rea
 
 import argparse
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_s3.mcore import fake_world
+from megatron_s3.mcore.arguments import needs_grad_norm
 from megatron_s3.optimizers import OPTIMIZERS
 
 __all__ = [
@@ -38,11 +38,6 @@ _UNSUPPORTED = (
     ("use_torch_fsdp2", "--use-torch-fsdp2", "torch FSDP2 shards in another way"),
     ("fp8", "--fp8-format", "its weights are Transformer Engine's"),
     ("fp4", "--fp4-format", "its weights are Transformer Engine's"),
-    (
-        "use_precision_aware_optimizer",
-        "--use-precision-aware-optimizer",
-        "its main parameters and states are Transformer Engine's",
-    ),
     ("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps states in two memories"),
 )
 
@@ -78,7 +73,7 @@ class Rank:
         updated: elements that its optimizer updates (the shard, under the distributed optimizer).
         weights: the model's parameters, padding included.
         gradients: Megatron's gradient buffers, padding included.
-        main_parameters: the optimizer's own copies of parameters.
+        main_parameters: the optimizer's own copies of parameters, or its state's.
         states: of the optimizer, by name; scalars (torch AdamW's ``step``) are left out.
         main_gradients: copies of gradients that live from the step to the next ``zero_grad``.
         buffers: the gradient buffers, one for each dtype and kind.
@@ -232,12 +227,7 @@ def activations(args: argparse.Namespace) -> tuple[int, str]:
 
 def needs_norm(args: argparse.Namespace) -> bool:
     """Whether each step computes the gradients' norm; for its own optimizers Megatron does."""
-    return (
-        args.optimizer not in OPTIMIZERS
-        or args.clip_grad > 0
-        or bool(getattr(args, "s3_log_grad_norm", False))
-        or math.isfinite(getattr(args, "grad_norm_skip_threshold", math.inf))
-    )
+    return args.optimizer not in OPTIMIZERS or needs_grad_norm(args)
 
 
 def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:
@@ -249,6 +239,12 @@ def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:
         raise ValueError(
             "--num-distributed-optimizer-instances above 1 cannot be planned: what its instances "
             "exchange is not counted. Leave it out"
+        )
+    if getattr(args, "use_precision_aware_optimizer", False) and args.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            "--use-precision-aware-optimizer cannot be planned with --optimizer "
+            f"{args.optimizer}: its main parameters and states are Transformer Engine's. Leave it "
+            "out"
         )
     with fake_world.rank_of(args, rank) as stage:
         model, optimizer = build()
@@ -306,6 +302,7 @@ def measure(model: Iterable[torch.nn.Module], optimizer: Any, stage: int = 0) ->
             for name, tensor in state.items():
                 if isinstance(tensor, torch.Tensor) and tensor.dim():
                     states[name] = states.get(name, 0) + _bytes((tensor,), seen)
+    main_parameters += states.pop("master_param", 0)  # under --use-precision-aware-optimizer
     return Rank(
         stage=stage,
         parameters=sum(p.numel() for p in params),
@@ -314,7 +311,9 @@ def measure(model: Iterable[torch.nn.Module], optimizer: Any, stage: int = 0) ->
         gradients=gradients,
         main_parameters=main_parameters,
         states=states,
-        main_gradients=_bytes((p.grad for p in main), seen),
+        main_gradients=_bytes(
+            (g for p in main for g in (p.grad, getattr(p, "decoupled_grad", None))), seen
+        ),
         buffers=tuple(
             Buffer(
                 elements=b.numel,

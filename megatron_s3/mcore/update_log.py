@@ -4,28 +4,28 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.optimizers import ElementwiseOptimizer
 
 __all__ = ["UpdateLog"]
+
+_LARGEST = FIELDS.index("max_abs_update")
 
 
 class UpdateLog:
     """Watches the updates of a trainer's optimizers.
 
-    Off the logging interval it costs a reduction over values that are in cache, and no
-    synchronisation; on it, one all-reduce of one number over all ranks.
+    Off the logging interval it costs what the kernels count on their way, and no synchronisation;
+    on it, one all-reduce of one number over all ranks.
 
     Args:
         optimizers: those of this rank.
     """
 
     def __init__(self, optimizers: Sequence[ElementwiseOptimizer]) -> None:
-        self._largest = torch.zeros((), device=torch.cuda.current_device())
+        self._statistics = Statistics(torch.cuda.current_device())
         for optimizer in optimizers:
-            optimizer.observe = self._observe
-
-    def _observe(self, update: torch.Tensor) -> None:
-        torch.maximum(self._largest, update.abs().amax().float(), out=self._largest)
+            optimizer.statistics = self._statistics
 
     def after_step(self) -> None:
         """Writes and restarts the maximum, at iterations that Megatron logs."""
@@ -35,7 +35,8 @@ class UpdateLog:
         iteration = args.curr_iteration + 1
         if iteration % args.log_interval:
             return
-        torch.distributed.all_reduce(self._largest, op=torch.distributed.ReduceOp.MAX)
+        largest = self._statistics.values[_LARGEST].clone()
+        self._statistics.values.zero_()
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         if writer := get_tensorboard_writer():
-            writer.add_scalar("update/max_abs", self._largest.item(), iteration)
-        self._largest.zero_()
+            writer.add_scalar("update/max_abs", largest.item(), iteration)

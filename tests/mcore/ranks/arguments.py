@@ -54,7 +54,6 @@ for flags, message in {
     ("--s3-beta2", "-0.1"): r"--s3-beta2 must be in",
     ("--s3-p", "0.5"): r"--s3-p must be in \[1, inf\), not 0\.5",
     ("--s3-p", "inf"): r"--s3-p must be in",
-    ("--use-precision-aware-optimizer",): "does not support --use-precision-aware-optimizer: .+",
     ("--optimizer-cpu-offload",): "does not support --optimizer-cpu-offload: .+--optimizer adam",
     ("--use-megatron-fsdp",): "does not support --use-megatron-fsdp",
     ("--use-torch-fsdp2",): "does not support --use-torch-fsdp2",

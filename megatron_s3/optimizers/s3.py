@@ -58,6 +58,7 @@ class S3(ElementwiseOptimizer):
         ),
         clip_grad=0.0,
         rule=s3_update,
+        kernels={"cpu": "megatron_s3.kernels.cpu"},
     )
 
     def __init__(

@@ -10,8 +10,8 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef __SSE__
-#include <xmmintrin.h>
+#ifdef __x86_64__
+#include <immintrin.h>
 #endif
 
 namespace {
@@ -68,8 +68,26 @@ INLINE void write(char* to, const T& value) {
   std::memcpy(to, &value, sizeof value);
 }
 
+// ---- what compilers make too much of by themselves ----------------------------------------------
+
+// b < a ? b : a and b > a ? b : a, so that a NaN in a stays.
+#if defined(__AVX512F__)
+INLINE Float at_most(const Float& a, const Float& b) {
+  return (Float)_mm512_min_ps((__m512)b, (__m512)a);
+}
+INLINE Float at_least(const Float& a, const Float& b) {
+  return (Float)_mm512_max_ps((__m512)b, (__m512)a);
+}
+INLINE Int widened(const Half& bits) { return (Int)_mm512_cvtepu16_epi32((__m256i)bits); }
+INLINE Half narrowed(const Int& bits) { return (Half)_mm512_cvtepi32_epi16((__m512i)bits); }
+#else
+INLINE Float at_most(const Float& a, const Float& b) { return b < a ? b : a; }
+INLINE Float at_least(const Float& a, const Float& b) { return b > a ? b : a; }
 INLINE Int widened(const Half& bits) { return __builtin_convertvector(bits, Int); }
 INLINE Half narrowed(const Int& bits) { return __builtin_convertvector(bits, Half); }
+#endif
+
+// ---- dtypes --------------------------------------------------------------------------------------
 
 INLINE Float from_bfloat16(const Half& bits) { return (Float)(widened(bits) << 16); }
 
@@ -173,10 +191,10 @@ struct S3 {
     EACH g_bits[k] = (Int)g[k] & 0x7fffffff;
     EACH r_bits[k] = (Int)r[k] & 0x7fffffff;
     EACH exponent[k] = (r_bits[k] > g_bits[k] ? r_bits[k] : g_bits[k]) & 0x7f800000;
+    EACH untouched[k] = (exponent[k] | g_bits[k]) == 0;
     EACH exponent[k] = exponent[k] > 0x00800000 ? exponent[k] : Int{} + 0x00800000;
     EACH inverse[k] = (Float)(0x7f800000 - exponent[k]);
     EACH scale[k] = (Float)exponent[k] * 0.5f;
-    EACH untouched[k] = (g_bits[k] | (r_bits[k] & 0x7f800000)) == 0;
 
     EACH d[k] = (Float)g_bits[k] * inverse[k];
     EACH w[k] = r[k] * inverse[k];
@@ -215,10 +233,9 @@ struct S3 {
       // 0 / 0 where untouched
       EACH u[k] = u[k] / (untouched[k] ? Float{} + 1.0f : y[k]);
     }
-    EACH u[k] = s.correction * u[k];
-    // In this order of operands a NaN stays.
-    EACH u[k] = s.bound < u[k] ? Float{} + s.bound : u[k];
-    EACH u[k] = -s.bound > u[k] ? Float{} - s.bound : u[k];
+    if (s.correction != 1) EACH u[k] = s.correction * u[k];
+    EACH u[k] = at_most(u[k], Float{} + s.bound);
+    EACH u[k] = at_least(u[k], Float{} - s.bound);
   }
 };
 
@@ -256,45 +273,55 @@ struct Statistics {
   }
 };
 
-// Elements i to i + BLOCK, of which the first `count` enter the statistics.
+// Elements from begin to end, whole blocks; of a block `count` elements enter the statistics.
 template <class Rule>
-INLINE void block(const Operands& o, int64_t i, const Scalars& s, Statistics* statistics,
-                  int count) {
-  Floats g, x, u, state[2];
-  load(g, o.grad, i);
-  load(state[0], o.state[0], i);
-  load(state[1], o.state[1], i);
-  Rule::update(u, state, g, s);
-  store(o.state[0], i, state[0]);
-  store(o.state[1], i, state[1]);
-  EACH x[k] = read<Float>(o.param.data + (i + k * WIDTH) * 4);
-  EACH x[k] = x[k] * s.decay - s.lr * u[k];
-  EACH write(o.param.data + (i + k * WIDTH) * 4, x[k]);
-  if (o.model_param.dtype != NONE) store(o.model_param, i, x);
-  if (statistics) statistics->add((const float*)u, (const float*)g, count);
+__attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, int64_t end,
+                                      const Scalars& scalars, Statistics* statistics, int count) {
+  const Operands o = operands;
+  const Scalars s = scalars;
+  for (int64_t i = begin; i < end; i += BLOCK) {
+    Floats g, x, u, state[2];
+    load(g, o.grad, i);
+    load(state[0], o.state[0], i);
+    load(state[1], o.state[1], i);
+    Rule::update(u, state, g, s);
+    store(o.state[0], i, state[0]);
+    store(o.state[1], i, state[1]);
+    EACH x[k] = read<Float>(o.param.data + (i + k * WIDTH) * 4);
+    EACH x[k] = x[k] * s.decay - s.lr * u[k];
+    EACH write(o.param.data + (i + k * WIDTH) * 4, x[k]);
+    if (o.model_param.dtype != NONE) store(o.model_param, i, x);
+    if (statistics) {
+      float update[BLOCK], grad[BLOCK];
+      EACH write((char*)(update + k * WIDTH), u[k]);
+      EACH write((char*)(grad + k * WIDTH), g[k]);
+      statistics->add(update, grad, count);
+    }
+  }
 }
 
 template <class Rule>
-void chunk(const Operands& operands, int64_t begin, int64_t end, const Scalars& scalars,
+void chunk(const Operands& o, int64_t begin, int64_t end, const Scalars& scalars,
            Statistics* statistics) {
-  const Operands o = operands;
-  const Scalars s = scalars;
-  int64_t i = begin;
-  for (; i + BLOCK <= end; i += BLOCK) block<Rule>(o, i, s, statistics, BLOCK);
-  if (i == end) return;
+  const int64_t whole = end - (end - begin) % BLOCK;
+  blocks<Rule>(o, begin, whole, scalars, statistics, BLOCK);
+  if (whole == end) return;
 
   alignas(64) char padded[5][BLOCK * 4] = {};
   Operands tail = o;
   Array* arrays[5] = {&tail.param, &tail.grad, &tail.state[0], &tail.state[1], &tail.model_param};
   char* at[5];
+  int64_t bytes[5];
   for (int a = 0; a < 5; ++a) {
-    at[a] = arrays[a]->data + i * size_of(arrays[a]->dtype);
-    std::memcpy(padded[a], at[a], (end - i) * size_of(arrays[a]->dtype));
+    const int64_t size = size_of(arrays[a]->dtype);
+    at[a] = arrays[a]->data + whole * size;
+    bytes[a] = (end - whole) * size;
+    if (bytes[a]) std::memcpy(padded[a], at[a], bytes[a]);
     arrays[a]->data = padded[a];
   }
-  block<Rule>(tail, 0, s, statistics, int(end - i));
+  blocks<Rule>(tail, 0, BLOCK, scalars, statistics, int(end - whole));
   for (int a = 0; a < 5; ++a) {
-    if (a != 1) std::memcpy(at[a], padded[a], (end - i) * size_of(arrays[a]->dtype));
+    if (bytes[a] && arrays[a] != &tail.grad) std::memcpy(at[a], padded[a], bytes[a]);
   }
 }
 
@@ -302,7 +329,7 @@ typedef void (*Chunk)(const Operands&, int64_t, int64_t, const Scalars&, Statist
 
 // Denormals are numbers here, whatever some library or thread has set (flush to zero).
 struct IeeeArithmetic {
-#ifdef __SSE__
+#ifdef __x86_64__
   unsigned saved = _mm_getcsr();
   IeeeArithmetic() { _mm_setcsr(0x1f80); }
   ~IeeeArithmetic() { _mm_setcsr(saved); }

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
@@ -133,7 +134,7 @@ def step(
 
     threads = max(1, min(torch.get_num_threads(), chunks))
     bounds = [total * i // threads for i in range(threads + 1)]
-    shares = list(zip(bounds[:-1], bounds[1:], strict=True))
+    shares = list(itertools.pairwise(bounds))
     others = [_pool(threads - 1).submit(run, *share) for share in shares[1:]]
     try:
         run(*shares[0])
@@ -191,8 +192,8 @@ def _library() -> ctypes.CDLL | str:
 
 def _compiled() -> ctypes.CDLL | str:
     compiler = _compiler()
-    if compiler is None:
-        return f"no C++ compiler ({', '.join(_COMPILERS)}; CXX names another)"
+    if isinstance(compiler, str):
+        return compiler
     try:
         source = _SOURCE.read_bytes()
         # Its version, and every instruction set that -march=native stands for on this CPU: home
@@ -206,12 +207,18 @@ def _compiled() -> ctypes.CDLL | str:
         return f"the C++ kernel cannot be built or loaded: {error}"
 
 
-def _compiler() -> list[str] | None:
-    if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
-        return command if shutil.which(command[0]) else None
-    found = (shutil.which(name) for name in _COMPILERS)
-    return next(([path] for path in found if path), None)
+def _compiler() -> list[str] | str:
+    """The compiler's command, or why there is none."""
+    if cxx := os.environ.get("CXX", "").strip():
+        try:
+            command = shlex.split(cxx)
+        except ValueError:
+            command = [cxx]
+        return command if shutil.which(command[0]) else f"no C++ compiler: CXX is {command[0]}"
+    for name in _COMPILERS:
+        if path := shutil.which(name):
+            return [path]
+    return f"no C++ compiler: none of {', '.join(_COMPILERS)}, and CXX is not set"
 
 
 class _CompilerError(Exception):

@@ -10,6 +10,7 @@ status on a line.
 """
 
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -73,6 +74,10 @@ def start(rank: int, argv: list[str], environment: dict[str, str], log: str) -> 
     except BaseException:
         traceback.print_exc()
     finally:
+        # What an interpreter does at its end: Megatron's saving leaves a process behind until then.
+        for child in multiprocessing.active_children():
+            child.kill()  # it may have inherited a handler of SIGTERM
+            child.join()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

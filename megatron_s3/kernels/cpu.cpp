@@ -1,8 +1,8 @@
 // Fused optimizer steps on the CPU, called from cpu.py through ctypes; no header of torch's.
 //
-// Vectors are written out (GCC's and clang's vector types) instead of left to the vectorizer: GCC
-// turns a clamp into masks and branches, and an update is one long chain of dependent operations
-// that hides its latency only if several vectors go through it side by side. Every element goes
+// Vectors are written out (GCC's and clang's vector types) instead of left to the vectorizer: an
+// update is one long chain of dependent operations, whose latency is hidden only where several
+// vectors go through it side by side, and GCC turns a clamp into masks. Every element goes
 // through the same instructions, those of a tail in a padded copy.
 //
 // The arithmetic is that of megatron_s3/rules: single IEEE operations, none contracted
@@ -23,7 +23,11 @@ constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
 #endif
-constexpr int LANES = 2;  // registers side by side
+#if defined(__AVX512F__)
+constexpr int LANES = 4;  // registers side by side; there are 32
+#else
+constexpr int LANES = 2;
+#endif
 constexpr int BLOCK = WIDTH * LANES;
 constexpr int64_t CHUNK = 1 << 16;  // elements to a row of statistics
 

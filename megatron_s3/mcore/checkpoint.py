@@ -1,5 +1,6 @@
 """What may be loaded into what, decided before anything is."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,10 @@ from megatron_s3.mcore.arguments import destination, flag, say, state_dtypes
 from megatron_s3.optimizers import OPTIMIZERS
 
 __all__ = ["load_base_checkpoint"]
+
+
+#: Megatron reads a checkpoint's arguments more than once.
+_say_once = functools.cache(say)
 
 
 def load_base_checkpoint(
@@ -53,8 +58,8 @@ def _compare(load_dir: str, args: Any, saved: Any) -> None:
                 f"nothing with {flag(description, h)} {now}. Nothing was loaded. Resume with "
                 f"{flag(description, h)} {then}, {advice}."
             )
-        say(f"{load_dir} was saved with {h.name}={then}; from here on it is {h.name}={now}")
+        _say_once(f"{load_dir} was saved with {h.name}={then}; from here on it is {h.name}={now}")
     now, then = (state_dtypes(OPTIMIZERS[running], each) for each in (args, saved))
     for name in now:
         if now[name] != then[name]:
-            say(f"{load_dir} was saved with {name} in {then[name]}: loaded into {now[name]}")
+            _say_once(f"{load_dir} was saved with {name} in {then[name]}: loaded into {now[name]}")

@@ -1,8 +1,10 @@
 """One process: what the flags do, through Megatron's own parser and validation."""
 
+import argparse
 import sys
 
 import pytest
+import torch
 
 import megatron_s3
 
@@ -10,6 +12,7 @@ megatron_s3.register()
 
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
+from megatron_s3.mcore import arguments  # noqa: E402
 from megatron_s3.optimizers import S3  # noqa: E402
 from tests.trainer import TINY  # noqa: E402
 
@@ -60,8 +63,56 @@ for flags, message in {
     ("--distributed-backend", "nccl"): "--distributed-backend nccl needs GPUs",
 }.items():
     refused("--optimizer", "s3", *flags, with_message=message)
+
+AWARE = ["--bf16", "--use-distributed-optimizer", "--use-precision-aware-optimizer"]
+EXP_AVG, EXP_AVG_SQ = "--exp-avg-dtype", "--exp-avg-sq-dtype"
+GRADS_IN_FP32 = "--accumulate-allreduce-grads-in-fp32"
+args = s3(*AWARE, EXP_AVG, "bf16", EXP_AVG_SQ, "bf16", "--main-grads-dtype", "bf16")
+assert (args.exp_avg_dtype, args.exp_avg_sq_dtype) == (torch.bfloat16, torch.bfloat16)
+assert not args.accumulate_allreduce_grads_in_fp32
+assert s3("--fp16", *AWARE[1:], GRADS_IN_FP32, EXP_AVG, "bf16").use_precision_aware_optimizer
+for flags, message in {
+    (*AWARE, EXP_AVG, "fp16"): "--exp-avg-dtype fp16: .+ range ends at",
+    (*AWARE, EXP_AVG_SQ, "fp8"): "--exp-avg-sq-dtype fp8: .+ too coarse",
+    (*AWARE, "--main-params-dtype", "fp16"): "--main-params-dtype fp16 is not supported",
+    # 1 - 0.99 is above 2**-8, 1 - 0.99**(1/3) below.
+    (*AWARE, EXP_AVG_SQ, "bf16", "--s3-beta", ".99"): "--exp-avg-sq-dtype bf16: .+ beta=0.99",
+    (*AWARE, EXP_AVG, "bf16", "--s3-beta", ".999"): "--exp-avg-dtype bf16: .+ smaller beta",
+    (*AWARE, "--fp8-param-gather"): "--fp8-param-gather with --use-precision-aware-optimizer",
+    (AWARE[0], AWARE[2]): "--use-precision-aware-optimizer needs --use-distributed-optimizer",
+    ("--fp16", *AWARE[1:]): f"with --fp16 needs {GRADS_IN_FP32}",
+    ("--bf16", EXP_AVG, "bf16"): "--exp-avg-dtype bf16 is a flag of --use-precision-aware-opt",
+    ("--optimizer-cuda-graph",): "does not support --optimizer-cuda-graph here: .+ on the CPU",
+}.items():
+    refused("--optimizer", "s3", *flags, with_message=message)
+assert s3(*AWARE, EXP_AVG, "bf16", "--s3-beta", ".99").exp_avg_dtype == torch.bfloat16
+
+# As for GPUs: what a replayed step cannot do.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(arguments.cpu_device, "active", lambda: False)
+    graph = argparse.Namespace(
+        optimizer_cuda_graph=True,
+        s3_no_fused=False,
+        s3_log_max_update=False,
+        fp16=False,
+        loss_scale=None,
+        weight_decay_incr_style="constant",
+        s3_bias_correction=False,
+    )
+    arguments._check_cuda_graph(graph, S3)
+    for name, value in {
+        "s3_no_fused": True,
+        "s3_log_max_update": True,
+        "fp16": True,
+        "weight_decay_incr_style": "linear",
+        "s3_bias_correction": True,
+    }.items():
+        changed = argparse.Namespace(**{**vars(graph), name: value})
+        with pytest.raises(ValueError, match="--optimizer-cuda-graph here"):
+            arguments._check_cuda_graph(changed, S3)
+
 refused("--optimizer", "adam", "--s3-p", "2", with_message="--s3-p is a flag of --optimizer s3")
-for flag in ("--s3-log-max-update", "--s3-log-grad-norm"):
+for flag in ("--s3-log-max-update", "--s3-log-grad-norm", "--s3-no-fused"):
     refused("--optimizer", "adam", flag, with_message=f"{flag} does nothing with --optimizer adam")
 
 assert len(S3.description.hyperparameters) == 5, "a flag is not tested here"

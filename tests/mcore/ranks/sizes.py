@@ -25,6 +25,8 @@ BF16, SHARDED = ["--bf16"], ["--use-distributed-optimizer"]
 BUCKETS = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "9000"]
 TP, PP = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 EP = ["--num-experts", "4", "--expert-model-parallel-size", "2"]
+AWARE = [*BF16, *SHARDED, "--use-precision-aware-optimizer"]
+BF16_STATES = ["--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]
 CASES = {
     4: [BF16 + SHARDED + TP, BF16 + SHARDED + PP, SHARDED + TP + PP],
     2: [
@@ -40,8 +42,25 @@ CASES = {
         BF16 + SHARDED + PP,
         [*BF16, *SHARDED, *PP, "--untie-embeddings-and-output-weights"],
         BF16 + SHARDED + EP,
+        AWARE,
+        [*AWARE, *BF16_STATES, *BUCKETS],
+        [*AWARE, *BF16_STATES, "--main-grads-dtype", "bf16"],
+        [*AWARE, "--exp-avg-sq-dtype", "bf16", *EP],
     ],
     1: [[], BF16, ["--fp16"], BF16 + SHARDED],
+}
+
+
+#: Bytes a parameter that the optimizer updates, of main parameters, states and gradient copies.
+BYTES = {
+    "s3 --bf16 --use-distributed-optimizer": (4, 8, 0),
+    "s3 --bf16 --use-distributed-optimizer --grad-reduce-in-bf16": (4, 8, 0),
+    "s3 --bf16 --grad-reduce-in-bf16": (4, 8, 0),
+    "adam --bf16 --grad-reduce-in-bf16": (4, 8, 4),
+    f"s3 {' '.join(AWARE)}": (4, 8, 0),
+    f"s3 {' '.join([*AWARE, *BF16_STATES, *BUCKETS])}": (4, 4, 0),
+    f"s3 {' '.join([*AWARE, *BF16_STATES])} --main-grads-dtype bf16": (4, 4, 0),
+    f"s3 {' '.join([*AWARE, '--exp-avg-sq-dtype', 'bf16', *EP])}": (4, 6, 0),
 }
 
 
@@ -99,7 +118,8 @@ def world(ranks: int) -> list[tuple]:
     )
     runs = []
     for flags in CASES[ranks]:
-        for name in ("s3", "adam"):
+        # Adam's precision-aware states are Transformer Engine's.
+        for name in ("s3",) if "--use-precision-aware-optimizer" in flags else ("s3", "adam"):
             args = parse.parse([*TINY, *ODD, "--optimizer", name, *flags], ranks)
             args.rank = RANK
             every = [None] * ranks
@@ -113,7 +133,7 @@ RANK = int(os.environ["RANK"])
 STORE = torch.distributed.TCPStore(
     os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False
 )
-checked = 0
+checked, compared = 0, set()
 for ranks in CASES:
     for args, title, every in world(ranks) if ranks > RANK else []:
         # Each rank plans for itself: its shard, its experts, its pipeline stage.
@@ -124,7 +144,12 @@ for ranks in CASES:
         rest = alive - scalars - planned.total
         assert 0 <= rest <= 64, f"{ranks} ranks, {title}: {rest} bytes are in no category"
         checked += 1
+        if title in BYTES and ranks == 2:
+            parts = (found.main_parameters, sum(found.states.values()), found.main_gradients)
+            assert parts == tuple(n * found.updated for n in BYTES[title]), (title, parts)
+            compared.add(title)
         if RANK == 0:
             print(f"sizes: {ranks} ranks, {title}: {planned.total} bytes as planned, {rest} beside")
+assert RANK > 1 or compared == set(BYTES), set(BYTES) - compared
 if RANK == 0:
     print(f"sizes: ok, {checked}")

@@ -1,0 +1,125 @@
+"""--use-precision-aware-optimizer without Transformer Engine: states, checkpoints, conversions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.releases import RELEASES, unpacked
+from tests.trainer import Run, assert_bitwise_equal, tensors, train
+
+pytestmark = pytest.mark.slow
+
+S3 = ["--optimizer", "s3", "--use-distributed-optimizer", "--save-interval", "3"]
+AWARE = [*S3, "--bf16", "--use-precision-aware-optimizer"]
+BF16_STATES = ["--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]
+BF16_GRADS = ["--main-grads-dtype", "bf16"]
+RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable"]
+#: Megatron's conversion between checkpoint formats: loads, saves and exits without a step.
+AND_SAVE_AT_ONCE = ["--ckpt-convert-format", "torch_dist", "--ckpt-convert-save"]
+
+RESUMED = {
+    "dp_reshardable": (2, [*AWARE, *BF16_STATES]),
+    "fully_reshardable": (2, [*AWARE, *BF16_STATES, *RESHARDABLE]),
+    "torch": (2, [*AWARE, *BF16_STATES, "--ckpt-format", "torch"]),
+    "fp32 states": (2, AWARE),
+    "one state in bf16, gradients in bf16": (2, [*AWARE, "--exp-avg-dtype", "bf16", *BF16_GRADS]),
+    "overlapped": (2, [*AWARE, *BF16_STATES, "--overlap-grad-reduce", "--overlap-param-gather"]),
+    "tp2": (2, [*AWARE, *BF16_STATES, *RESHARDABLE, "--tensor-model-parallel-size", "2"]),
+    "fp16": (
+        2,
+        [
+            *S3,
+            *["--fp16", "--initial-loss-scale", "65536", "--use-precision-aware-optimizer"],
+            *["--accumulate-allreduce-grads-in-fp32", *BF16_STATES],
+        ],
+    ),
+}
+
+
+def states(saved: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in saved.items() if name in key.split(".")}
+
+
+def after_resume(run: Run) -> dict[int, str]:
+    return {i: loss for i, loss in run.losses.items() if i in (4, 6)}
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_resumes_bitwise(layout: str, tmp_path: Path) -> None:
+    """Model, main parameters and both states, in what each saves after 6 steps; and the losses."""
+    ranks, flags = RESUMED[layout]
+    through, resumed = tmp_path / "through", tmp_path / "resumed"
+    one = train(*flags, "--save", through, ranks=ranks)
+    (through / "latest_checkpointed_iteration.txt").write_text("3")
+    two = train(*flags, "--load", through, "--save", resumed, ranks=ranks)
+    assert after_resume(one) == after_resume(two)
+    assert not any("was saved with" in line for line in two.said)
+    if layout != "torch":
+        assert_bitwise_equal(tensors(through), tensors(resumed))
+
+
+@pytest.mark.parametrize("release", RELEASES[:-1])
+def test_older_releases_resume(release: str, tmp_path: Path) -> None:
+    flags = [*AWARE, *BF16_STATES]
+    through, resumed, tree = tmp_path / "through", tmp_path / "resumed", unpacked(release)
+    train(*flags, "--save", through, ranks=2, megatron=tree)
+    load = ["--load", through, "--ckpt-step", 3]
+    train(*flags, *load, "--save", resumed, ranks=2, megatron=tree)
+    saved = tensors(through)
+    assert {t.dtype for t in states(saved, "exp_pnorm").values()} == {torch.bfloat16}
+    assert_bitwise_equal(saved, tensors(resumed))
+
+
+@pytest.mark.parametrize("grads", [[], BF16_GRADS], ids=["fp32", "bf16"])
+def test_fp32_states_are_those_without_the_flag(grads: list[str], tmp_path: Path) -> None:
+    """Bitwise, in losses and every tensor: only who holds the main parameters is another."""
+    plain = [*S3, "--bf16", *RESHARDABLE, *(["--grad-reduce-in-bf16"] if grads else [])]
+    without = train(*plain, "--save", tmp_path / "without", ranks=2)
+    aware = train(*AWARE, *grads, *RESHARDABLE, "--save", tmp_path / "aware", ranks=2)
+    assert without.losses == aware.losses
+    assert_bitwise_equal(tensors(tmp_path / "without"), tensors(tmp_path / "aware"))
+
+
+@pytest.mark.parametrize("form", [[], RESHARDABLE], ids=["dp_reshardable", "fully_reshardable"])
+def test_checkpoints_convert(form: list[str], tmp_path: Path) -> None:
+    """To bf16 rounded to nearest, to fp32 exactly, and said once; main parameters stay fp32.
+
+    With Transformer Engine a checkpoint holds all states in fp32 and loads into any dtype: users
+    change --exp-avg-dtype from one job to the next.
+    """
+    wide, narrow, back = (tmp_path / name for name in ("wide", "narrow", "back"))
+    train(*S3, "--bf16", *form, "--save", wide, ranks=2)
+    load = [*AWARE, *form, "--load"]
+    run = train(*load, wide, *BF16_STATES, *AND_SAVE_AT_ONCE, narrow, ranks=2)
+    saved, loaded = tensors(wide), tensors(narrow / "torch_dist")
+    said = [line for line in run.said if "was saved with" in line]
+    assert [line.partition("was saved with ")[2] for line in said] == [
+        f"{name} in torch.float32: loaded into torch.bfloat16" for name in ("exp_avg", "exp_pnorm")
+    ]
+    for name in ("exp_avg", "exp_pnorm"):
+        assert states(saved, name)
+        for key, tensor in states(saved, name).items():
+            rounded = tensor.bfloat16()
+            assert torch.equal(loaded[key].float(), rounded.float()), key
+            assert form or loaded[key].dtype == torch.bfloat16
+    main = states(saved, "param")
+    assert main
+    assert all(torch.equal(main[key], loaded[key]) for key in main)
+
+    again = train(*load, narrow / "torch_dist", *AND_SAVE_AT_ONCE, back, ranks=2)
+    assert any("exp_avg in torch.bfloat16: loaded into torch.float32" in s for s in again.said)
+    widened = tensors(back / "torch_dist")
+    for key in loaded:
+        assert torch.equal(loaded[key].float(), widened[key].float()), key
+        if states({key: 0}, "exp_avg") or states({key: 0}, "exp_pnorm"):
+            assert widened[key].dtype == torch.float32
+
+
+def test_weights_alone_reach_the_main_parameters(tmp_path: Path) -> None:
+    """--finetune: the first loss is the loaded model's, and so is the one after an update."""
+    train(*S3, "--bf16", "--save", tmp_path, ranks=2)
+    load = ["--load", tmp_path, "--finetune", "--seed", "4321"]
+    plain = train(*S3, "--bf16", *load, ranks=2)
+    aware = train(*AWARE, *load, ranks=2)
+    assert plain.losses == aware.losses

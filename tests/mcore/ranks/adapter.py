@@ -14,6 +14,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer import optimizer as upstream  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
@@ -25,6 +26,7 @@ parallel_state.initialize_model_parallel()
 tensor_parallel.model_parallel_cuda_manual_seed(1)
 RANK = torch.distributed.get_rank()
 NORMS = 0
+entered = []
 
 
 def counted(function):
@@ -39,8 +41,18 @@ def counted(function):
 upstream.get_grad_norm_fp32 = counted(upstream.get_grad_norm_fp32)
 
 
+def noted(function):
+    def note(self):
+        entered.append(self)
+        return function(self)
+
+    return note
+
+
 class Model(torch.nn.Module):
     """A matrix, a bias, and a parameter that is frozen."""
+
+    keeps_bias_in_fp32 = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +75,8 @@ def build(dtype: torch.dtype, sharded: bool, **settings):
     model = Model()
     if dtype != torch.float32:
         model = Float16Module(config, model)
+        if Model.keeps_bias_in_fp32:
+            model.module.linear.bias.data = model.module.linear.bias.data.float()
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=sharded, grad_reduce_in_fp32=True, overlap_grad_reduce=False
     )
@@ -167,6 +181,103 @@ for sharded in (False, True):
         for a, b in zip(before, watched, strict=True)
         if a.is_leaf and a.numel() > 7
     )
+
+# One pass: upstream's copies are not entered, and the model's parameters are the main ones rounded.
+for cls in (DistributedOptimizer, upstream.Float16OptimizerWithFloat16Params):
+    name = "_copy_main_params_to_model_params"
+    setattr(cls, name, noted(getattr(cls, name)))
+AWARE = {"use_precision_aware_optimizer": True}
+for fp32_bias in (False, True):
+    Model.keeps_bias_in_fp32 = fp32_bias
+    results = []
+    for sharded, settings in (
+        (False, {}),
+        (True, {}),
+        (True, {"s3_no_fused": True}),
+        (True, AWARE),
+        (True, AWARE | {"s3_no_fused": True}),
+    ):
+        model, optimizer = build(torch.bfloat16, sharded, **settings)
+        (part,) = optimizer.chained_optimizers
+        entered.clear()
+        for seed in range(3):
+            assert step(model, optimizer, seed)[0]
+        portable = "s3_no_fused" in settings
+        assert part.optimizer.path == ("portable: fused=False" if portable else "C++ kernel")
+        assert len(entered) == (3 if settings else 0), (settings, len(entered))
+        params = dict(model.named_parameters())
+        assert {p.dtype for p in params.values() if p.requires_grad} == {
+            torch.bfloat16,
+            torch.float32 if fp32_bias else torch.bfloat16,
+        }
+        results.append({n: p.detach().clone() for n, p in params.items()})
+        if settings.get("use_precision_aware_optimizer"):
+            for param, state in part.optimizer.state.items():
+                assert ("master_param" in state) == (param.dtype == torch.bfloat16)
+                assert {t.dtype for t in state.values()} == {torch.float32}
+            continue
+        pairs = (
+            list(part._model_and_main_params())
+            if sharded
+            else [
+                (p, m)
+                for ps, ms in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+                for p, m in zip(ps, ms, strict=True)
+            ]
+        )
+        for p, main in pairs:
+            own = p.view(-1)
+            if sharded:
+                place = part._get_model_param_range_map(p)["param"]
+                own = own[place.start : place.end]
+            assert torch.equal(own, main.view(-1).to(p.dtype))
+        if not settings:
+            for p in params.values():
+                p.data.zero_()
+            part._copy_main_params_to_model_params()  # by hand it does copy
+            assert len(entered) == 1
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in results[0])
+Model.keeps_bias_in_fp32 = False
+
+# The model's memory moves: the step follows it. What it cannot write is left to upstream.
+model, optimizer = build(torch.bfloat16, True)
+(part,) = optimizer.chained_optimizers
+assert step(model, optimizer, 0)[0]
+(bucket,) = (bucket for buffer in part.buffers for bucket in buffer.buckets)
+first = part._model_params()
+assert part._model_params() is first
+bucket.param_data = bucket.param_data.clone()
+storages = {v.untyped_storage().data_ptr() for v in part._model_params().values()}
+assert storages == {bucket.param_data.untyped_storage().data_ptr()}
+for name in ("fp8_param_gather", "fp4_param_gather", "use_megatron_fsdp"):
+    had = getattr(part.ddp_config, name, False)
+    setattr(part.ddp_config, name, True)
+    part._found_for = None
+    assert part._model_params() is None, name
+    setattr(part.ddp_config, name, had)
+part._found_for = None
+assert part._model_params()
+
+# lr on the device, as a CUDA graph needs it; numbers in what is saved.
+results = []
+for in_graph in (False, True):
+    model, optimizer = build(torch.bfloat16, True, optimizer_cuda_graph=in_graph)
+    inner = optimizer.chained_optimizers[0].optimizer
+    assert inner.fused is (True if in_graph else None)
+    for _ in range(2):
+        for group in inner.param_groups:
+            if in_graph:
+                group["lr"].fill_(0.25)
+            else:
+                group["lr"] = 0.25
+        assert step(model, optimizer, 0)[0]
+        saved = inner.state_dict()
+        assert {type(g["lr"]) for g in saved["param_groups"]} == {float}
+        inner.load_state_dict(saved)
+    results.append([p.detach().clone() for p in model.parameters()])
+for one, other in zip(*results, strict=True):
+    torch.testing.assert_close(one, other)
 
 # Hyperparameters reach the optimizer by their flags' names.
 _, optimizer = build(torch.float32, True, s3_p=2.0, s3_beta=0.5, s3_nesterov=False)

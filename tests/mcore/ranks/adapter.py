@@ -240,6 +240,17 @@ for fp32_bias in (False, True):
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])
 Model.keeps_bias_in_fp32 = False
 
+# Weights that are loaded later reach main parameters that are there already.
+model, optimizer = build(torch.bfloat16, True, **AWARE)
+(part,) = optimizer.chained_optimizers
+part.optimizer.init_state()
+for param in model.parameters():
+    param.data.fill_(3.0)
+optimizer.reload_model_params()
+masters = [state["master_param"] for state in part.optimizer.state.values()]
+assert masters and all(bool((m == 3.0).all()) and m.dtype == torch.float32 for m in masters)
+assert part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
 # The model's memory moves: the step follows it. What it cannot write is left to upstream.
 model, optimizer = build(torch.bfloat16, True)
 (part,) = optimizer.chained_optimizers

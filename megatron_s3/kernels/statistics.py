@@ -55,7 +55,7 @@ def of_chunk(update: Tensor, grad: Tensor) -> Tensor:
         [
             magnitude.sum(dtype=torch.float64),
             magnitude.amax().double(),
-            grad.masked_fill(~finite, 0).square().sum(dtype=torch.float64),
+            grad.double().masked_fill_(~finite, 0).square_().sum(),
             (grad == 0).sum().double(),
             (~finite).sum().double(),
         ]

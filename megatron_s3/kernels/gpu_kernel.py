@@ -36,6 +36,16 @@ def _inverse_cube_root(w):
 
 
 @triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
 def _power(x, p):
     return tl.exp2(p * tl.log2(x))
 
@@ -58,7 +68,7 @@ def _s3_update(
 ):
     """New exp_avg, new exp_pnorm and u from the gradient and the state, all float32."""
     if FORGETS:
-        r = tl.zeros_like(r)
+        r = tl.full(r.shape, 0.0, tl.float32)
     grad_bits = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     norm_bits = r.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     untouched = (grad_bits == 0) & (norm_bits < 0x00800000)
@@ -161,11 +171,11 @@ def s3_kernel(
         decay = tl.load(rates + 1)
 
     if STATISTICS:
-        sum_update = tl.zeros((BLOCK,), tl.float32)
-        max_update = tl.zeros((BLOCK,), tl.float32)
-        sum_square = tl.zeros((BLOCK,), tl.float32)
-        zeros = tl.zeros((BLOCK,), tl.int32)
-        nonfinite = tl.zeros((BLOCK,), tl.int32)
+        sum_update = tl.full((BLOCK,), 0.0, tl.float32)
+        max_update = tl.full((BLOCK,), 0.0, tl.float32)
+        sum_square = tl.full((BLOCK,), 0.0, tl.float32)
+        zeros = tl.full((BLOCK,), 0, tl.int32)
+        nonfinite = tl.full((BLOCK,), 0, tl.int32)
 
     # A mask would keep loads and stores from being merged to wide ones.
     if (aligned != 0) & (begin + CHUNK <= count):
@@ -229,8 +239,8 @@ def s3_kernel(
 
     if STATISTICS:
         out = partials + program * 5
-        tl.store(out, tl.sum(sum_update, axis=0))
-        tl.store(out + 1, tl.max(max_update, axis=0))
-        tl.store(out + 2, tl.sum(sum_square, axis=0))
-        tl.store(out + 3, tl.sum(zeros, axis=0).to(tl.float32))
-        tl.store(out + 4, tl.sum(nonfinite, axis=0).to(tl.float32))
+        tl.store(out, tl.reduce(sum_update, 0, _add))
+        tl.store(out + 1, tl.reduce(max_update, 0, _larger))
+        tl.store(out + 2, tl.reduce(sum_square, 0, _add))
+        tl.store(out + 3, tl.reduce(zeros, 0, _add).to(tl.float32))
+        tl.store(out + 4, tl.reduce(nonfinite, 0, _add).to(tl.float32))

@@ -58,7 +58,7 @@ class S3(ElementwiseOptimizer):
         ),
         clip_grad=0.0,
         rule=s3_update,
-        kernels={"cpu": "megatron_s3.kernels.cpu"},
+        kernels={"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"},
     )
 
     def __init__(

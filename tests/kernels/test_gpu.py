@@ -1,0 +1,247 @@
+"""The Triton kernel against the portable path: on a GPU where there is one, else interpreted.
+
+Triton's interpreter rounds float32 to bfloat16 towards zero, which compiled code does not: there,
+what is stored in bfloat16 is compared with that.
+"""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_s3 import S3
+from megatron_s3.kernels import gpu, portable
+from megatron_s3.kernels.operands import Operands
+from megatron_s3.kernels.statistics import Statistics
+from megatron_s3.rules.s3 import s3_update
+
+triton = pytest.importorskip("triton")
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+OPTIONS: dict[str, Any] = {
+    "lr": 0.01,
+    "weight_decay": 0.1,
+    "beta": 0.95,
+    "p": 3.0,
+    "beta2": None,
+    "nesterov": True,
+    "correction": 1.0,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "p=1": {"p": 1.0},
+    "p=2": {"p": 2.0},
+    "no nesterov": {"nesterov": False},
+    "beta2": {"beta": 0.9, "beta2": 0.95},
+    "beta=0": {"beta": 0.0},
+    "correction": {"correction": 4.7, "weight_decay": 0.0},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreted() -> Iterator[None]:
+    """Without a GPU the kernel is one for the interpreter while these tests run."""
+    from megatron_s3.kernels import gpu_kernel
+
+    if HAS_GPU:
+        yield
+        return
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        importlib.reload(gpu_kernel)
+        yield
+    importlib.reload(gpu_kernel)
+
+
+def chunk() -> int:
+    from megatron_s3.kernels.gpu_kernel import CHUNK
+
+    return CHUNK
+
+
+def operands(
+    count: int,
+    seed: int = 0,
+    *,
+    grad: torch.dtype = F32,
+    states: tuple[torch.dtype, torch.dtype] = (F32, F32),
+    model: torch.dtype | None = None,
+    offset: int = 0,
+) -> Operands:
+    """In the middle of training; each tensor begins ``offset`` elements into its memory."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        values = torch.randn(count, generator=generator) * scale
+        return placed(values, dtype)
+
+    def placed(values: Tensor, dtype: torch.dtype) -> Tensor:
+        memory = torch.zeros(count + offset, dtype=dtype, device=DEVICE)
+        memory[offset:] = values.to(dtype)
+        return memory[offset:]
+
+    x, g, m, r = random(F32), random(grad, 1e-3), random(states[0], 1e-3), random(F32, 1e-3)
+    r = placed(r.abs(), states[1])
+    if count > 20:
+        g[3:9] = 0
+        r[5] = 0
+    return Operands(x, g, (m, r), None if model is None else placed(torch.zeros(count), model))
+
+
+def copied(o: Operands) -> Operands:
+    model = None if o.model_param is None else o.model_param.clone()
+    return Operands(o.param.clone(), o.grad.clone(), tuple(t.clone() for t in o.state), model)
+
+
+def towards_zero(x: Tensor) -> Tensor:
+    return (x.float().view(torch.int32) & -65536).view(F32).bfloat16()
+
+
+def check(given: list[Operands], **changes: Any) -> None:
+    """Bitwise; a NaN is a NaN."""
+    options = OPTIONS | changes
+    expected = [copied(o) for o in given]
+    gpu.step(given, **options)
+    # In float32, and rounded here.
+    full = [Operands(o.param, o.grad, tuple(t.float() for t in o.state), None) for o in expected]
+    portable.step(s3_update, full, **options)
+    for ours, theirs in zip(given, full, strict=True):
+        pairs = [(ours.param, theirs.param), *zip(ours.state, theirs.state, strict=True)]
+        if ours.model_param is not None:
+            pairs.append((ours.model_param, theirs.param))
+        for a, b in pairs:
+            rounded = b.to(a.dtype)
+            if a.dtype == BF16 and not HAS_GPU:
+                rounded = towards_zero(b)
+            both_nan = a.isnan() & b.isnan()
+            assert torch.equal(a.masked_fill(both_nan, 0), rounded.masked_fill(both_nan, 0))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("count", [1, 127, 1025])
+def test_sizes_and_variants(count: int, variant: str) -> None:
+    check([operands(count)], **VARIANTS[variant])
+
+
+def test_chunks_tails_offsets_and_empty_tensors_in_one_list() -> None:
+    """Aligned full chunks take another loop than tails and tensors that begin off 16 bytes."""
+    size = chunk()
+    counts = [0, size - 1, size, size + 1, 2 * size + 17, 0, 3]
+    check([operands(n, seed) for seed, n in enumerate(counts)])
+    check([operands(size + 5, 1, offset=k, model=BF16) for k in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("grad", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("states", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
+@pytest.mark.parametrize("model", [None, F32, BF16, F16], ids=str)
+def test_dtypes(grad: torch.dtype, states: Any, model: torch.dtype | None) -> None:
+    check([operands(1000, grad=grad, states=states, model=model)])
+
+
+def test_extreme_magnitudes_and_non_finite_gradients() -> None:
+    """Each element alone: denormals, the largest numbers, inf and NaN beside ordinary ones."""
+    o = operands(1024)
+    magnitudes = torch.logspace(-45, 38, 512, dtype=torch.float64).float().to(DEVICE)
+    o.grad[:512] *= magnitudes / 1e-3
+    o.state[1][256:700] *= 1e30
+    o.grad[600], o.grad[601], o.grad[602] = torch.inf, -torch.inf, torch.nan
+    for variant in ("paper", "p=1", "p=2"):
+        check([copied(o)], **VARIANTS[variant])
+
+
+def test_any_other_p_is_within_a_few_units_in_the_last_place() -> None:
+    """exp2 and log2 here, pow there: a power's error is p log2(x) roundings."""
+    for p in (1.5, 4.0, 8.0):
+        o = operands(1000)
+        theirs = copied(o)
+        gpu.step([o], **OPTIONS | {"p": p})
+        portable.step(s3_update, [theirs], **OPTIONS | {"p": p})
+        for a, b in zip((o.param, *o.state), (theirs.param, *theirs.state), strict=True):
+            torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-8)
+
+
+def test_learning_rate_on_the_device() -> None:
+    """Bitwise as the portable path with the same tensor."""
+    check([operands(1000)], lr=torch.tensor(0.01, device=DEVICE))
+
+
+def test_statistics() -> None:
+    """Maximum and counts exact; sums within the rounding of float32 partial sums."""
+    size = chunk()
+    ours = [operands(size + 100, 1), operands(50, 2)]
+    ours[0].grad[7], ours[0].grad[-1] = torch.inf, torch.nan
+    theirs = [copied(o) for o in ours]
+    one, two = Statistics(DEVICE), Statistics(DEVICE)
+    gpu.step(ours, statistics=one, **OPTIONS)
+    portable.step(s3_update, theirs, statistics=two, **OPTIONS)
+    found, expected = one.take(), two.take()
+    assert expected["nonfinite_grads"] == 2
+    for name in ("max_abs_update", "zero_grads", "nonfinite_grads"):
+        assert found[name] == expected[name]
+    for name in ("sum_abs_update", "sum_sq_grad"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (
+            torch.equal(
+                a.state[0],
+                b.state[0],
+            )
+            or a.state[0].isnan().any()
+        )
+
+
+def test_one_launch_a_combination_of_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    launch = gpu._launch
+    monkeypatch.setattr(gpu, "_launch", lambda *a, **k: (launches.append(a[1]), launch(*a, **k)))
+    gpu.step([operands(n, n) for n in range(1, 300, 7)], **OPTIONS)
+    assert len(launches) == 1
+    gpu.step([operands(9), operands(9, grad=BF16), operands(8, grad=BF16)], **OPTIONS)
+    assert len(launches) == 3
+
+
+def test_the_table_is_rebuilt_when_a_tensor_moves() -> None:
+    o = operands(100)
+    check([o])
+    moved = Operands(o.param.clone(), o.grad, o.state, None)
+    plans = len(gpu._plans)
+    check([moved])
+    assert len(gpu._plans) == min(plans + 1, gpu._PLANS)
+    check([moved])
+    assert len(gpu._plans) == min(plans + 1, gpu._PLANS)
+
+
+def test_reasons() -> None:
+    cpu = Operands(torch.zeros(3), torch.zeros(3), (torch.zeros(3), torch.zeros(3)))
+    assert "a param on cpu with a param on cpu" in gpu.reason([cpu])
+    double = Operands(torch.zeros(3).double(), cpu.grad, cpu.state)
+    assert "a param of torch.float64" in gpu.reason([double])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_a_step_in_a_cuda_graph_follows_the_learning_rate() -> None:
+    """Bitwise: replays with another learning rate equal steps outside of a graph."""
+    lr = torch.tensor(0.01, device="cuda")
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(100_000, generator=generator).cuda()
+    one, two = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    grad = torch.randn(100_000, generator=generator).cuda()
+    one.grad, two.grad = grad, grad.clone()
+    graphed, plain = S3([one], lr=lr, fused=True), S3([two], lr=0.01, fused=False)
+    graphed.step()
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    for rate in (0.02, 0.005):
+        lr.fill_(rate)
+        plain.param_groups[0]["lr"] = lr.clone()
+        graph.replay()
+        plain.step()
+        assert torch.equal(one, two)

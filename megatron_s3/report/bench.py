@@ -1,0 +1,261 @@
+"""Timings of optimizer steps taken side by side: figures of paired rounds, a table, a picture."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Comparison", "Spread", "Timing", "figure", "paired", "spread", "table", "write_png"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate's, or one of its phases'.
+
+    Attributes:
+        key: short name, unique in a comparison; a phase's is ``candidate/phase``.
+        label: for people.
+        kind: "adamw", "kernel" or "portable", which the picture tells apart; "phase" for a phase.
+        bytes_per_parameter: read and written, each tensor once in each phase that needs it.
+        ms: one step's, of every round, in the comparison's order.
+        host_ms: until the last launch returned, of every round; on a CPU the same.
+        launches: kernels, copies and fills that a step puts on the GPU; None on a CPU.
+        path: what ran.
+    """
+
+    key: str
+    label: str
+    kind: str
+    bytes_per_parameter: float
+    ms: Sequence[float]
+    host_ms: Sequence[float]
+    launches: int | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates on one list of shards, in the same rounds.
+
+    Attributes:
+        shape: the list's name.
+        elements: in all shards.
+        shards: number of them.
+        cut_from: elements of the whole list, where it is cut off; else None.
+        device: "cpu" or "cuda".
+        threads: on the CPU; None on a GPU.
+        baseline: key of the candidate that ratios are to.
+        copy_bytes: that one copy of the large tensor reads and writes.
+        copy_ms: of that copy, of every round.
+        timings: each candidate followed by its phases.
+    """
+
+    shape: str
+    elements: int
+    shards: int
+    cut_from: int | None
+    device: str
+    threads: int | None
+    baseline: str
+    copy_bytes: int
+    copy_ms: Sequence[float]
+    timings: Sequence[Timing] = field(default_factory=list)
+
+    @property
+    def copy_gb_s(self) -> float:
+        """Bandwidth of the copy, bytes read plus bytes written."""
+        return self.copy_bytes / statistics.median(self.copy_ms) / 1e6
+
+    @property
+    def title(self) -> str:
+        """Of the table and the picture."""
+        cut = f", cut off from {self.cut_from:,}" if self.cut_from else ""
+        threads = "" if self.threads is None else f", {self.threads} thread"
+        threads += "s" if self.threads and self.threads > 1 else ""
+        noun = "shard" if self.shards == 1 else "shards"
+        return (
+            f"{self.shape}: {self.elements:,} parameters in {self.shards} {noun}{cut}; "
+            f"{self.device}{threads}"
+        )
+
+    def gb_s(self, timing: Timing) -> float:
+        """Bytes counted by hand in the median time."""
+        seconds = statistics.median(timing.ms) / 1e3
+        return timing.bytes_per_parameter * self.elements / seconds / 1e9
+
+    def ratio(self, timing: Timing) -> Spread:
+        """Time to that of the baseline's whole step in the same round."""
+        return paired(timing.ms, self._baseline.ms)
+
+    def floor(self, timing: Timing) -> float:
+        """The ratio that the bytes alone would take at the copy's bandwidth."""
+        ms = timing.bytes_per_parameter * self.elements / self.copy_gb_s / 1e6
+        return ms / statistics.median(self._baseline.ms)
+
+    @property
+    def _baseline(self) -> Timing:
+        return next(t for t in self.timings if t.key == self.baseline)
+
+    def as_json(self) -> dict:
+        """Everything, with the rounds' own times."""
+        return {
+            **{name: getattr(self, name) for name in ("shape", "elements", "shards", "cut_from")},
+            **{name: getattr(self, name) for name in ("device", "threads", "baseline")},
+            "copy": {"bytes": self.copy_bytes, "ms": list(self.copy_ms), "gb_s": self.copy_gb_s},
+            "candidates": [
+                {
+                    **{name: getattr(t, name) for name in ("key", "label", "kind", "path")},
+                    "bytes_per_parameter": t.bytes_per_parameter,
+                    "ms": vars(spread(t.ms)),
+                    "host_ms": vars(spread(t.host_ms)),
+                    "ratio": vars(self.ratio(t)),
+                    "gb_s": self.gb_s(t),
+                    "share_of_copy": self.gb_s(t) / self.copy_gb_s,
+                    "floor_ratio": self.floor(t),
+                    "launches": t.launches,
+                    "rounds_ms": list(t.ms),
+                }
+                for t in self.timings
+            ],
+        }
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, q1, q3)
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> Spread:
+    """Of the quotients of values from the same rounds."""
+    return spread([v / b for v, b in zip(values, baseline, strict=True)])
+
+
+_HEADINGS = ("", "ms", "ratio", "IQR", "B/param", "GB/s", "of copy", "host ms", "launches")
+
+
+def table(comparison: Comparison) -> str:
+    """Lines for people; phases are indented below their candidate."""
+    rows = [_HEADINGS]
+    for t in comparison.timings:
+        ratio, gb_s = comparison.ratio(t), comparison.gb_s(t)
+        rows.append(
+            (
+                f"  {t.label}" if t.kind == "phase" else t.label,
+                f"{spread(t.ms).median:.3f}",
+                f"{ratio.median:.3f}",
+                f"{ratio.q1:.3f}-{ratio.q3:.3f}",
+                f"{t.bytes_per_parameter:g}",
+                f"{gb_s:.1f}",
+                f"{gb_s / comparison.copy_gb_s:.0%}",
+                f"{spread(t.host_ms).median:.3f}",
+                "n/a" if t.launches is None else str(t.launches),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
+    lines = [comparison.title]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    copied = comparison.copy_bytes / 1e6
+    lines.append(f"copy of one tensor, {copied:,.0f} MB moved: {comparison.copy_gb_s:.1f} GB/s")
+    return "\n".join(lines)
+
+
+# Told apart on paper without colour: by shade and by hatching.
+_BARS = {
+    "adamw": {"color": "#BBBBBB", "hatch": ""},
+    "kernel": {"color": "#004488", "hatch": ""},
+    "portable": {"color": "#FFFFFF", "hatch": "////"},
+}
+_NAMES = {"adamw": "AdamW: norm, clip, step, copy", "kernel": "S3, kernel: one pass"}
+_NAMES["portable"] = "S3, portable: torch operations"
+_LIMIT = 1.6  # of the axis: what is slower is cut off and its number written
+
+
+def figure(comparisons: Sequence[Comparison], title: str) -> "Figure":
+    """Bars of the ratio to AdamW's whole phase, one panel for each comparison.
+
+    A bar's line is the interquartile range, the diamond what its bytes would take at the bandwidth
+    of the copy.
+
+    Args:
+        comparisons: at least one.
+        title: above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    counts = [sum(t.kind != "phase" for t in c.timings) for c in comparisons]
+    height = 1.4 + sum(0.32 * n + 0.75 for n in counts)
+    drawn = Figure(figsize=(9, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = drawn.subplots(
+        len(comparisons), 1, squeeze=False, height_ratios=[n + 2 for n in counts]
+    )
+    for panel, comparison in zip(panels[:, 0], comparisons, strict=True):
+        _draw(panel, comparison)
+    panels[-1, 0].set_xlabel("time / time of AdamW's whole phase, same rounds (smaller is faster)")
+    kinds = [k for k in _BARS if any(t.kind == k for c in comparisons for t in c.timings)]
+    handles: list = [
+        Patch(facecolor=_BARS[k]["color"], hatch=_BARS[k]["hatch"], edgecolor="k", label=_NAMES[k])
+        for k in kinds
+    ]
+    handles.append(Line2D([], [], **_FLOOR, label="its bytes at the bandwidth of a copy"))
+    drawn.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    drawn.suptitle(title, fontsize=11)
+    return drawn
+
+
+_FLOOR = {"marker": "D", "linestyle": "", "color": "white", "markeredgecolor": "k", "markersize": 6}
+
+
+def _draw(panel, comparison: Comparison) -> None:
+    timings = [t for t in comparison.timings if t.kind != "phase"]
+    for row, t in enumerate(timings):
+        ratio = comparison.ratio(t)
+        shown = min(ratio.median, _LIMIT)
+        panel.barh(row, shown, height=0.7, edgecolor="k", linewidth=0.8, **_BARS[t.kind])
+        end = shown
+        if ratio.median < _LIMIT:
+            end = min(ratio.q3, _LIMIT)
+            # Black in white, to be seen on any bar.
+            for width, colour in ((3.5, "white"), (1.5, "black")):
+                panel.plot((ratio.q1, end), (row, row), color=colour, linewidth=width, zorder=3)
+        floor = comparison.floor(t)
+        if floor < _LIMIT:
+            panel.plot(floor, row, zorder=4, **_FLOOR)
+            if floor > shown - 0.03:
+                end = max(end, floor + 0.02)
+        text = f"{ratio.median:.2f}" + (" (cut off)" if ratio.median > _LIMIT else "")
+        panel.text(end + 0.015, row, text, va="center", fontsize=9)
+    panel.axvline(1, color="k", linewidth=0.8, linestyle=":")
+    panel.set_yticks(range(len(timings)), [t.label for t in timings], fontsize=9)
+    panel.set_xlim(0, _LIMIT + 0.25)
+    panel.set_xticks([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
+    panel.invert_yaxis()
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_title(comparison.title, loc="left", fontsize=9)
+
+
+def write_png(comparisons: Sequence[Comparison], title: str, png: str | Path) -> None:
+    """Writes :func:`figure` to the path ``png``."""
+    figure(comparisons, title).savefig(png)

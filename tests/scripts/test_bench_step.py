@@ -1,0 +1,180 @@
+"""The benchmark of the step: what it counts and writes. No time is asserted."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_s3.mcore.shards import Shard
+from megatron_s3.report.bench import Comparison, Timing, paired, spread, table, write_png
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ADAMW = {"norm": 4, "clip": 8, "step": 28, "copy": 6}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("bench_step", ROOT / "scripts/bench_step.py")
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their own module up.
+    sys.modules["bench_step"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench_step"]
+
+
+@pytest.fixture
+def small(script, monkeypatch):
+    monkeypatch.setattr(script, "FLAT", {"cpu": 5000})
+    monkeypatch.setattr(script, "COPIED", {"cpu": 1000})
+    return script
+
+
+def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, capsys):
+    words = "--device cpu --shapes flat --rounds 2 --threads 1 2 --elements-limit 3000".split()
+    assert small.main([*words, "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "bench_step.json").read_text())
+    assert record["machine"]["torch"] == torch.__version__ and record["date"]
+    one, two = record["comparisons"]
+    assert (one["threads"], two["threads"]) == (1, 2)
+    assert (one["elements"], one["cut_from"], one["shards"]) == (3000, 5000, 1)
+    counted = {c["key"]: c["bytes_per_parameter"] for c in one["candidates"]}
+    expected = {"adamw-fused": 46, "adamw-foreach": 46}
+    for key in tuple(expected):
+        expected |= {f"{key}/{phase}": count for phase, count in ADAMW.items()}
+    paths = ["portable"]
+    if any(c["path"] == "C++ kernel" for c in one["candidates"]):  # else there is no compiler
+        paths.append("cpp")
+    for path in paths:
+        for kind, count in {
+            "fp32-grads-fp32-states": 30,
+            "bf16-grads-fp32-states": 28,
+            "fp32-grads-bf16-states": 22,
+            "bf16-grads-bf16-states": 20,
+        }.items():
+            expected[f"s3-{path}-p3-{kind}"] = count
+    assert counted == expected
+    for c in one["candidates"]:
+        assert len(c["rounds_ms"]) == 2 and c["launches"] is None
+        gigabytes = c["bytes_per_parameter"] * 3000 / 1e9
+        assert c["gb_s"] == pytest.approx(gigabytes / (c["ms"]["median"] / 1e3))
+    assert one["candidates"][0]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    assert (tmp_path / "bench_step.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr()
+    assert "cut off from 5,000" in shown.out and "S3 portable p=3" in shown.out
+    assert "round 2 of 2" in shown.err
+
+
+def test_what_is_measured_is_a_step(small):
+    shards = [Shard(300, 64, 0, 0), Shard(77, 5001, 0, 1), Shard(40, 400, 0, 0)]
+    for at, candidate in enumerate(small.candidates(small.Memory(shards, "cpu"), "cpu", [3.0])):
+        memory = small.Memory(shards, "cpu")
+        candidate = list(small.candidates(memory, "cpu", [3.0]))[at]
+        before = [p.clone() for p in memory.params]
+        candidate.step()
+        for old, new, model in zip(before, memory.params, memory.model_params, strict=True):
+            assert (old != new).float().mean() > 0.9, candidate.key
+            assert torch.equal(model, new.bfloat16()), candidate.key
+        memory.check()
+        states = [s for pairs in memory.states.values() for pair in pairs for s in pair]
+        changed = [bool(s.any()) for s in states]
+        assert sum(changed) == 2 * len(shards), candidate.key
+
+
+def test_clipping_clips_every_time(small):
+    memory = small.Memory([Shard(100_000, 0, 0, 0)], "cpu")
+    step = small.adamw(memory, "fused")
+    for _ in range(3):
+        before = memory.grads[torch.float32][0].clone()
+        step.norm()
+        step.clip()
+        after = memory.grads[torch.float32][0]
+        ratio = (after.norm() / before.norm()).item()
+        assert ratio == pytest.approx(1 - 1e-4, abs=2e-5)
+
+
+def test_a_step_that_leaves_nan_is_no_result(small):
+    memory = small.Memory([Shard(300, 0, 0, 0)], "cpu")
+    memory.params[0][7] = torch.nan
+    with pytest.raises(ArithmeticError):
+        memory.check()
+
+
+def test_shards_keep_their_alignment_and_do_not_overlap(script):
+    shards = [Shard(10, 9_000_003, 0, 0), Shard(5000, 64, 0, 1), Shard(7, 66, 1, 0)]
+    starts, length = script.placed(shards)
+    assert [s % 4096 for s in starts] == [9_000_003 % 4096, 64, 66]
+    spans = sorted((start, start + s.numel) for start, s in zip(starts, shards, strict=True))
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    assert spans[-1][1] == length < 4 * 4096
+    kept = script.cut(shards, 12)
+    assert [(s.numel, s.offset, s.group) for s in kept] == [(10, 9_000_003, 0), (2, 64, 1)]
+
+
+def test_without_megatron_only_flat_can_be_had(script, monkeypatch, tmp_path, capsys):
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron/__init__.py").write_text("raise ImportError('no megatron here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(script, "ROOT", ROOT)
+    words = ["--device", "cpu", "--shapes", "345m-dp8", "--output", str(tmp_path / "out")]
+    assert script.main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: 345m-dp8: ") and "megatron-core" in said and "flat" in said
+
+
+@pytest.mark.slow
+def test_shards_are_those_of_the_plan(script, tmp_path):
+    pytest.importorskip("megatron.core")
+    shards = script.shards_of("345m-dp8", 0, "cpu")
+    command = [sys.executable, "-m", "megatron_s3.launch.plan", "layouts/gpt2-345m/8gpu"]
+    subprocess.run([*command, "--json", str(tmp_path / "plan")], check=True, cwd=ROOT)
+    (rank,) = json.loads((tmp_path / "plan").read_text())["sizes"]["stages"]
+    assert sum(s.numel for s in shards) == rank["updated"]
+    ends = sorted((s.offset, s.offset + s.numel) for s in shards)
+    assert all(a[1] <= b[0] for a, b in pairwise(ends))
+    assert ends[-1][1] <= rank["buffers"][0]["elements"]
+    assert {s.group for s in shards} == {0, 1}  # with weight decay and without
+
+
+def test_spread_and_paired_rounds():
+    assert vars(spread([4.0])) == {"median": 4.0, "q1": 4.0, "q3": 4.0}
+    assert vars(spread([1.0, 2.0, 3.0, 4.0, 5.0])) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    # A machine that is slower in its second round: the ratio does not see it.
+    assert vars(paired([1.0, 10.0], [2.0, 20.0])) == {"median": 0.5, "q1": 0.5, "q3": 0.5}
+
+
+def test_figures_of_made_up_times(tmp_path):
+    made = Comparison(
+        shape="made-up",
+        elements=1_000_000,
+        shards=3,
+        cut_from=None,
+        device="cuda",
+        threads=None,
+        baseline="a",
+        copy_bytes=8_000_000,
+        copy_ms=[1.0, 1.0],
+        timings=[
+            Timing("a", "AdamW", "adamw", 46, [10.0, 12.0], [1.0, 1.0], 9),
+            Timing("a/norm", "norm", "phase", 4, [2.0, 2.0], [0.1, 0.1], 2),
+            Timing("s", "S3", "kernel", 30, [5.0, 6.0], [0.5, 0.5], 1),
+            Timing("p", "S3 portable", "portable", 30, [500.0, 600.0], [0.5, 0.5], 99),
+        ],
+    )
+    s3 = made.timings[2]
+    assert made.copy_gb_s == pytest.approx(8)
+    assert made.gb_s(s3) == pytest.approx(30e6 / 5.5e-3 / 1e9)
+    assert made.ratio(s3).median == 0.5
+    assert made.floor(s3) == pytest.approx((30e6 / 8e9 * 1e3) / 11)
+    lines = table(made).splitlines()
+    row = next(line for line in lines if line.startswith("S3 ")).split()
+    assert row[1:5] == ["5.500", "0.500", "0.500-0.500", "30"] and row[-1] == "1"
+    assert any(line.startswith("  norm") for line in lines)
+    write_png([made, made], "made up", tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000

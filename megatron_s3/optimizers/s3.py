@@ -79,7 +79,7 @@ class S3(ElementwiseOptimizer):
         super().__init__(
             params,
             lr,
-            weight_decay,
+            weight_decay=weight_decay,
             error_if_nonfinite=error_if_nonfinite,
             fused=fused,
             state_dtype=state_dtype,

@@ -1,0 +1,39 @@
+"""AdamW as an element-wise optimizer of the plugin."""
+
+from typing import Any
+
+from megatron_s3.optimizers.base import ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.rules.adamw import adamw_update
+
+__all__ = ["AdamW"]
+
+
+class AdamW(ElementwiseOptimizer):
+    """AdamW on the same ground as S3: agrees with torch.optim.AdamW within rounding.
+
+    Beyond it, ``clip_update`` bounds every element of the update ("AdamW with clipped updates",
+    Figure 10 of the paper).  Arguments as for
+    :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the description's.
+    """
+
+    description = Description(
+        name="adamw",
+        label="AdamW",
+        state=("exp_avg", "exp_avg_sq"),
+        hyperparameters=(
+            Hyperparameter("beta1", 0.9, "coefficient of the gradient's average", 0, 1),
+            Hyperparameter("beta2", 0.95, "coefficient of the squared gradient's average", 0, 1),
+            Hyperparameter("eps", 1e-8, "added to the denominator", 0),
+            Hyperparameter("clip_update", None, "bound on every element of the update", 0),
+        ),
+        clip_grad=1.0,
+        rule=adamw_update,
+    )
+
+    def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's arguments; the corrections of the bias come from the group's step."""
+        values = super().group_hyperparameters(group)
+        for i in ("1", "2"):
+            values["correction" + i] = 1 - values["beta" + i] ** group["step"]
+        return values

@@ -1,0 +1,38 @@
+"""Adan as an element-wise optimizer of the plugin."""
+
+from typing import Any
+
+from megatron_s3.optimizers.base import ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.rules.adan import adan_update
+
+__all__ = ["Adan"]
+
+
+class Adan(ElementwiseOptimizer):
+    """Adan with decoupled weight decay: agrees with pytorch_optimizer.Adan within rounding.
+
+    It keeps four tensors of its parameters' size.  Arguments as for
+    :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the description's.
+    """
+
+    description = Description(
+        name="adan",
+        label="Adan",
+        state=("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"),
+        hyperparameters=(
+            Hyperparameter("beta1", 0.98, "coefficient of the gradient's average", 0, 1),
+            Hyperparameter("beta2", 0.92, "coefficient of the difference's average", 0, 1),
+            Hyperparameter("beta3", 0.99, "coefficient of the denominator's average", 0, 1),
+            Hyperparameter("eps", 1e-8, "added to the denominator", 0),
+        ),
+        clip_grad=1.0,
+        rule=adan_update,
+    )
+
+    def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's arguments; the corrections of the bias come from the group's step."""
+        values = super().group_hyperparameters(group)
+        for i in ("1", "2", "3"):
+            values["correction" + i] = 1 - values["beta" + i] ** group["step"]
+        return values | {"first": group["step"] == 1}

@@ -1,0 +1,60 @@
+"""NAdam as an element-wise optimizer of the plugin."""
+
+import math
+from typing import Any
+
+from megatron_s3.optimizers.base import ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.rules.nadam import nadam_update
+
+__all__ = ["NAdam"]
+
+
+class NAdam(ElementwiseOptimizer):
+    """NAdam: agrees with torch.optim.NAdam(decoupled_weight_decay=True) within rounding.
+
+    Arguments as for :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the
+    description's.
+    """
+
+    description = Description(
+        name="nadam",
+        label="NAdam",
+        state=("exp_avg", "exp_avg_sq"),
+        hyperparameters=(
+            Hyperparameter("beta1", 0.9, "coefficient of the gradient's average", 0, 1),
+            Hyperparameter("beta2", 0.95, "coefficient of the squared gradient's average", 0, 1),
+            Hyperparameter("eps", 1e-8, "added to the denominator", 0),
+            Hyperparameter("momentum_decay", 4e-3, "how fast the momentum's schedule rises", 0),
+        ),
+        clip_grad=1.0,
+        rule=nadam_update,
+    )
+
+    def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's arguments; the schedule of mu and its product come from the group's step."""
+        values = super().group_hyperparameters(group)
+        beta1, decay, step = values["beta1"], values.pop("momentum_decay"), group["step"]
+        mu, following = (_mu(beta1, decay, t) for t in (step, step + 1))
+        product = _product(beta1, decay, step)
+        values["weight_grad"] = (1 - mu) / (1 - product)
+        values["weight_avg"] = following / (1 - product * following)
+        values["correction2"] = 1 - values["beta2"] ** step
+        return values
+
+
+def _mu(beta1: float, decay: float, step: int) -> float:
+    return beta1 * (1 - 0.5 * 0.96 ** (step * decay))
+
+
+_products: dict[tuple[float, float], tuple[int, float]] = {}
+
+
+def _product(beta1: float, decay: float, step: int) -> float:
+    """``mu_1 ... mu_step``: from the step alone, so that it needs no place in a checkpoint."""
+    known, product = _products.get((beta1, decay), (0, 1.0))
+    if known > step:
+        known, product = 0, 1.0
+    product = math.prod((_mu(beta1, decay, t) for t in range(known + 1, step + 1)), start=product)
+    _products[beta1, decay] = step, product
+    return product

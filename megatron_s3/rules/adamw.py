@@ -1,0 +1,35 @@
+"""AdamW (Loshchilov and Hutter, 2019; torch.optim.AdamW), optionally with clipped updates."""
+
+from torch import Tensor
+
+__all__ = ["adamw_update"]
+
+
+def adamw_update(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    correction1: float,
+    correction2: float,
+    clip_update: float | None = None,
+) -> Tensor:
+    """Advances Adam's state by one gradient and returns ``(m / c1) / (sqrt(v) / sqrt(c2) + eps)``.
+
+    Args:
+        grad: the gradient; float32 or float64, any shape.
+        exp_avg, exp_avg_sq: ``m`` and ``v``, advanced in place; shape and dtype of ``grad``.
+        beta1, beta2: their coefficients.
+        eps: added to the denominator.
+        correction1, correction2: ``1 - beta1**t`` and ``1 - beta2**t`` at step t, from 1.
+        clip_update: bound on every element of the update (Figure 10 of the paper takes 1); None
+            for Adam's own, which Theorem 1 bounds by 7.27 for betas (.9, .999).
+    """
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
+    exp_avg_sq.mul_(beta2).add_(grad.square().mul_(1 - beta2))
+    denominator = exp_avg_sq.sqrt().div_(correction2**0.5).add_(eps)
+    update = exp_avg.div(denominator).div_(correction1)
+    return update if clip_update is None else update.clamp_(-clip_update, clip_update)

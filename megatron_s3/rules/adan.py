@@ -1,0 +1,47 @@
+"""Adan (Xie et al., 2024), with decoupled weight decay (its ``no_prox`` form)."""
+
+from torch import Tensor
+
+__all__ = ["adan_update"]
+
+
+def adan_update(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_diff: Tensor,
+    exp_avg_sq: Tensor,
+    previous_grad: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    eps: float,
+    first: bool,
+    correction1: float,
+    correction2: float,
+    correction3: float,
+) -> Tensor:
+    """Advances the state by one gradient and returns the update.
+
+    ``d = g - g'`` (0 at the first step); ``m``, ``v`` and ``n`` are averages of ``g``, ``d`` and
+    ``(g + beta2 d)**2``; the update is ``(m / c1 + beta2 v / c2) / (sqrt(n / c3) + eps)``.
+
+    Args:
+        grad: the gradient; float32 or float64, any shape.
+        exp_avg, exp_avg_diff, exp_avg_sq: ``m``, ``v`` and ``n``, advanced in place.
+        previous_grad: ``g'``, set to ``grad``.
+        beta1, beta2, beta3: coefficients of ``m``, ``v`` and ``n``: what is kept, as in the
+            official code and the paper's lists (.98, .92, .99).
+        eps: added to the denominator.
+        first: whether this is the first step, which has no gradient before it.
+        correction1, correction2, correction3: ``1 - beta**t`` of each at step t, from 1.
+    """
+    difference = grad - (grad if first else previous_grad)
+    previous_grad.copy_(grad)
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
+    exp_avg_diff.mul_(beta2).add_(difference * (1 - beta2))
+    ahead = difference.mul_(beta2).add_(grad)
+    exp_avg_sq.mul_(beta3).add_(ahead.square_().mul_(1 - beta3))
+    denominator = exp_avg_sq.sqrt().div_(correction3**0.5).add_(eps)
+    update = exp_avg.div(correction1).add_(exp_avg_diff * (beta2 / correction2))
+    return update.div_(denominator)

@@ -1,0 +1,34 @@
+"""NAdam (Dozat, 2016), as torch.optim.NAdam has it with decoupled weight decay."""
+
+from torch import Tensor
+
+__all__ = ["nadam_update"]
+
+
+def nadam_update(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_grad: float,
+    weight_avg: float,
+    correction2: float,
+) -> Tensor:
+    """Advances the state by one gradient and returns ``(wg g + wm m) / (sqrt(v / c2) + eps)``.
+
+    Args:
+        grad: the gradient; float32 or float64, any shape.
+        exp_avg, exp_avg_sq: ``m`` and ``v``, advanced in place; shape and dtype of ``grad``.
+        beta1, beta2: their coefficients.
+        eps: added to the denominator.
+        weight_grad: ``(1 - mu_t) / (1 - mu_1 ... mu_t)``.
+        weight_avg: ``mu_{t+1} / (1 - mu_1 ... mu_{t+1})``.
+        correction2: ``1 - beta2**t`` at step t, from 1.
+    """
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
+    exp_avg_sq.mul_(beta2).add_(grad.square().mul_(1 - beta2))
+    denominator = exp_avg_sq.div(correction2).sqrt_().add_(eps)
+    return grad.mul(weight_grad).add_(exp_avg * weight_avg).div_(denominator)

@@ -1,0 +1,18 @@
+"""SGD with momentum (torch.optim.SGD), with decoupled weight decay."""
+
+from torch import Tensor
+
+__all__ = ["sgd_update"]
+
+
+def sgd_update(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> Tensor:
+    """Advances the momentum by one gradient and returns it, or looks ahead with it.
+
+    Args:
+        grad: the gradient; float32 or float64, any shape.
+        momentum_buffer: ``v <- momentum v + g``, in place.
+        momentum: its coefficient.
+        nesterov: return ``g + momentum v`` in place of ``v``.
+    """
+    momentum_buffer.mul_(momentum).add_(grad)
+    return (momentum_buffer * momentum).add_(grad) if nesterov else momentum_buffer.clone()

@@ -1,0 +1,16 @@
+"""SignSGD (Bernstein et al., 2018), with or without momentum (Signum)."""
+
+from torch import Tensor
+
+__all__ = ["sign_sgd_update"]
+
+
+def sign_sgd_update(grad: Tensor, exp_avg: Tensor, *, momentum: float) -> Tensor:
+    """Advances the momentum by one gradient and returns its sign.
+
+    Args:
+        grad: the gradient; float32 or float64, any shape.
+        exp_avg: ``m <- momentum m + (1 - momentum) g``, in place; 0 makes it ``g`` itself.
+        momentum: its coefficient.
+    """
+    return exp_avg.mul_(momentum).add_(grad * (1 - momentum)).sign()

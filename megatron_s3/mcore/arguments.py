@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -107,7 +107,8 @@ def add_megatron_arguments(
     """Around Megatron's parser: more choices for ``--optimizer``, and the plugin's own flags."""
     parser = original(parser)
     known = parser._option_string_actions
-    known["--optimizer"].choices = [*known["--optimizer"].choices, *OPTIMIZERS]
+    # Of two of one name (Megatron's lion is a hybrid with Adam) the plugin's is taken, and said.
+    known["--optimizer"].choices = list(dict.fromkeys((*known["--optimizer"].choices, *OPTIMIZERS)))
     known["--clip-grad"].default = _Default(known["--clip-grad"].default)
     if cpu_device.active():
         here = {action.dest for action in known.values()}
@@ -122,10 +123,14 @@ def add_megatron_arguments(
     )
     for name, meaning in SWITCHES:
         group.add_argument(_flag(name), action="store_true", help=meaning)
+    upstream = list(_OF_OTHER_OPTIMIZERS)
     for cls in OPTIMIZERS.values():
         description = cls.description
         group = parser.add_argument_group(description.label)
         for h in description.hyperparameters:
+            if flag(description, h) in known:  # Megatron has the same, with the same meaning
+                upstream.append(destination(description, h))
+                continue
             kind: dict[str, Any] = (
                 {"action": "store_const", "const": not h.default}
                 if h.is_switch
@@ -139,9 +144,7 @@ def add_megatron_arguments(
                 help=f"{'do not: ' if h.default is True else ''}{h.help} (default {h.default})",
                 **kind,
             )
-    parser.set_defaults(
-        _s3_upstream_defaults={name: parser.get_default(name) for name in _OF_OTHER_OPTIMIZERS}
-    )
+    parser.set_defaults(_s3_upstream_defaults={name: parser.get_default(name) for name in upstream})
     return parser
 
 
@@ -158,7 +161,7 @@ def validate_args(
     _check_device(args)
     for other in OPTIMIZERS.values():
         if other.description.name != args.optimizer:
-            _refuse_flags_of(other.description, args)
+            _refuse_flags_of(other.description, args, defaults)
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
         for name, _ in SWITCHES:
@@ -185,8 +188,9 @@ def validate_args(
             )
     _check_precision(args, cls)
     _check_cuda_graph(args, cls)
+    own = {destination(description, h) for h in description.hyperparameters}
     for name, default in defaults.items():
-        if getattr(args, name, default) != default:
+        if name not in own and getattr(args, name, default) != default:
             say(
                 f"{_flag(name)} {getattr(args, name)} has no effect with --optimizer "
                 f"{description.name}"
@@ -329,9 +333,12 @@ def _changes_by_step(cls: type[ElementwiseOptimizer], values: dict[str, Any]) ->
     return one != other
 
 
-def _refuse_flags_of(description: Description, args: argparse.Namespace) -> None:
+def _refuse_flags_of(
+    description: Description, args: argparse.Namespace, upstream: Container[str]
+) -> None:
     for h in description.hyperparameters:
-        if getattr(args, destination(description, h), None) is not None:
+        name = destination(description, h)
+        if name not in upstream and getattr(args, name, None) is not None:
             raise ValueError(
                 f"{flag(description, h)} is a flag of --optimizer {description.name}, but this is "
                 f"--optimizer {args.optimizer}. Leave it out, or choose --optimizer "

@@ -1,0 +1,39 @@
+"""The other optimizers of the paper, through the same adapter and the real trainer."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_s3.optimizers import OPTIMIZERS
+from tests.trainer import assert_bitwise_equal, tensors, train
+
+pytestmark = pytest.mark.slow
+
+SHARDED = ["--bf16", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+SAVE = ["--save-interval", "3"]
+
+
+@pytest.mark.parametrize("name", ["nadam", "adan", "lion", "sgdm"])
+def test_sharded_resumes_bitwise_and_loads_in_another_layout(name: str, tmp_path: Path) -> None:
+    """Bitwise: with one state, two and four, and with schedules that count steps."""
+    flags = ["--optimizer", name, *SHARDED, "--untie-embeddings-and-output-weights"]
+    through, resumed = tmp_path / "through", tmp_path / "resumed"
+    train(*flags, *SAVE, "--save", through, ranks=2)
+    saved = tensors(through)
+    parts = {part for tensor in saved for part in tensor.split(".")}
+    assert set(OPTIMIZERS[name].description.state) <= parts
+    train(*flags, *SAVE, "--load", through, "--ckpt-step", 3, "--save", resumed, ranks=2)
+    assert_bitwise_equal(saved, tensors(resumed))
+    at_once = ["--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", tmp_path]
+    train(*flags, "--load", through, "--tensor-model-parallel-size", 2, *at_once, ranks=2)
+    assert_bitwise_equal(saved, tensors(tmp_path / "torch_dist"))
+
+
+def test_adamw_is_megatrons_adam(tmp_path: Path) -> None:
+    """The losses of `--optimizer adam` (torch's AdamW here) to 6 digits, sharded, clipped."""
+    flags = [*SHARDED, "--adam-beta2", "0.95"]
+    adam = train("--optimizer", "adam", *flags, ranks=2)
+    adamw = train("--optimizer", "adamw", *SHARDED, ranks=2)
+    assert adam.losses.keys() == adamw.losses.keys()
+    for step, loss in adam.losses.items():
+        assert float(adamw.losses[step]) == pytest.approx(float(loss), rel=2e-6)

@@ -498,6 +498,7 @@ def machine(device: str) -> dict:
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg(),  # above this program's own threads others were running
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "driver": said(*driver) if on_gpu else None,
         "python": platform.python_version(),

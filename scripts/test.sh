@@ -2,7 +2,8 @@
 # Sets up .venv, then checks and tests everything that can run on this machine, fast things first.
 #
 # Usage: ./scripts/test.sh [PYTEST ARGUMENTS]
-#   With arguments: one run of pytest with them, after the checks; for instance -m 'not slow'.
+#   With arguments: one run of pytest with them, after the checks; for instance -m 'not slow'
+#   (fast ones alone) or -m thorough (the cases that a run without arguments leaves out).
 #   MEGATRON_S3_PYTHON names a Python to use as it is, with the packages of pyproject.toml in it.
 set -euo pipefail
 
@@ -49,7 +50,7 @@ if [ $# -gt 0 ]; then
   run_pytest "$@"
 else
   run_pytest -q -m "not slow and not cluster and not container"
-  run_pytest -q -m "slow and not cluster and not container" --durations=10
+  run_pytest -q -m "slow and not thorough and not cluster and not container" --durations=10
   run_pytest -q -m "cluster and not container" --durations=5 -rs
   run_pytest -q -m container --durations=5 -rs
 fi

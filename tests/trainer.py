@@ -7,14 +7,26 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def brief(cases: Iterable[str], *kept: str) -> list[Any]:
+    """Parameters of a test of which every run takes those kept, `-m thorough` the others."""
+    cases = list(cases)
+    assert set(kept) <= set(cases)
+    thorough = pytest.mark.thorough
+    return [case if case in kept else pytest.param(case, marks=thorough) for case in cases]
+
 
 #: 2 layers, 120,576 parameters, 8 sequences of 64 made-up tokens a step.
 TINY = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3.optimizers import OPTIMIZERS
-from tests.trainer import assert_bitwise_equal, tensors, train
+from tests.trainer import assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 
@@ -13,7 +13,9 @@ SHARDED = ["--bf16", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-res
 SAVE = ["--save-interval", "3"]
 
 
-@pytest.mark.parametrize("name", ["nadam", "adan", "lion", "sgdm"])
+@pytest.mark.parametrize(
+    "name", brief(["nadam", "adan", "lion", "sgdm", "adamw", "signsgd"], "adan", "lion")
+)
 def test_sharded_resumes_bitwise_and_loads_in_another_layout(name: str, tmp_path: Path) -> None:
     """Bitwise: with one state, two and four, and with schedules that count steps."""
     flags = ["--optimizer", name, *SHARDED, "--untie-embeddings-and-output-weights"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer import PARAMETERS, REPOSITORY, assert_bitwise_equal, tensors, train
+from tests.trainer import PARAMETERS, REPOSITORY, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    brief(
+        LAYOUTS,
+        *("1 bf16", "dp2 bf16 sharded, gradients in bf16, clipped", "dp2 fp16 sharded"),
+        *("dp2 bf16 sharded, overlapped, in buckets", "dp2 bf16 sharded, two learning rates"),
+    ),
+)
 def test_same_bits_as_upstreams_phases(layout: str, tmp_path: Path) -> None:
     """Bitwise: every loss, and at the end model, main parameters and both states."""
     ranks, flags = LAYOUTS[layout]
@@ -59,25 +66,26 @@ def test_same_bits_as_upstreams_phases(layout: str, tmp_path: Path) -> None:
     assert "is updated by torch operations" not in said["one"] + said["phases"]
 
 
-COPIES = (
-    (["--bf16"], 0),
-    (["--bf16", *SHARDED], 0),
-    (["--bf16", "--grad-reduce-in-bf16"], 0),
-    (["--bf16", *SHARDED, "--grad-reduce-in-bf16"], 0),
-    (["--bf16", *SHARDED, "--use-precision-aware-optimizer"], 0),
-    (FP16, 1),
-    (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--clip-grad", "1e6"], 1),
-    (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--log-num-zeros-in-grad"], 1),
-    (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--s3-log-grad-norm"], 1),
-)
+COPIES = {
+    "whole": (["--bf16"], 0),
+    "sharded": (["--bf16", *SHARDED], 0),
+    "whole, bf16 gradients": (["--bf16", "--grad-reduce-in-bf16"], 0),
+    "bf16 gradients": (["--bf16", *SHARDED, "--grad-reduce-in-bf16"], 0),
+    "precision-aware": (["--bf16", *SHARDED, "--use-precision-aware-optimizer"], 0),
+    "fp16": (FP16, 1),
+    "clipped": (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--clip-grad", "1e6"], 1),
+    "zeros": (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--log-num-zeros-in-grad"], 1),
+    "norm": (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--s3-log-grad-norm"], 1),
+}
 
 
-@pytest.mark.parametrize(("flags", "copies"), COPIES, ids=[" ".join(f) for f, _ in COPIES])
-def test_copies_of_upstream(flags: list[str], copies: int) -> None:
+@pytest.mark.parametrize("case", brief(COPIES, "bf16 gradients", "precision-aware", "clipped"))
+def test_copies_of_upstream(case: str) -> None:
     """Of gradients to fp32 ones and of main parameters to the model's: elements over elements.
 
     Gradients that something unscales, measures or counts are copied as upstream copies them.
     """
+    flags, copies = COPIES[case]
     program = (str(REPOSITORY / "tests/mcore/ranks/copies.py"),)
     run = train(*S3, *flags, ranks=2, command=program)
     (counted,) = [line for line in run.log.splitlines() if line.startswith("copied in a step")]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from megatron_s3.kernels.operands import Operands
+from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.s3 import s3_bound
 
@@ -37,8 +37,6 @@ _PATIENCE = 300  # seconds; it takes a few
 
 # As in cpu.cpp.
 _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_GRAD = frozenset(_DTYPES)
-_STATE = frozenset((torch.float32, torch.bfloat16))
 
 
 def reason(operands: Sequence[Operands], *, p: float, **hyperparameters: object) -> str | None:
@@ -51,31 +49,10 @@ def reason(operands: Sequence[Operands], *, p: float, **hyperparameters: object)
     """
     if p not in (1, 2, 3):
         return f"the C++ kernel has p = 1, 2 and 3, not {p:g}"
-    for o in operands:
-        if (fault := _fault(o)) is not None:
-            return f"the C++ kernel cannot take {fault}"
+    if found := fault(operands, "cpu"):
+        return f"the C++ kernel cannot take {found}"
     library = _library()
     return library if isinstance(library, str) else None
-
-
-def _fault(o: Operands) -> str | None:
-    if len(o.state) != 2:
-        return f"{len(o.state)} state tensors"
-    named = [("param", o.param, (torch.float32,)), ("gradient", o.grad, _GRAD)]
-    named += [("state", tensor, _STATE) for tensor in o.state]
-    if o.model_param is not None:
-        named.append(("model_param", o.model_param, _GRAD))
-    count = o.param.numel()
-    for name, tensor, dtypes in named:
-        if tensor.dtype not in dtypes:
-            return f"a {name} of {tensor.dtype}"
-        if tensor.device.type != "cpu":
-            return f"a {name} on {tensor.device}"
-        if not tensor.is_contiguous():
-            return f"a {name} that is not contiguous"
-        if tensor.numel() != count:
-            return f"a {name} of {tensor.numel()} elements with a param of {count}"
-    return None
 
 
 @torch.no_grad()

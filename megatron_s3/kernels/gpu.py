@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from megatron_s3.kernels.operands import Operands
+from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.s3 import s3_bound
 
 __all__ = ["NAME", "reason", "step"]
 
 NAME = "Triton kernel"
-
-_GRAD = (torch.float32, torch.bfloat16, torch.float16)
-_STATE = (torch.float32, torch.bfloat16)
 
 
 def reason(operands: Sequence[Operands], **hyperparameters: object) -> str | None:
@@ -30,16 +27,16 @@ def reason(operands: Sequence[Operands], **hyperparameters: object) -> str | Non
         operands: what the step is to work on.
         **hyperparameters: the rule's; none of them matters.
     """
-    if (fault := _unavailable()) is not None:
-        return fault
-    for o in operands:
-        if (fault := _fault(o)) is not None:
-            return f"the Triton kernel cannot take {fault}"
-    devices = {o.param.device for o in operands}
+    if missing := _unavailable():
+        return missing
+    if found := fault(operands, "cuda"):
+        return f"the Triton kernel cannot take {found}"
+    tensors = (t for o in operands for t in (o.param, o.grad, *o.state, o.model_param))
+    devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
-        return "the Triton kernel cannot take parameters on several devices in one group"
+        return "the Triton kernel cannot take tensors on several devices in one group"
     for device in devices:
-        if device.type == "cuda" and _capability(device) < (8, 0):
+        if _capability(device) < (8, 0):
             return f"the Triton kernel needs compute capability 8.0, and {device} has less"
     return None
 
@@ -52,25 +49,6 @@ def _unavailable() -> str | None:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def _fault(o: Operands) -> str | None:
-    if len(o.state) != 2:
-        return f"{len(o.state)} state tensors"
-    named = [("param", o.param, (torch.float32,)), ("gradient", o.grad, _GRAD)]
-    named += [("state", tensor, _STATE) for tensor in o.state]
-    if o.model_param is not None:
-        named.append(("model_param", o.model_param, _GRAD))
-    for name, tensor, dtypes in named:
-        if tensor.dtype not in dtypes:
-            return f"a {name} of {tensor.dtype}"
-        if tensor.device != o.param.device or tensor.device.type != "cuda":
-            return f"a {name} on {tensor.device} with a param on {o.param.device}"
-        if not tensor.is_contiguous():
-            return f"a {name} that is not contiguous"
-        if tensor.numel() != o.param.numel():
-            return f"a {name} of {tensor.numel()} elements with a param of {o.param.numel()}"
-    return None
 
 
 @torch.no_grad()

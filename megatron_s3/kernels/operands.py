@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Operands", "flatten", "write_back"]
+__all__ = ["Operands", "fault", "flatten", "write_back"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,37 @@ class Operands:
     grad: Tensor
     state: tuple[Tensor, ...]
     model_param: Tensor | None = None
+
+
+_GRAD = (torch.float32, torch.bfloat16, torch.float16)
+_STATE = (torch.float32, torch.bfloat16)
+
+
+def fault(operands: Sequence[Operands], device: str) -> str | None:
+    """What a fused kernel with two states cannot take of these operands, or None.
+
+    Args:
+        operands: what a step is to work on.
+        device: the kernel's type of device.
+    """
+    for o in operands:
+        if len(o.state) != 2:
+            return f"{len(o.state)} state tensors"
+        named = [("param", o.param, (torch.float32,)), ("gradient", o.grad, _GRAD)]
+        named += [("state", tensor, _STATE) for tensor in o.state]
+        if o.model_param is not None:
+            named.append(("model_param", o.model_param, _GRAD))
+        count = o.param.numel()
+        for name, tensor, dtypes in named:
+            if tensor.dtype not in dtypes:
+                return f"a {name} of {tensor.dtype}"
+            if tensor.device.type != device:
+                return f"a {name} on {tensor.device}"
+            if not tensor.is_contiguous():
+                return f"a {name} that is not contiguous"
+            if tensor.numel() != count:
+                return f"a {name} of {tensor.numel()} elements with a param of {count}"
+    return None
 
 
 def flatten(

@@ -219,7 +219,7 @@ def test_the_table_is_rebuilt_when_a_tensor_moves() -> None:
 
 def test_reasons() -> None:
     cpu = Operands(torch.zeros(3), torch.zeros(3), (torch.zeros(3), torch.zeros(3)))
-    assert "a param on cpu with a param on cpu" in gpu.reason([cpu])
+    assert "cannot take a param on cpu" in gpu.reason([cpu])
     double = Operands(torch.zeros(3).double(), cpu.grad, cpu.state)
     assert "a param of torch.float64" in gpu.reason([double])
 

@@ -128,6 +128,21 @@ def _s3_update(
 
 
 @triton.jit
+def _counted(sum_update, max_update, sum_square, zeros, nonfinite, u, g, is_zero):
+    """The statistics with one block more; see :mod:`megatron_s3.kernels.statistics`."""
+    size = tl.abs(u)
+    size = tl.where(size == size, size, 0.0)
+    finite = tl.abs(g) < float("inf")
+    return (
+        sum_update + size,
+        tl.maximum(max_update, size),
+        sum_square + tl.where(finite, g * g, 0.0),
+        zeros + is_zero.to(tl.int32),
+        nonfinite + 1 - finite.to(tl.int32),
+    )
+
+
+@triton.jit
 def s3_kernel(
     table,  # *int64: ROW fields a tensor
     chunks,  # *int32: 2 a program: row of the table, index of the chunk in the tensor
@@ -201,14 +216,9 @@ def s3_kernel(
             if HAS_MODEL:
                 tl.store(model_ptr + at, x.to(MODEL))
             if STATISTICS:
-                size = tl.abs(u)
-                size = tl.where(size == size, size, 0.0)
-                finite = tl.abs(g) < float("inf")
-                sum_update += size
-                max_update = tl.maximum(max_update, size)
-                sum_square += tl.where(finite, g * g, 0.0)
-                zeros += (g == 0).to(tl.int32)
-                nonfinite += 1 - finite.to(tl.int32)
+                sum_update, max_update, sum_square, zeros, nonfinite = _counted(
+                    *(sum_update, max_update, sum_square, zeros, nonfinite, u, g, g == 0)
+                )
     else:
         for k in range(0, CHUNK, BLOCK):
             at = begin + k + tl.arange(0, BLOCK)
@@ -227,15 +237,10 @@ def s3_kernel(
             tl.store(norm_ptr + at, r.to(EXP_PNORM), mask=inside)
             if HAS_MODEL:
                 tl.store(model_ptr + at, x.to(MODEL), mask=inside)
-            if STATISTICS:  # outside, g and u are 0
-                size = tl.abs(u)
-                size = tl.where(size == size, size, 0.0)
-                finite = tl.abs(g) < float("inf")
-                sum_update += size
-                max_update = tl.maximum(max_update, size)
-                sum_square += tl.where(finite, g * g, 0.0)
-                zeros += ((g == 0) & inside).to(tl.int32)
-                nonfinite += 1 - finite.to(tl.int32)
+            if STATISTICS:  # g and u are 0 outside
+                sum_update, max_update, sum_square, zeros, nonfinite = _counted(
+                    *(sum_update, max_update, sum_square, zeros, nonfinite, u, g, (g == 0) & inside)
+                )
 
     if STATISTICS:
         out = partials + program * 5

@@ -94,6 +94,7 @@ def test_copies_of_upstream(case: str) -> None:
     assert copied == copies * PARAMETERS // shards
 
 
+@pytest.mark.thorough
 def test_upstreams_phases_are_taken_without_the_kernel() -> None:
     """And the counting sees them; a path of torch operations converts chunks beside."""
     program = (str(REPOSITORY / "tests/mcore/ranks/copies.py"),)

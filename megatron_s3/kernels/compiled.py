@@ -82,7 +82,7 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
         "CHUNK": gpu_kernel.CHUNK,
         "BLOCK": gpu_kernel.BLOCK,
     }
-    pointers = {"table": "*i64", "chunks": "*i32", "rates": "*fp32", "partials": "*fp32"}
+    pointers = {"table": "*i64", "chunks": "*i32", "rates": "*fp32", "partials": "*fp64"}
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,

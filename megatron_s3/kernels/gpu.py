@@ -4,8 +4,9 @@ import contextlib
 import functools
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +39,35 @@ def reason(operands: Sequence[Operands], **hyperparameters: object) -> str | Non
     for device in devices:
         if _capability(device) < (8, 0):
             return f"the Triton kernel needs compute capability 8.0, and {device} has less"
+    if devices and (broken := _broken()):
+        return broken
+    if devices and torch.cuda.is_current_stream_capturing():
+        groups = _by_dtypes(operands).values()
+        if not all((device, _rows(group)) in _tables for group in groups):
+            return (
+                "a CUDA graph is being captured, and the Triton kernel has not yet stepped these "
+                "tensors: take a step before, and keep the gradients where they are"
+            )
     return None
 
 
 @functools.cache
 def _unavailable() -> str | None:
+    if torch.version.hip is not None:
+        return "the Triton kernel is for NVIDIA GPUs"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@functools.cache
+def _broken() -> str | None:
+    """Triton builds a part of its driver with a C compiler, which an image may lack."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # of many kinds; whatever it is, torch operations still work
+        return f"Triton does not start ({error})"
+    return None
 
 
 @functools.cache
@@ -67,44 +91,47 @@ def step(
     """One step of S3 in one launch (one for each combination of dtypes).
 
     For p = 1, 2, 3 the same bits as the portable path's; for others within a few units in the last
-    place.  Nothing is read back to the host, and with ``lr`` on the device nothing of its value is
-    fixed at launch, so that a step can be captured into a CUDA graph.
+    place.  Nothing is read back to the host.  With ``lr`` or ``weight_decay`` on the device their
+    values are not fixed at launch, so that a step can be captured into a CUDA graph, once one has
+    been taken on the same tensors; ``correction`` is fixed.
 
     Args:
         operands: such that :func:`reason` is None.
-        lr: learning rate, a number or a 0-dim tensor on the parameters' device.
-        weight_decay: decoupled weight decay.
+        lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
+        weight_decay: decoupled weight decay, likewise.
         beta, p, beta2, nesterov, correction: as for :func:`megatron_s3.rules.s3.s3_update`.
         statistics: what to add the step's to.
     """
-    kinds: dict[tuple[torch.dtype | None, ...], list[Operands]] = {}
-    for o in operands:
-        if o.param.numel():
-            model = None if o.model_param is None else o.model_param.dtype
-            key = (o.grad.dtype, o.state[0].dtype, o.state[1].dtype, model)
-            kinds.setdefault(key, []).append(o)
-    if not kinds:
+    groups = _by_dtypes(operands)
+    if not groups:
         return
     device = operands[0].param.device
-    on_device = isinstance(lr, Tensor)
     decay = 1 - lr * weight_decay
-    rates = torch.stack([lr.reshape(()), decay.reshape(())]).float() if on_device else None
+    # What lies on the device is not read here; what lies on the CPU goes with the launch.
+    rates = None
+    if any(isinstance(rate, Tensor) and rate.device == device for rate in (lr, weight_decay)):
+        rates = torch.stack([_on(device, rate) for rate in (lr, decay)])
     beta_s = beta if beta2 is None else beta2
     fast = p in (1, 2, 3)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for dtypes, group in kinds.items():
+        for dtypes, group in groups.items():
             plan = _plan(group, device)
             partials = None
             if statistics is not None:
-                partials = torch.empty(plan.programs, len(FIELDS), device=device)
+                shape = (plan.programs, len(FIELDS))
+                partials = torch.empty(shape, dtype=torch.float64, device=device)
+            scalars = (
+                *((float(lr), float(decay)) if rates is None else (0.0, 1.0)),
+                *(beta, 1 - beta, beta_s, 1 - beta_s),
+                *(correction, s3_bound(beta, p, beta2, correction), p),
+            )
             _launch(
                 plan,
                 dtypes,
                 rates,
                 partials,
-                *(0.0, 1.0) if on_device else (float(lr), float(decay)),
-                *(beta, 1 - beta, beta_s, 1 - beta_s),
-                *(correction, s3_bound(beta, p, beta2, correction), float(p)),
+                # Triton takes an int for something else than a float, and 1 for a constant.
+                *map(float, scalars),
                 P=int(p) if fast else 0,
                 NESTEROV=nesterov,
                 FORGETS=beta_s == 0,
@@ -118,9 +145,29 @@ def step(
             increment_version(o.model_param)
 
 
+def _on(device: torch.device, rate: float | Tensor) -> Tensor:
+    if isinstance(rate, Tensor) and rate.device == device:
+        return rate.reshape(()).float()
+    return torch.full((), float(rate), dtype=torch.float32, device=device)
+
+
+_Dtypes = tuple[torch.dtype | None, ...]
+
+
+def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[Operands]]:
+    """What each launch works on; what has no elements is left out."""
+    groups: dict[_Dtypes, list[Operands]] = {}
+    for o in operands:
+        if o.param.numel():
+            model = None if o.model_param is None else o.model_param.dtype
+            key = (o.grad.dtype, o.state[0].dtype, o.state[1].dtype, model)
+            groups.setdefault(key, []).append(o)
+    return groups
+
+
 def _launch(
     plan: "_Plan",
-    dtypes: tuple[torch.dtype | None, ...],
+    dtypes: _Dtypes,
     rates: Tensor | None,
     partials: Tensor | None,
     *scalars: float,
@@ -162,37 +209,71 @@ class _Plan:
     programs: int
 
 
-#: By addresses and sizes: those of a training run hardly ever change.
-_plans: OrderedDict[tuple[object, ...], _Plan] = OrderedDict()
-_PLANS = 16
+_Row = tuple[int, ...]
 
 
-def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
-    rows = tuple(
+class _Recent(OrderedDict):
+    """What was used last, at most 256 things: a group's tables, a few kilobytes."""
+
+    def find(self, key: object, make: Callable[[], Any]) -> Any:
+        """The value of the key, made where there is none."""
+        if key not in self:
+            self[key] = make()
+            while len(self) > 256:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
+
+
+#: By device, addresses and sizes, which in a training run hardly ever change.
+_tables = _Recent()
+#: By device and sizes, so that gradients that move cost but a new table.
+_chunks = _Recent()
+#: What a CUDA graph may read whenever it is replayed.
+_captured: list[_Plan] = []
+
+
+def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
+    """Of each tensor the five addresses and the number of elements."""
+    return tuple(
         (
             *(o.param.data_ptr(), o.grad.data_ptr(), o.state[0].data_ptr(), o.state[1].data_ptr()),
             *(0 if o.model_param is None else o.model_param.data_ptr(), o.param.numel()),
         )
         for o in group
     )
-    key = (device, rows)
-    if key in _plans:
-        _plans.move_to_end(key)
-        return _plans[key]
-    from megatron_s3.kernels.gpu_kernel import CHUNK, ROW
+
+
+def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
+    rows = _rows(group)
+    counts = tuple(row[5] for row in rows)
+    table = _tables.find((device, rows), lambda: _make_table(rows, device))
+    chunks = _chunks.find((device, counts), lambda: _make_chunks(counts, device))
+    plan = _Plan(table, chunks, len(chunks))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(plan)
+    return plan
+
+
+def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
+    from megatron_s3.kernels.gpu_kernel import ROW
 
     filler = (0,) * (ROW - 7)
     table = torch.tensor(
         [(*row, all(address % 16 == 0 for address in row[:5]), *filler) for row in rows],
         dtype=torch.int64,
     )
-    counts = torch.tensor([-(-row[5] // CHUNK) for row in rows])
-    tensor = torch.arange(len(rows)).repeat_interleave(counts)
-    first = counts.cumsum(0) - counts
+    if device.type == "cpu":
+        return table
+    # The host does not wait: whoever steps the same tensors on another stream orders the two.
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def _make_chunks(counts: Sequence[int], device: torch.device) -> Tensor:
+    from megatron_s3.kernels.gpu_kernel import CHUNK
+
+    chunks = torch.tensor([-(-count // CHUNK) for count in counts])
+    tensor = torch.arange(len(counts)).repeat_interleave(chunks)
+    first = chunks.cumsum(0) - chunks
     index = torch.arange(len(tensor)) - first[tensor]
-    chunks = torch.stack([tensor, index], dim=1).to(torch.int32)
-    plan = _Plan(table.to(device), chunks.to(device), len(tensor))
-    _plans[key] = plan
-    while len(_plans) > _PLANS:
-        _plans.popitem(last=False)
-    return plan
+    return torch.stack([tensor, index], dim=1).to(torch.int32).to(device)

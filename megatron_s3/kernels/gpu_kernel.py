@@ -80,17 +80,17 @@ def _s3_update(
         n = beta * m + share
 
     magnitude = grad_bits.to(tl.float32, bitcast=True)
-    largest = tl.maximum(
-        grad_bits, norm_bits
-    )  # of what is not negative, as of the numbers; NaN too
+    # Bits of what is not negative are ordered as the numbers are, NaN above all.
+    largest = tl.maximum(grad_bits, norm_bits)
     if P == 0:
+        # div_rn, not /, which gives 0 for divisors above 2**126.
         divisor = tl.where(untouched, 1.0, largest.to(tl.float32, bitcast=True))
-        g_p = one_minus_beta_s * _power(magnitude / divisor, p)
-        w = beta_s * _power(r / divisor, p) + g_p
+        g_p = one_minus_beta_s * _power(tl.div_rn(magnitude, divisor), p)
+        w = beta_s * _power(tl.div_rn(r, divisor), p) + g_p
         r = divisor * _power(w, 1.0 / p)
         if NESTEROV:
             w = beta_s * w + g_p
-        u = (n / divisor) / _power(w, 1.0 / p)
+        u = tl.div_rn(tl.div_rn(n, divisor), _power(w, 1.0 / p))
     else:
         exponent = tl.maximum(largest & 0x7F800000, 0x00800000)
         factor = (0x7F800000 - exponent).to(tl.float32, bitcast=True)
@@ -133,10 +133,11 @@ def _counted(sum_update, max_update, sum_square, zeros, nonfinite, u, g, is_zero
     size = tl.abs(u)
     size = tl.where(size == size, size, 0.0)
     finite = tl.abs(g) < float("inf")
+    wide = g.to(tl.float64)  # the square of 1e-23 or 2e19 is not a float32
     return (
         sum_update + size,
         tl.maximum(max_update, size),
-        sum_square + tl.where(finite, g * g, 0.0),
+        sum_square + tl.where(finite, wide * wide, 0.0),
         zeros + is_zero.to(tl.int32),
         nonfinite + 1 - finite.to(tl.int32),
     )
@@ -147,7 +148,7 @@ def s3_kernel(
     table,  # *int64: ROW fields a tensor
     chunks,  # *int32: 2 a program: row of the table, index of the chunk in the tensor
     rates,  # *float32: lr and 1 - lr * weight_decay, read where RATES_ON_DEVICE
-    partials,  # *float32: 5 a program, written where STATISTICS
+    partials,  # *float64: 5 a program, written where STATISTICS
     lr,
     decay,
     beta,
@@ -172,7 +173,7 @@ def s3_kernel(
 ):
     """One chunk of one tensor."""
     program = tl.program_id(0)
-    row = table + tl.load(chunks + 2 * program).to(tl.int64) * 8
+    row = table + tl.load(chunks + 2 * program).to(tl.int64) * 8  # ROW
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
     x_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
     grad_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))
@@ -188,7 +189,7 @@ def s3_kernel(
     if STATISTICS:
         sum_update = tl.full((BLOCK,), 0.0, tl.float32)
         max_update = tl.full((BLOCK,), 0.0, tl.float32)
-        sum_square = tl.full((BLOCK,), 0.0, tl.float32)
+        sum_square = tl.full((BLOCK,), 0.0, tl.float64)
         zeros = tl.full((BLOCK,), 0, tl.int32)
         nonfinite = tl.full((BLOCK,), 0, tl.int32)
 
@@ -247,5 +248,5 @@ def s3_kernel(
         tl.store(out, tl.reduce(sum_update, 0, _add))
         tl.store(out + 1, tl.reduce(max_update, 0, _larger))
         tl.store(out + 2, tl.reduce(sum_square, 0, _add))
-        tl.store(out + 3, tl.reduce(zeros, 0, _add).to(tl.float32))
-        tl.store(out + 4, tl.reduce(nonfinite, 0, _add).to(tl.float32))
+        tl.store(out + 3, tl.reduce(zeros, 0, _add))
+        tl.store(out + 4, tl.reduce(nonfinite, 0, _add))

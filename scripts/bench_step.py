@@ -585,7 +585,7 @@ def _write(comparisons: Sequence[bench.Comparison], options: argparse.Namespace)
         "commit": said("git", "rev-parse", "HEAD"),
         "changed": bool(said("git", "status", "--porcelain", "--untracked-files=no")),
         "machine": here,
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": {k: v for k, v in vars(options).items() if k != "output"},
         "bytes": "read and written, counted by hand, each tensor once in each phase that needs it",
         "ratio": "to the baseline's whole step in the same round",
         "host": "on a GPU ms include the host's launches, as the stream is empty before each call",

@@ -242,7 +242,10 @@ def _resume(
             )
     else:
         finished = {}
-    Path(folder, "plan.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    plan = folder / "plan.json"
+    new = folder / "plan.json.new"  # a kill must not leave parts with half a plan
+    new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    new.replace(plan)
     for path in folder.glob("*.tmp.*"):
         shutil.rmtree(path, ignore_errors=True)
     return finished

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,15 @@ def call_and_kill(folder: Path, prefix: Path, seconds: float) -> bool:
     if not child:
         try:
             build(folder, prefix)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(not Path(f"{prefix}.json").exists())
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0, "the one killed before left what cannot be gone on with"
             return True
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
@@ -76,7 +81,9 @@ def test_killed_again_and_again_it_ends_in_the_same_files(
     assert made["train"]["documents"] + made["valid"]["documents"] == COUNT - 16
     prefix = tmp_path / "killed" / "set"
     moments, seen = random.Random(seed), [0]
-    while not call_and_kill(text, prefix, moments.uniform(0, seconds)):
+    for _ in range(200):
+        if call_and_kill(text, prefix, moments.uniform(0, seconds)):
+            break
         if not Path(f"{prefix}.json").exists():
             seen.append(len(parts_of(prefix)))
         seconds *= 1.1

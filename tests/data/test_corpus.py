@@ -181,6 +181,8 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
     replace, done = os.replace, []
 
     def dying(*paths: str) -> None:
+        if Path(paths[1]).name == "plan.json":  # not a file of the dataset
+            return replace(*paths)
         if len(done) == renames:
             raise KeyboardInterrupt
         done.append(paths)

@@ -5,8 +5,8 @@
 
 AdamW's step is what Megatron does: the gradients' norm, clipping, the optimizer, the copy to the
 bf16 model parameters; S3's is its one pass, which writes the bf16 model parameters too.  Every
-round times every candidate once, in an order that moves on, so that what else the machine does
-hits all alike; ratios are taken within rounds.
+round times every candidate once, in an order drawn anew, so that what else the machine does, and
+what the one before has left in the caches, hits all alike; ratios are taken within rounds.
 
 Gradients and model parameters lie in one buffer each at the distances that Megatron has given them
 (gaps shortened by multiples of 4096 elements); main parameters and states are tensors of their own,
@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -430,12 +431,12 @@ def compare(
     }
     calls["copy"] = [("copy", lambda: memory.copied[1].copy_(memory.copied[0]))]
     memory.copied[1].copy_(memory.copied[0])
-    order = list(calls)
+    order, drawn = list(calls), random.Random(1)
     times: dict[str, list[tuple[float, float]]] = {}
     for turn in range(options.rounds):
         say(f"{name}: round {turn + 1} of {options.rounds}")
-        first = turn % len(order)
-        for key in order[first:] + order[:first]:
+        drawn.shuffle(order)
+        for key in order:
             for part, call in calls[key]:
                 times.setdefault(part, []).append(timed(call, device))
     memory.check()

@@ -102,6 +102,20 @@ INLINE Half to_bfloat16(const Float& x) {
   return narrowed((bits + up) >> 16);
 }
 
+// Whether the CPU's own instruction has written them: it rounds as above, but takes denormals for 0.
+INLINE bool write_bfloat16(char* to, const Floats& values) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+  constexpr int DENORMAL = 0x20;
+  __mmask16 denormal = 0;
+  EACH denormal |= _mm512_fpclass_ps_mask((__m512)values[k], DENORMAL);
+  if (denormal) return false;
+  EACH write(to + k * sizeof(Half), _mm512_cvtneps_pbh((__m512)values[k]));
+  return true;
+#else
+  return false;
+#endif
+}
+
 INLINE Float from_float16(const Half& half) {
   const Int bits = widened(half);
   const Int magnitude = bits & 0x7fff;
@@ -140,7 +154,7 @@ INLINE void store(const Array& array, int64_t i, const Floats& values) {
   if (array.dtype == FLOAT32) {
     EACH write(to + k * sizeof(Float), values[k]);
   } else if (array.dtype == BFLOAT16) {
-    EACH write(to + k * sizeof(Half), to_bfloat16(values[k]));
+    if (!write_bfloat16(to, values)) EACH write(to + k * sizeof(Half), to_bfloat16(values[k]));
   } else if (array.dtype == FLOAT16) {
     EACH write(to + k * sizeof(Half), to_float16(values[k]));
   }

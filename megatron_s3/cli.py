@@ -14,6 +14,10 @@ VERBS = {
     "configs": ("megatron_s3.launch.shipped", "list and check the configurations"),
     "data": ("megatron_s3.data.__main__", "text to Megatron's datasets"),
     "export": ("megatron_s3.checkpoints.export", "a checkpoint to a Hugging Face GPT-2 model"),
+    "convert": (
+        "megatron_s3.checkpoints.convert",
+        "a checkpoint of AdamW's to one that S3 resumes, and back",
+    ),
     "eval": ("megatron_s3.checkpoints.evaluate", "exported models on the paper's five tasks"),
 }
 

@@ -111,7 +111,7 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
             f"{found} is in the format --ckpt-format torch, which only the layout that saved it "
             "reads. Run its training command once more, in that layout, with "
             f"--load {found.parent} --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, "
-            "and export FOLDER/torch_dist."
+            "and give FOLDER/torch_dist."
         )
     if not (found / "metadata.json").is_file() or not list(found.glob("*.distcp")):
         raise CheckpointError(

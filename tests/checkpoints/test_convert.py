@@ -1,0 +1,320 @@
+"""AdamW's checkpoints under S3 and back, with the real trainer, and what is refused."""
+
+import io
+import json
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_s3.checkpoints import convert, transfer
+from tests.trainer import assert_bitwise_equal, brief, tensors, train
+
+GROUP = {
+    "wd_mult": 1.0,
+    "max_lr": 3e-4,
+    "lr": 3e-4,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "bias_correction": True,
+    "step": 100.0,
+}
+SHARDED = "optimizer.state.{}.decoder.weight"
+BUCKET = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(x).bucket_idx_0.{}"
+
+
+def arguments(**other: object) -> Namespace:
+    values = {
+        "optimizer": "adam",
+        "lr": 3e-4,
+        "min_lr": 3e-5,
+        "weight_decay": 0.1,
+        "clip_grad": 1.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_eps": 1e-8,
+        "use_distributed_optimizer": True,
+    }
+    return Namespace(**values | other)
+
+
+def common(**other: object) -> dict:
+    return {
+        "args": arguments(),
+        "iteration": 100,
+        "opt_param_scheduler": {"max_lr": 3e-4, "min_lr": 3e-5, "start_wd": 0.1, "num_steps": 9},
+        "optimizer": {"optimizer": {"param_groups": [dict(GROUP)]}},
+    } | other
+
+
+def write(folder: Path, state: dict[str, torch.Tensor], objects: dict) -> Path:
+    """A checkpoint in the format torch_dist, as an older Megatron lays it out, without Megatron."""
+    iteration = folder / "iter_0000100"
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(iteration), no_dist=True)
+    torch.save(objects, iteration / "common.pt")
+    (iteration / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
+    return folder
+
+
+def states(shape: tuple[int, ...] = (64, 3), dtype: torch.dtype = torch.float32) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    m, v = torch.randn(2, *shape, generator=generator).to(dtype)
+    weight = torch.randn(shape, generator=generator)
+    return {
+        "decoder.weight": weight.bfloat16(),
+        SHARDED.format("param"): weight,
+        SHARDED.format("exp_avg"): m * 1e-3,
+        SHARDED.format("exp_avg_sq"): v.square() * 1e-6,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_follow_the_rule_and_weights_stay(dtype: torch.dtype, tmp_path: Path) -> None:
+    before = states(dtype=dtype)
+    given = write(tmp_path / "adamw", before, common())
+    kept = {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
+    record = convert.convert(given, tmp_path / "s3", "s3")
+    after = tensors(tmp_path / "s3", 100)
+    assert set(after) == {name.replace("exp_avg_sq", "exp_pnorm") for name in before}
+    for name in ("decoder.weight", SHARDED.format("param")):
+        assert torch.equal(after[name], before[name])
+    m, v = (before[SHARDED.format(name)].float() for name in ("exp_avg", "exp_avg_sq"))
+    assert torch.equal(after[SHARDED.format("exp_avg")], (m / (1 - 0.9**100)).to(dtype))
+    wanted = (v / (1 - 0.95**100)).sqrt().to(dtype)
+    assert torch.equal(after[SHARDED.format("exp_pnorm")], wanted)
+    assert kept == {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
+    assert record == json.loads((tmp_path / "s3/convert.json").read_text()) | {
+        "changed": record["changed"]
+    }
+
+    convert.convert(tmp_path / "s3", tmp_path / "back", "adam")
+    back = tensors(tmp_path / "back", 100)
+    # Two roundings each of r and m, and a square.
+    rtol = 8 * torch.finfo(dtype).eps
+    for name in before:
+        torch.testing.assert_close(back[name], before[name], rtol=rtol, atol=0)
+
+
+def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
+    given = write(tmp_path / "adamw", states(), common())
+    convert.convert(given, tmp_path / "s3", "s3", s3={"p": 2.0})
+    folder = tmp_path / "s3/iter_0000100"
+    found = torch.load(folder / "common.pt", weights_only=False)
+    args = found["args"]
+    assert (args.optimizer, args.lr, args.min_lr) == ("s3", 3e-3, 3e-4)
+    assert (args.weight_decay, args.clip_grad, args.s3_p, args.s3_beta) == (0.01, 0.0, 2.0, 0.95)
+    assert found["iteration"] == 100
+    schedule = {"max_lr": 3e-3, "min_lr": 3e-4, "start_wd": 0.01, "num_steps": 9}
+    assert found["opt_param_scheduler"] == schedule
+    (group,) = found["optimizer"]["optimizer"]["param_groups"]
+    assert group == {
+        "wd_mult": 1.0, "max_lr": 3e-3, "lr": 3e-3, "weight_decay": 0.01, "step": 100,
+        "beta": 0.95, "p": 2.0, "beta2": None, "nesterov": True, "bias_correction": False,
+        "algorithm": "s3",
+    }  # fmt: skip
+
+    convert.convert(tmp_path / "s3", tmp_path / "back", "adam")
+    back = torch.load(tmp_path / "back/iter_0000100/common.pt", weights_only=False)
+    (group,) = back["optimizer"]["optimizer"]["param_groups"]
+    assert GROUP.items() <= group.items()
+    assert vars(arguments()).items() <= vars(back["args"]).items()
+    assert "algorithm" not in group and "beta" not in group
+
+
+def test_a_step_beside_the_groups_is_found_and_put_back() -> None:
+    """torch's AdamW where the state is not sharded."""
+    group = {k: v for k, v in GROUP.items() if k != "step"}
+    optimizer = {"state": {"common_step": torch.tensor(7.0)}, "param_groups": [group]}
+    given = {"args": arguments(use_distributed_optimizer=False), "optimizer": optimizer}
+    there = transfer.settings([given], "s3")
+    assert (there.step, there.corrections) == (7, (1 - 0.9**7, 1 - 0.95**7))
+    new = transfer.convert_object(given, there)
+    assert "state" not in new["optimizer"] and new["optimizer"]["param_groups"][0]["step"] == 7
+    back = transfer.convert_object(new, transfer.settings([new], "adam"))
+    assert back["optimizer"]["state"] == {"common_step": torch.tensor(7.0)}
+
+
+def test_an_exact_factor_needs_no_new_bytes() -> None:
+    """After 400 updates 0.9**t is nothing to a float64's 1."""
+    there = transfer.settings([common(optimizer={"param_groups": [GROUP | {"step": 400}]})], "s3")
+    assert there.corrections[0] == 1
+    assert not transfer.changes(SHARDED.format("exp_avg"), there)
+    assert transfer.changes(SHARDED.format("exp_avg_sq"), there)
+
+
+def test_rates_are_scaled_as_on_paper() -> None:
+    assert 3e-4 * 10 != 3e-3
+    assert transfer.scaled(3e-4, 10.0) == 3e-3
+    assert transfer.over(0.1, 10.0) == 0.01
+
+
+def test_names_of_states() -> None:
+    assert transfer.state_of("chained_1." + SHARDED.format("exp_avg")) == "exp_avg"
+    assert transfer.rename(BUCKET.format("exp_avg_sq"), "s3") == BUCKET.format("exp_pnorm")
+    assert transfer.rename("decoder.exp_avg_sq", "s3") == "decoder.exp_avg_sq"
+    assert transfer.state_of("optimizer.state.param.exp_avg_sq") == "param"
+
+
+def test_memory_between_parameters_does_no_harm() -> None:
+    there = transfer.settings([common()], "s3")
+    given = torch.tensor([-1.0, float("nan"), float("inf"), 0.0])
+    new = transfer.convert_tensor(BUCKET.format("exp_avg_sq"), given, there)
+    wanted = torch.tensor([0.0, float("nan"), float("inf"), 0.0])
+    torch.testing.assert_close(new, wanted, equal_nan=True)
+
+
+def error(*argv: str | Path) -> str:
+    """What the command says on stderr, in one line."""
+    with pytest.MonkeyPatch.context() as patch:
+        said = io.StringIO()
+        patch.setattr(sys, "stderr", said)
+        assert convert.main([str(word) for word in argv]) == 2
+    (line,) = said.getvalue().splitlines()
+    return line
+
+
+def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+    given = write(tmp_path / "adamw", states(), common())
+    output = tmp_path / "out"
+
+    def refused(folder: Path = given, to: str = "s3") -> str:
+        line = error(folder, output, "--to", to)
+        assert not output.exists()
+        assert not list(tmp_path.glob(".*.part"))
+        return line
+
+    assert "it is --optimizer adam's already" in refused(to="adam")
+    for name, args, said in (
+        ("lion", arguments(optimizer="lion"), "neither AdamW's nor S3's"),
+        ("none", arguments(no_save_optim=True), "--no-save-optim"),
+        ("s3", arguments(optimizer="s3"), "it is --optimizer s3's already"),
+    ):
+        assert said in refused(write(tmp_path / name, states(), common(args=args)))
+    two = {"param_groups": [GROUP, GROUP | {"step": 3}]}
+    assert "no one number of steps" in refused(
+        write(tmp_path / "two", states(), common(optimizer=two))
+    )
+    l2 = {"param_groups": [GROUP | {"decoupled_weight_decay": False}]}
+    assert "not AdamW" in refused(write(tmp_path / "l2", states(), common(optimizer=l2)))
+    eight = states() | {SHARDED.format("exp_avg_sq"): torch.zeros(3, dtype=torch.uint8)}
+    assert "--exp-avg-sq-dtype fp32 or bf16" in refused(write(tmp_path / "eight", eight, common()))
+    half = states()
+    del half[SHARDED.format("exp_avg_sq")]
+    assert "exp_avg_sq are expected" in refused(write(tmp_path / "half", half, common()))
+
+    class Unknown:
+        pass
+
+    globals()["Unknown"] = Unknown
+    Unknown.__qualname__ = "Unknown"
+    assert "Unknown" in refused(write(tmp_path / "unsafe", states(), common(more=Unknown())))
+
+    output.mkdir()
+    assert f"{output} exists" in error(given, output, "--to", "s3")
+    output.rmdir()
+    file = given / "iter_0000100/__0_0.distcp"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    assert f"{file} has" in refused()
+    file.write_bytes(b"\0" * len(content))
+    assert f"{file}: optimizer.state.exp_avg" in refused()
+    file.unlink()
+    assert f"{file} is missing" in refused()
+    (given / "iter_0000100/.metadata").unlink()
+    assert ".metadata cannot be read" in refused()
+    (given / "iter_0000100/metadata.json").unlink()
+    assert "not a complete checkpoint" in refused()
+
+
+@pytest.mark.parametrize("place", [0, 0.2, 0.4, 0.6, 0.8, 0.99])
+def test_what_reads_back_wrongly_is_not_left(place: float, tmp_path: Path, monkeypatch) -> None:
+    given = write(tmp_path / "adamw", states(), common())
+    honest = convert._write
+
+    def flipped(source, folder, settings):
+        result = honest(source, folder, settings)
+        (file,) = folder.glob("*.distcp")
+        content = bytearray(file.read_bytes())
+        content[int(place * len(content))] ^= 1
+        file.write_bytes(content)
+        return result
+
+    monkeypatch.setattr(convert, "_write", flipped)
+    with pytest.raises(convert.Mismatch):
+        convert.convert(given, tmp_path / "s3", "s3")
+    assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
+
+
+def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, monkeypatch) -> None:
+    """Nothing is cleaned up, as after kill -9 at the last moment before the verification."""
+    given = write(tmp_path / "adamw", states(), common())
+    monkeypatch.setattr(convert, "_verify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(given, tmp_path / "s3", "s3")
+    (left,) = tmp_path.glob(".s3.*.part")
+    assert not (tmp_path / "s3").exists()
+    assert not (left / "latest_checkpointed_iteration.txt").exists()
+    with pytest.raises(convert.weights.CheckpointError, match="no save has finished"):
+        convert.weights.find(left)
+
+
+BF16 = ["--bf16", "--use-distributed-optimizer"]
+LAYOUTS = {
+    "dp2, dp_reshardable": (2, BF16),
+    "tp2, fully_reshardable": (
+        2,
+        [*BF16, "--dist-ckpt-optim-fully-reshardable", "--tensor-model-parallel-size", "2"],
+    ),
+    "pp2, dp_reshardable": (2, [*BF16, "--pipeline-model-parallel-size", "2"]),
+    "1, fp32, not sharded": (1, []),
+    "dp2, bf16, not sharded": (2, ["--bf16"]),
+    "ep2, reshardable": (
+        2,
+        [
+            *[*BF16, "--dist-ckpt-optim-fully-reshardable", "--num-experts", "2"],
+            *["--expert-model-parallel-size", "2", "--no-bias-gelu-fusion"],
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", brief(LAYOUTS, "dp2, dp_reshardable", "tp2, fully_reshardable"))
+def test_the_trainer_resumes_what_was_converted(layout: str, tmp_path: Path) -> None:
+    """AdamW for 2 steps, S3 for 2 from its converted state, and AdamW for 2 from S3's.
+
+    What is resumed is what the conversion wrote: saved again without a step, it is the same bits.
+    """
+    ranks, flags = LAYOUTS[layout]
+    adamw, s3, back, resumed = (tmp_path / name for name in ("adamw", "s3", "back", "resumed"))
+    old = ["--optimizer", "adam", *flags, "--lr", "3e-4", "--weight-decay", "0.1"]
+    new = ["--optimizer", "s3", *flags, "--lr", "3e-3", "--weight-decay", "0.01"]
+    saving = ["--save-interval", 2, "--save"]
+    train(*old, *saving, adamw, ranks=ranks)
+    convert.convert(adamw, s3, "s3", iteration=2)
+    run = train(*new, "--load", s3, *saving, resumed, ranks=ranks)
+    assert set(run.losses) == {3, 5, 6}
+    before, after = tensors(adamw, 2), tensors(s3, 2)
+    for name, value in before.items():
+        there = after[transfer.rename(name, "s3")]
+        state = transfer.state_of(name)
+        if state == "exp_avg":
+            assert torch.equal(there, value / (1 - 0.9**2))
+        elif state == "exp_avg_sq":
+            assert torch.equal(there, (value / (1 - 0.999**2)).sqrt())
+        else:
+            assert torch.equal(there, value)
+    again = ["--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", tmp_path / "again"]
+    train(*new, "--load", s3, *again, ranks=ranks)
+    assert_bitwise_equal(after, tensors(tmp_path / "again/torch_dist", 2))
+
+    convert.convert(resumed, back, "adam", iteration=4)
+    run = train(*old, "--load", back, ranks=ranks)
+    assert set(run.losses) == {5}  # 6 is the second line

@@ -37,6 +37,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_s3 import S3
+from megatron_s3.kernels import cpu
+from megatron_s3.kernels.operands import Operands
 from megatron_s3.mcore.shards import Shard
 from megatron_s3.report import bench
 
@@ -50,6 +52,8 @@ FLAT = {"cpu": 1 << 26, "cuda": 1 << 28}
 #: Elements of the tensor that is copied: too large for any cache.
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}
 BASELINE = "adamw-fused"
+#: Elements of a tensor for which a core has room in its own cache, with its gradient and states.
+IN_CACHE = 32768
 #: Distances in a buffer are kept modulo this many elements.
 _PAGE = 4096
 #: Bytes that a parameter takes here: fp32 x, g, m, v; bf16 x, g, m, v; temporaries, foreach's or
@@ -186,6 +190,8 @@ class Candidate:
         key, label, kind: see :class:`megatron_s3.report.bench.Timing`.
         phases: name, bytes per parameter and call, in order; together they are the step.
         path: tells what ran.
+        in_cache: the same work on memory that a core's own cache holds, or None: what is left of
+            the time when memory costs nothing.
     """
 
     key: str
@@ -193,6 +199,7 @@ class Candidate:
     kind: str
     phases: list[tuple[str, float, Callable[[], object]]]
     path: Callable[[], str] = field(default=lambda: "")
+    in_cache: Callable[[], object] | None = None
 
     def step(self) -> None:
         """The whole of it."""
@@ -338,7 +345,25 @@ def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dt
         "kernel" if fused else "portable",
         [("step", s3_bytes(grad, state), optimizer.step)],
         lambda: optimizer.path,
+        in_cache(memory.elements, p, grad, state) if path == "cpp" else None,
     )
+
+
+def in_cache(elements: int, p: float, grad: torch.dtype, state: torch.dtype) -> Callable:
+    """The C++ kernel's step of as many elements, all of them the same 32,768 for each thread."""
+    generator = torch.Generator().manual_seed(1)
+
+    def operands() -> Operands:
+        gradient = torch.empty(IN_CACHE).normal_(0, 1e-3, generator=generator).to(grad)
+        states = tuple(torch.zeros(IN_CACHE, dtype=state) for _ in range(2))
+        return Operands(
+            torch.ones(IN_CACHE), gradient, states, torch.ones(IN_CACHE, dtype=torch.bfloat16)
+        )
+
+    threads = torch.get_num_threads()
+    share = [operands() for _ in range(threads)]
+    work = [one for one in share for _ in range(max(1, round(elements / IN_CACHE / threads)))]
+    return lambda: cpu.step(work, lr=1e-4, weight_decay=0.1, beta=0.95, p=p)
 
 
 def candidates(memory: Memory, device: str, ps: Sequence[float]) -> Iterator[Candidate]:
@@ -429,6 +454,9 @@ def compare(
         + [(f"{c.key}/{phase}", call) for phase, _, call in c.phases if len(c.phases) > 1]
         for c in usable
     }
+    for c in usable:
+        if c.in_cache is not None:
+            calls[c.key].append((f"{c.key}/in cache", c.in_cache))
     calls["copy"] = [("copy", lambda: memory.copied[1].copy_(memory.copied[0]))]
     memory.copied[1].copy_(memory.copied[0])
     order, drawn = list(calls), random.Random(1)
@@ -453,6 +481,11 @@ def compare(
                 timing(f"{c.key}/{phase}", phase, "phase", count, call)
                 for phase, count, call in c.phases
             ]
+        if c.in_cache is not None:
+            count = c.bytes_per_parameter
+            timings.append(
+                timing(f"{c.key}/in cache", "from the cache", "phase", count, c.in_cache)
+            )
     total = sum(shard.numel for shard in shards)
     return bench.Comparison(
         shape=shape,

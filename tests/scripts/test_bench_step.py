@@ -59,6 +59,8 @@ def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, 
             "bf16-grads-bf16-states": 20,
         }.items():
             expected[f"s3-{path}-p3-{kind}"] = count
+            if path == "cpp":
+                expected[f"s3-cpp-p3-{kind}/in cache"] = count
     assert counted == expected
     for c in one["candidates"]:
         assert len(c["rounds_ms"]) == 2 and c["launches"] is None

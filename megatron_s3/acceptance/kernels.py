@@ -215,7 +215,7 @@ def _list(case: Case, device: str, chunk: int, full: bool) -> list[Placed]:
     if full:
         sizes += [3 * chunk + 17, 64 * chunk]
     else:
-        sizes, offsets = [1, 129, chunk, chunk + 1], (0, 1)
+        sizes, offsets = [1, 129, chunk + 1], (0, 1)
     return [
         Placed(size, case, device, offset=offset, seed=offset)
         for size in sizes

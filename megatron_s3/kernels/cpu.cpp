@@ -261,32 +261,42 @@ struct S3 {
 
 // megatron_s3/kernels/statistics.py. One accumulator a lane, so that the loop is vectorized.
 struct Statistics {
-  double sum_abs_update[BLOCK] = {}, sum_sq_grad[BLOCK] = {};
+  static constexpr int FIELDS = 8;
+  double sum_abs_update[BLOCK] = {}, sum_sq_update[BLOCK] = {}, sum_sq_param[BLOCK] = {};
+  double sum_sq_grad[BLOCK] = {};
   float max_abs_update[BLOCK] = {};
-  int32_t zero_grads[BLOCK] = {}, nonfinite_grads[BLOCK] = {};
+  int32_t large_updates[BLOCK] = {}, zero_grads[BLOCK] = {}, nonfinite_grads[BLOCK] = {};
 
-  __attribute__((noinline)) void add(const float* update, const float* grad, int count) {
+  __attribute__((noinline)) void add(const float* update, const float* grad, const float* param,
+                                     int count) {
     for (int j = 0; j < count; ++j) {
       float u = __builtin_fabsf(update[j]), g = grad[j];
       u = u == u ? u : 0.0f;
+      const double wide_u = u, x = param[j] == param[j] ? param[j] : 0.0f;
       const bool finite = __builtin_fabsf(g) < __builtin_inff();
       zero_grads[j] += g == 0.0f;
       nonfinite_grads[j] += !finite;
       const double finite_g = finite ? g : 0.0f;
-      sum_abs_update[j] += u;
+      sum_abs_update[j] += wide_u;
+      sum_sq_update[j] += wide_u * wide_u;
+      sum_sq_param[j] += x * x;
+      large_updates[j] += u > 0.9f;
       max_abs_update[j] = max_abs_update[j] < u ? u : max_abs_update[j];
       sum_sq_grad[j] += finite_g * finite_g;
     }
   }
 
   void write_row(double* row) const {
-    for (int f = 0; f < 5; ++f) row[f] = 0;
+    for (int f = 0; f < FIELDS; ++f) row[f] = 0;
     for (int j = 0; j < BLOCK; ++j) {
       row[0] += sum_abs_update[j];
       row[1] = row[1] < max_abs_update[j] ? max_abs_update[j] : row[1];
-      row[2] += sum_sq_grad[j];
-      row[3] += zero_grads[j];
-      row[4] += nonfinite_grads[j];
+      row[2] += sum_sq_update[j];
+      row[3] += large_updates[j];
+      row[4] += sum_sq_param[j];
+      row[5] += sum_sq_grad[j];
+      row[6] += zero_grads[j];
+      row[7] += nonfinite_grads[j];
     }
   }
 };
@@ -310,10 +320,11 @@ __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, i
     EACH write(o.param.data + (i + k * WIDTH) * 4, x[k]);
     if (o.model_param.dtype != NONE) store(o.model_param, i, x);
     if (statistics) {
-      float update[BLOCK], grad[BLOCK];
+      float update[BLOCK], grad[BLOCK], param[BLOCK];
       EACH write((char*)(update + k * WIDTH), u[k]);
       EACH write((char*)(grad + k * WIDTH), g[k]);
-      statistics->add(update, grad, count);
+      EACH write((char*)(param + k * WIDTH), x[k]);
+      statistics->add(update, grad, param, count);
     }
   }
 }
@@ -355,7 +366,7 @@ struct IeeeArithmetic {
 };
 
 // Every chunk whose first element, counted over all operands, lies in [begin, end).
-// rows: one of five doubles for every chunk of all operands, or null.
+// rows: one of eight doubles for every chunk of all operands, or null.
 void step(Chunk chunk, const Operands* operands, int64_t count, int64_t begin, int64_t end,
           const Scalars& scalars, double* rows) {
   const IeeeArithmetic ieee;
@@ -372,7 +383,7 @@ void step(Chunk chunk, const Operands* operands, int64_t count, int64_t begin, i
       if (rows) {
         Statistics statistics;
         chunk(operands[t], i, stop, scalars, &statistics);
-        statistics.write_row(rows + 5 * row);
+        statistics.write_row(rows + Statistics::FIELDS * row);
       } else {
         chunk(operands[t], i, stop, scalars, nullptr);
       }

@@ -119,7 +119,8 @@ def step(
         for other in others:
             other.result()
     if statistics is not None:
-        statistics.add(rows)
+        counted = torch.tensor([-(-count // chunk) for count in counts])
+        statistics.add(rows, torch.tensor([o.row for o in operands]).repeat_interleave(counted))
     # Autograd must notice that what it saved was changed.
     for o in operands:
         increment_version(o.param)

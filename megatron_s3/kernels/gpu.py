@@ -137,7 +137,7 @@ def step(
                 FORGETS=beta_s == 0,
             )
             if statistics is not None:
-                statistics.add(partials)
+                statistics.add(partials, _statistics_rows(group, plan))
     # Autograd must notice that what it saved was changed.
     for o in operands:
         increment_version(o.param)
@@ -229,6 +229,8 @@ class _Recent(OrderedDict):
 _tables = _Recent()
 #: By device and sizes, so that gradients that move cost but a new table.
 _chunks = _Recent()
+#: By device and rows.
+_statistics = _Recent()
 #: What a CUDA graph may read whenever it is replayed.
 _captured: list[_Plan] = []
 
@@ -253,6 +255,13 @@ def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(plan)
     return plan
+
+
+def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
+    """Of every program the row of the statistics, int64, on the device."""
+    rows, device = tuple(o.row for o in group), plan.chunks.device
+    of_tensor = _statistics.find((device, rows), lambda: torch.tensor(rows, device=device))
+    return of_tensor[plan.chunks[:, 0].long()]
 
 
 def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:

@@ -128,7 +128,9 @@ def _s3_update(
 
 
 @triton.jit
-def _counted(sum_update, max_update, sum_square, zeros, nonfinite, u, g, is_zero):
+def _counted(
+    sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite, u, g, x, is_zero
+):
     """The statistics with one block more; see :mod:`megatron_s3.kernels.statistics`."""
     size = tl.abs(u)
     size = tl.where(size == size, size, 0.0)
@@ -137,7 +139,10 @@ def _counted(sum_update, max_update, sum_square, zeros, nonfinite, u, g, is_zero
     return (
         sum_update + size,
         tl.maximum(max_update, size),
-        sum_square + tl.where(finite, wide * wide, 0.0),
+        sq_update + size * size,
+        large + (size > 0.9).to(tl.int32),
+        sq_param + tl.where(x == x, x * x, 0.0),
+        sq_grad + tl.where(finite, wide * wide, 0.0),
         zeros + is_zero.to(tl.int32),
         nonfinite + 1 - finite.to(tl.int32),
     )
@@ -148,7 +153,7 @@ def s3_kernel(
     table,  # *int64: ROW fields a tensor
     chunks,  # *int32: 2 a program: row of the table, index of the chunk in the tensor
     rates,  # *float32: lr and 1 - lr * weight_decay, read where RATES_ON_DEVICE
-    partials,  # *float64: 5 a program, written where STATISTICS
+    partials,  # *float64: 8 a program, written where STATISTICS
     lr,
     decay,
     beta,
@@ -189,7 +194,10 @@ def s3_kernel(
     if STATISTICS:
         sum_update = tl.full((BLOCK,), 0.0, tl.float32)
         max_update = tl.full((BLOCK,), 0.0, tl.float32)
-        sum_square = tl.full((BLOCK,), 0.0, tl.float64)
+        sq_update = tl.full((BLOCK,), 0.0, tl.float32)
+        large = tl.full((BLOCK,), 0, tl.int32)
+        sq_param = tl.full((BLOCK,), 0.0, tl.float32)
+        sq_grad = tl.full((BLOCK,), 0.0, tl.float64)
         zeros = tl.full((BLOCK,), 0, tl.int32)
         nonfinite = tl.full((BLOCK,), 0, tl.int32)
 
@@ -217,8 +225,11 @@ def s3_kernel(
             if HAS_MODEL:
                 tl.store(model_ptr + at, x.to(MODEL))
             if STATISTICS:
-                sum_update, max_update, sum_square, zeros, nonfinite = _counted(
-                    *(sum_update, max_update, sum_square, zeros, nonfinite, u, g, g == 0)
+                sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite = (
+                    _counted(
+                        *(sum_update, max_update, sq_update, large, sq_param, sq_grad),
+                        *(zeros, nonfinite, u, g, x, g == 0),
+                    )
                 )
     else:
         for k in range(0, CHUNK, BLOCK):
@@ -238,15 +249,21 @@ def s3_kernel(
             tl.store(norm_ptr + at, r.to(EXP_PNORM), mask=inside)
             if HAS_MODEL:
                 tl.store(model_ptr + at, x.to(MODEL), mask=inside)
-            if STATISTICS:  # g and u are 0 outside
-                sum_update, max_update, sum_square, zeros, nonfinite = _counted(
-                    *(sum_update, max_update, sum_square, zeros, nonfinite, u, g, (g == 0) & inside)
+            if STATISTICS:  # g, u and x are 0 outside
+                sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite = (
+                    _counted(
+                        *(sum_update, max_update, sq_update, large, sq_param, sq_grad),
+                        *(zeros, nonfinite, u, g, x, (g == 0) & inside),
+                    )
                 )
 
     if STATISTICS:
-        out = partials + program * 5
+        out = partials + program * 8
         tl.store(out, tl.reduce(sum_update, 0, _add))
         tl.store(out + 1, tl.reduce(max_update, 0, _larger))
-        tl.store(out + 2, tl.reduce(sum_square, 0, _add))
-        tl.store(out + 3, tl.reduce(zeros, 0, _add))
-        tl.store(out + 4, tl.reduce(nonfinite, 0, _add))
+        tl.store(out + 2, tl.reduce(sq_update, 0, _add))
+        tl.store(out + 3, tl.reduce(large, 0, _add))
+        tl.store(out + 4, tl.reduce(sq_param, 0, _add))
+        tl.store(out + 5, tl.reduce(sq_grad, 0, _add))
+        tl.store(out + 6, tl.reduce(zeros, 0, _add))
+        tl.store(out + 7, tl.reduce(nonfinite, 0, _add))

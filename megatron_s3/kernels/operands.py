@@ -18,12 +18,14 @@ class Operands:
         grad: the gradient, as it lies; any floating dtype.
         state: the rule's state tensors in its order, advanced in place.
         model_param: a tensor that is also given the new ``x``, rounded to its dtype; or None.
+        row: of the step's statistics, which this parameter adds to.
     """
 
     param: Tensor
     grad: Tensor
     state: tuple[Tensor, ...]
     model_param: Tensor | None = None
+    row: int = 0
 
 
 _GRAD = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,6 +64,7 @@ def flatten(
     grad: Tensor,
     state: Sequence[Tensor],
     model_param: Tensor | None = None,
+    row: int = 0,
 ) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
     """Operands of a parameter, and the copies that a step on them leaves to :func:`write_back`.
 
@@ -72,6 +75,7 @@ def flatten(
     Args:
         param, grad, state: of one shape.
         model_param: of as many elements; of the same shape, or 1-d in the parameter's order.
+        row: of the statistics.
     """
     tensors = [param, grad, *state]
     if all(tensor.is_contiguous() for tensor in tensors):
@@ -92,7 +96,7 @@ def flatten(
         model_param = o.reshape(-1)
         if model_param.data_ptr() != o.data_ptr():
             copies.append((model_param, o))
-    return Operands(flat[0], flat[1], tuple(flat[2:]), model_param), copies
+    return Operands(flat[0], flat[1], tuple(flat[2:]), model_param, row), copies
 
 
 @torch.no_grad()

@@ -49,9 +49,11 @@ def step(
             x = o.param[part].to(dtype)
             grad = o.grad[part].to(dtype)
             update = rule(grad, *state, **hyperparameters)
+            step = update * lr if statistics is not None else update.mul_(lr)
+            x.mul_(1 - lr * weight_decay).sub_(step)
             if statistics is not None:
-                statistics.add(of_chunk(update, grad)[None])
-            x.mul_(1 - lr * weight_decay).sub_(update.mul_(lr))
+                row = torch.tensor([o.row], device=x.device)
+                statistics.add(of_chunk(update, grad, x), row)
             for tensor, new in zip((o.param, *o.state), (x, *state), strict=True):
                 if tensor.dtype != dtype:
                     tensor[part] = new

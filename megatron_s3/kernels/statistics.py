@@ -3,60 +3,87 @@
 import torch
 from torch import Tensor
 
-__all__ = ["FIELDS", "Statistics", "of_chunk"]
+__all__ = ["FIELDS", "LARGE", "LARGEST", "Statistics", "of_chunk"]
 
-#: Of the updates ``u``: sum and largest of ``|u|``, a NaN counting 0; of the gradients: sum of the
-#: squares of what is finite, how many are 0, how many are NaN or inf.
+#: What counts as a large update.
+LARGE = 0.9
+
+#: Of the updates ``u``: sum and largest of ``|u|``, sum of the squares, how many ``|u|`` exceed
+#: :data:`LARGE`, a NaN counting 0; of the new parameters: sum of the squares, a NaN counting 0; of
+#: the gradients: sum of the squares of what is finite, how many are 0, how many are NaN or inf.
 FIELDS = (
     "sum_abs_update",
     "max_abs_update",
+    "sum_sq_update",
+    "large_updates",
+    "sum_sq_param",
     "sum_sq_grad",
     "zero_grads",
     "nonfinite_grads",
 )
-_LARGEST = FIELDS.index("max_abs_update")
+#: Column of the maximum, the only one that is not a sum.
+LARGEST = FIELDS.index("max_abs_update")
 
 
 class Statistics:
-    """Running totals over the steps since they were last taken.
+    """Running totals over the steps since they were last taken, in one or more rows.
+
+    Args:
+        device: where the parameters are.
+        rows: how many kinds of parameters are told apart.
 
     Attributes:
-        values: float64, (5,), on the device, in the order of :data:`FIELDS`.
+        values: float64, (rows, 8), on the device, columns in the order of :data:`FIELDS`.
+        rows: the row that a parameter of the optimizer adds to; 0 for those that are not in it.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.values = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device | str, rows: int = 1) -> None:
+        self.values = torch.zeros(rows, len(FIELDS), dtype=torch.float64, device=device)
+        self.rows: dict[Tensor, int] = {}
 
-    def add(self, partials: Tensor) -> None:
+    def add(self, partials: Tensor, rows: Tensor) -> None:
         """Adds the totals of chunks; no host synchronisation.
 
         Args:
-            partials: (chunks, 5), any floating dtype.
+            partials: (chunks, 8), any floating dtype.
+            rows: int64, (chunks,), the row of each, on the device.
         """
         if partials.shape[0] == 0:
             return
         partials = partials.to(self.values)
-        largest = torch.maximum(self.values[_LARGEST], partials[:, _LARGEST].amax())
-        self.values += partials.sum(dim=0)
-        self.values[_LARGEST] = largest
+        largest = self.values[:, LARGEST].scatter_reduce(0, rows, partials[:, LARGEST], "amax")
+        self.values.index_add_(0, rows, partials)
+        self.values[:, LARGEST] = largest
 
-    def take(self) -> dict[str, float]:
-        """The totals by name, which begin again at 0; waits for the device."""
-        values = dict(zip(FIELDS, self.values.tolist(), strict=True))
+    def take(self) -> list[dict[str, float]]:
+        """The totals of each row by name, which begin again at 0; waits for the device."""
+        values = [dict(zip(FIELDS, row, strict=True)) for row in self.values.tolist()]
         self.values.zero_()
         return values
 
 
-def of_chunk(update: Tensor, grad: Tensor) -> Tensor:
-    """One row for :meth:`Statistics.add`, float64, (5,)."""
+def of_chunk(update: Tensor, grad: Tensor, param: Tensor) -> Tensor:
+    """Totals for :meth:`Statistics.add`, float64, (1, 8).
+
+    Args:
+        update: ``u``.
+        grad: the gradient.
+        param: the new parameter; all of one size and not empty.
+    """
     magnitude = update.abs().nan_to_num_(nan=0.0, posinf=torch.inf)
     finite = grad.isfinite()
     return torch.stack(
         [
             magnitude.sum(dtype=torch.float64),
             magnitude.amax().double(),
+            magnitude.double().square_().sum(),
+            (magnitude > LARGE).sum().double(),
+            param.double()
+            .nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            .square_()
+            .sum(),
             grad.double().masked_fill_(~finite, 0).square_().sum(),
             (grad == 0).sum().double(),
             (~finite).sum().double(),
         ]
-    )
+    )[None]

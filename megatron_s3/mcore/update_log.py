@@ -4,12 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_s3.kernels.statistics import FIELDS, Statistics
+from megatron_s3.kernels.statistics import LARGEST, Statistics
 from megatron_s3.optimizers import ElementwiseOptimizer
 
 __all__ = ["UpdateLog"]
-
-_LARGEST = FIELDS.index("max_abs_update")
 
 
 class UpdateLog:
@@ -35,7 +33,7 @@ class UpdateLog:
         iteration = args.curr_iteration + 1
         if iteration % args.log_interval:
             return
-        largest = self._statistics.values[_LARGEST].clone()
+        largest = self._statistics.values[0, LARGEST].clone()
         self._statistics.values.zero_()
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         if writer := get_tensorboard_writer():

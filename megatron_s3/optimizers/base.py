@@ -225,9 +225,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list]:
         state = self._init_state(param)
+        row = 0 if self.statistics is None else self.statistics.rows.get(param, 0)
         if self._has_master(param):
-            return flatten(self.state[param]["master_param"], grad, state, param.detach())
-        return flatten(param.detach(), grad, state, self.model_params.get(param))
+            return flatten(self.state[param]["master_param"], grad, state, param.detach(), row)
+        return flatten(param.detach(), grad, state, self.model_params.get(param), row)
 
     def _kernel(
         self, operands: Sequence[Operands], hyperparameters: Mapping[str, Any]

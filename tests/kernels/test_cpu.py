@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -278,16 +279,27 @@ def test_statistics(count: int, grad: torch.dtype) -> None:
     cpu.step([mine], statistics=statistics, **SHARED)
     portable.step(s3_update, [other], statistics=expected, **SHARED)
     assert_same(mine, other)
-    statistics, expected = statistics.take(), expected.take()
-    for name in ("max_abs_update", "zero_grads", "nonfinite_grads"):
+    (statistics,), (expected,) = statistics.take(), expected.take()
+    for name in ("max_abs_update", "large_updates", "zero_grads", "nonfinite_grads"):
         assert statistics[name] == expected[name]
-    assert statistics["sum_abs_update"] == pytest.approx(expected["sum_abs_update"], rel=1e-6)
+    for name in ("sum_abs_update", "sum_sq_update", "sum_sq_param"):
+        assert statistics[name] == pytest.approx(expected[name], rel=1e-6)
     squares = mine.grad[mine.grad.isfinite()].double().square().sum().item()
     assert statistics["sum_sq_grad"] == pytest.approx(squares, rel=1e-6)
     if count > 20:
         assert statistics["nonfinite_grads"] == 4
         assert statistics["max_abs_update"] == 1.0
         assert 0 < statistics["zero_grads"] < count
+
+
+def test_statistics_of_several_kinds() -> None:
+    """Row by row what the portable path counts."""
+    mine = [replace(make(count), row=row) for count, row in ((70001, 1), (33, 0), (5, 1))]
+    other = [replace(make(o.param.numel()), row=o.row) for o in mine]
+    statistics, expected = Statistics("cpu", 3), Statistics("cpu", 3)
+    cpu.step(mine, statistics=statistics, **SHARED)
+    portable.step(s3_update, other, statistics=expected, **SHARED)
+    torch.testing.assert_close(statistics.values, expected.values, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

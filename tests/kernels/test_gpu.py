@@ -6,6 +6,7 @@ what is stored in bfloat16 is compared with that.
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,7 +96,8 @@ def operands(
 
 def copied(o: Operands) -> Operands:
     model = None if o.model_param is None else o.model_param.clone()
-    return Operands(o.param.clone(), o.grad.clone(), tuple(t.clone() for t in o.state), model)
+    state = tuple(t.clone() for t in o.state)
+    return Operands(o.param.clone(), o.grad.clone(), state, model, o.row)
 
 
 def towards_zero(x: Tensor) -> Tensor:
@@ -196,18 +198,19 @@ def test_learning_rate_on_the_device() -> None:
 def test_statistics() -> None:
     """Maximum and counts exact; sums within the rounding of float32 partial sums."""
     size = chunk()
-    ours = [operands(size + 100, 1), operands(50, 2)]
+    ours = [replace(operands(size + 100, 1), row=1), operands(50, 2), replace(operands(9), row=1)]
     ours[0].grad[7], ours[0].grad[-1] = torch.inf, torch.nan
     theirs = [copied(o) for o in ours]
-    one, two = Statistics(DEVICE), Statistics(DEVICE)
+    one, two = Statistics(DEVICE, 2), Statistics(DEVICE, 2)
     gpu.step(ours, statistics=one, **OPTIONS)
     portable.step(s3_update, theirs, statistics=two, **OPTIONS)
-    found, expected = one.take(), two.take()
-    assert expected["nonfinite_grads"] == 2
-    for name in ("max_abs_update", "zero_grads", "nonfinite_grads"):
-        assert found[name] == expected[name]
-    for name in ("sum_abs_update", "sum_sq_grad"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert two.values[1, -1] == 2
+    assert not two.values[0, -1]
+    for found, expected in zip(one.take(), two.take(), strict=True):
+        for name in ("max_abs_update", "large_updates", "zero_grads", "nonfinite_grads"):
+            assert found[name] == expected[name]
+        for name in ("sum_abs_update", "sum_sq_update", "sum_sq_param", "sum_sq_grad"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
     for a, b in zip(ours, theirs, strict=True):
         assert (
             torch.equal(

@@ -179,23 +179,41 @@ def test_statistics_are_those_of_the_updates_and_gradients() -> None:
     grads[1][1, 3] = torch.inf
     grads[1][1, 4] = torch.nan
     statistics = Statistics("cpu")
-    steps(x.clone(), grads, statistics=statistics)
+    steps(x.clone(), grads, statistics=statistics, correction=2.0)
     # From 0 and with a rate of 1 the parameter becomes -u.
     probe, states = torch.zeros_like(x), [torch.zeros_like(x) for _ in range(2)]
-    updates = []
+    updates, params, moved = [], [], x.clone()
     for grad in grads:
         probe.zero_()
         operands, _ = flatten(probe, grad, states)
-        portable.step(s3_update, [operands], **SHARED | {"lr": 1.0})
+        portable.step(s3_update, [operands], **SHARED | {"lr": 1.0, "correction": 2.0})
+        moved.mul_(1 - SHARED["lr"] * SHARED["weight_decay"]).add_(probe.view_as(x) * SHARED["lr"])
+        params.append(moved.nan_to_num(0.0).double())
         updates.append(probe.abs().nan_to_num(0.0).double())
-    found = statistics.take()
+    (found,) = statistics.take()
     assert found["max_abs_update"] == max(u.max().item() for u in updates)
     assert found["zero_grads"] == 14
     assert found["nonfinite_grads"] == 2
     assert found["sum_abs_update"] == pytest.approx(sum(u.sum().item() for u in updates), rel=1e-12)
+    assert found["large_updates"] == sum((u > 0.9).sum().item() for u in updates) > 0
+    for name, of in (("sum_sq_update", updates), ("sum_sq_param", params)):
+        assert found[name] == pytest.approx(sum(t.square().sum().item() for t in of), rel=1e-6)
     squares = sum(g[g.isfinite()].double().square().sum().item() for g in grads)
     assert found["sum_sq_grad"] == pytest.approx(squares, rel=1e-6)
-    assert not any(statistics.take().values())
+    assert not any(statistics.take()[0].values())
+
+
+def test_statistics_have_a_row_for_each_kind_of_parameter() -> None:
+    """Chunks of one step and steps after one another: sums add up, a row's maximum is its own."""
+    statistics, apart = Statistics("cpu", 3), [Statistics("cpu") for _ in range(3)]
+    for row, count in ((2, 9), (0, CHUNK + 3), (2, 4)):
+        tensors = [random(count, seed=row + count) for _ in range(4)]
+        for target, where in ((statistics, row), (apart[row], 0)):
+            copies = [t.clone() for t in tensors]
+            operands, _ = flatten(copies[0], copies[1], [copies[2], copies[3].abs()], row=where)
+            portable.step(s3_update, [operands], statistics=target, **SHARED)
+    assert torch.equal(statistics.values, torch.cat([one.values for one in apart]))
+    assert not statistics.values[1].any() and statistics.values[2].any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -125,7 +125,7 @@ def test_separate_beta2_is_clamped_at_its_own_bound() -> None:
         optimizer.step()
     assert (
         1
-        < optimizer.statistics.take()["max_abs_update"]
+        < optimizer.statistics.take()[0]["max_abs_update"]
         <= s3_update_bound(0.5, 2, 0.99) * (1 + 2.0**-24)
     )
 

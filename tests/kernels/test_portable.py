@@ -179,14 +179,14 @@ def test_statistics_are_those_of_the_updates_and_gradients() -> None:
     grads[1][1, 3] = torch.inf
     grads[1][1, 4] = torch.nan
     statistics = Statistics("cpu")
-    steps(x.clone(), grads, statistics=statistics, correction=2.0)
+    steps(x.clone(), grads, statistics=statistics, correction=4.0)
     # From 0 and with a rate of 1 the parameter becomes -u.
     probe, states = torch.zeros_like(x), [torch.zeros_like(x) for _ in range(2)]
     updates, params, moved = [], [], x.clone()
     for grad in grads:
         probe.zero_()
         operands, _ = flatten(probe, grad, states)
-        portable.step(s3_update, [operands], **SHARED | {"lr": 1.0, "correction": 2.0})
+        portable.step(s3_update, [operands], **SHARED | {"lr": 1.0, "correction": 4.0})
         moved.mul_(1 - SHARED["lr"] * SHARED["weight_decay"]).add_(probe.view_as(x) * SHARED["lr"])
         params.append(moved.nan_to_num(0.0).double())
         updates.append(probe.abs().nan_to_num(0.0).double())

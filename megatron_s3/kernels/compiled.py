@@ -16,17 +16,19 @@ __all__ = ["CAPABILITIES", "VARIANTS", "Compiled", "compile_kernel", "main"]
 #: Ampere, Hopper, Blackwell.
 CAPABILITIES = (80, 90, 100)
 
-#: name: gradient, exp_avg, exp_pnorm, model parameter (or None), p (0 is any), statistics.
+#: name: gradient, exp_avg, exp_pnorm, model parameter (or None), p (0 is any), statistics, and
+#: whether gradients are bounded.
 VARIANTS = {
-    "fp32": ("fp32", "fp32", "fp32", "bf16", 3, False),
-    "fp32, no model parameter": ("fp32", "fp32", "fp32", None, 3, False),
-    "bf16 gradient": ("bf16", "fp32", "fp32", "bf16", 3, False),
-    "bf16 states": ("fp32", "bf16", "bf16", "bf16", 3, False),
-    "bf16 gradient and states": ("bf16", "bf16", "bf16", "bf16", 3, False),
-    "fp32, statistics": ("fp32", "fp32", "fp32", "bf16", 3, True),
-    "fp32, p=2": ("fp32", "fp32", "fp32", "bf16", 2, False),
-    "fp32, p=1": ("fp32", "fp32", "fp32", "bf16", 1, False),
-    "fp32, any p": ("fp32", "fp32", "fp32", "bf16", 0, False),
+    "fp32": ("fp32", "fp32", "fp32", "bf16", 3, False, False),
+    "fp32, no model parameter": ("fp32", "fp32", "fp32", None, 3, False, False),
+    "bf16 gradient": ("bf16", "fp32", "fp32", "bf16", 3, False, False),
+    "bf16 states": ("fp32", "bf16", "bf16", "bf16", 3, False, False),
+    "bf16 gradient and states": ("bf16", "bf16", "bf16", "bf16", 3, False, False),
+    "fp32, statistics": ("fp32", "fp32", "fp32", "bf16", 3, True, False),
+    "fp32, bounded gradients": ("fp32", "fp32", "fp32", "bf16", 3, False, True),
+    "fp32, p=2": ("fp32", "fp32", "fp32", "bf16", 2, False, False),
+    "fp32, p=1": ("fp32", "fp32", "fp32", "bf16", 1, False, False),
+    "fp32, any p": ("fp32", "fp32", "fp32", "bf16", 0, False, False),
 }
 
 
@@ -66,7 +68,7 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     from megatron_s3.kernels import gpu_kernel
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, None: tl.float32}
-    grad, exp_avg, exp_pnorm, model, p, statistics = VARIANTS[variant]
+    grad, exp_avg, exp_pnorm, model, p, statistics, bounded = VARIANTS[variant]
     kernel = gpu_kernel.s3_kernel
     constants = {
         "GRAD": types[grad],
@@ -77,6 +79,7 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
         "P": p,
         "NESTEROV": True,
         "FORGETS": False,
+        "BOUNDED": bounded,
         "RATES_ON_DEVICE": False,
         "STATISTICS": statistics,
         "CHUNK": gpu_kernel.CHUNK,

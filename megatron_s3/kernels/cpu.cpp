@@ -53,7 +53,7 @@ struct Operands {
 };
 
 struct Scalars {
-  float lr, decay, beta, one_minus_beta, beta_s, one_minus_beta_s, correction, bound;
+  float lr, decay, beta, one_minus_beta, beta_s, one_minus_beta_s, correction, bound, grad_bound;
 };
 
 INLINE int64_t size_of(Dtype dtype) { return dtype == NONE ? 0 : dtype == FLOAT32 ? 4 : 2; }
@@ -199,11 +199,18 @@ INLINE void power(Floats& x) {
 // S3, megatron_s3/rules/s3.py: m = state[0], r = state[1].
 template <int P, bool NESTEROV>
 struct S3 {
-  INLINE void update(Floats& u, Floats (&state)[2], const Floats& g, const Scalars& s) {
+  INLINE void update(Floats& u, Floats (&state)[2], const Floats& gradient, const Scalars& s) {
     Floats &m = state[0], &r = state[1];
     Int g_bits[LANES], r_bits[LANES], exponent[LANES], untouched[LANES];
-    Floats inverse, scale, share, d, w, y;
+    Floats g, inverse, scale, share, d, w, y;
 
+    EACH g[k] = gradient[k];
+    if (s.grad_bound < __builtin_inff()) {
+      EACH y[k] = s.grad_bound * r[k];
+      EACH y[k] = r[k] < 0x1p-126f ? Float{} + __builtin_inff() : y[k];
+      EACH g[k] = g[k] > y[k] ? y[k] : g[k];
+      EACH g[k] = g[k] < -y[k] ? -y[k] : g[k];
+    }
     // Not r == 0 for untouched: see the rule.
     if (s.beta_s == 0) EACH r[k] = Float{};
     EACH g_bits[k] = (Int)g[k] & 0x7fffffff;

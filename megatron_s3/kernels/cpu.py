@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import itertools
+import math
 import os
 import shlex
 import shutil
@@ -66,6 +67,7 @@ def step(
     beta2: float | None = None,
     nesterov: bool = True,
     correction: float = 1.0,
+    grad_bound: float | None = None,
     statistics: Statistics | None = None,
 ) -> None:
     """One step of S3, the same bits as the portable path's whatever the number of threads.
@@ -74,7 +76,8 @@ def step(
         operands: such that :func:`reason` is None.
         lr: learning rate, a number or a 0-dim tensor on the CPU.
         weight_decay: decoupled weight decay.
-        beta, p, beta2, nesterov, correction: as for :func:`megatron_s3.rules.s3.s3_update`.
+        beta, p, beta2, nesterov, correction, grad_bound: as for
+            :func:`megatron_s3.rules.s3.s3_update`.
         statistics: what to add the step's to.
 
     It works with ``torch.get_num_threads()`` threads, each with an equal share of all elements.
@@ -86,9 +89,10 @@ def step(
     if isinstance(library, str):
         raise RuntimeError(library)
     beta_s = beta if beta2 is None else beta2
-    scalars = (ctypes.c_float * 8)(
+    scalars = (ctypes.c_float * 9)(
         *(float(lr), float(1 - lr * weight_decay), beta, 1 - beta, beta_s, 1 - beta_s),
         *(correction, s3_bound(beta, p, beta2, correction)),
+        math.inf if grad_bound is None else grad_bound,
     )
     table = array("q")
     for o in operands:

@@ -86,6 +86,7 @@ def step(
     beta2: float | None = None,
     nesterov: bool = True,
     correction: float = 1.0,
+    grad_bound: float | None = None,
     statistics: Statistics | None = None,
 ) -> None:
     """One step of S3 in one launch (one for each combination of dtypes).
@@ -99,7 +100,8 @@ def step(
         operands: such that :func:`reason` is None.
         lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
         weight_decay: decoupled weight decay, likewise.
-        beta, p, beta2, nesterov, correction: as for :func:`megatron_s3.rules.s3.s3_update`.
+        beta, p, beta2, nesterov, correction, grad_bound: as for
+            :func:`megatron_s3.rules.s3.s3_update`.
         statistics: what to add the step's to.
     """
     groups = _by_dtypes(operands)
@@ -124,6 +126,7 @@ def step(
                 *((float(lr), float(decay)) if rates is None else (0.0, 1.0)),
                 *(beta, 1 - beta, beta_s, 1 - beta_s),
                 *(correction, s3_bound(beta, p, beta2, correction), p),
+                0.0 if grad_bound is None else grad_bound,
             )
             _launch(
                 plan,
@@ -135,6 +138,7 @@ def step(
                 P=int(p) if fast else 0,
                 NESTEROV=nesterov,
                 FORGETS=beta_s == 0,
+                BOUNDED=grad_bound is not None,
             )
             if statistics is not None:
                 statistics.add(partials, _statistics_rows(group, plan))

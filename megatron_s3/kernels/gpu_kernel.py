@@ -62,11 +62,17 @@ def _s3_update(
     correction,
     bound,
     p,  # read where P is 0
+    grad_bound,  # read where BOUNDED
     P: tl.constexpr,  # 1, 2 or 3; 0 for any other p
     NESTEROV: tl.constexpr,
     FORGETS: tl.constexpr,  # beta_s is 0
+    BOUNDED: tl.constexpr,
 ):
     """New exp_avg, new exp_pnorm and u from the gradient and the state, all float32."""
+    if BOUNDED:
+        limit = tl.where(r < 1.1754943508222875e-38, float("inf"), r * grad_bound)
+        g = tl.where(g > limit, limit, g)
+        g = tl.where(g < -limit, -limit, g)
     if FORGETS:
         r = tl.full(r.shape, 0.0, tl.float32)
     grad_bits = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -163,6 +169,7 @@ def s3_kernel(
     correction,
     bound,
     p,
+    grad_bound,
     GRAD: tl.constexpr,  # dtypes
     EXP_AVG: tl.constexpr,
     EXP_PNORM: tl.constexpr,
@@ -171,6 +178,7 @@ def s3_kernel(
     P: tl.constexpr,
     NESTEROV: tl.constexpr,
     FORGETS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     RATES_ON_DEVICE: tl.constexpr,
     STATISTICS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -216,7 +224,7 @@ def s3_kernel(
             r = tl.load(norm_ptr + at).to(tl.float32)
             m, r, u = _s3_update(
                 *(g, m, r, beta, one_minus_beta, beta_s, one_minus_beta_s),
-                *(correction, bound, p, P, NESTEROV, FORGETS),
+                *(correction, bound, p, grad_bound, P, NESTEROV, FORGETS, BOUNDED),
             )
             x = x * decay - lr * u
             tl.store(x_ptr + at, x)
@@ -241,7 +249,7 @@ def s3_kernel(
             r = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
             m, r, u = _s3_update(
                 *(g, m, r, beta, one_minus_beta, beta_s, one_minus_beta_s),
-                *(correction, bound, p, P, NESTEROV, FORGETS),
+                *(correction, bound, p, grad_bound, P, NESTEROV, FORGETS, BOUNDED),
             )
             x = x * decay - lr * u
             tl.store(x_ptr + at, x, mask=inside)

@@ -24,6 +24,9 @@ class S3Reference:
         nesterov: False for the ablation "w/o NAG" of Tables III and IV.
         beta2: coefficient of ``s`` and ``b``, or None for the paper's one beta.
         bias_correction: divide both averages by the sum of their weights.
+        grad_bound: limit each element of the gradient to so many times ``s**(1/p)`` of the step
+            before, where that is not 0; or None.
+        beta_ramp: take the smaller of beta and ``(t - 1) / (t + 8)``.
     """
 
     x: Tensor
@@ -33,6 +36,8 @@ class S3Reference:
     nesterov: bool = True
     beta2: float | None = None
     bias_correction: bool = False
+    grad_bound: float | None = None
+    beta_ramp: bool = False
 
     def __post_init__(self) -> None:
         self.x = self.x.double().clone()
@@ -43,8 +48,13 @@ class S3Reference:
     def step(self, grad: Tensor, lr: float) -> Tensor:
         """One iteration of the loop of Algorithm 1; returns ``n / b``, float64."""
         g, beta, p = grad.double(), self.beta, self.p
-        beta2 = beta if self.beta2 is None else self.beta2
         self.t += 1
+        if self.beta_ramp:
+            beta = min(beta, (self.t - 1) / (self.t + 8))
+        beta2 = beta if self.beta2 is None else self.beta2
+        if self.grad_bound is not None:
+            limit = torch.where(self.s > 0, self.grad_bound * self.s ** (1 / p), torch.inf)
+            g = g.clamp(-limit, limit)
         self.m = beta * self.m + (1 - beta) * g  # line 4
         self.s = beta2 * self.s + (1 - beta2) * g.abs() ** p  # line 5
         if self.nesterov:

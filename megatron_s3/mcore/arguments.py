@@ -318,7 +318,7 @@ def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer])
             "recorded"
         )
     elif _changes_by_step(cls, hyperparameters(cls, args)):
-        why_not = "bias correction changes a number each step that is recorded"
+        why_not = "bias correction or a ramp changes a number each step that is recorded"
     if why_not:
         raise ValueError(
             f"--optimizer {cls.description.name} does not support --optimizer-cuda-graph here: "

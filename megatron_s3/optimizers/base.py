@@ -95,6 +95,12 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             "path": "",
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # as torch's do: what an older version did not know
+            for h in self.description.hyperparameters:
+                group.setdefault(h.name, h.default)
+
     def _state_dtypes(
         self, given: torch.dtype | Mapping[str, torch.dtype]
     ) -> dict[str, torch.dtype]:

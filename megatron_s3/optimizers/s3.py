@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description, Hyperparameter
-from megatron_s3.rules.s3 import s3_correction, s3_update
+from megatron_s3.rules.s3 import s3_beta_ramp, s3_correction, s3_update
 
 __all__ = ["S3"]
 
@@ -35,6 +35,10 @@ class S3(ElementwiseOptimizer):
             :func:`megatron_s3.rules.s3.s3_update_bound`.
         bias_correction: divide both averages by the sum of their weights (not in the paper): the
             first update is then sign(g) instead of (1-beta**2)**(1-1/p) of it, 0.21 by default.
+        beta_ramp: in step t ``min(beta, (t - 1) / (t + 8))`` in place of beta (not in the paper;
+            see :func:`megatron_s3.rules.s3.s3_beta_ramp`).
+        grad_bound: limits every element of a gradient to so many times its own ``exp_pnorm`` of the
+            step before (not in the paper; see :func:`megatron_s3.rules.s3.s3_update`).
         error_if_nonfinite, fused, state_dtype: see
             :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`; states may be bfloat16 where
             that does not freeze them (:meth:`check_state_dtype`).
@@ -55,6 +59,16 @@ class S3(ElementwiseOptimizer):
             ),
             Hyperparameter("nesterov", True, "Nesterov momentum in numerator and denominator"),
             Hyperparameter("bias_correction", False, "correct the bias of averages begun at 0"),
+            Hyperparameter(
+                "beta_ramp", False, "begin with short averages: min(beta, (t - 1) / (t + 8))"
+            ),
+            Hyperparameter(
+                "grad_bound",
+                None,
+                "limit every element of a gradient to so many times its own denominator of the "
+                "step before",
+                1,
+            ),
         ),
         clip_grad=0.0,
         rule=s3_update,
@@ -72,6 +86,8 @@ class S3(ElementwiseOptimizer):
         nesterov: bool = True,
         beta2: float | None = None,
         bias_correction: bool = False,
+        beta_ramp: bool = False,
+        grad_bound: float | None = None,
         error_if_nonfinite: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
@@ -88,7 +104,21 @@ class S3(ElementwiseOptimizer):
             beta2=beta2,
             nesterov=nesterov,
             bias_correction=bias_correction,
+            beta_ramp=beta_ramp,
+            grad_bound=grad_bound,
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; raises ValueError for what is not allowed, before adding any."""
+        if isinstance(param_group, dict):
+            merged = self.defaults | param_group
+            for name, neutral, reason in (
+                ("bias_correction", False, "with the ramp there is no bias"),
+                ("beta2", None, "the ramp is one for both averages"),
+            ):
+                if merged["beta_ramp"] and merged[name] != neutral:
+                    raise ValueError(f"beta_ramp and {name} exclude each other: {reason}")
+        super().add_param_group(param_group)
 
     @classmethod
     def check_state_dtype(
@@ -131,8 +161,12 @@ class S3(ElementwiseOptimizer):
             )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's arguments; bias correction reaches it as one factor."""
+        """The rule's arguments; bias correction reaches it as one factor, a ramp as the beta."""
         values = super().group_hyperparameters(group)
+        if values.pop("beta_ramp"):
+            values["beta"] = s3_beta_ramp(group["step"], values["beta"])
         if values.pop("bias_correction"):
+            grad_bound = values.pop("grad_bound")
             values["correction"] = s3_correction(group["step"], **values)
+            values["grad_bound"] = grad_bound
         return values

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["s3_bound", "s3_correction", "s3_update", "s3_update_bound"]
+__all__ = ["s3_beta_ramp", "s3_bound", "s3_correction", "s3_update", "s3_update_bound"]
 
 
 def s3_update(
@@ -29,6 +29,7 @@ def s3_update(
     beta2: float | None = None,
     nesterov: bool = True,
     correction: float = 1.0,
+    grad_bound: float | None = None,
 ) -> Tensor:
     """Advances S3's state by one gradient and returns the update ``u = n / b``.
 
@@ -41,6 +42,11 @@ def s3_update(
         beta2: coefficient of ``s`` (Tables III and IV, "diff. beta"); None shares ``beta``.
         nesterov: lines 6 and 7 of Algorithm 1; False takes ``m / s**(1/p)`` (tables: "w/o NAG").
         correction: factor on ``u``, from :func:`s3_correction`; 1 is the paper's S3.
+        grad_bound: limits every element of the gradient to so many times its own ``r`` of the step
+            before; not in the paper, None does not.  An element whose ``r`` is below the smallest
+            normal number, as all are at first, is not limited.  Everything above holds of S3 on the
+            limited gradients: the bound on ``u`` is for any gradients whatever.  An infinite one is
+            limited too; a NaN stays.
 
     Returns:
         ``u``, shape and dtype of ``grad``; ``|u|`` never exceeds :func:`s3_update_bound` times
@@ -51,6 +57,12 @@ def s3_update(
     """
     beta_s = beta if beta2 is None else beta2
 
+    if grad_bound is not None:
+        limit = exp_pnorm * grad_bound
+        limit.masked_fill_(exp_pnorm < torch.finfo(grad.dtype).tiny, math.inf)
+        grad = torch.where(grad > limit, limit, grad)
+        grad = torch.where(grad < limit.neg_(), limit, grad)
+        del limit
     share = grad * (1 - beta)  # not add_(grad, alpha=...), which torch contracts where it can
     m = exp_avg.mul_(beta).add_(share)
     n = m.mul(beta).add_(share) if nesterov else m.clone()
@@ -128,6 +140,21 @@ def s3_correction(
     beta_s = beta if beta2 is None else beta2
     k = step + 1 if nesterov else step
     return (1 - beta_s**k) ** (1 / p) / (1 - beta**k)
+
+
+def s3_beta_ramp(step: int, beta: float) -> float:
+    """``min(beta, (t - 1) / (t + 8))``: short averages at first, the same for both of them.
+
+    From 0 in the first step to the full ``beta`` (0.95 in step 172).  It needs no state, and makes
+    bias correction needless: the weights in an average sum to 1 from the first step on.  As long as
+    ``m`` and ``s`` share every step's coefficient they are averages with the same weights, and
+    ``|n / b| <= 1`` by the inequality of power means, as in Theorem 2 (not in the paper).
+
+    Args:
+        step: ``t``, counted from 1.
+        beta: what it ends at.
+    """
+    return min(beta, (step - 1) / (step + 8))
 
 
 #: For each dtype: an integer of its size, its exponent's bits, the smallest normal number's bits.

@@ -13,6 +13,7 @@ WIDE = {
     "bf16 gradient and states": (1, 1),
     "fp32, p=2": (4, 3),
     "fp32, statistics": (4, 3),
+    "fp32, bounded gradients": (4, 3),
 }
 
 

@@ -157,6 +157,8 @@ def test_dtypes(
         {"beta2": 0.0},
         {"beta2": 0.0, "nesterov": False},
         {"correction": 1.7},
+        {"grad_bound": 10.0},
+        {"grad_bound": 1.0, "beta2": 0.0},
         {"correction": 0.3, "beta2": 0.99},
         {"weight_decay": 0.0},
         {"lr": 0.0},

@@ -40,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no nesterov": {"nesterov": False},
     "beta2": {"beta": 0.9, "beta2": 0.95},
     "beta=0": {"beta": 0.0},
+    "bounded": {"grad_bound": 1.5},
+    "bounded, beta=0": {"grad_bound": 1.5, "beta": 0.0},
     "correction": {"correction": 4.7, "weight_decay": 0.0},
 }
 

@@ -70,6 +70,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"bias_correction": True, "nesterov": False, "beta2": 0.99},
     {"beta2": 0.99},
     {"weight_decay": 0.1},
+    {"grad_bound": 1.2},
+    {"beta_ramp": True},
+    {"beta_ramp": True, "grad_bound": 2.0, "p": 2.0, "nesterov": False},
 ]
 
 
@@ -113,6 +116,61 @@ def test_first_update_with_bias_correction_is_the_sign() -> None:
     before, grad = param.detach().clone(), param.grad.clone()
     S3([param], lr=1.0, bias_correction=True).step()
     torch.testing.assert_close(before - param.detach(), grad.sign(), rtol=0, atol=1e-6)
+
+
+def test_ramped_averages_are_without_bias() -> None:
+    """Under one and the same gradient every update is its sign, from the first on."""
+    param = parameter(100)
+    optimizer = S3([param], lr=1.0, beta_ramp=True)
+    param.grad = torch.randn(100)
+    for _ in range(200):
+        before = param.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(before - param.detach(), param.grad.sign(), rtol=0, atol=2e-5)
+
+
+def test_no_update_exceeds_the_rate_under_a_ramp() -> None:
+    """Exact, in float64 where nothing is clamped by rounding: gradients of all magnitudes."""
+    param = torch.nn.Parameter(torch.zeros(4000, dtype=torch.float64))
+    run = S3Reference(param.detach(), beta_ramp=True)
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for _ in range(300):
+        exponent = torch.randint(-8, 9, (4000,), generator=generator)
+        grad = torch.randn(4000, generator=generator, dtype=torch.float64) * 10.0**exponent
+        largest = max(largest, run.step(grad, 1.0).abs().max().item())
+    assert 0.99 < largest <= 1 + 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias_correction": True}, {"beta2": 0.9}], ids=["bias_correction", "beta2"]
+)
+def test_what_a_ramp_excludes(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        S3([parameter(1)], beta_ramp=True, **options)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_one_bad_gradient_is_limited_to_what_came_before(fused: bool | None) -> None:
+    """A thousand times, and inf: the denominator grows by (beta + (1-beta) 10**p)**(1/p), no more.
+
+    A NaN is no magnitude, and stays.  Bound: 10 roundings.
+    """
+    param = parameter(300)
+    optimizer = S3([param], lr=0.01, grad_bound=10.0, fused=fused)
+    for t in range(30):
+        new_grads([param], t)
+        optimizer.step()
+    before = optimizer.state[param]["exp_pnorm"].clone()
+    new_grads([param], 99)
+    param.grad[:100] *= 1e6
+    param.grad[100:200] = -torch.inf
+    param.grad[200:] = torch.nan
+    optimizer.step()
+    growth = optimizer.state[param]["exp_pnorm"] / before
+    expected = torch.full((200,), (0.95 + 0.05 * 1000) ** (1 / 3))
+    torch.testing.assert_close(growth[:200], expected, rtol=10 * 2.0**-24, atol=0)
+    assert growth[200:].isnan().all() and param.detach()[:200].isfinite().all()
 
 
 def test_separate_beta2_is_clamped_at_its_own_bound() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_s3.checkpoints import convert, transfer
+from megatron_s3.optimizers import S3
 from tests.trainer import assert_bitwise_equal, brief, tensors, train
 
 GROUP = {
@@ -114,10 +115,10 @@ def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
     assert found["opt_param_scheduler"] == schedule
     (group,) = found["optimizer"]["optimizer"]["param_groups"]
     assert group == {
-        "wd_mult": 1.0, "max_lr": 3e-3, "lr": 3e-3, "weight_decay": 0.01, "step": 100,
-        "beta": 0.95, "p": 2.0, "beta2": None, "nesterov": True, "bias_correction": False,
-        "algorithm": "s3",
-    }  # fmt: skip
+        **{"wd_mult": 1.0, "max_lr": 3e-3, "lr": 3e-3, "weight_decay": 0.01, "step": 100},
+        **{h.name: h.default for h in S3.description.hyperparameters},
+        **{"p": 2.0, "algorithm": "s3"},
+    }
 
     convert.convert(tmp_path / "s3", tmp_path / "back", "adam")
     back = torch.load(tmp_path / "back/iter_0000100/common.pt", weights_only=False)

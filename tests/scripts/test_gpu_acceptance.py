@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -96,6 +97,7 @@ time.sleep(60)
         found = runner.run(Section("one", "a look", 1, process), "cpu", tmp_path, 60)
     os.close(theirs)
     assert time.monotonic() - begin < 30
+    assert select.select([pipe], [], [], 10)[0], "what it started runs on"
     assert os.read(pipe, 1) == b""  # nobody holds the other end
     os.close(pipe)
     assert [(r.check, r.status) for r in found] == [

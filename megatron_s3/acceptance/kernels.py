@@ -327,7 +327,7 @@ def _other_stream(writer: Writer) -> None:
     """Steps on a stream of their own, on gradients that the same stream has just made."""
     from megatron_s3.kernels import gpu
 
-    one = Placed(500_000, Case(), "cuda")
+    one = Placed(500_000, Case(model=None), "cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

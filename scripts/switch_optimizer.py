@@ -6,8 +6,8 @@
 The quickstart's model and text (the running Python's standard library, bytes), one rank, bf16, the
 learning rate constant after a warmup. AdamW trains to --at; from its checkpoint go on AdamW, S3
 with the state that `megatron-s3 convert` makes of AdamW's, and S3 with the weights alone
-(--no-load-optim), all on the same samples. S3's rate is 10 times AdamW's, and lr * weight_decay
-stays. Writes switch_optimizer.json, .txt and .png to DIR, where finished runs are found again.
+(--no-load-optim), all on the same samples. S3's rate is 10 times AdamW's, as in the paper's runs
+from the start, or 3 times; lr * weight_decay stays. Writes switch_optimizer.json, .txt and .png to DIR, where finished runs are found again.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from megatron_s3 import data, quickstart
 from megatron_s3.checkpoints import convert, transfer
 
 WARMUP = 20
+#: S3's learning rate over AdamW's.
+FACTORS = (10.0, 3.0)
 LR_TIMES_DECAY = 3e-5
 #: Steps after the switch over which losses are averaged.
 WINDOWS = ((1, 3), (4, 10), (11, 30), (31, 75), (76, 150))
@@ -43,17 +45,19 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     prefix = str(args.out / "text")
     data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes")
-    adamw, converted = args.out / "adamw", args.out / "converted"
+    adamw = args.out / "adamw"
     start = ["--save", adamw, "--save-interval", args.at, "--exit-interval", args.at]
-    before = train(args, prefix, "before", "adam", start)
-    if not converted.exists():
-        convert.convert(adamw, converted, "s3", iteration=args.at)
-    arms = {
-        "AdamW goes on": ("adam", ["--load", adamw]),
-        "S3, state converted": ("s3", ["--load", converted]),
-        "S3, weights alone": ("s3", ["--load", adamw, "--no-load-optim"]),
-    }
-    after = {name: train(args, prefix, name, *arm) for name, arm in arms.items()}
+    before = train(args, prefix, "before", None, start)
+    after = {"AdamW goes on": train(args, prefix, "AdamW goes on", None, ["--load", adamw])}
+    for factor in FACTORS:
+        converted = args.out / f"converted-{factor:g}"
+        if not converted.exists():
+            convert.convert(adamw, converted, "s3", iteration=args.at, lr_factor=factor)
+        for name, flags in (
+            (f"S3, state converted, {factor:g} x lr", ["--load", converted]),
+            (f"S3, weights alone, {factor:g} x lr", ["--load", adamw, "--no-load-optim"]),
+        ):
+            after[name] = train(args, prefix, name, factor, flags)
     result = {"at": args.at, "lr": args.lr, "before": before, "after": after}
     (args.out / "switch_optimizer.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(before, after, args)
@@ -64,17 +68,19 @@ def main() -> int:
 
 
 def train(
-    args: argparse.Namespace, prefix: str, name: str, optimizer: str, flags: list
+    args: argparse.Namespace, prefix: str, name: str, factor: float | None, flags: list
 ) -> dict[str, float]:
-    """The loss of each iteration of a run, by the iteration."""
+    """The loss of each iteration of a run, by the iteration; S3's at a factor, else AdamW's."""
+    optimizer = "s3" if factor else "adam"
     log = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log"
     if not (log.is_file() and log.read_text().endswith("finished\n")):
-        lr = args.lr if optimizer == "adam" else transfer.scaled(args.lr, transfer.LR_FACTOR)
+        lr = transfer.scaled(args.lr, factor or 1.0)
+        decay = transfer.over(LR_TIMES_DECAY, args.lr)
         recipe = quickstart.Recipe(
             name,
             "",
             lr,
-            transfer.over(LR_TIMES_DECAY, lr),
+            transfer.over(decay, factor or 1.0),
             ("--optimizer", optimizer, "--clip-grad", "1" if optimizer == "adam" else "0")
             + (("--adam-beta2", "0.95") if optimizer == "adam" else ()),
         )
@@ -111,7 +117,7 @@ def table(before: dict, after: dict, args: argparse.Namespace) -> str:
     heads = [f"{one}-{two}" for one, two in windows]
     rows = [
         f"AdamW's mean loss over the 10 steps before the switch, at {args.at}: {last:.3f} nats",
-        f"{'steps after the switch':24}" + "".join(f"{head:>9}" for head in heads) + "  largest",
+        f"{'steps after the switch':34}" + "".join(f"{head:>9}" for head in heads) + "  largest",
     ]
     for name, losses in after.items():
         means = [
@@ -119,7 +125,7 @@ def table(before: dict, after: dict, args: argparse.Namespace) -> str:
             for one, two in windows
         ]
         rows.append(
-            f"{name:24}" + "".join(f"{x:9.3f}" for x in means) + f"{max(losses.values()):9.3f}"
+            f"{name:34}" + "".join(f"{x:9.3f}" for x in means) + f"{max(losses.values()):9.3f}"
         )
     return "\n".join(rows)
 
@@ -134,15 +140,16 @@ def draw(before: dict, after: dict, args: argparse.Namespace) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     late = {int(i): v for i, v in before.items() if int(i) >= args.at - 100}
     axes.plot(late.keys(), late.values(), color="#222222", linewidth=1, label="AdamW")
-    for (name, losses), colour in zip(
-        after.items(), ("#DDAA33", "#004488", "#BB5566"), strict=True
-    ):
-        axes.plot([int(i) for i in losses], losses.values(), color=colour, linewidth=1, label=name)
+    colours = ("#DDAA33", "#004488", "#BB5566", "#66CCEE", "#EE99AA")
+    for (name, losses), colour in zip(after.items(), colours, strict=True):
+        means = [*losses.values()]
+        means = [statistics.mean(means[max(0, n - 4) : n + 1]) for n in range(len(means))]
+        axes.plot([int(i) for i in losses], means, color=colour, linewidth=1.2, label=name)
     axes.axvline(args.at, color="#888888", linewidth=0.8, linestyle=":")
     axes.set(
         xlabel="iteration",
-        ylabel="training loss (nats per byte)",
-        title=f"AdamW at lr {args.lr:g}, switched to S3 at lr {args.lr * transfer.LR_FACTOR:g}",
+        ylabel="training loss (nats per byte, mean of 5 steps)",
+        title=f"AdamW at lr {args.lr:g}, switched to S3 after {args.at} steps",
     )
     axes.legend(frameon=False)
     figure.savefig(args.out / "switch_optimizer.png", dpi=120)

@@ -7,7 +7,8 @@ The quickstart's model and text (the running Python's standard library, bytes), 
 learning rate constant after a warmup. AdamW trains to --at; from its checkpoint go on AdamW, S3
 with the state that `megatron-s3 convert` makes of AdamW's, and S3 with the weights alone
 (--no-load-optim), all on the same samples. S3's rate is 10 times AdamW's, as in the paper's runs
-from the start, or 3 times; lr * weight_decay stays. Writes switch_optimizer.json, .txt and .png to DIR, where finished runs are found again.
+from the start, or 3 times; lr * weight_decay stays. Writes switch_optimizer.json, .txt and .png to
+DIR, where finished runs are found again.
 """
 
 import argparse

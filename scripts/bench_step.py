@@ -45,6 +45,7 @@ from megatron_s3.report import bench
 ROOT = Path(__file__).resolve().parents[1]
 #: Shapes by name: a shipped configuration, and its number of GPUs.
 SHAPES = {
+    "64m-dp1": ("gpt2-345m-paper-s3", 1),
     "345m-dp8": ("layouts/gpt2-345m/8gpu", 8),
     "7b-dp64": ("layouts/gpt2-7b/512gpu", 128),  # tensor parallelism of 2
 }

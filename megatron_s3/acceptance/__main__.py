@@ -23,7 +23,7 @@ SECTIONS = (
     Section("graphs", "CUDA graphs of the step against eager steps", 180),
     Section("training", "Megatron's trainer with --optimizer s3, and bitwise resume", 300),
     Section("speed", "the step against AdamW's, and the kernel against a copy", 300),
-    Section("sanitizer", "the kernel under compute-sanitizer", 120),
+    Section("sanitizer", "the kernel under compute-sanitizer", 250),
     Section("suite", "the tests of the kernel", 180),
 )
 

@@ -204,10 +204,16 @@ class _Writer:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._checksum = 0
+        #: What stopped a write: a full disk, a signal.
+        self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
-        self._checksum = zlib.crc32(data, self._checksum)
-        return self._file.write(data)
+        try:
+            self._checksum = zlib.crc32(data, self._checksum)
+            return self._file.write(data)
+        except BaseException as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -299,6 +305,8 @@ def _write(source: _Source, folder: Path, settings: Settings) -> tuple[Counter, 
                 try:
                     _write_item(source, index, writer, settings, counts)
                 except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+                    if writer.error is not None:  # which torch.save makes a RuntimeError of
+                        raise writer.error from None
                     raise ConvertError(
                         f"{source.folder / name}: {index.fqn} cannot be read "
                         f"({type(error).__name__}): the checkpoint is damaged. Choose "

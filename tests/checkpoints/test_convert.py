@@ -256,6 +256,24 @@ def test_what_reads_back_wrongly_is_not_left(name: str, tmp_path: Path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
 
 
+@pytest.mark.parametrize("call", [1, 5, 20])
+def test_a_full_disk_is_called_so(call: int, tmp_path: Path, monkeypatch) -> None:
+    given = write(tmp_path / "adamw", states(), common())
+    honest, calls = convert._Writer.write, []
+
+    def full(writer, data):
+        calls.append(len(data))
+        if len(calls) < call:
+            return honest(writer, data)
+        with Path("/dev/full").open("wb", buffering=0) as file, monkeypatch.context() as patch:
+            patch.setattr(writer, "_file", file)
+            return honest(writer, data)
+
+    monkeypatch.setattr(convert._Writer, "write", full)
+    assert "No space left on device" in error(given, tmp_path / "s3", "--to", "s3")
+    assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
+
+
 def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, monkeypatch) -> None:
     """Nothing is cleaned up, as after kill -9 at the last moment before the verification."""
     given = write(tmp_path / "adamw", states(), common())

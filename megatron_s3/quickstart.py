@@ -57,7 +57,7 @@ class Recipe:
     flags: tuple[str, ...]
 
 
-S3 = Recipe("S3", "s3", 6e-3, 0.005, ("--optimizer", "s3", "--s3-log-max-update"))
+S3 = Recipe("S3", "s3", 6e-3, 0.005, ("--optimizer", "s3", "--s3-log-updates"))
 ADAMW = Recipe(
     "AdamW", "adamw", 6e-3, 0.005,
     ("--optimizer", "adam", "--adam-beta1", "0.9", "--adam-beta2", "0.95", "--clip-grad", "1.0"),

@@ -24,7 +24,7 @@
 #   python3.12 -m pip download --only-binary=:all: -d wheels \
 #     torch==2.13.0 megatron-core==0.19.2 numpy psutil pyyaml matplotlib tensorboard pytest hypothesis
 #
-# (about 3 GB), or only what a machine's own Python with torch lacks (--no-deps; about 20 MB):
+# (about 3 GB), or only what a machine's own Python with torch lacks (--no-deps; about 5 MB):
 #
 #   python3.12 -m pip download --only-binary=:all: --no-deps -d wheels \
 #     megatron-core==0.19.2 psutil pyyaml hypothesis sortedcontainers

@@ -61,8 +61,15 @@ SWITCHES = (
         "an all-reduce and a host synchronisation each step",
     ),
     (
-        "s3_log_max_update",
-        "log the largest |update| of each logging interval to TensorBoard (update/max_abs)",
+        "s3_log_updates",
+        "log size, share of large ones and ratio to the weights of each logging interval's "
+        "updates, by kind of parameter and layer, to TensorBoard, Weights & Biases and "
+        "metrics.jsonl",
+    ),
+    (
+        "s3_metrics",
+        "write losses, learning rate and the like to metrics.jsonl in --tensorboard-dir (else "
+        "--save), with any --optimizer; implied by --s3-log-updates",
     ),
     (
         "s3_no_fused",
@@ -159,13 +166,14 @@ def validate_args(
     defaults = args.__dict__.pop("_s3_upstream_defaults", {})
     clip_grad_given = not isinstance(args.clip_grad, _Default)
     _check_device(args)
+    _check_metrics(args)
     for other in OPTIMIZERS.values():
         if other.description.name != args.optimizer:
             _refuse_flags_of(other.description, args, defaults)
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
         for name, _ in SWITCHES:
-            if getattr(args, name):
+            if getattr(args, name) and name != "s3_metrics":
                 known = ", ".join(OPTIMIZERS)
                 raise ValueError(
                     f"{_flag(name)} does nothing with --optimizer {args.optimizer}: "
@@ -308,8 +316,8 @@ def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer])
         why_not = "there are no CUDA graphs where it trains on the CPU"
     elif args.s3_no_fused:
         why_not = "with --s3-no-fused there is no kernel to record"
-    elif args.s3_log_max_update:
-        why_not = "nothing would write the log of --s3-log-max-update: a replay runs no Python"
+    elif args.s3_log_updates:
+        why_not = "nothing would count for --s3-log-updates: a replay runs no Python"
     elif args.fp16 or getattr(args, "loss_scale", None):
         why_not = "under a loss scale the host reads whether gradients overflowed"
     elif getattr(args, "weight_decay_incr_style", "constant") != "constant":
@@ -323,6 +331,16 @@ def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer])
         raise ValueError(
             f"--optimizer {cls.description.name} does not support --optimizer-cuda-graph here: "
             f"{why_not}. Leave one of the two out."
+        )
+
+
+def _check_metrics(args: argparse.Namespace) -> None:
+    args.s3_metrics = args.s3_metrics or args.s3_log_updates
+    if args.s3_metrics and not (args.tensorboard_dir or args.save):
+        asked = "--s3-log-updates" if args.s3_log_updates else "--s3-metrics"
+        raise ValueError(
+            f"{asked} has no folder to write metrics.jsonl to. Give --tensorboard-dir or --save, "
+            f"or leave {asked} out."
         )
 
 

@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
+from megatron_s3.mcore import telemetry
 from megatron_s3.mcore.arguments import (
     as_adam,
     destination,
@@ -24,7 +25,6 @@ from megatron_s3.mcore.arguments import (
 )
 from megatron_s3.mcore.distributed import sharded_class
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
-from megatron_s3.mcore.update_log import UpdateLog
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 
 __all__ = ["ElementwiseChainedOptimizer", "get_megatron_optimizer", "get_megatron_optimizer_config"]
@@ -93,8 +93,10 @@ def get_megatron_optimizer(
         _exchange(part, cls, config)
     built.__class__ = ElementwiseChainedOptimizer
     built.update_log = None
-    if getattr(config, "s3_log_max_update", False):
-        built.update_log = UpdateLog([part.optimizer for part in parts])
+    if getattr(config, "s3_log_updates", False):
+        chunks = args[0] if args else kwargs["model_chunks"]
+        built.update_log = telemetry.UpdateLog(parts, chunks)
+    telemetry.watch(built.update_log)
     _announce(parts, cls, config)
     return built
 
@@ -177,7 +179,7 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
     computed where something needs it, and else reported as None.
     """
 
-    update_log: UpdateLog | None
+    update_log: telemetry.UpdateLog | None
 
     #: Whether rank 0 has said which path its first update took.
     said_path = False
@@ -193,8 +195,8 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
         success, grad_norm, zeros = super().step()
         if not self.said_path:
             self._say_path()
-        if self.update_log is not None:
-            self.update_log.after_step()
+        if self.update_log is not None and success:
+            self.update_log.steps += 1
         return success, grad_norm if self._needs_grad_norm() else None, zeros
 
     def _needs_grad_norm(self) -> bool:

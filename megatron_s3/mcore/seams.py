@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_s3.mcore import arguments, build, checkpoint, torch_adamw
+from megatron_s3.mcore import arguments, build, checkpoint, telemetry, torch_adamw
 
 __all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install", "table"]
 
@@ -107,6 +107,30 @@ SEAMS = (
         ("self", "model_param", "tensors"),
         torch_adamw.set_main_param_and_optimizer_states,
         "the same, for the checkpoint formats that do not hold AdamW's step beside its averages",
+    ),
+    Seam(
+        "megatron.training.training",
+        "training_log",
+        (
+            *("loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale"),
+            *("report_memory_flag", "skipped_iter", "grad_norm"),
+        ),
+        telemetry.training_log,
+        "with --s3-log-updates or --s3-metrics alone: writes the log of each interval",
+    ),
+    Seam(
+        "megatron.training.training",
+        "evaluate_and_print_results",
+        ("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
+        telemetry.evaluate_and_print_results,
+        "the same, for the log of evaluations",
+    ),
+    Seam(
+        "megatron.training.training",
+        "evaluate",
+        ("forward_step_func",),
+        telemetry.evaluate,
+        "the same: the loss of an evaluation",
     ),
     Seam(
         "megatron.training.checkpointing",

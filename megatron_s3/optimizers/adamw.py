@@ -1,12 +1,20 @@
 """AdamW as an element-wise optimizer of the plugin."""
 
+import math
 from typing import Any
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description, Hyperparameter
 from megatron_s3.rules.adamw import adamw_update
+from megatron_s3.rules.s3 import s3_update_bound
 
 __all__ = ["AdamW"]
+
+
+def _bound(*, beta1: float, beta2: float, clip_update: float | None, **others: Any) -> float | None:
+    """Theorem 1 of the paper (7.27 for .9 and .999, 1.165 for .9 and .95), or the clip's."""
+    bound = min(s3_update_bound(beta1, 2, beta2), math.inf if clip_update is None else clip_update)
+    return None if math.isinf(bound) else bound
 
 
 class AdamW(ElementwiseOptimizer):
@@ -29,6 +37,7 @@ class AdamW(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=adamw_update,
+        bound=_bound,
     )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class Description:
         hyperparameters: beside lr and weight decay.
         clip_grad: default of Megatron's ``--clip-grad`` under this optimizer.
         rule: the update rule, see :mod:`megatron_s3.rules`.
+        bound: what theory allows an element's |u| at most, from the hyperparameters; None where it
+            allows nothing or none is known.
         kernels: fused kernels of the rule: device type -> name of their module, which is imported
             when it is needed (see :mod:`megatron_s3.kernels`).
     """
@@ -77,4 +79,5 @@ class Description:
     hyperparameters: tuple[Hyperparameter, ...]
     clip_grad: float
     rule: Callable[..., Any]
+    bound: Callable[..., float | None] = lambda **hyperparameters: None
     kernels: Mapping[str, str] = field(default_factory=dict)

@@ -24,4 +24,5 @@ class Lion(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=lion_update,
+        bound=lambda **hyperparameters: 1.0,
     )

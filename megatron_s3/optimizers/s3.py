@@ -1,5 +1,6 @@
 """S3 (SoftSignSGD) as a torch optimizer."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,17 @@ from torch import Tensor
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description, Hyperparameter
-from megatron_s3.rules.s3 import s3_beta_ramp, s3_correction, s3_update
+from megatron_s3.rules.s3 import s3_beta_ramp, s3_bound, s3_correction, s3_update
 
 __all__ = ["S3"]
+
+
+def _bound(
+    *, beta: float, p: float, beta2: float | None, bias_correction: bool, **others: Any
+) -> float | None:
+    """Theorem 2's; under bias correction that of one shared beta alone."""
+    bound = s3_bound(beta, p, beta2)
+    return None if math.isinf(bound) or (bias_correction and bound != 1) else bound
 
 
 class S3(ElementwiseOptimizer):
@@ -72,6 +81,7 @@ class S3(ElementwiseOptimizer):
         ),
         clip_grad=0.0,
         rule=s3_update,
+        bound=_bound,
         kernels={"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"},
     )
 

@@ -23,4 +23,5 @@ class SignSGD(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=sign_sgd_update,
+        bound=lambda **hyperparameters: 1.0,
     )

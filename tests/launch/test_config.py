@@ -124,7 +124,7 @@ def test_two_optimizers_differ_only_in_the_optimizers_lines():
         different = {k for k in s3.keys() | adamw.keys() if s3.get(k) != adamw.get(k)}
         assert different == {
             "optimizer", "lr", "min_lr", "weight_decay", "clip_grad", "s3_beta", "s3_p",
-            "s3_log_max_update", "adam_beta1", "adam_beta2", "adam_eps",
+            "s3_log_updates", "adam_beta1", "adam_beta2", "adam_eps",
         }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ with pytest.MonkeyPatch.context() as patch:
     graph = argparse.Namespace(
         optimizer_cuda_graph=True,
         s3_no_fused=False,
-        s3_log_max_update=False,
+        s3_log_updates=False,
         fp16=False,
         loss_scale=None,
         weight_decay_incr_style="constant",
@@ -102,7 +102,7 @@ with pytest.MonkeyPatch.context() as patch:
     arguments._check_cuda_graph(graph, S3)
     for name, value in {
         "s3_no_fused": True,
-        "s3_log_max_update": True,
+        "s3_log_updates": True,
         "fp16": True,
         "weight_decay_incr_style": "linear",
         "s3_bias_correction": True,
@@ -112,7 +112,7 @@ with pytest.MonkeyPatch.context() as patch:
             arguments._check_cuda_graph(changed, S3)
 
 refused("--optimizer", "adam", "--s3-p", "2", with_message="--s3-p is a flag of --optimizer s3")
-for flag in ("--s3-log-max-update", "--s3-log-grad-norm", "--s3-no-fused"):
+for flag in ("--s3-log-updates", "--s3-log-grad-norm", "--s3-no-fused"):
     refused("--optimizer", "adam", flag, with_message=f"{flag} does nothing with --optimizer adam")
 
 assert len(S3.description.hyperparameters) == 5, "a flag is not tested here"

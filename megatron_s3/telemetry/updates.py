@@ -1,0 +1,65 @@
+"""From the totals that optimizers count to what is logged of an interval's updates."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from megatron_s3.kernels.statistics import FIELDS
+from megatron_s3.telemetry.buckets import Layout
+
+__all__ = ["summary", "tags"]
+
+
+def summary(
+    layout: Layout, totals: Sequence[Sequence[float]], numel: Sequence[float], steps: int, lr: float
+) -> dict[str, dict]:
+    """Of the whole model, each kind and each layer that has parameters.
+
+    Args:
+        layout: of the rows.
+        totals: of each row, summed (the maximum: the largest) over ranks and the interval's steps.
+        numel: parameters of each row, over all ranks.
+        steps: updates in the interval.
+        lr: learning rate.
+
+    Returns:
+        ``{"all": S, "kinds": {kind: S}, "layers": {number: S}}``, where S holds ``numel``; of the
+        updates u ``mean_abs``, ``max_abs``, ``share_large`` (|u| > 0.9) and ``rms``;
+        ``weight_ratio``, lr times that over the parameters' RMS; ``grad_rms``; ``zero_grads`` and
+        ``nonfinite_grads``, how many in the interval.  Rates are per element and step.
+    """
+
+    def of(rows: Sequence[int]) -> dict[str, float]:
+        columns = dict(zip(FIELDS, zip(*(totals[r] for r in rows), strict=True), strict=True))
+        count = sum(numel[r] for r in rows)
+        each = max(1.0, count * steps)
+        rms_update = math.sqrt(sum(columns["sum_sq_update"]) / each)
+        rms_param = math.sqrt(sum(columns["sum_sq_param"]) / each)
+        return {
+            "numel": int(count),
+            "mean_abs": sum(columns["sum_abs_update"]) / each,
+            "max_abs": max(columns["max_abs_update"]),
+            "share_large": sum(columns["large_updates"]) / each,
+            "rms": rms_update,
+            "weight_ratio": lr * rms_update / rms_param if rms_param else 0.0,
+            "grad_rms": math.sqrt(sum(columns["sum_sq_grad"]) / each),
+            "zero_grads": int(sum(columns["zero_grads"])),
+            "nonfinite_grads": int(sum(columns["nonfinite_grads"])),
+        }
+
+    def present(groups: Mapping[str, Sequence[int]]) -> dict[str, dict]:
+        return {name: of(rows) for name, rows in groups.items() if any(numel[r] for r in rows)}
+
+    return {
+        "all": of(range(layout.uncounted)),
+        "kinds": present(layout.kinds()),
+        "layers": present(layout.by_layer()),
+    }
+
+
+def tags(updates: Mapping[str, Mapping]) -> dict[str, float]:
+    """Scalars for TensorBoard of a :func:`summary`."""
+    names = ("mean_abs", "max_abs", "share_large", "rms", "weight_ratio", "grad_rms")
+    found = {f"update/{name}": updates["all"][name] for name in names}
+    for kind, values in updates["kinds"].items():
+        found |= {f"update/{name}/{kind}": values[name] for name in names[:2]}
+    return found

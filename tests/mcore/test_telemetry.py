@@ -1,0 +1,102 @@
+"""The log of updates: every parameter of the model once, whatever the layout; what is written."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_s3.telemetry.runlog import read
+from tests.trainer import PARAMETERS, brief, train
+
+pytestmark = pytest.mark.slow
+
+S3 = ("--optimizer", "s3", "--s3-log-updates")
+LAYOUTS = {
+    "data 2": (2, ()),
+    "data 2, sharded": (2, ("--use-distributed-optimizer",)),
+    "data 2, sharded, bf16": (2, ("--use-distributed-optimizer", "--bf16")),
+    "tensor 2": (2, ("--tensor-model-parallel-size", "2")),
+    "tensor 2, sequence": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+    "pipeline 2": (2, ("--pipeline-model-parallel-size", "2")),
+    "data 2 x tensor 2, sharded": (
+        4,
+        ("--tensor-model-parallel-size", "2", "--use-distributed-optimizer"),
+    ),
+    "data 2 x pipeline 2, sharded": (
+        4,
+        ("--pipeline-model-parallel-size", "2", "--use-distributed-optimizer"),
+    ),
+}
+
+
+def updates(folder: Path) -> dict[str, dict]:
+    return next(r for r in read(folder) if r["kind"] == "train")["updates"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("alone")
+    train(*S3, "--tensorboard-dir", folder)
+    return updates(folder)
+
+
+@pytest.mark.parametrize(
+    "layout", brief(LAYOUTS, "data 2", "data 2, sharded, bf16", "tensor 2", "pipeline 2")
+)
+def test_every_parameter_is_counted_once(layout: str, alone, tmp_path) -> None:
+    """Numbers of parameters exact, of each kind and layer.
+
+    The first update of S3 is (1 - beta**2)**(2/3) sign(g) whatever the gradient, and 0 where that
+    is 0, so that its sums are known however ranks initialise: to fp32's rounding of u.
+    """
+    ranks, flags = LAYOUTS[layout]
+    train(*S3, "--tensorboard-dir", tmp_path, *flags, ranks=ranks)
+    found = updates(tmp_path)
+    assert found["all"]["numel"] == alone["all"]["numel"] == PARAMETERS
+    for group in ("kinds", "layers"):
+        numbers = [{name: s["numel"] for name, s in u[group].items()} for u in (found, alone)]
+        assert numbers[0] == numbers[1]
+    first = (1 - 0.95**2) ** (2 / 3)
+    for s in (found["all"], *found["kinds"].values(), *found["layers"].values()):
+        assert s["max_abs"] == pytest.approx(first, rel=1e-6)
+        touched = 1 - s["zero_grads"] / s["numel"]
+        assert s["mean_abs"] == pytest.approx(first * touched, rel=1e-6)
+        assert s["rms"] == pytest.approx(first * math.sqrt(touched), rel=1e-6)
+        assert s["share_large"] == 0
+    assert found["all"]["zero_grads"] < PARAMETERS / 1000
+
+
+def test_a_resumed_run_is_one_log(tmp_path) -> None:
+    """Exact: losses and updates of a run that was resumed, in its log and TensorBoard's."""
+    flags = (*S3, "--save-interval", "3", "--eval-interval", "3")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(*flags, "--tensorboard-dir", whole, "--save", tmp_path / "a")
+    to = ("--tensorboard-dir", parts, "--save", tmp_path / "b", "--load", tmp_path / "b")
+    train(*flags, *to, "--exit-interval", "4")  # one iteration beyond what it is resumed from
+    (tmp_path / "b/latest_checkpointed_iteration.txt").write_text("3")
+    with (parts / "metrics.jsonl").open("a") as log:
+        log.write('{"kind": "train", "iter')  # as a kill leaves it
+    train(*flags, *to)
+    records = [
+        [(r["kind"], r["iteration"], r.get("loss"), r.get("updates")) for r in read(folder)]
+        for folder in (whole, parts)
+    ]
+    resumed = [r for r in records[1] if r != ("start", 3, None, None)]
+    assert resumed == records[0]
+    assert [r[:2] for r in records[0]] == [
+        ("start", 0), *(("train", i) for i in (1, 2, 3)), ("valid", 3),
+        *(("train", i) for i in (4, 5, 6)), ("valid", 6), ("valid", 6), ("test", 6),
+    ]  # fmt: skip
+
+
+def test_other_optimizers_log_their_losses(tmp_path) -> None:
+    run = train("--optimizer", "adam", "--s3-metrics", "--tensorboard-dir", tmp_path)
+    records = [r for r in read(tmp_path) if r["kind"] == "train"]
+    assert len(records) == 6 and not any("updates" in r for r in records)
+    assert f"{records[0]['loss']:.6E}" == run.losses[1]
+
+
+@pytest.mark.parametrize("flag", ["--s3-log-updates", "--s3-metrics"])
+def test_a_log_needs_a_folder(flag: str) -> None:
+    run = train("--optimizer", "s3", flag, check=False)
+    assert f"{flag} has no folder" in run.error and "--tensorboard-dir" in run.error

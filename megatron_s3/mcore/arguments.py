@@ -166,7 +166,6 @@ def validate_args(
     defaults = args.__dict__.pop("_s3_upstream_defaults", {})
     clip_grad_given = not isinstance(args.clip_grad, _Default)
     _check_device(args)
-    _check_metrics(args)
     for other in OPTIMIZERS.values():
         if other.description.name != args.optimizer:
             _refuse_flags_of(other.description, args, defaults)
@@ -179,6 +178,7 @@ def validate_args(
                     f"{_flag(name)} does nothing with --optimizer {args.optimizer}: "
                     f"it is for the plugin's optimizers ({known}). Leave it out."
                 )
+        _check_metrics(args)
         args.clip_grad = float(args.clip_grad)
         return original(args, *rest, **more)
 
@@ -194,6 +194,7 @@ def validate_args(
                 f"--optimizer {description.name} does not support {unsupported}: {reason}. Leave "
                 f"{unsupported} out, or train with --optimizer adam."
             )
+    _check_metrics(args)
     _check_precision(args, cls)
     _check_cuda_graph(args, cls)
     own = {destination(description, h) for h in description.hyperparameters}

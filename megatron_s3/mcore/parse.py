@@ -85,6 +85,7 @@ def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
     ):
         try:
             args = arguments.parse_args()
+            args.tensorboard_dir = args.tensorboard_dir or "."  # a launch has its own folders
             arguments.validate_args(args, {})
         except SystemExit as error:  # argparse's way
             lines = errors.getvalue().strip().splitlines() or [str(error)]

@@ -45,6 +45,9 @@ assert args.clip_grad == 0.0 and type(args.clip_grad) is float
 args = s3("--s3-beta", ".9", "--s3-p", "2", "--s3-beta2", ".99", "--s3-no-nesterov")
 assert (args.s3_beta, args.s3_p, args.s3_beta2, args.s3_nesterov) == (0.9, 2.0, 0.99, False)
 assert s3("--s3-bias-correction").s3_bias_correction is True
+assert s3("--s3-beta-ramp", "--s3-grad-bound", "10").s3_grad_bound == 10.0
+assert s3().s3_grad_bound is None and s3().s3_beta_ramp is False
+assert s3("--s3-log-updates", "--save", "here").s3_metrics
 assert s3("--clip-grad", "1.0").clip_grad == 1.0
 
 args = parse("--optimizer", "adam")
@@ -55,6 +58,7 @@ for flags, message in {
     ("--s3-beta", "1.0"): r"--s3-beta must be in \[0, 1\), not 1\.0",
     ("--s3-beta", "nan"): r"--s3-beta must be in",
     ("--s3-beta2", "-0.1"): r"--s3-beta2 must be in",
+    ("--s3-grad-bound", "0.5"): r"--s3-grad-bound must be in \[1, inf\), not 0\.5",
     ("--s3-p", "0.5"): r"--s3-p must be in \[1, inf\), not 0\.5",
     ("--s3-p", "inf"): r"--s3-p must be in",
     ("--optimizer-cpu-offload",): "does not support --optimizer-cpu-offload: .+--optimizer adam",
@@ -98,6 +102,7 @@ with pytest.MonkeyPatch.context() as patch:
         loss_scale=None,
         weight_decay_incr_style="constant",
         s3_bias_correction=False,
+        s3_beta_ramp=False,
     )
     arguments._check_cuda_graph(graph, S3)
     for name, value in {
@@ -106,6 +111,7 @@ with pytest.MonkeyPatch.context() as patch:
         "fp16": True,
         "weight_decay_incr_style": "linear",
         "s3_bias_correction": True,
+        "s3_beta_ramp": True,
     }.items():
         changed = argparse.Namespace(**{**vars(graph), name: value})
         with pytest.raises(ValueError, match="--optimizer-cuda-graph here"):
@@ -115,5 +121,5 @@ refused("--optimizer", "adam", "--s3-p", "2", with_message="--s3-p is a flag of 
 for flag in ("--s3-log-updates", "--s3-log-grad-norm", "--s3-no-fused"):
     refused("--optimizer", "adam", flag, with_message=f"{flag} does nothing with --optimizer adam")
 
-assert len(S3.description.hyperparameters) == 5, "a flag is not tested here"
+assert len(S3.description.hyperparameters) == 7, "a flag is not tested here"
 print("arguments: ok")

@@ -47,7 +47,7 @@ assert (args.s3_beta, args.s3_p, args.s3_beta2, args.s3_nesterov) == (0.9, 2.0, 
 assert s3("--s3-bias-correction").s3_bias_correction is True
 assert s3("--s3-beta-ramp", "--s3-grad-bound", "10").s3_grad_bound == 10.0
 assert s3().s3_grad_bound is None and s3().s3_beta_ramp is False
-assert s3("--s3-log-updates", "--save", "here").s3_metrics
+assert s3("--s3-log-updates", "--tensorboard-dir", "here").s3_metrics
 assert s3("--clip-grad", "1.0").clip_grad == 1.0
 
 args = parse("--optimizer", "adam")

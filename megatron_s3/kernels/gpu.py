@@ -43,12 +43,17 @@ def reason(operands: Sequence[Operands], **hyperparameters: object) -> str | Non
         return broken
     if devices and torch.cuda.is_current_stream_capturing():
         groups = _by_dtypes(operands).values()
-        if not all((device, _rows(group)) in _tables for group in groups):
+        if not all(_has_tables(group, device) for group in groups):
             return (
                 "a CUDA graph is being captured, and the Triton kernel has not yet stepped these "
                 "tensors: take a step before, and keep the gradients where they are"
             )
     return None
+
+
+def _has_tables(group: Sequence[Operands], device: torch.device) -> bool:
+    rows = _rows(group)
+    return (device, rows) in _tables and (device, _counts(rows)) in _chunks
 
 
 @functools.cache
@@ -233,7 +238,7 @@ class _Recent(OrderedDict):
 _tables = _Recent()
 #: By device and sizes, so that gradients that move cost but a new table.
 _chunks = _Recent()
-#: By device and rows.
+#: By device, rows of the statistics and sizes.
 _statistics = _Recent()
 #: What a CUDA graph may read whenever it is replayed.
 _captured: list[_Plan] = []
@@ -250,9 +255,13 @@ def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
     )
 
 
+def _counts(rows: Sequence[_Row]) -> tuple[int, ...]:
+    return tuple(row[5] for row in rows)
+
+
 def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
     rows = _rows(group)
-    counts = tuple(row[5] for row in rows)
+    counts = _counts(rows)
     table = _tables.find((device, rows), lambda: _make_table(rows, device))
     chunks = _chunks.find((device, counts), lambda: _make_chunks(counts, device))
     plan = _Plan(table, chunks, len(chunks))
@@ -264,8 +273,11 @@ def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
 def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
     """Of every program the row of the statistics, int64, on the device."""
     rows, device = tuple(o.row for o in group), plan.chunks.device
-    of_tensor = _statistics.find((device, rows), lambda: torch.tensor(rows, device=device))
-    return of_tensor[plan.chunks[:, 0].long()]
+
+    def make() -> Tensor:
+        return torch.tensor(rows, device=device)[plan.chunks[:, 0].long()]
+
+    return _statistics.find((device, rows, tuple(o.param.numel() for o in group)), make)
 
 
 def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:

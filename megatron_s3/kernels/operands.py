@@ -28,6 +28,7 @@ class Operands:
     row: int = 0
 
 
+_PARAM = (torch.float32,)
 _GRAD = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = (torch.float32, torch.bfloat16)
 
@@ -40,13 +41,23 @@ def fault(operands: Sequence[Operands], device: str) -> str | None:
         device: the kernel's type of device.
     """
     for o in operands:
+        # Most often all is well, and this is on the way of every step: plain checks first.
+        count, model, grad = o.param.numel(), o.model_param, o.grad
+        if (
+            len(o.state) == 2
+            and _fits(o.param, _PARAM, device, count)
+            and _fits(grad, _GRAD, device, count)
+            and _fits(o.state[0], _STATE, device, count)
+            and _fits(o.state[1], _STATE, device, count)
+            and (model is None or _fits(model, _GRAD, device, count))
+        ):
+            continue
         if len(o.state) != 2:
             return f"{len(o.state)} state tensors"
-        named = [("param", o.param, (torch.float32,)), ("gradient", o.grad, _GRAD)]
+        named = [("param", o.param, _PARAM), ("gradient", grad, _GRAD)]
         named += [("state", tensor, _STATE) for tensor in o.state]
         if o.model_param is not None:
             named.append(("model_param", o.model_param, _GRAD))
-        count = o.param.numel()
         for name, tensor, dtypes in named:
             if tensor.dtype not in dtypes:
                 return f"a {name} of {tensor.dtype}"
@@ -57,6 +68,15 @@ def fault(operands: Sequence[Operands], device: str) -> str | None:
             if tensor.numel() != count:
                 return f"a {name} of {tensor.numel()} elements with a param of {count}"
     return None
+
+
+def _fits(tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: str, count: int) -> bool:
+    return (
+        tensor.dtype in dtypes
+        and tensor.is_contiguous()
+        and tensor.numel() == count
+        and tensor.device.type == device
+    )
 
 
 def flatten(
@@ -78,7 +98,9 @@ def flatten(
         row: of the statistics.
     """
     tensors = [param, grad, *state]
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if all(map(Tensor.is_contiguous, tensors)):
+        if param.dim() == 1 and (model_param is None or model_param.dim() == 1):
+            return Operands(param, grad, tuple(state), model_param, row), []
         flat = [tensor.view(-1) for tensor in tensors]
         copies = []
         order = list(range(param.dim()))

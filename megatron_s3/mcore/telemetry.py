@@ -5,8 +5,10 @@ of a few kilobytes: of all sums, and of all maxima.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from megatron_s3.kernels.statistics import LARGEST, Statistics
 from megatron_s3.mcore.arguments import hyperparameters
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.telemetry.buckets import Layout
-from megatron_s3.telemetry.runlog import RunLog, finite
-from megatron_s3.telemetry.updates import summary, tags
+from megatron_s3.telemetry.runlog import RunLog, finite, read
+from megatron_s3.telemetry.spikes import Spike, SpikeDetector
+from megatron_s3.telemetry.updates import rising, summary, tags
 
 __all__ = ["UpdateLog", "evaluate", "evaluate_and_print_results", "training_log"]
 
@@ -132,6 +135,10 @@ def _counts(part: MegatronOptimizer, param: Tensor) -> bool:
 # ---- the log -------------------------------------------------------------------------------------
 
 
+#: Intervals against which a rise of the updates is measured.
+_REMEMBERED = 64
+
+
 class _Log:
     """Of the running training; losses of the interval stay on the device."""
 
@@ -141,9 +148,18 @@ class _Log:
         self.timed = -1  # iterations since then; the first has begun before
         self.begun = time.perf_counter()
         self.file = None
+        self.ended: Spike | None = None
+        self.first: list[str] = []
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            self.file = RunLog(args.tensorboard_dir or args.save)
+            folder = args.tensorboard_dir or args.save
+            self.detector = SpikeDetector()
+            self.updates: deque[dict[str, dict]] = deque(maxlen=_REMEMBERED)
+            self.file = RunLog(folder)
             self.file.write("start", _start(args, iteration))
+            # The log is the detector's state: what it was told before is told again, exactly.
+            for record in read(folder):
+                if record["kind"] == "train":
+                    self._watch(record)
 
     def interval(
         self, args: Any, iteration: int, lr: float, grad_norm: Any, update_log: UpdateLog | None
@@ -182,6 +198,28 @@ class _Log:
             if wandb := get_wandb_writer():
                 wandb.log(scalars, iteration)
         self.file.write("train", record)
+        began = self._watch(record)
+        for spike in (began, self.ended):
+            if spike is not None:
+                self.file.write("spike", _finite(asdict(spike)) | {"first": self.first})
+        if writer := get_tensorboard_writer():
+            count = len(self.detector.spikes) + (self.detector.open is not None)
+            writer.add_scalar("spikes/count", count, iteration)
+
+    def _watch(self, record: dict[str, Any]) -> Spike | None:
+        """Shows the detector a record; the spike that it begins, if it does."""
+        was_open = self.detector.open is not None
+        self.ended = self.detector.add(record["iteration"], float(record["loss"]))
+        began = self.detector.open if not was_open else None
+        updates = record.get("updates")
+        if began is not None:
+            history = list(self.updates)
+            # Of the interval before, if there is one: updates lead, the loss follows.
+            leading = history[-1:] if len(history) > 1 else [updates] if updates else []
+            self.first = rising(history[:-1], leading[0]) if leading else []
+        if updates is not None and self.detector.open is None:
+            self.updates.append(updates)
+        return began
 
 
 def _finite(values: Any) -> Any:

@@ -1,12 +1,13 @@
 """From the totals that optimizers count to what is logged of an interval's updates."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from megatron_s3.kernels.statistics import FIELDS
 from megatron_s3.telemetry.buckets import Layout
 
-__all__ = ["summary", "tags"]
+__all__ = ["rising", "summary", "tags"]
 
 
 def summary(
@@ -54,6 +55,28 @@ def summary(
         "kinds": present(layout.kinds()),
         "layers": present(layout.by_layer()),
     }
+
+
+def rising(history: Sequence[Mapping], now: Mapping, most: int = 5) -> list[str]:
+    """The kinds and layers whose mean |u| stands highest over its median of the intervals before.
+
+    Args:
+        history: earlier :func:`summary` results, the interval before last at the end of it.
+        now: the one of the interval in which a spike began, or of the one before.
+        most: how many are named.
+
+    Returns:
+        Such as ``["layer 3 x2.1", "attention.qkv x1.8"]``, the highest first; those that have
+        risen by less than a quarter are left out.
+    """
+    found = []
+    for group, prefix in (("layers", "layer "), ("kinds", "")):
+        for name, values in now[group].items():
+            before = [h[group][name]["mean_abs"] for h in history if name in h[group]]
+            usual = statistics.median(before) if before else 0.0
+            if usual and values["mean_abs"] > 1.25 * usual:
+                found.append((values["mean_abs"] / usual, prefix + name))
+    return [f"{name} x{ratio:.1f}" for ratio, name in sorted(found, reverse=True)[:most]]
 
 
 def tags(updates: Mapping[str, Mapping]) -> dict[str, float]:

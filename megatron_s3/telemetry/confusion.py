@@ -1,0 +1,156 @@
+"""What spike detectors find and miss: `python -m megatron_s3.telemetry.confusion`.
+
+Made-up losses whose spikes are known, one set of seeds for the defaults, another for the table.
+The others are rules in use: OLMo-core's monitor (mean and 6 standard deviations of the last 128
+losses), OLMo 2's score (7, of the last 1,000; arXiv:2501.00656), and Megatron-LM's check (10 times
+the largest of the first 100 losses; megatron/core/rerun_state_machine.py).
+"""
+
+import argparse
+import math
+import random
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_s3.telemetry.spikes import SpikeDetector
+
+__all__ = ["DETECTORS", "Curve", "curve", "main", "score"]
+
+STEPS = 4000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses, and where spikes were put: first and last iteration, height in nats."""
+
+    losses: list[float]
+    spikes: list[tuple[int, int, float]]
+
+
+def curve(seed: int, spikes: int = 4) -> Curve:
+    """A decaying loss with a warmup, noise whose size and tails vary, and spikes.
+
+    Args:
+        seed: decides everything.
+        spikes: how many, none of them within the first 200 iterations or 150 after one another
+            (but pairs, 40 apart, as they come in trains).
+    """
+    draw = random.Random(seed)
+    final, start, power = draw.uniform(1.5, 3.5), draw.uniform(5, 11), draw.uniform(0.3, 0.7)
+    noise, tails = 10 ** draw.uniform(-2.5, -1.3), draw.choice([4, 8, 1000])
+    losses = []
+    for i in range(STEPS):
+        trend = final + (start - final) * (1 + i / 20) ** -power
+        trend -= 0.1 * final * (1 - math.cos(math.pi * max(0, i - 3000) / 1000)) / 2
+        chi = math.sqrt(sum(draw.gauss(0, 1) ** 2 for _ in range(min(tails, 8))) / min(tails, 8))
+        student = draw.gauss(0, 1) / (chi if tails < 1000 else 1)
+        losses.append(trend * (1 + noise * student * (1 + 2 / (1 + i / 100))))
+    placed: list[tuple[int, int, float]] = []
+    at = draw.randint(200, 700)
+    while len(placed) < spikes and at < STEPS - 300:
+        height = 10 ** draw.uniform(math.log10(max(0.1, 12 * noise * final)), math.log10(3))
+        width = draw.choice([1, 3, 10, 40, 150])
+        for i in range(at, at + width):
+            losses[i] += height * (1 if width < 3 else math.exp(-3 * (i - at) / width))
+        placed.append((at, at + width - 1, height))
+        near = draw.random() < 0.25
+        at += width + (40 if near else draw.randint(150, 900))
+    return Curve(losses, placed)
+
+
+def _ours(losses: list[float]) -> Iterator[bool]:
+    detector = SpikeDetector()
+    for i, loss in enumerate(losses):
+        detector.add(i, loss)
+        yield detector.open is not None
+
+
+def _deviations(window: int, limit: float) -> Callable[[list[float]], Iterator[bool]]:
+    def flags(losses: list[float]) -> Iterator[bool]:
+        seen: deque[float] = deque(maxlen=window)
+        total = square = 0.0
+        for loss in losses:
+            n = len(seen)
+            spread = math.sqrt(max(0.0, square / n - (total / n) ** 2)) if n >= 32 else math.inf
+            yield n >= 32 and loss > total / n + limit * spread
+            if n == window:
+                total, square = total - seen[0], square - seen[0] ** 2
+            seen.append(loss)
+            total, square = total + loss, square + loss**2
+
+    return flags
+
+
+def _largest(losses: list[float]) -> Iterator[bool]:
+    limit = 10 * max(losses[:100])
+    return (i >= 100 and loss > limit for i, loss in enumerate(losses))
+
+
+#: Name: what flags each loss that belongs to a spike.
+DETECTORS: dict[str, Callable[[list[float]], Iterator[bool]]] = {
+    "megatron_s3": _ours,
+    "mean + 6 sigma of 128 (OLMo-core)": _deviations(128, 6),
+    "mean + 7 sigma of 1,000 (OLMo 2)": _deviations(1000, 7),
+    "10 x largest of first 100 (Megatron-LM)": _largest,
+}
+
+
+@dataclass
+class Score:
+    """Over one or more curves.
+
+    Attributes:
+        found: spikes of which at least one loss was flagged.
+        missed: others.
+        false: alarms (runs of flags) that touch no spike.
+        steps: iterations looked at.
+        delays: from a spike's beginning to its first flag.
+    """
+
+    found: int = 0
+    missed: int = 0
+    false: int = 0
+    steps: int = 0
+    delays: list[int] | None = None
+
+
+def score(flags: list[bool], of: Curve, into: Score) -> None:
+    """Adds what a detector has made of a curve."""
+    into.delays = into.delays or []
+    into.steps += len(flags)
+    explained = [False] * len(flags)
+    for first, last, _ in of.spikes:
+        hits = [i for i in range(first, last + 1) if flags[i]]
+        into.found += bool(hits)
+        into.missed += not hits
+        into.delays += [hits[0] - first] if hits else []
+        for i in range(first, min(len(flags), last + 30)):
+            explained[i] = True  # one that decays has no sharp end
+    starts = (i for i, flag in enumerate(flags) if flag and not (i and flags[i - 1]))
+    into.false += sum(not explained[i] for i in starts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--curves", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1000, help="of the first curve")
+    options = parser.parse_args(argv)
+    curves = [curve(options.seed + k) for k in range(options.curves)]
+    total = sum(len(c.spikes) for c in curves)
+    print(f"{len(curves)} curves of {STEPS:,} losses, {total} spikes of 0.1 to 3 nats\n")
+    print(f"{'':42}found missed  false alarms in 10,000  median delay")
+    for name, detect in DETECTORS.items():
+        s = Score()
+        for c in curves:
+            score(list(detect(c.losses)), c, s)
+        delay = f"{statistics.median(s.delays):14.0f}" if s.delays else f"{'-':>14}"
+        print(f"{name:42}{s.found:5} {s.missed:6} {1e4 * s.false / s.steps:23.2f}{delay}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

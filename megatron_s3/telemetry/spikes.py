@@ -1,0 +1,188 @@
+"""Loss spikes, found with robust statistics of the detrended log-loss."""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = ["Spike", "SpikeDetector"]
+
+_MAD_TO_SIGMA = 1.4826  # of the normal distribution
+
+
+@dataclass
+class Spike:
+    """An excursion of the loss above its trend.
+
+    Attributes:
+        onset: iteration of the first loss that stood out.
+        peak: iteration of the highest.
+        end: iteration of the last that stood out; None while it is under way.
+        height: of the peak over the trend, nats; inf if a loss was NaN or infinite.
+        area: over the trend, nats times iterations; what is not finite is left out.
+        recovered: False if the loss stayed where it was, which is now taken for its level.
+    """
+
+    onset: int
+    peak: int
+    end: int | None
+    height: float
+    area: float
+    recovered: bool = True
+
+
+class SpikeDetector:
+    """Tells spikes from a stream of losses.
+
+    A loss stands out if its logarithm is more than ``enter`` robust standard deviations (median and
+    MAD of what the trend leaves) and more than ``floor`` nats above the line through the accepted
+    losses of the window; the spike is over when a loss is below ``leave`` deviations or half the
+    floor again.  The line goes through the medians of the window's halves.  What belongs to a spike
+    never enters the window, so that a spike hides neither itself nor the next one.  If the loss has
+    not come back after ``patience`` samples, its new level is learned afresh.
+
+    Args:
+        window: accepted losses that are remembered.
+        minimum: losses without which nothing is said.
+        enter: robust standard deviations.
+        leave: likewise, lower.
+        floor: nats.
+        patience: losses in a spike.
+
+    Attributes:
+        spikes: those that are over.
+        open: the one under way, or None.
+    """
+
+    def __init__(
+        self,
+        window: int = 128,
+        minimum: int = 32,
+        enter: float = 7.0,
+        leave: float = 3.0,
+        floor: float = 0.05,
+        patience: int = 512,
+    ) -> None:
+        if not 4 <= minimum <= window or not 0 < leave <= enter or floor < 0 or patience < 1:
+            raise ValueError(
+                f"SpikeDetector(window={window}, minimum={minimum}, enter={enter}, leave={leave}, "
+                f"floor={floor}, patience={patience}): 4 <= minimum <= window, 0 < leave <= enter, "
+                "floor >= 0 and patience >= 1 are needed"
+            )
+        self.window, self.minimum = window, minimum
+        self.enter, self.leave, self.floor, self.patience = enter, leave, floor, patience
+        self.spikes: list[Spike] = []
+        self.open: Spike | None = None
+        self._accepted: deque[tuple[int, float]] = deque(maxlen=window)
+        self._fit: tuple[float, float, float] | None = None
+        self._last: int | None = None
+        self._in_spike = 0
+
+    def add(self, iteration: int, loss: float) -> Spike | None:
+        """Takes the next loss.
+
+        Args:
+            iteration: larger than the one before; at any distance.
+            loss: nats, may be NaN or infinite.
+
+        Returns:
+            The spike that this loss has ended, or None.
+        """
+        step = 1 if self._last is None else iteration - self._last
+        self._last = iteration
+        usable = math.isfinite(loss) and loss > 0
+        if len(self._accepted) < self.minimum and self.open is None:
+            if usable:
+                self._accept(iteration, math.log(loss))
+            return None
+        if self._fit is None:
+            self._fit = self._line()
+        slope, level, sigma = self._fit
+        expected = level + slope * iteration
+        height = loss - math.exp(expected) if usable else math.inf
+        deviations = (math.log(loss) - expected) / sigma if usable else math.inf
+        if self.open is None:
+            if deviations > self.enter and height > self.floor:
+                self.open = Spike(iteration, iteration, None, height, 0.0)
+                self._in_spike = 1
+                self._grow(iteration, height, step)
+            else:
+                self._accept(iteration, math.log(loss))
+            return None
+        if deviations < self.leave or height < self.floor / 2:
+            spike = self._close(True)
+            self._accept(iteration, math.log(loss))
+            return spike
+        self._grow(iteration, height, step)
+        self._in_spike += 1
+        if self._in_spike > self.patience:
+            self._accepted.clear()
+            return self._close(False)
+        return None
+
+    def _grow(self, iteration: int, height: float, step: int) -> None:
+        assert self.open is not None
+        self._at = iteration
+        if height > self.open.height:
+            self.open.peak, self.open.height = iteration, height
+        if math.isfinite(height):
+            self.open.area += height * step
+
+    def _close(self, recovered: bool) -> Spike:
+        spike, self.open = self.open, None
+        assert spike is not None
+        spike.end, spike.recovered = self._at, recovered
+        self.spikes.append(spike)
+        self._fit = None
+        return spike
+
+    def _accept(self, iteration: int, log_loss: float) -> None:
+        self._accepted.append((iteration, log_loss))
+        self._fit = None
+
+    def _line(self) -> tuple[float, float, float]:
+        """Slope and level of the trend, and the robust standard deviation around it."""
+        points = list(self._accepted)
+        half = len(points) // 2
+        (x1, y1), (x2, y2) = (
+            (statistics.median(x for x, _ in part), statistics.median(y for _, y in part))
+            for part in (points[:half], points[half:])
+        )
+        slope = (y2 - y1) / (x2 - x1)
+        level = statistics.median(y - slope * x for x, y in points)
+        mad = statistics.median(abs(y - level - slope * x) for x, y in points)
+        # Losses that are all alike have no spread, and nothing would be within it.
+        return slope, level, max(mad * _MAD_TO_SIGMA, 1e-6)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes up again exactly; JSON can hold it."""
+        return {
+            "accepted": [list(point) for point in self._accepted],
+            "spikes": [_written(spike) for spike in self.spikes],
+            "open": None if self.open is None else [_written(self.open), self._at, self._in_spike],
+            "last": self._last,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: the state is none of this class.
+        """
+        if {"accepted", "spikes", "open", "last"} - set(state):
+            raise ValueError("this is no state of a SpikeDetector")
+        self._accepted = deque(((i, y) for i, y in state["accepted"]), maxlen=self.window)
+        self.spikes = [_read(spike) for spike in state["spikes"]]
+        self.open, self._fit, self._last = None, None, state["last"]
+        if state["open"] is not None:
+            self.open, self._at, self._in_spike = _read(state["open"][0]), *state["open"][1:]
+
+
+def _written(spike: Spike) -> dict[str, Any]:
+    return asdict(spike) | {"height": str(spike.height)}
+
+
+def _read(values: dict[str, Any]) -> Spike:
+    known = {f.name: values[f.name] for f in fields(Spike)}
+    return Spike(**known | {"height": float(values["height"])})

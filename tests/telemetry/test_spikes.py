@@ -1,0 +1,125 @@
+"""The detector on curves whose spikes are known."""
+
+import json
+import math
+import random
+
+import pytest
+
+from megatron_s3.telemetry.confusion import DETECTORS, Score, curve, score
+from megatron_s3.telemetry.spikes import SpikeDetector
+from megatron_s3.telemetry.updates import rising
+
+
+def decaying(count: int = 600, noise: float = 0.01, seed: int = 0) -> list[float]:
+    draw = random.Random(seed)
+    return [(2 + 6 * (1 + i / 20) ** -0.5) * (1 + noise * draw.gauss(0, 1)) for i in range(count)]
+
+
+def feed(losses: list[float], every: int = 1, **options: float) -> SpikeDetector:
+    detector = SpikeDetector(**options)
+    for i, loss in enumerate(losses, start=1):
+        detector.add(i * every, loss)
+    return detector
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_spike_is_measured(every: int) -> None:
+    """Onset, peak and end exact; height and area to the noise, 3 % of the loss."""
+    losses = decaying()
+    for k, height in enumerate((0.5, 2.0, 1.0)):
+        losses[399 + k] += height
+    (spike,) = feed(losses, every).spikes
+    assert (spike.onset, spike.peak, spike.end) == (400 * every, 401 * every, 402 * every)
+    assert spike.height == pytest.approx(2.0, abs=0.1)
+    assert spike.area == pytest.approx(3.5 * every, abs=0.3 * every) and spike.recovered
+
+
+def test_the_trend_hides_no_excursion() -> None:
+    """A nat above a loss that falls by a nat in 100 iterations: in raw losses MAD calls it usual."""
+    losses = [9 - 0.01 * i + 0.01 * random.Random(i).gauss(0, 1) for i in range(400)]
+    for i in range(300, 340):
+        losses[i] += 1.03
+    (spike,) = feed(losses).spikes
+    assert spike.onset == 301 and spike.end == 340
+
+
+def test_decay_without_spikes_is_quiet() -> None:
+    """No alarm in 20 curves of normal noise, from before the warmup's end to the last."""
+    for seed in range(20):
+        detector = feed(decaying(seed=seed, noise=10 ** random.Random(seed).uniform(-3, -1.5)))
+        assert not detector.spikes and detector.open is None
+
+
+def test_spikes_do_not_hide_one_another() -> None:
+    losses = decaying(500)
+    for start in (300, 330, 360):
+        for i in range(start, start + 20):
+            losses[i] += 1.5
+    assert [s.onset for s in feed(losses).spikes] == [301, 331, 361]
+
+
+def test_what_is_not_finite_is_a_spike_under_way() -> None:
+    losses = decaying(300)
+    losses[200], losses[201] = math.nan, math.inf
+    (spike,) = feed(losses).spikes
+    assert (spike.onset, spike.end) == (201, 202)
+    assert spike.height == math.inf and spike.area == 0
+    assert not feed([math.nan] * 10).spikes  # nothing is known yet
+
+
+def test_a_new_level_is_learned() -> None:
+    losses = [*decaying(300), *(x + 1 for x in decaying(400, seed=1)[-300:])]
+    detector = feed(losses, patience=100)
+    (spike,) = detector.spikes
+    assert (spike.onset, spike.recovered, detector.open) == (301, False, None)
+
+
+@pytest.mark.parametrize("cut", [50, 399, 401, 450])
+def test_a_resumed_detector_is_the_same(cut: int) -> None:
+    """Exact, through JSON, also in the middle of a spike and with a loss that was infinite."""
+    losses = decaying()
+    losses[398:403] = [x + 1 for x in losses[398:403]]
+    losses[399] = math.inf
+    whole, first, second = SpikeDetector(), SpikeDetector(), SpikeDetector()
+    for i, loss in enumerate(losses):
+        whole.add(i, loss)
+        (first if i < cut else second).add(i, loss)
+        if i == cut - 1:
+            second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert second.spikes == whole.spikes and len(whole.spikes) == 1
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_options_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="leave <= enter"):
+        SpikeDetector(enter=2, leave=3)
+    with pytest.raises(ValueError, match="no state"):
+        SpikeDetector().load_state_dict({})
+
+
+def test_confusion_is_counted() -> None:
+    """On one made-up curve each, exactly."""
+    of = curve(3)
+    inside = [any(a <= i <= b for a, b, _ in of.spikes) for i in range(len(of.losses))]
+    perfect, blind = Score(), Score()
+    score(inside, of, perfect)
+    score([i == 5 for i in range(len(of.losses))], of, blind)
+    count = len(of.spikes)
+    assert (perfect.found, perfect.missed, perfect.false, set(perfect.delays)) == (count, 0, 0, {0})
+    assert (blind.found, blind.missed, blind.false, blind.delays) == (0, count, 1, [])
+    for detect in DETECTORS.values():
+        assert len(list(detect(of.losses))) == len(of.losses)
+
+
+def test_what_rose_first_is_named() -> None:
+    def updates(**means: float) -> dict:
+        return {
+            "layers": {"0": {"mean_abs": means["a"]}},
+            "kinds": {"norm": {"mean_abs": means["b"]}},
+        }
+
+    history = [updates(a=0.1, b=0.2)] * 5
+    assert rising(history, updates(a=0.3, b=0.8)) == ["norm x4.0", "layer 0 x3.0"]
+    assert rising(history, updates(a=0.12, b=0.1)) == []
+    assert rising([], updates(a=1, b=1)) == []

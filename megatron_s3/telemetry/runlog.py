@@ -41,9 +41,9 @@ class RunLog:
         self._file.close()
 
 
-def finite(value: float) -> float | str:
-    """A number as JSON can hold it: "nan", "inf" and "-inf" as words, which float() reads."""
-    return value if math.isfinite(value) else str(value)
+def finite(value: Any) -> Any:
+    """As JSON can hold it: NaN and infinities as "nan", "inf" and "-inf", which float() reads."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: Any) -> Any:
@@ -83,6 +83,8 @@ def resumed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         if record["kind"] == "start":
             kept = [r for r in kept if _at(r) <= record["iteration"]]
+        if record["kind"] == "spike":  # written when it begins, and again when it is over
+            kept = [r for r in kept if r["kind"] != "spike" or r["onset"] != record["onset"]]
         kept.append(record)
     return kept
 

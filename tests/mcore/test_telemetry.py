@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_s3.telemetry.runlog import read
+from megatron_s3.telemetry.runlog import RunLog, read
 from tests.trainer import PARAMETERS, brief, train
 
 pytestmark = pytest.mark.slow
@@ -87,6 +88,24 @@ def test_a_resumed_run_is_one_log(tmp_path) -> None:
         ("start", 0), *(("train", i) for i in (1, 2, 3)), ("valid", 3),
         *(("train", i) for i in (4, 5, 6)), ("valid", 6), ("valid", 6), ("test", 6),
     ]  # fmt: skip
+
+
+def test_a_spike_is_written_with_what_rose_first(tmp_path) -> None:
+    """As if the run had been at a loss of 1 and smaller updates: exact."""
+    small = {"mean_abs": 0.1}
+    kinds = {"layers": {"0": small, "1": {"mean_abs": 0.05}}, "kinds": {"norm": {"mean_abs": 9.0}}}
+    log = RunLog(tmp_path)
+    for i in range(-40, 1):
+        last = kinds if i else {**kinds, "layers": {"0": small, "1": {"mean_abs": 0.2}}}
+        log.write("train", {"iteration": i, "loss": 1 + 0.001 * (i % 3), "updates": last})
+    log.close()
+    train(*S3, "--tensorboard-dir", tmp_path)
+    (spike,) = (r for r in read(tmp_path) if r["kind"] == "spike")
+    assert (spike["onset"], spike["end"], spike["first"]) == (1, None, ["layer 1 x4.0"])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.value for e in events.Scalars("spikes/count")] == [1.0] * 6
+    assert {e.value for e in events.Scalars("update/bound")} == {1.0}
 
 
 def test_other_optimizers_log_their_losses(tmp_path) -> None:

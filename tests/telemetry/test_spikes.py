@@ -36,7 +36,7 @@ def test_a_spike_is_measured(every: int) -> None:
 
 
 def test_the_trend_hides_no_excursion() -> None:
-    """A nat above a loss that falls by a nat in 100 iterations: in raw losses MAD calls it usual."""
+    """A nat above a loss that falls by one in 100 iterations: in raw losses that is usual."""
     losses = [9 - 0.01 * i + 0.01 * random.Random(i).gauss(0, 1) for i in range(400)]
     for i in range(300, 340):
         losses[i] += 1.03

@@ -83,6 +83,13 @@ def test_torn_lines_and_repeated_iterations(tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_a_spike_is_one_record(tmp_path) -> None:
+    log = RunLog(tmp_path)
+    for spike in ({"onset": 2, "end": None}, {"onset": 2, "end": 4}, {"onset": 9, "end": None}):
+        log.write("spike", spike)
+    assert [(r["onset"], r["end"]) for r in read(tmp_path)] == [(2, 4), (9, None)]
+
+
 def test_what_json_has_no_number_for(tmp_path) -> None:
     log = RunLog(tmp_path / "new")
     log.write("train", {"iteration": 1, "loss": finite(float("nan")), "lr": finite(float("inf"))})

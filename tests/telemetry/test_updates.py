@@ -70,7 +70,7 @@ def test_torn_lines_and_repeated_iterations(tmp_path) -> None:
         log.write("start", {"iteration": start})
         for i in iterations:
             log.write("train", {"iteration": i, "loss": finite(i + start)})
-        log.write("spike", {"onset": 2, "end": start + 1})
+        log.write("spike", {"onset": start + 1, "end": start + 1})
         log.close()
         with log.path.open("a") as file:
             file.write('{"kind": "train", "itera')

@@ -1,0 +1,224 @@
+"""Runs the suite: on this machine, two runs side by side, or through a configuration's launch."""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_s3 import data
+from megatron_s3.experiments import toy
+from megatron_s3.experiments.suite import EXPERIMENTS, Run, plan
+from megatron_s3.telemetry.runlog import read
+
+__all__ = ["main", "results"]
+
+TRAINER = "megatron_s3.experiments.trainer"
+#: 0.12M parameters, 16 x 64 bytes a step.
+SMALL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+--max-position-embeddings 64 --attention-dropout 0 --hidden-dropout 0
+--make-vocab-size-divisible-by 16 --micro-batch-size 16 --global-batch-size 16
+--transformer-impl local --attention-backend unfused --no-persist-layer-norm
+--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
+--no-bias-dropout-fusion --no-rope-fusion --s3-device cpu --eval-iters 100
+--lr-decay-style cosine""".split()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 0, or 1 if a run has failed."""
+    args = _arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    chosen = [name for name in args.only if name != "toy"]
+    if args.dry_run:
+        runs = plan(results(args.out), chosen)
+        for run in runs:
+            print(f"{run.key}: {shlex.join(_words(run, args))}")
+        print(f"{len(runs)} runs are known; results decide on the others")
+        return 0
+    if "toy" in args.only:
+        toy.write(args.out / "toy.json")
+    if args.config is None:
+        data.build(data.source("stdlib", "text", None), str(args.out / "text"), tokenizer="bytes")
+    failed: set[str] = set()
+    begun, done = time.monotonic(), 0
+    while True:
+        known = results(args.out)
+        runs = plan(known, chosen)
+        missing = [run for run in runs if run.key not in known and run.key not in failed]
+        if not missing:
+            break
+        if args.config is not None:
+            if not _launched(missing, args):
+                return 0
+            continue
+        batch = missing[: args.jobs]
+        failed |= _side_by_side(batch, args)
+        done += len(batch)
+        left = (time.monotonic() - begun) / done * (len(missing) - len(batch))
+        print(
+            f"{len(runs) - len(missing) + len(batch)} of {len(runs)} known runs, "
+            f"{left / 60:.0f} minutes for the rest of these: "
+            + "; ".join(f"{r.key} {results(args.out).get(r.key, math.nan):.4f}" for r in batch),
+            flush=True,
+        )
+    for key in sorted(failed):
+        print(f"failed: {key}; its log is {args.out / key / 'log'}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./scripts/reproduce.sh", description=__doc__)
+    names = ("toy", *EXPERIMENTS)
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME",
+                        help=f"of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--iters", type=int, default=600, help="of a run (default 600)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs known so far")
+    parser.add_argument("--config", help="train this configuration through megatron-s3 launch")
+    parser.add_argument("--slurm", action="store_true", help="with --config: a job for each run")
+    args = parser.parse_args(argv)
+    if args.iters < 20:
+        parser.error(f"--iters {args.iters} is too few: give at least 20")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give at least 1")
+    if args.slurm and args.config is None:
+        parser.error("--slurm is for --config: the small suite runs on this machine")
+    return args
+
+
+def results(out: Path) -> dict[str, float]:
+    """The final validation loss of every finished run, by its key."""
+    found = {}
+    for record in out.glob("*/*/run.json"):
+        try:
+            run = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # cut off; it is trained again
+        if "valid_loss" in run:
+            found[f"{record.parent.parent.name}/{record.parent.name}"] = float(run["valid_loss"])
+    return found
+
+
+def _words(run: Run, args: argparse.Namespace) -> list[str]:
+    iters = args.iters
+    words = [
+        *SMALL,
+        *("--train-iters", str(iters), "--lr-warmup-fraction", "0.1"),
+        *("--eval-interval", str(max(1, iters // 6)), "--log-interval", str(max(1, iters // 120))),
+        *data.megatron_arguments(str(args.out / "text")),
+        *("--tensorboard-dir", str(args.out / run.key), "--s3-log-updates"),
+        *run.words,
+    ]
+    if "burst" in run.tags:
+        words += ["--burst-at", str(iters // 2), "--burst", f"{run.tags['burst']:g}"]
+    return words
+
+
+def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
+    """Trains runs, each in a process of its own; the keys of those that failed."""
+    _import_all()
+    context = multiprocessing.get_context("fork")
+    started = []
+    for run in runs:
+        folder = args.out / run.key
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in ("metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
+            (folder / old).unlink(missing_ok=True)
+        process = context.Process(target=_rank, args=(_words(run, args), folder / "log", _port()))
+        process.start()
+        started.append((run, process))
+    failed = set()
+    for run, process in started:
+        process.join()
+        if process.exitcode or not _finish(run, args):
+            failed.add(run.key)
+    return failed
+
+
+def _finish(run: Run, args: argparse.Namespace) -> bool:
+    folder = args.out / run.key
+    losses = [r["loss"] for r in read(folder) if r["kind"] == "valid"]
+    if not losses:
+        return False
+    record = {
+        "experiment": run.experiment,
+        "optimizer": run.flags.split()[1],
+        "label": run.label,
+        "lr": run.lr,
+        "seed": run.seed,
+        "tags": dict(run.tags),
+        "iterations": args.iters,
+        "valid_loss": losses[-1],
+    }
+    temporary = folder / "run.json.tmp"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / "run.json")
+    return True
+
+
+def _import_all() -> None:
+    """What every run needs, once: it takes longer than many a run."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "--s3-device" not in sys.argv:
+        sys.argv += ["--s3-device", "cpu"]
+    import megatron_s3
+
+    megatron_s3.register()
+
+
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _rank(words: list[str], log: Path, port: int) -> None:
+    """A process of one rank, as torchrun would start it."""
+    os.environ |= {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+    }
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [TRAINER, *words]
+    runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
+
+
+def _launched(runs: Sequence[Run], args: argparse.Namespace) -> bool:
+    """Launches the first of the missing runs, or submits all; whether to go on."""
+    for run in runs:
+        if "burst" in run.tags:
+            print(f"left out: {run.key}: a launch has no trainer with bursts")
+            continue
+        command = [sys.executable, "-m", "megatron_s3.cli", "launch", args.config]
+        command += ["--run-dir", str(args.out / run.key), "--set", "s3_log_updates=true"]
+        command += [f"{key}={value}" for key, value in _settings(run.words)]
+        command += ["--slurm"] if args.slurm else []
+        print(shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+    return False
+
+
+def _settings(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Flags as a configuration's keys."""
+    found: list[tuple[str, str]] = []
+    for word in words:
+        if word.startswith("--"):
+            found.append((word[2:].replace("-", "_"), "true"))
+        else:
+            found[-1] = (found[-1][0], word)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

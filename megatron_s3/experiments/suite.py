@@ -1,0 +1,194 @@
+"""Which runs the suite has, as data; what depends on a result is known once that is there."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["EXPERIMENTS", "Run", "best_rate", "plan"]
+
+SEEDS = (1234, 2345, 3456)
+#: Between the rates of a search.
+FACTOR = 3.0
+#: Rates of a search at first, and at most where its best lies at an end.
+FIRST, MOST = 3, 6
+#: lr * weight_decay of every run, the paper's rule.
+DECAY = 3e-5
+
+_ADAMW = "--optimizer adamw --adamw-beta1 0.9 --adamw-beta2 0.95 --clip-grad 1"
+_NADAM = "--optimizer nadam --clip-grad 1"
+_LONG = "--lr-warmup-fraction 0.3"
+
+#: Experiment: name -> the optimizer's flags and the rate in the middle of its search.
+SEARCHES: dict[str, dict[str, tuple[str, float]]] = {
+    "optimizers": {
+        "S3": ("--optimizer s3", 6e-3),
+        "AdamW": (_ADAMW, 6e-3),
+        "NAdam": (_NADAM, 6e-3),
+        "Adan": ("--optimizer adan --clip-grad 1", 6e-3),
+        "Lion": ("--optimizer lion --clip-grad 1", 6e-4),
+        "SignSGD with momentum": ("--optimizer signsgd --clip-grad 1", 6e-4),
+        "SignSGD": ("--optimizer signsgd --signsgd-momentum 0 --clip-grad 1", 6e-4),
+        "SGD with momentum": ("--optimizer sgdm --clip-grad 1", 0.3),
+        "AdamW, clipped updates": (
+            "--optimizer adamw --adamw-clip-update 1 --clip-grad 0",
+            6e-3,
+        ),
+    },
+    "ablations": {
+        "S3, p=1": ("--optimizer s3 --s3-p 1", 6e-3),
+        "S3, p=2": ("--optimizer s3 --s3-p 2", 6e-3),
+        "S3, p=4": ("--optimizer s3 --s3-p 4", 6e-3),
+        "S3, no NAG": ("--optimizer s3 --s3-no-nesterov", 6e-3),
+        "S3, beta .9, beta2 .95": ("--optimizer s3 --s3-beta 0.9 --s3-beta2 0.95", 6e-3),
+    },
+    "recipes": {
+        "S3, warmup 30 %": (f"--optimizer s3 {_LONG}", 6e-3),
+        "S3, beta .9, warmup 30 %": (f"--optimizer s3 --s3-beta 0.9 {_LONG}", 6e-3),
+        "S3, ramp": ("--optimizer s3 --s3-beta-ramp", 6e-3),
+        "S3, ramp, warmup 30 %": (f"--optimizer s3 --s3-beta-ramp {_LONG}", 6e-3),
+        "S3, bounded gradients": ("--optimizer s3 --s3-grad-bound 10", 6e-3),
+        "AdamW, warmup 30 %": (f"{_ADAMW} {_LONG}", 6e-3),
+        "NAdam, warmup 30 %": (f"{_NADAM} {_LONG}", 6e-3),
+    },
+}
+#: Figure 9.
+GRID = [(p, beta) for p in (2, 3, 4) for beta in (0.9, 0.95, 0.98)]
+#: Figure 8, at so many times their best rates.
+LARGE = {"factors": (3.0, 10.0), "of": ("S3", "AdamW", "NAdam")}
+#: One gradient so many times too large, in the middle of the run: flags, whose best rate.
+BURST = 1000.0
+BURSTS = {
+    "S3": ("--optimizer s3", "S3"),
+    "S3, bounded gradients": ("--optimizer s3 --s3-grad-bound 10", "S3"),
+    "S3, clipped": ("--optimizer s3 --clip-grad 1", "S3"),
+    "AdamW": (_ADAMW, "AdamW"),
+    "AdamW, unclipped": (_ADAMW.replace("--clip-grad 1", "--clip-grad 0"), "AdamW"),
+    "NAdam": (_NADAM, "NAdam"),
+}
+EXPERIMENTS = (*SEARCHES, "grid", "large rates", "burst")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        experiment: one of :data:`EXPERIMENTS`.
+        label: what is compared.
+        flags: Megatron's, without the rate, weight decay and seed.
+        lr: peak learning rate.
+        seed: of initialisation and data order.
+        tags: what else tells it from others.
+    """
+
+    experiment: str
+    label: str
+    flags: str
+    lr: float
+    seed: int = SEEDS[0]
+    tags: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its folder below the experiment's."""
+        words = [self.label, f"lr {self.lr:g}", f"seed {self.seed}"]
+        words += [f"{key} {value:g}" for key, value in self.tags.items()]
+        plain = "-".join(words).lower().replace("%", "percent")
+        return "-".join(re.sub(r"[^a-z0-9.+-]", " ", plain).split())
+
+    @property
+    def key(self) -> str:
+        """By which results are known."""
+        return f"{self.experiment.replace(' ', '-')}/{self.name}"
+
+    @property
+    def words(self) -> list[str]:
+        """All its flags."""
+        rates = ["--lr", f"{self.lr:g}", "--min-lr", f"{self.lr / 10:g}"]
+        decay = ["--weight-decay", f"{DECAY / self.lr:g}"]
+        return [*self.flags.split(), *rates, *decay, "--seed", str(self.seed)]
+
+
+def plan(results: Mapping[str, float], only: Sequence[str] = EXPERIMENTS) -> list[Run]:
+    """The runs that are known to be wanted, those done among them.
+
+    Args:
+        results: final validation loss by :attr:`Run.key`; NaN and inf for what diverged.
+        only: experiments; what they depend on is added.
+    """
+    found = []
+    needed = set(only)
+    if needed & {"grid", "large rates", "burst"}:
+        needed.add("optimizers")
+    for experiment, labels in SEARCHES.items():
+        if experiment in needed:
+            for label in labels:
+                found += _search(experiment, label, results)
+    s3 = best_rate("S3", results)
+    if "grid" in only and s3:
+        for p, beta in GRID:
+            flags = f"--optimizer s3 --s3-p {p} --s3-beta {beta}"
+            tags = {"p": p, "beta": beta}
+            found.append(Run("grid", f"S3, p={p}, beta {beta}", flags, s3, tags=tags))
+    if "large rates" in only:
+        for label in LARGE["of"]:
+            if rate := best_rate(label, results):
+                flags = SEARCHES["optimizers"][label][0]
+                for factor in LARGE["factors"]:
+                    lr = _rounded(rate * factor)
+                    found.append(Run("large rates", label, flags, lr, tags={"times": factor}))
+    if "burst" in only:
+        for label, (flags, of) in BURSTS.items():
+            if rate := best_rate(of, results):
+                for burst in (1.0, BURST):
+                    found.append(Run("burst", label, flags, rate, tags={"burst": burst}))
+    return found
+
+
+def best_rate(
+    label: str, results: Mapping[str, float], experiment: str = "optimizers"
+) -> float | None:
+    """The rate of a finished search with the lowest loss; None while it goes on."""
+    runs = list(_rates(experiment, label, results))
+    losses = [_loss(run, results) for run in runs]
+    if None in losses or not _inside(losses):
+        return None
+    return runs[losses.index(min(losses))].lr
+
+
+def _search(experiment: str, label: str, results: Mapping[str, float]) -> Iterator[Run]:
+    """Rates, more of them where the best lies at an end, then the best's other seeds."""
+    yield from _rates(experiment, label, results)
+    if rate := best_rate(label, results, experiment):
+        for seed in SEEDS[1:]:
+            yield Run(experiment, label, SEARCHES[experiment][label][0], rate, seed)
+
+
+def _rates(experiment: str, label: str, results: Mapping[str, float]) -> list[Run]:
+    flags, middle = SEARCHES[experiment][label]
+    low, high = -(FIRST // 2), FIRST // 2
+    while True:
+        steps = range(low, high + 1)
+        runs = [Run(experiment, label, flags, _rounded(middle * FACTOR**k)) for k in steps]
+        losses = [_loss(run, results) for run in runs]
+        if None in losses or _inside(losses):
+            return runs
+        if losses.index(min(losses)) == 0:
+            low -= 1
+        else:
+            high += 1
+
+
+def _inside(losses: Sequence[float]) -> bool:
+    at = losses.index(min(losses))
+    return 0 < at < len(losses) - 1 or len(losses) >= MOST
+
+
+def _loss(run: Run, results: Mapping[str, float]) -> float | None:
+    loss = results.get(run.key)
+    return loss if loss is None or math.isfinite(loss) else math.inf
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.1g}")

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The paper's comparisons at a small scale, on CPUs: sets itself up, trains every run that is not
+# there yet (Megatron's trainer, 0.12M parameters, the standard library's text), and goes on where
+# it was stopped.
+#
+# Usage: ./scripts/reproduce.sh [--only NAME ...] [--out DIR] [--iters N] [--jobs N] [--dry-run]
+#   --only NAME ...  of toy, optimizers, ablations, recipes, grid, "large rates", burst (all)
+#   --out DIR        a folder for each run, with run.json and metrics.jsonl (runs/reproduce)
+#   --iters N        of a run (600)
+#   --jobs N         runs side by side (the number of cores)
+#   --dry-run        prints the runs known so far, with their arguments
+#   --config NAME    launches the same runs of a configuration instead (megatron-s3 launch), one
+#   --slurm          job a run with --slurm; what results decide on follows when it is called again
+#   MEGATRON_S3_PYTHON names a Python to use as it is.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/_venv.sh
+. scripts/_venv.sh
+
+case "${1:-}" in
+  -h | --help)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
+
+ensure_venv quickstart
+exec "$PYTHON" -m megatron_s3.experiments.runner "$@"

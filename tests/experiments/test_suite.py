@@ -1,0 +1,122 @@
+"""Which runs there are, from which results; the real trainer on two of them."""
+
+import json
+
+import pytest
+
+from megatron_s3.experiments import runner, suite, toy
+from megatron_s3.experiments.suite import Run, best_rate, plan
+
+
+def finished(runs: list[Run], loss) -> dict[str, float]:
+    return {run.key: loss(run) for run in runs}
+
+
+def rates(label: str, runs: list[Run]) -> list[float]:
+    found = {r.lr for r in runs if r.label == label and r.experiment == "optimizers"}
+    return sorted(found)
+
+
+def everything(loss, rounds: int = 10) -> tuple[list[Run], dict[str, float]]:
+    results: dict[str, float] = {}
+    for _ in range(rounds):
+        runs = plan(results)
+        new = finished([r for r in runs if r.key not in results], loss)
+        if not new:
+            return runs, results
+        results |= new
+    raise AssertionError("the plan never ends")
+
+
+def test_at_first_there_are_searches_only() -> None:
+    runs = plan({})
+    assert {r.experiment for r in runs} == set(suite.SEARCHES)
+    assert len(runs) == suite.FIRST * sum(map(len, suite.SEARCHES.values()))
+    assert len({r.key for r in runs}) == len(runs)
+
+
+def test_the_best_rate_is_inside_and_has_all_seeds() -> None:
+    """Where the best lies at an end another rate is tried, as often as it takes, up to a limit."""
+    runs, results = everything(lambda r: abs(r.lr - 0.2) if r.label == "Adan" else r.lr)
+    assert rates("Adan", runs)[-1] == 0.5 and best_rate("Adan", results) == 0.2
+    assert sorted({r.seed for r in runs if r.label == "Adan" and r.lr == 0.2}) == list(suite.SEEDS)
+    # The lower, the better without end.
+    assert len(rates("Lion", runs)) == suite.MOST and best_rate("Lion", results) == min(
+        rates("Lion", runs)
+    )
+
+
+def test_what_depends_on_results_takes_the_best_rates() -> None:
+    runs, _ = everything(lambda r: abs(r.lr - 0.006))
+    assert {r.experiment for r in runs} == set(suite.EXPERIMENTS)
+    large = {(r.label, r.lr) for r in runs if r.experiment == "large rates"}
+    assert large == {(label, lr) for label in suite.LARGE["of"] for lr in (0.02, 0.06)}
+    bursts = [r for r in runs if r.experiment == "burst"]
+    assert {r.tags["burst"] for r in bursts} == {1.0, suite.BURST}
+    assert len(bursts) == 2 * len(suite.BURSTS)
+    assert len([r for r in runs if r.experiment == "grid"]) == len(suite.GRID)
+    assert len({r.key for r in runs}) == len(runs)
+
+
+def test_what_diverges_is_no_best() -> None:
+    runs, results = everything(lambda r: float("nan") if r.lr > 0.01 else -r.lr)
+    assert best_rate("S3", results) == 0.006
+    assert {r.experiment for r in runs} == set(suite.EXPERIMENTS)
+
+
+def test_only_some_and_what_they_need() -> None:
+    assert {r.experiment for r in plan({}, ["ablations"])} == {"ablations"}
+    assert {r.experiment for r in plan({}, ["burst"])} == {"optimizers"}
+
+
+def test_decay_follows_the_rate() -> None:
+    for run in plan({}):
+        words = run.words
+        lr, decay = (float(words[words.index(f) + 1]) for f in ("--lr", "--weight-decay"))
+        assert lr * decay == pytest.approx(suite.DECAY, rel=1e-5)
+
+
+def test_results_of_finished_runs_alone(tmp_path) -> None:
+    for name, text in {"a": '{"valid_loss": 2.5}', "b": '{"valid_lo', "c": "{}"}.items():
+        (tmp_path / "optimizers" / name).mkdir(parents=True)
+        (tmp_path / "optimizers" / name / "run.json").write_text(text)
+    assert runner.results(tmp_path) == {"optimizers/a": 2.5}
+
+
+def test_the_toy_begins_at_one_point_and_descends() -> None:
+    for label, run in toy.trajectories().items():
+        assert run["x"][0] == list(toy.START), label
+        assert len(run["x"]) == len(run["loss"]) == toy.STEPS + 1
+        assert run["loss"][-1] < 1e-4 * run["loss"][0], label
+
+
+@pytest.mark.parametrize("words", [["--iters", "5"], ["--jobs", "0"], ["--slurm"]])
+def test_bad_arguments_are_refused(words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(words)
+    assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_are_trained_once_and_a_burst_is_one(tmp_path, monkeypatch, capsys) -> None:
+    """A gradient 1000 times too large changes nothing before it, exactly, and the run after it."""
+    flags, lr = "--optimizer s3", 6e-3
+    pair = [Run("burst", "S3", flags, lr, tags={"burst": burst}) for burst in (1.0, 1000.0)]
+    monkeypatch.setattr(runner, "plan", lambda results, only: pair)
+    words = ["--only", "burst", "--out", str(tmp_path), "--iters", "20", "--jobs", "2"]
+    assert runner.main(words) == 0
+    first, second = (
+        [
+            (r["iteration"], r["loss"])
+            for r in runner.read(tmp_path / run.key)
+            if r["kind"] == "train"
+        ]
+        for run in pair
+    )
+    before = [pair for pair in first if pair[0] < 10]  # of iteration 10 the loss is known before
+    assert before == [pair for pair in second if pair[0] < 10] and len(before) > 8
+    assert first[-1] != second[-1]
+    record = json.loads((tmp_path / pair[1].key / "run.json").read_text())
+    assert record["label"] == "S3" and record["tags"] == {"burst": 1000.0}
+    capsys.readouterr()
+    assert runner.main(words) == 0 and not capsys.readouterr().out

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in args.only if name != "toy"]
+    if args.config is None:
+        data.build(data.source("stdlib", "text", None), str(args.out / "text"), tokenizer="bytes")
     if args.dry_run:
         runs = plan(results(args.out), chosen)
         for run in runs:
@@ -45,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if "toy" in args.only:
         toy.write(args.out / "toy.json")
-    if args.config is None:
-        data.build(data.source("stdlib", "text", None), str(args.out / "text"), tokenizer="bytes")
     failed: set[str] = set()
     begun, done = time.monotonic(), 0
     while True:

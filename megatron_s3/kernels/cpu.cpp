@@ -196,8 +196,8 @@ INLINE void power(Floats& x) {
   if (P == 3) EACH x[k] = y[k] * x[k];
 }
 
-// S3, megatron_s3/rules/s3.py: m = state[0], r = state[1].
-template <int P, bool NESTEROV>
+// S3, megatron_s3/rules/s3.py: m = state[0], r = state[1]. BOUNDED: there is a grad_bound.
+template <int P, bool NESTEROV, bool BOUNDED>
 struct S3 {
   INLINE void update(Floats& u, Floats (&state)[2], const Floats& gradient, const Scalars& s) {
     Floats &m = state[0], &r = state[1];
@@ -205,7 +205,7 @@ struct S3 {
     Floats g, inverse, scale, share, d, w, y;
 
     EACH g[k] = gradient[k];
-    if (s.grad_bound < __builtin_inff()) {
+    if (BOUNDED) {
       EACH y[k] = s.grad_bound * r[k];
       EACH y[k] = r[k] < 0x1p-126f ? Float{} + __builtin_inff() : y[k];
       EACH g[k] = g[k] > y[k] ? y[k] : g[k];
@@ -404,13 +404,18 @@ extern "C" {
 
 int64_t chunk_elements() { return CHUNK; }
 
-void s3_step(int64_t p, int64_t nesterov, const Operands* operands, int64_t count, int64_t begin,
-             int64_t end, const Scalars* scalars, double* rows) {
-  static const Chunk chunks[3][2] = {
-      {chunk<S3<1, false>>, chunk<S3<1, true>>},
-      {chunk<S3<2, false>>, chunk<S3<2, true>>},
-      {chunk<S3<3, false>>, chunk<S3<3, true>>},
+// bounded: whether scalars.grad_bound is read.
+void s3_step(int64_t p, int64_t nesterov, int64_t bounded, const Operands* operands, int64_t count,
+             int64_t begin, int64_t end, const Scalars* scalars, double* rows) {
+  static const Chunk chunks[3][2][2] = {
+      {{chunk<S3<1, false, false>>, chunk<S3<1, false, true>>},
+       {chunk<S3<1, true, false>>, chunk<S3<1, true, true>>}},
+      {{chunk<S3<2, false, false>>, chunk<S3<2, false, true>>},
+       {chunk<S3<2, true, false>>, chunk<S3<2, true, true>>}},
+      {{chunk<S3<3, false, false>>, chunk<S3<3, false, true>>},
+       {chunk<S3<3, true, false>>, chunk<S3<3, true, true>>}},
   };
-  step(chunks[p - 1][nesterov != 0], operands, count, begin, end, *scalars, rows);
+  const Chunk chosen = chunks[p - 1][nesterov != 0][bounded != 0];
+  step(chosen, operands, count, begin, end, *scalars, rows);
 }
 }

@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import itertools
-import math
 import os
 import shlex
 import shutil
@@ -92,7 +91,7 @@ def step(
     scalars = (ctypes.c_float * 9)(
         *(float(lr), float(1 - lr * weight_decay), beta, 1 - beta, beta_s, 1 - beta_s),
         *(correction, s3_bound(beta, p, beta2, correction)),
-        math.inf if grad_bound is None else grad_bound,
+        0.0 if grad_bound is None else grad_bound,
     )
     table = array("q")
     for o in operands:
@@ -109,7 +108,7 @@ def step(
 
     def run(begin: int, end: int) -> None:
         library.s3_step(
-            *(int(p), nesterov, address, len(counts), begin, end),
+            *(int(p), nesterov, grad_bound is not None, address, len(counts), begin, end),
             *(ctypes.byref(scalars), None if rows is None else rows.data_ptr()),
         )
 
@@ -279,14 +278,5 @@ def _load(path: Path) -> ctypes.CDLL:
     library.chunk_elements.restype = integer
     library.chunk_elements.argtypes = ()
     library.s3_step.restype = None
-    library.s3_step.argtypes = (
-        integer,
-        integer,
-        pointer,
-        integer,
-        integer,
-        integer,
-        pointer,
-        pointer,
-    )
+    library.s3_step.argtypes = (*[integer] * 3, pointer, *[integer] * 3, pointer, pointer)
     return library

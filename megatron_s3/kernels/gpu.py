@@ -241,7 +241,7 @@ _chunks = _Recent()
 #: By device, rows of the statistics and sizes.
 _statistics = _Recent()
 #: What a CUDA graph may read whenever it is replayed.
-_captured: list[_Plan] = []
+_captured: list[_Plan | Tensor] = []
 
 
 def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
@@ -277,7 +277,10 @@ def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
     def make() -> Tensor:
         return torch.tensor(rows, device=device)[plan.chunks[:, 0].long()]
 
-    return _statistics.find((device, rows, tuple(o.param.numel() for o in group)), make)
+    found = _statistics.find((device, rows, tuple(o.param.numel() for o in group)), make)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
 
 
 def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:

@@ -52,7 +52,8 @@ def step(
             step = update * lr if statistics is not None else update.mul_(lr)
             x.mul_(1 - lr * weight_decay).sub_(step)
             if statistics is not None:
-                row = torch.tensor([o.row], device=x.device)
+                # Not torch.tensor, which on a GPU waits for the copy.
+                row = torch.full((1,), o.row, device=x.device)
                 statistics.add(of_chunk(update, grad, x), row)
             for tensor, new in zip((o.param, *o.state), (x, *state), strict=True):
                 if tensor.dtype != dtype:

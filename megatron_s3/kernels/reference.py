@@ -26,7 +26,7 @@ class S3Reference:
         bias_correction: divide both averages by the sum of their weights.
         grad_bound: limit each element of the gradient to so many times ``s**(1/p)`` of the step
             before, where that is not 0; or None.
-        beta_ramp: take the smaller of beta and ``(t - 1) / (t + 8)``.
+        beta_ramp: take the smaller of beta and ``(t - 1) / (t + 8)``, and so for beta2.
     """
 
     x: Tensor
@@ -48,10 +48,11 @@ class S3Reference:
     def step(self, grad: Tensor, lr: float) -> Tensor:
         """One iteration of the loop of Algorithm 1; returns ``n / b``, float64."""
         g, beta, p = grad.double(), self.beta, self.p
+        beta2 = beta if self.beta2 is None else self.beta2
         self.t += 1
         if self.beta_ramp:
-            beta = min(beta, (self.t - 1) / (self.t + 8))
-        beta2 = beta if self.beta2 is None else self.beta2
+            ramp = (self.t - 1) / (self.t + 8)
+            beta, beta2 = min(beta, ramp), min(beta2, ramp)
         if self.grad_bound is not None:
             limit = torch.where(self.s > 0, self.grad_bound * self.s ** (1 / p), torch.inf)
             g = g.clamp(-limit, limit)

@@ -43,10 +43,18 @@ def s3_update(
         nesterov: lines 6 and 7 of Algorithm 1; False takes ``m / s**(1/p)`` (tables: "w/o NAG").
         correction: factor on ``u``, from :func:`s3_correction`; 1 is the paper's S3.
         grad_bound: limits every element of the gradient to so many times its own ``r`` of the step
-            before; not in the paper, None does not.  An element whose ``r`` is below the smallest
-            normal number, as all are at first, is not limited.  Everything above holds of S3 on the
-            limited gradients: the bound on ``u`` is for any gradients whatever.  An infinite one is
-            limited too; a NaN stays.
+            before (not in the paper); None does not.  An element whose ``r`` is below the smallest
+            normal number, as all are at first, is not limited.  What follows is S3 on the limited
+            gradients, so that Theorem 2 holds as it does for any gradients whatever.  Where
+            there is a limit an infinite gradient becomes that; a NaN stays.
+
+            A row of an embedding that is seldom used forgets its ``r`` in between (9 parts of 10
+            in about ``p ln(10) / (1 - beta)`` steps, 138 at the defaults), and its next gradient
+            is limited.  That step differs little, ``u`` being a ratio: after a long silence ``u``
+            is ``(1 + beta**2 / ((1 - beta**2) grad_bound**p))**(-1/p)`` of what it were without
+            a bound, 0.997 for 10.  But while ``r`` grows back (see S3's ``grad_bound``), which
+            takes a use of the row for each factor, ``u`` is nearly the sign of the last gradient
+            alone.
 
     Returns:
         ``u``, shape and dtype of ``grad``; ``|u|`` never exceeds :func:`s3_update_bound` times
@@ -149,6 +157,14 @@ def s3_beta_ramp(step: int, beta: float) -> float:
     bias correction needless: the weights in an average sum to 1 from the first step on.  As long as
     ``m`` and ``s`` share every step's coefficient they are averages with the same weights, and
     ``|n / b| <= 1`` by the inequality of power means, as in Theorem 2 (not in the paper).
+
+    With another ``beta2``, ramped likewise, :func:`s3_update_bound` of the step's own two
+    coefficients ``c`` and ``d`` holds in every step.  By Hölder's inequality the largest
+    ``(|m| / s**(1/p))**q`` follows ``V <- R V + K`` with ``R = (c / d**(1/p))**q`` and
+    ``K = ((1-c) / (1-d)**(1/p))**q``, and that bound is its fixed point ``(K / (1-R))**(1/q)``.
+    Starting from ``V = 1`` at ``c = d = 0``, V stays below the fixed point as long as that
+    never falls; and it is 1 while c = d and grows as they part, from whichever is held first.
+    Nesterov's n and b are one more such step with the same gradient.
 
     Args:
         step: ``t``, counted from 1.

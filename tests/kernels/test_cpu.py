@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_s3.kernels import cpu, portable
@@ -157,7 +159,8 @@ def test_dtypes(
         {"beta2": 0.0},
         {"beta2": 0.0, "nesterov": False},
         {"correction": 1.7},
-        {"grad_bound": 10.0},
+        {"grad_bound": 3.3},
+        {"grad_bound": 3.3, "nesterov": False, "correction": 1.7},
         {"grad_bound": 1.0, "beta2": 0.0},
         {"correction": 0.3, "beta2": 0.99},
         {"weight_decay": 0.0},
@@ -269,17 +272,40 @@ def test_arithmetic_is_ieee_where_denormals_are_flushed() -> None:
     assert_same(operands, expected)
 
 
+@given(
+    st.lists(
+        st.tuples(st.floats(width=32), st.floats(width=32), st.floats(0, width=32)), max_size=8
+    ),
+    st.sampled_from([1.0, 2.0, 3.0]),
+    st.one_of(st.none(), st.floats(1, 1e6)),
+    st.sampled_from([0.0, 0.5, 0.95]),
+    st.booleans(),
+)
+def test_any_numbers(
+    elements: list[tuple[float, ...]],
+    p: float,
+    grad_bound: float | None,
+    beta: float,
+    nesterov: bool,
+) -> None:
+    """Bitwise the portable path: any gradient, exp_avg and exp_pnorm >= 0, NaN and inf included."""
+    g, m, r = torch.tensor(elements, dtype=FP32).view(-1, 3).T.contiguous()
+    o = Operands(torch.zeros_like(g), g, (m, r))
+    assert_same(*run(o, p=p, grad_bound=grad_bound, beta=beta, nesterov=nesterov))
+
+
+@pytest.mark.parametrize("grad_bound", [None, 3.3])
 @pytest.mark.parametrize("grad", [FP32, BF16])
 @pytest.mark.parametrize("count", [0, 1, 17, 70001, 200_000])
-def test_statistics(count: int, grad: torch.dtype) -> None:
+def test_statistics(count: int, grad: torch.dtype, grad_bound: float | None) -> None:
     """Largest and counts exact, sums to 1e-6, against the portable path's and float64's.
 
-    The squares of these gradients exceed fp32.
+    The squares of these gradients exceed fp32; what is counted is the gradient before its limit.
     """
     mine, other = (make(count, grad=grad) for _ in range(2))
     statistics, expected = Statistics("cpu"), Statistics("cpu")
-    cpu.step([mine], statistics=statistics, **SHARED)
-    portable.step(s3_update, [other], statistics=expected, **SHARED)
+    cpu.step([mine], statistics=statistics, grad_bound=grad_bound, **SHARED)
+    portable.step(s3_update, [other], statistics=expected, grad_bound=grad_bound, **SHARED)
     assert_same(mine, other)
     (statistics,), (expected,) = statistics.take(), expected.take()
     for name in ("max_abs_update", "large_updates", "zero_grads", "nonfinite_grads"):

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_s3.kernels.reference import S3Reference
-from megatron_s3.rules.s3 import s3_correction, s3_update, s3_update_bound
+from megatron_s3.rules.s3 import s3_beta_ramp, s3_correction, s3_update, s3_update_bound
 
 PS = [1.0, 1.5, 2.0, 3.0, 4.0, 8.0]
 MAGNITUDES = [10.0**k for k in range(-36, 37, 6)]
@@ -501,6 +501,176 @@ def test_bound_is_at_least_one_and_never_fails(p: float, beta: float, beta2: flo
 def test_bound_is_continuous_at_order_one() -> None:
     """Bound: (4) tends to (1 - beta) / (1 - beta2) as p -> 1, where q -> inf."""
     assert s3_update_bound(0.9, 1 + 1e-9, 0.99) == pytest.approx(s3_update_bound(0.9, 1, 0.99))
+
+
+# ---- a ramp of beta (not in the paper) ----------------------------------------------------------
+
+
+def ramped_weights(beta: float, steps: int, nesterov: bool) -> Tensor:
+    """What n (or m) gives each of ``steps`` gradients under a ramp that ends at beta; float64."""
+    weights = torch.zeros(steps, dtype=torch.float64)
+    for t in range(1, steps + 1):
+        c = s3_beta_ramp(t, beta)
+        weights *= c
+        weights[t - 1] = 1 - c
+    if nesterov:
+        weights *= c
+        weights[-1] += 1 - c
+    return weights
+
+
+@given(
+    st.floats(1.1, 16),
+    st.floats(0, 0.99),
+    st.one_of(st.none(), st.floats(0.01, 0.99)),
+    st.integers(1, 60),
+    st.booleans(),
+)
+@example(3.0, 0.8, 0.99, 60, False)
+@example(1.1, 0.99, None, 60, True)
+@example(2.0, 0.9, 0.85, 60, False)  # the denominator's is held first
+def test_worst_case_under_a_ramp_is_within_the_bound_of_the_step(
+    p: float, beta: float, beta2: float | None, steps: int, nesterov: bool
+) -> None:
+    """Hölder's case of equality for weights a in n and c in b**p, ``|g|`` like (a/c)**(1/(p-1)).
+
+    No gradients have a larger update (that of all is ``sum((a / c**(1/p))**q)**(1/q)``), and it is
+    within the bound of the step's own coefficients, in float64; the rule, clamped there, agrees.
+    """
+    a = ramped_weights(beta, steps, nesterov)
+    c = a if beta2 is None else ramped_weights(beta2, steps, nesterov)
+    last = s3_beta_ramp(steps, beta)
+    last2 = None if beta2 is None else s3_beta_ramp(steps, beta2)
+    limit = s3_update_bound(last, p, last2)
+    size = torch.where(a > 0, a / c, 0) ** (1 / (p - 1))
+    assume(bool(size.max() < 1e10 * size[a > 0].min()))  # or |g|**p leaves float64
+    run = S3Reference(torch.zeros(1), beta, p, nesterov=nesterov, beta2=beta2, beta_ramp=True)
+    m, r = torch.zeros(2, 1, dtype=torch.float64).unbind()
+    for t, g in enumerate(size, start=1):
+        expected = run.step(g.view(1), 1.0)
+        found = s3_update(
+            g.view(1),
+            m,
+            r,
+            beta=s3_beta_ramp(t, beta),
+            p=p,
+            beta2=None if beta2 is None else s3_beta_ramp(t, beta2),
+            nesterov=nesterov,
+        )
+    q = p / (p - 1)
+    supremum = (torch.where(a > 0, a / c ** (1 / p), 0) ** q).sum() ** (1 / q)
+    assert expected.item() == pytest.approx(supremum.item(), rel=1e-9)
+    assert found.item() == pytest.approx(supremum.item(), rel=1e-9)
+    assert expected.item() <= limit * (1 + 1e-9)
+
+
+@given(
+    st.lists(st.one_of(st.floats(-1e3, 1e3), st.sampled_from([1e9, -1e9])), min_size=1),
+    st.floats(1, 16),
+    st.floats(0, 0.99),
+    st.booleans(),
+)
+def test_no_update_exceeds_one_under_a_ramp(
+    grads: list[float], p: float, beta: float, nesterov: bool
+) -> None:
+    """Up to float64's rounding: the reference clamps nothing.  The first update is the sign."""
+    run = S3Reference(torch.zeros(1), beta, p, nesterov=nesterov, beta_ramp=True)
+    values = [0.0 if abs(g) < 1e-15 else g for g in grads]
+    updates = [run.step(torch.tensor([g]).double(), 1.0).item() for g in values]
+    assert max(map(abs, updates)) <= 1 + 1e-12
+    first = torch.tensor(values[:1], dtype=torch.float64).sign().item()
+    assert updates[0] == pytest.approx(first, rel=1e-12)
+
+
+# ---- a bound on each gradient (not in the paper) ------------------------------------------------
+
+
+@given(
+    st.lists(st.one_of(st.floats(width=32), extreme), min_size=2, max_size=12),
+    orders,
+    coefficients,
+    st.floats(1, 1e6),
+    st.booleans(),
+)
+def test_bounded_gradients_are_the_rule_on_limited_ones(
+    grads: list[float], p: float, beta: float, grad_bound: float, nesterov: bool
+) -> None:
+    """Bitwise; |u| <= 1 exactly, for infinite gradients too once r is there, NaN for NaN."""
+    options = {"beta": beta, "p": p, "nesterov": nesterov}
+    m, r, m2, r2 = torch.zeros(4, 1).unbind()
+    for value in grads:
+        g = torch.tensor([value])
+        known = r.item() >= TINY
+        limit = (r * grad_bound).item() if known else math.inf
+        limited = g.clamp(-limit, limit)
+        before = g.clone()
+        u = s3_update(g, m, r, grad_bound=grad_bound, **options)
+        expected = s3_update(limited, m2, r2, **options)
+        assert torch.equal(g.nan_to_num(), before.nan_to_num())
+        for one, other in ((u, expected), (m, m2), (r, r2)):
+            assert torch.equal(one.nan_to_num(nan=77.0), other.nan_to_num(nan=77.0))
+        if value != value or (math.isinf(value) and math.isinf(limit)):
+            assert u.isnan()
+            break
+        assert u.abs() <= 1
+
+
+@pytest.mark.parametrize("nesterov", [True, False], ids=["nag", "no-nag"])
+@pytest.mark.parametrize("p", PS)
+def test_bounded_updates_are_the_references(p: float, nesterov: bool) -> None:
+    """Float64's rounding, over the steps: heavy tails, of which the bound cuts off some."""
+    grads = history("heavy-tailed", steps=60, elements=8)[:, 40:64].double()  # around 1
+    run = S3Reference(torch.zeros_like(grads[0]), p=p, nesterov=nesterov, grad_bound=1.7)
+    free = S3Reference(torch.zeros_like(grads[0]), p=p, nesterov=nesterov)
+    m, r = torch.zeros(2, grads.shape[1], dtype=torch.float64).unbind()
+    differ = 0
+    for grad in grads:
+        u = s3_update(grad, m, r, beta=0.95, p=p, nesterov=nesterov, grad_bound=1.7)
+        expected = run.step(grad, 1.0)
+        differ += ((free.step(grad, 1.0) - expected).abs() > 1e-3).sum().item()
+        torch.testing.assert_close(u, expected, rtol=1e-10, atol=1e-12)
+    assert differ > 100
+
+
+@pytest.mark.parametrize("p", PS)
+def test_denominator_grows_by_a_known_factor_at_most(p: float) -> None:
+    """(beta + (1-beta) grad_bound**p)**(1/p) up to a few roundings, which inf reaches."""
+    beta, grad_bound = 0.95, 10.0
+    m, r = torch.zeros(2, 3).unbind()
+    s3_update(torch.tensor([1e-20, 1.0, 1e20]), m, r, beta=beta, p=p)
+    before = r.clone()
+    u = s3_update(torch.full((3,), math.inf), m, r, beta=beta, p=p, grad_bound=grad_bound)
+    factor = (beta + (1 - beta) * grad_bound**p) ** (1 / p)
+    torch.testing.assert_close(r / before, torch.full((3,), factor), rtol=1e-6, atol=0)
+    assert ((u > 0) & (u <= 1)).all()
+
+
+def test_infinite_gradient_without_a_past_is_not_bounded() -> None:
+    """There is nothing to limit it to: its element turns NaN, as without a bound."""
+    m, r = torch.zeros(2, 2).unbind()
+    u = s3_update(torch.tensor([math.inf, 1.0]), m, r, beta=0.95, p=3.0, grad_bound=10.0)
+    assert u.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+@pytest.mark.parametrize("grad_bound", [2.0, 10.0])
+def test_bounded_gradient_after_silence(p: float, grad_bound: float) -> None:
+    """An embedding's rare row: 1e-3, of what m still holds, from the fraction the docstring names.
+
+    Where r was forgotten altogether nothing is limited, and u is what it is without a bound.
+    """
+    beta = 0.5
+    for silence, fraction in (
+        (60, (1 + beta**2 / ((1 - beta**2) * grad_bound**p)) ** (-1 / p)),
+        (500, 1.0),
+    ):
+        m, r, m2, r2 = torch.zeros(4, 1).unbind()
+        for g in (1.0, *[0.0] * silence, 1.0):
+            one = torch.tensor([g])
+            u = s3_update(one, m, r, beta=beta, p=p, grad_bound=grad_bound)
+            free = s3_update(one, m2, r2, beta=beta, p=p)
+        assert (u / free).item() == pytest.approx(fraction, rel=1e-3)
+        assert (r < r2).item() == (silence == 60)
 
 
 # ---- Theorem 2 (3): larger p, smaller update ----------------------------------------------------

@@ -111,8 +111,15 @@ def train(
         | (environment or {}),
     )
     result = Run(run.returncode, run.stdout)
-    assert not check or run.returncode == 0, run.stdout[-6000:]
+    assert not check or run.returncode == 0, _why(run.stdout)
     return result
+
+
+def _why(log: str) -> str:
+    """The first traceback, which is seldom the last, and the end."""
+    at = log.find("Traceback (most recent call last)")
+    first = log[at : at + 4000] + "\n...\n" if 0 <= at < len(log) - 6000 else ""
+    return first + log[-6000:]
 
 
 @functools.cache
@@ -143,7 +150,7 @@ def _fork(ranks: int, argv: list[str], check: bool) -> Run:
         while answer and not answer.strip().lstrip("-").isdigit():  # what registering says
             answer = nursery.stdout.readline()
         result = Run(int(answer or 1), log.read())
-    assert not check or result.returncode == 0, result.log[-6000:]
+    assert not check or result.returncode == 0, _why(result.log)
     return result
 
 

@@ -1,5 +1,6 @@
 """Real ranks: what they allocate is what the plan of them says, in several layouts one by one."""
 
+import gc
 import os
 
 import torch
@@ -104,6 +105,7 @@ def allocated(args) -> tuple[sizes.Rank, int, int]:
         if isinstance(t, torch.Tensor) and not t.dim()
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
+    gc.collect()  # what only cycles hold is freed whenever the collector comes by
     found = sizes.measure(model, optimizer, stage)
     alive = allocations.alive()
     parallel_state.destroy_model_parallel()

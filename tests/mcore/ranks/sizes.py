@@ -115,19 +115,21 @@ def allocated(args) -> tuple[sizes.Rank, int, int]:
 
 def world(ranks: int) -> list[tuple]:
     """Every case of a world that the first ranks make up, on each of them."""
-    torch.distributed.init_process_group(
-        "gloo", rank=RANK, world_size=ranks, store=torch.distributed.PrefixStore(str(ranks), STORE)
-    )
     runs = []
     for flags in CASES[ranks]:
         # Adam's precision-aware states are Transformer Engine's.
         for name in ("s3",) if "--use-precision-aware-optimizer" in flags else ("s3", "adam"):
+            title = f"{name} {' '.join(flags)}"
+            # A world for each: groups keep their threads and sockets until their world ends.
+            store = torch.distributed.PrefixStore(f"{ranks} {title}", STORE)
+            torch.distributed.init_process_group("gloo", rank=RANK, world_size=ranks, store=store)
             args = parse.parse([*TINY, *ODD, "--optimizer", name, *flags], ranks)
             args.rank = RANK
             every = [None] * ranks
             torch.distributed.all_gather_object(every, allocated(args))
-            runs.append((args, f"{name} {' '.join(flags)}", every))
-    torch.distributed.destroy_process_group()
+            gc.collect()  # models keep groups
+            torch.distributed.destroy_process_group()
+            runs.append((args, title, every))
     return runs
 
 

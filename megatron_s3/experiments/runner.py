@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0, or 1 if a run has failed."""
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    _alike(args)
     chosen = [name for name in args.only if name != "toy"]
     if args.config is None:
         data.build(data.source("stdlib", "text", None), str(args.out / "text"), tokenizer="bytes")
@@ -75,7 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./scripts/reproduce.sh", description=__doc__)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words, megatron = (
+        (words[: words.index("--")], words[words.index("--") + 1 :])
+        if "--" in words
+        else (words, [])
+    )
+    parser = argparse.ArgumentParser(
+        prog="./scripts/reproduce.sh",
+        description=__doc__,
+        epilog="What follows -- goes to every run: Megatron's flags, such as --hidden-size 128.",
+    )
     names = ("toy", *EXPERIMENTS)
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME",
                         help=f"of {', '.join(names)}")  # fmt: skip
@@ -85,7 +96,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the runs known so far")
     parser.add_argument("--config", help="train this configuration through megatron-s3 launch")
     parser.add_argument("--slurm", action="store_true", help="with --config: a job for each run")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
+    args.megatron = megatron
+    if megatron and args.config is not None:
+        parser.error("-- is for the small suite: change what --config launches in its file")
     if args.iters < 20:
         parser.error(f"--iters {args.iters} is too few: give at least 20")
     if args.jobs < 1:
@@ -93,6 +107,28 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.slurm and args.config is None:
         parser.error("--slurm is for --config: the small suite runs on this machine")
     return args
+
+
+def _alike(args: argparse.Namespace) -> None:
+    """Keeps runs that cannot be compared out of one folder.
+
+    Raises:
+        SystemExit: the folder's runs have other settings.
+    """
+    if args.config is not None:
+        settings = {"config": args.config}
+    else:
+        settings = {"iters": args.iters, "megatron": args.megatron}
+    record = args.out / "suite.json"
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before != settings:
+            raise SystemExit(
+                f"error: the runs in {args.out} have {before}, these {settings}: "
+                "they cannot be compared; give another --out"
+            )
+    else:
+        record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def results(out: Path) -> dict[str, float]:
@@ -117,6 +153,7 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
         *data.megatron_arguments(str(args.out / "text")),
         *("--tensorboard-dir", str(args.out / run.key), "--s3-log-updates"),
         *run.words,
+        *args.megatron,
     ]
     if "burst" in run.tags:
         words += ["--burst-at", str(iters // 2), "--burst", f"{run.tags['burst']:g}"]

@@ -97,6 +97,17 @@ def test_bad_arguments_are_refused(words: list[str], capsys) -> None:
     assert words[0] in capsys.readouterr().err
 
 
+def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(runner.data, "build", lambda *a, **k: None)
+    monkeypatch.setattr(runner.data, "megatron_arguments", lambda prefix: [])
+    words = ["--only", "burst", "--out", str(tmp_path), "--dry-run"]
+    assert runner.main([*words, "--", "--hidden-size", "128"]) == 0
+    assert "--hidden-size 64" in (shown := capsys.readouterr().out)
+    assert all(line.endswith("--hidden-size 128") for line in shown.splitlines()[:-1])
+    with pytest.raises(SystemExit, match="another --out"):
+        runner.main(words)
+
+
 @pytest.mark.slow
 def test_runs_are_trained_once_and_a_burst_is_one(tmp_path, monkeypatch, capsys) -> None:
     """A gradient 1000 times too large changes nothing before it, exactly, and the run after it."""

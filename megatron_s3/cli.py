@@ -19,6 +19,7 @@ VERBS = {
         "megatron_s3.checkpoints.convert",
         "a checkpoint of AdamW's to one that S3 resumes, and back",
     ),
+    "report": ("megatron_s3.report.__main__", "finished or running runs as tables and pictures"),
     "eval": ("megatron_s3.checkpoints.evaluate", "exported models on the paper's five tasks"),
 }
 

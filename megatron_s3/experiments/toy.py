@@ -1,6 +1,8 @@
-"""Figure 1: optimizers on a valley in two dimensions."""
+"""Figure 1: optimizers in the paper's two dimensions."""
 
 import json
+import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,39 +12,77 @@ from megatron_s3 import S3
 
 __all__ = ["trajectories", "write"]
 
-STEPS = 300
+STEPS = 1000
 START = (1.0, 1.0)
+#: Standard deviation of what is added to both elements of the gradient.
+NOISE = 0.1
+SEEDS = (1, 2, 3)
+RATES = tuple(10 ** (k / 2) for k in range(-8, 1))
 
-_OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
-    "S3": lambda p: S3(p, lr=0.05),
-    "Adam": lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.9, 0.999)),
-    "Adam, beta .95 both": lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.95, 0.95)),
-    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.95),
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "S3": lambda x, lr: S3(x, lr=lr),
+    "Adam": lambda x, lr: torch.optim.Adam(x, lr=lr, betas=(0.9, 0.999), foreach=False),
+    "Adam, beta .95 both": lambda x, lr: torch.optim.Adam(
+        x, lr=lr, betas=(0.95, 0.95), foreach=False
+    ),
+    "SignSGD": lambda x, lr: S3(x, lr=lr, beta=0.0, p=1.0),  # n/b = sign(g)
+    "SGD": lambda x, lr: torch.optim.SGD(x, lr=lr, foreach=False),
 }
 
 
-def valley(x: torch.Tensor) -> torch.Tensor:
-    """A hundred times steeper one way than the other; 0 at the origin."""
-    return 0.5 * (x[0] ** 2 + 100 * x[1] ** 2)
+def loss(x: float, y: float) -> float:
+    """0 at (sqrt 20, 1/sqrt 20) and its negative."""
+    return 0.5 * (x - 1 / y) ** 2 + 0.5 * (x - 20 * y) ** 2
 
 
-def trajectories() -> dict[str, dict[str, list]]:
-    """Of each optimizer the points and the losses, under a cosine to 0; no noise."""
-    found = {}
-    for label, make in _OPTIMIZERS.items():
-        x = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
-        optimizer = make([x])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-        points, losses = [], []
-        for _ in range(STEPS + 1):
-            loss = valley(x)
-            points.append(x.tolist())
-            losses.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        found[label] = {"x": points, "loss": losses}
+def gradient(x: float, y: float) -> tuple[float, float]:
+    """Of :func:`loss`."""
+    a, b = x - 1 / y, x - 20 * y
+    return a + b, a / y**2 - 20 * b
+
+
+def train(label: str, lr: float, noise: float, seed: int) -> dict[str, list]:
+    """One run at a constant rate: points, losses, mean |u| of each step; short if it diverges."""
+    x = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
+    optimizer = _OPTIMIZERS[label]([x], lr)
+    random = torch.Generator().manual_seed(seed)
+    points, losses, updates = [list(START)], [loss(*START)], []
+    for _ in range(STEPS):
+        g = torch.tensor(gradient(*points[-1]), dtype=torch.float64)
+        x.grad = g + noise * torch.randn(2, generator=random, dtype=torch.float64)
+        optimizer.step()
+        point = x.tolist()
+        if not all(1e-6 < abs(v) < 1e6 for v in point):
+            break
+        updates.append(
+            statistics.fmean(abs(a - b) / lr for a, b in zip(point, points[-1], strict=True))
+        )
+        points.append(point)
+        losses.append(loss(*point))
+    return {"x": points, "loss": losses, "update": updates}
+
+
+def end(losses: list[float]) -> float:
+    """The median loss of the last tenth; inf if the run has not got there."""
+    return statistics.median(losses[-STEPS // 10 :]) if len(losses) == STEPS + 1 else math.inf
+
+
+def trajectories() -> dict[str, dict[str, dict]]:
+    """Without and with noise, each optimizer at the best of :data:`RATES`.
+
+    Returns:
+        By noise and label: ``lr``, the first seed's ``x``, ``loss`` and ``update``, and the ``end``
+        of each seed.
+    """
+    found: dict[str, dict[str, dict]] = {}
+    for noise, seeds in ((0.0, SEEDS[:1]), (NOISE, SEEDS)):
+        for label in _OPTIMIZERS:
+            tried = {lr: [train(label, lr, noise, seed) for seed in seeds] for lr in RATES}
+            ends = {lr: [end(run["loss"]) for run in runs] for lr, runs in tried.items()}
+            best = min(RATES, key=lambda lr: statistics.median(ends[lr]))
+            found.setdefault(f"noise {noise:g}", {})[label] = {
+                "lr": best, "end": ends[best], **tried[best][0],
+            }  # fmt: skip
     return found
 
 
@@ -50,5 +90,7 @@ def write(path: Path) -> None:
     """The trajectories as JSON, and what they end at in a line each."""
     found = trajectories()
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    for label, run in found.items():
-        print(f"toy: {label} ends at a loss of {run['loss'][-1]:.3g}")
+    for noise, runs in found.items():
+        for label, run in runs.items():
+            ends = ", ".join(f"{e:.3g}" for e in run["end"])
+            print(f"toy, {noise}: {label} (rate {run['lr']:.2g}) ends at a loss of {ends}")

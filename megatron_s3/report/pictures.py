@@ -1,0 +1,310 @@
+"""What runs say beside each other, as pictures that need no colour: matplotlib's, drawn to PNG."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_s3.report.compare import best_rate, finalists, labels
+from megatron_s3.report.runs import Suite, Trained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Picture", "pictures"]
+
+DARK, OTHER, FAINT = "#222222", "#CC6600", "#BBBBBB"
+#: Figure 3 is drawn for at most so many spikes.
+SPIKES = 6
+
+
+class Picture:
+    """A picture and where it goes.
+
+    Attributes:
+        name: of its file, without ``.png``.
+        title: what is seen, in a line.
+        figure: matplotlib's.
+    """
+
+    def __init__(self, name: str, title: str, figure: "Figure") -> None:
+        self.name = name.lower().replace(" ", "-")
+        self.title = title
+        self.figure = figure
+
+
+def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture]:
+    """All that the runs give rise to.
+
+    Args:
+        suites: from :func:`megatron_s3.report.runs.load`.
+        toys: ``toy.json`` of suites.
+    """
+    found = [_toy(path) for path in toys]
+    for suite in suites:
+        for experiment in ("optimizers", "ablations", "recipes", "runs"):
+            runs = suite.of(experiment)
+            if any(run.loss for run in runs):
+                found.append(_curves(suite, experiment, runs))
+            if any(len({r.lr for r in runs if r.label == label}) > 1 for label in labels(runs)):
+                found.append(_rates(suite, experiment, runs))
+        if grid := suite.of("grid"):
+            found.append(_grid(suite, grid))
+        if large := suite.of("large rates"):
+            found.append(_overlaid(suite, large, "large rates", "times", "x {:g}"))
+        if burst := suite.of("burst"):
+            found.append(_overlaid(suite, burst, "burst", "burst", "gradient x {:g}"))
+        found += [p for p in (_first_gradients(suite), _around_spikes(suite)) if p]
+    return found
+
+
+def _panels(count: int, columns: int, size: tuple[float, float], **options):
+    """A figure with as many axes, two or three in a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    drawn = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.subplots(rows, columns, squeeze=False, **options).flatten()
+    for panel in axes[count:]:
+        panel.set_visible(False)
+    for panel in axes[:count]:
+        panel.grid(color="0.92")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    return drawn, axes[:count]
+
+
+def _reference(runs: Sequence[Trained]) -> str:
+    """AdamW, which all others are drawn beside; without it the first label."""
+    of = [run.label for run in runs if run.optimizer in ("adamw", "adam")]
+    return min(of, key=len) if of else labels(runs)[0]
+
+
+def _band(
+    panel, runs: Sequence[Trained], series: Callable, line: str, colour: str, name: str
+) -> None:
+    """The mean over seeds, from the lowest to the highest."""
+    curves = [dict(series(run)) for run in runs]
+    at = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values = [[curve[i] for curve in curves] for i in at]
+    panel.plot(
+        at, [statistics.fmean(v) for v in values], line, color=colour, linewidth=1.6, label=name
+    )
+    if len(runs) > 1:
+        ends = ([min(v) for v in values], [max(v) for v in values])
+        panel.fill_between(at, *ends, color=colour, alpha=0.18, linewidth=0)
+
+
+def _smooth(run: Trained) -> list[tuple[int, float]]:
+    """Training losses, each the mean of up to 9."""
+    loss = run.loss
+    return [
+        (loss[k][0], statistics.fmean(v for _, v in loss[max(0, k - 4) : k + 5]))
+        for k in range(len(loss))
+    ]
+
+
+def _shown(runs: Sequence[Trained], label: str) -> list[Trained]:
+    """Finalists, or what is there of runs that go on."""
+    own = [run for run in runs if run.label == label and run.loss]
+    return finalists(runs, label) or own[:1]
+
+
+def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
+    """Figures 5 and 8: one panel for each label, with the reference in all."""
+    reference = _reference(runs)
+    others = [x for x in labels(runs) if x != reference and _shown(runs, x)] or [reference]
+    drawn, panels = _panels(len(others), 3, (3.6, 2.9), sharex=True, sharey=True)
+    known = [v for run in runs for _, v in _smooth(run)[-len(run.loss) // 2 :]]
+    known = sorted(v for v in known if math.isfinite(v))
+    for panel, label in zip(panels, others, strict=True):
+        for name, line, colour in ((reference, "--", DARK), (label, "-", OTHER)):
+            shown = _shown(runs, name)
+            if not shown or (name == reference == label and line == "-"):
+                continue
+            _band(panel, shown, _smooth, line, colour, f"{name}, rate {shown[0].lr:g}")
+            for run in shown:
+                if run.valid:
+                    panel.plot(*zip(*run.valid, strict=True), "o" if name == label else "x",
+                               color=colour, markersize=4, linewidth=0)  # fmt: skip
+        panel.legend(fontsize=7, frameon=False)
+    if known:
+        low, high = known[0], known[int(0.98 * (len(known) - 1))]
+        panels[0].set_ylim(low - 0.05, high + 0.6 * (high - low) + 0.1)
+    drawn.supxlabel("iteration", fontsize=9)
+    drawn.supylabel("loss, nats a token", fontsize=9)
+    title = (
+        f"{suite.name}, {experiment}: training loss, mean and range over seeds; marks: validation"
+    )
+    drawn.suptitle(title, fontsize=10)
+    return Picture(f"{suite.name}-{experiment}-loss", title, drawn)
+
+
+def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
+    """Figure 11: one panel for each label, the others faint behind it."""
+    shown = [x for x in labels(runs) if any(r.label == x and r.finished for r in runs)]
+    drawn, panels = _panels(len(shown), 3, (3.4, 2.5), sharey=True, sharex=True)
+    losses = sorted(run.final for run in runs if math.isfinite(run.final))
+    for panel, label in zip(panels, shown, strict=True):
+        for other in (*(x for x in shown if x != label), label):
+            own = [run for run in runs if run.label == other and math.isfinite(run.final)]
+            seed = min(run.seed for run in own) if own else 0
+            curve = sorted((run.lr, run.final) for run in own if run.seed == seed)
+            style = {"color": DARK, "marker": "o", "linewidth": 1.6, "zorder": 3, "markersize": 4}
+            if other != label:
+                style = {"color": FAINT, "linewidth": 0.8}
+            if curve:
+                panel.plot(*zip(*curve, strict=True), **style)
+        final = [run for run in finalists(runs, label) if math.isfinite(run.final)]
+        panel.plot([r.lr for r in final], [r.final for r in final], "_", color=DARK, markersize=10)
+        panel.set_xscale("log")
+        panel.set_title(f"{label}: best {best_rate(runs, label):g}", fontsize=8)
+    panels[0].set_ylim(losses[0] - 0.05, losses[int(0.9 * (len(losses) - 1))] + 0.3)
+    drawn.supxlabel("peak learning rate", fontsize=9)
+    drawn.supylabel("final validation loss", fontsize=9)
+    title = (
+        f"{suite.name}, {experiment}: sensitivity to the learning rate; dashes: other seeds, "
+        "grey: the other panels"
+    )
+    drawn.suptitle(title, fontsize=10)
+    return Picture(f"{suite.name}-{experiment}-rates", title, drawn)
+
+
+def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:
+    """Figure 9."""
+    cells = {(run.tags["p"], run.tags["beta"]): run.final for run in runs}
+    ps, betas = sorted({p for p, _ in cells}), sorted({b for _, b in cells})
+    values = [[cells.get((p, b), math.nan) for b in betas] for p in ps]
+    drawn, (panel,) = _panels(1, 1, (4.6, 3.4))
+    panel.imshow(values, cmap="Greys", aspect="auto", alpha=0.6)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            panel.text(j, i, f"{value:.3f}", ha="center", va="center")
+    panel.grid(False)
+    panel.set_xticks(range(len(betas)), [f"{b:g}" for b in betas])
+    panel.set_yticks(range(len(ps)), [f"{p:g}" for p in ps])
+    panel.set_xlabel("beta")
+    panel.set_ylabel("p")
+    title = f"{suite.name}: S3's final validation loss by p and beta"
+    drawn.suptitle(title, fontsize=10)
+    return Picture(f"{suite.name}-grid", title, drawn)
+
+
+def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words: str) -> Picture:
+    """Runs of one label that a tag tells apart, one panel for each label."""
+    shown = labels(runs)
+    drawn, panels = _panels(len(shown), 3, (3.6, 2.9), sharex=True, sharey=True)
+    styles = (("-", DARK), ("--", OTHER), (":", DARK))
+    for panel, label in zip(panels, shown, strict=True):
+        own = sorted((r for r in runs if r.label == label), key=lambda r: r.tags[tag])
+        for run, (line, colour) in zip(own, styles, strict=False):
+            text = words.format(run.tags[tag])
+            panel.plot(*zip(*run.loss, strict=True), line, color=colour, linewidth=1.2, label=text)
+            for spike in run.spikes:
+                panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
+        panel.set_title(f"{label}, rate {own[0].lr:g}", fontsize=8)
+        panel.legend(fontsize=7, frameon=False)
+    every = sorted(v for run in runs for _, v in run.loss if math.isfinite(v))
+    panels[0].set_ylim(every[0] - 0.1, every[int(0.97 * (len(every) - 1))] + 0.3)
+    drawn.supxlabel("iteration", fontsize=9)
+    drawn.supylabel("training loss", fontsize=9)
+    title = f"{suite.name}, {name}: training loss; grey bars: spikes found"
+    drawn.suptitle(title, fontsize=10)
+    return Picture(f"{suite.name}-{name}", title, drawn)
+
+
+def _first_gradients(suite: Suite) -> Picture | None:
+    """Figure 2: of the first interval that was logged, by layer and by kind of parameter."""
+    for run in suite.runs:
+        first = next((r for r in run.records if r["kind"] == "train" and r.get("updates")), None)
+        if first:
+            break
+    else:
+        return None
+    drawn, panels = _panels(2, 2, (4.4, 3.2), sharey=True)
+    parts = [
+        {
+            key: float(s["grad_rms"]) * math.sqrt(s["numel"])
+            for key, s in first["updates"][of].items()
+        }
+        for of in ("layers", "kinds")
+    ]
+    for panel, norms, what in zip(panels, parts, ("layer", "kind of parameter"), strict=True):
+        panel.bar(range(len(norms)), list(norms.values()), color="0.75", edgecolor="k", width=0.7)
+        panel.set_xticks(range(len(norms)), list(norms), rotation=40, ha="right", fontsize=7)
+        panel.set_xlabel(what, fontsize=8)
+        panel.set_yscale("log")
+    panels[0].set_ylabel("norm of the gradient", fontsize=8)
+    title = (
+        f"{suite.name}: gradient norms of the first {first['iteration']} iterations, {run.label}"
+    )
+    drawn.suptitle(title, fontsize=10)
+    return Picture(f"{suite.name}-first-gradients", title, drawn)
+
+
+def _around_spikes(suite: Suite) -> Picture | None:
+    """Figure 3: loss, mean and largest |u| around the highest spikes."""
+    found = [(float(s["height"]), run, s) for run in suite.runs for s in run.spikes]
+    found = sorted((f for f in found if f[1].update("mean_abs")), key=lambda f: -f[0])[:SPIKES]
+    if not found:
+        return None
+    drawn, panels = _panels(2 * len(found), 2, (5.4, 1.7))
+    for k, (height, run, spike) in enumerate(found):
+        reach = max(20, run.iterations // 8)
+        near = (spike["onset"] - reach, (spike.get("end") or spike["onset"]) + reach)
+        loss, update = panels[2 * k], panels[2 * k + 1]
+        _near(loss, run.loss, near, "-", DARK, "training loss")
+        _near(update, run.update("mean_abs"), near, "-", DARK, "mean |u|")
+        _near(update, run.update("max_abs"), near, "--", OTHER, "largest |u|")
+        if run.bound is not None:
+            update.axhline(run.bound, color="k", linewidth=0.8, linestyle=":", label="bound")
+        for panel in (loss, update):
+            panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
+            panel.legend(fontsize=6, frameon=False, loc="upper left")
+        tag = "".join(f", {key} {value:g}" for key, value in run.tags.items())
+        first = ", ".join(spike.get("first") or []) or "-"
+        loss.set_title(
+            f"{run.label}, rate {run.lr:g}{tag}: +{height:.2f} nats", fontsize=7, loc="left"
+        )
+        update.set_title(f"rose first: {first}", fontsize=6, loc="left")
+    title = f"{suite.name}: updates and loss around spikes (grey: onset)"
+    drawn.suptitle(title, fontsize=10)
+    return Picture(f"{suite.name}-spikes", title, drawn)
+
+
+def _near(panel, series, near: tuple[float, float], line: str, colour: str, name: str) -> None:
+    inside = [(i, v) for i, v in series if near[0] <= i <= near[1]]
+    if inside:
+        panel.plot(*zip(*inside, strict=True), line, color=colour, linewidth=1.2, label=name)
+
+
+def _toy(path: Path) -> Picture:
+    """Figure 1."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    drawn, panels = _panels(3 * len(found), 3, (4.0, 3.0))
+    lines = ("-", "--", "-.", ":", (0, (1, 4)))
+    colours = (DARK, OTHER, "#0077BB", "#888888", "#AA3377")
+    for k, (noise, runs) in enumerate(found.items()):
+        path_of, loss, update = panels[3 * k : 3 * k + 3]
+        for (label, run), line, colour in zip(runs.items(), lines, colours, strict=False):
+            style = {"linestyle": line, "color": colour, "linewidth": 1.2}
+            path_of.plot(*zip(*run["x"], strict=True), **style)
+            loss.plot(run["loss"], label=f"{label}, rate {run['lr']:.2g}", **style)
+            update.plot(run["update"], **style)
+        path_of.plot(math.sqrt(20), 1 / math.sqrt(20), "k*", markersize=9)
+        path_of.set_title(f"{noise}: trajectories, the star is the minimum", fontsize=8)
+        loss.set_title(f"{noise}: loss", fontsize=8)
+        update.set_title(f"{noise}: mean |u|", fontsize=8)
+        loss.set_yscale("log")
+        update.set_yscale("log")
+        loss.legend(fontsize=6, frameon=False)
+    title = (
+        "f = (x - 1/y)^2 / 2 + (x - 20 y)^2 / 2 from (1, 1), each at its best of 9 constant rates"
+    )
+    drawn.suptitle(title, fontsize=10)
+    return Picture("toy", title, drawn)

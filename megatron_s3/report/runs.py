@@ -1,0 +1,215 @@
+"""Finished and running runs, from their logs: `metrics.jsonl`, and `run.json` of an experiment."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_s3.telemetry import runlog
+
+__all__ = ["RunError", "Suite", "Trained", "load"]
+
+
+class RunError(ValueError):
+    """A run cannot be read; the message names its folder and what is missing."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training run.
+
+    Attributes:
+        folder: where it was read.
+        experiment: of the paper's comparisons; "runs" for any other run.
+        label: what is compared: runs of one label differ in rate, seed and tags alone.
+        optimizer: value of ``--optimizer``.
+        lr: peak learning rate.
+        seed: of initialisation and data order.
+        tags: what else tells it from others.
+        start: the log's first record.
+        records: the log.
+    """
+
+    folder: Path
+    experiment: str
+    label: str
+    optimizer: str
+    lr: float
+    seed: int
+    tags: Mapping[str, float]
+    start: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]] = field(repr=False)
+
+    @cached_property
+    def loss(self) -> list[tuple[int, float]]:
+        """Iteration and training loss (nats a token) of each logged interval."""
+        return [
+            (r["iteration"], float(r["loss"]))
+            for r in self.records
+            if r["kind"] == "train" and r.get("loss") is not None
+        ]
+
+    @cached_property
+    def valid(self) -> list[tuple[int, float]]:
+        """Likewise on validation data; of two at one iteration the later."""
+        return sorted(
+            {r["iteration"]: float(r["loss"]) for r in self.records if r["kind"] == "valid"}.items()
+        )
+
+    def update(self, name: str) -> list[tuple[int, float]]:
+        """Iteration and a figure over all parameters; empty without ``--s3-log-updates``."""
+        return [
+            (r["iteration"], float(r["updates"]["all"][name]))
+            for r in self.records
+            if r["kind"] == "train" and r.get("updates")
+        ]
+
+    @property
+    def spikes(self) -> list[Mapping[str, Any]]:
+        """The log's records of loss spikes."""
+        return [r for r in self.records if r["kind"] == "spike"]
+
+    @property
+    def bound(self) -> float | None:
+        """What the theorem allows of |u|; None for an optimizer without one."""
+        bound = self.start.get("bound")
+        return None if bound is None else float(bound)
+
+    @property
+    def iterations(self) -> int:
+        """Of the whole schedule."""
+        return int(self.start["train_iters"])
+
+    @property
+    def reached(self) -> int:
+        """The last iteration logged."""
+        return max((i for i, _ in (*self.loss[-1:], *self.valid[-1:])), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained, and evaluated, to its end."""
+        return bool(self.valid) and self.valid[-1][0] >= self.iterations
+
+    @property
+    def final(self) -> float:
+        """The validation loss at the end, inf if it is no number, NaN before the end."""
+        if not self.finished:
+            return math.nan
+        loss = self.valid[-1][1]
+        return loss if math.isfinite(loss) else math.inf
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Runs that can be compared: one model, batch and length.
+
+    Attributes:
+        name: of the folder.
+        runs: at least one.
+        words: Megatron's flags beyond the suite's own.
+    """
+
+    name: str
+    runs: Sequence[Trained]
+    words: Sequence[str] = ()
+
+    @property
+    def iterations(self) -> int:
+        """Of its runs; the longest if they differ."""
+        return max(run.iterations for run in self.runs)
+
+    @property
+    def model(self) -> tuple:
+        """What suites share that differ in length alone."""
+        return (
+            *self.words,
+            *(self.runs[0].start.get(k) for k in ("global_batch_size", "seq_length")),
+        )
+
+    def of(self, experiment: str) -> list[Trained]:
+        """Its runs of one experiment."""
+        return [run for run in self.runs if run.experiment == experiment]
+
+
+def load(paths: Iterable[str | Path]) -> list[Suite]:
+    """Suites as ``scripts/reproduce.sh`` leaves them, and one of all other runs.
+
+    Args:
+        paths: folders: of a suite, of a run (``megatron-s3 launch`` leaves ``runs/NAME``), or the
+            log of a run itself.
+
+    Raises:
+        RunError: there is no log, or a log without a first record.
+    """
+    suites: list[Suite] = []
+    alone: list[Trained] = []
+    for path in map(Path, paths):
+        if records := sorted(path.glob("*/*/run.json")):
+            runs = [_experiment(record.parent) for record in records]
+            described = path / "suite.json"
+            words = (
+                json.loads(described.read_text()).get("megatron", []) if described.exists() else []
+            )
+            suites.append(Suite(path.resolve().name, runs, tuple(words)))
+        elif (path / "run.json").exists():
+            alone.append(_experiment(path))
+        else:
+            alone.append(_run(path))
+    if alone:
+        suites.append(Suite("runs", _told_apart(alone)))
+    return suites
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    for place in (folder, folder / "tensorboard"):
+        if place.is_file() or (place / runlog.NAME).is_file():
+            records = runlog.read(place)
+            if not records or records[0]["kind"] != "start":
+                raise RunError(f"{place}: the log has no first record; was the run ever started?")
+            return records
+    raise RunError(
+        f"{folder}: no {runlog.NAME}; train with --s3-log-updates, or --s3-metrics, which is for "
+        "any optimizer, and --tensorboard-dir"
+    )
+
+
+def _experiment(folder: Path) -> Trained:
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        records = _records(folder)
+        return Trained(
+            folder, run["experiment"], run["label"], run["optimizer"], float(run["lr"]),
+            int(run["seed"]), run["tags"], records[0], records,
+        )  # fmt: skip
+    except (KeyError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"{folder / 'run.json'}: not a run of scripts/reproduce.sh: {error}"
+        ) from error
+
+
+def _run(folder: Path) -> Trained:
+    records = _records(folder)
+    start = records[0]
+    lr = float(start.get("hyperparameters", {}).get("lr") or math.nan)
+    return Trained(
+        folder, "runs", start.get("label") or start["optimizer"], start["optimizer"], lr,
+        int(start.get("seed") or 0), {}, start, records,
+    )  # fmt: skip
+
+
+def _told_apart(runs: Sequence[Trained]) -> list[Trained]:
+    """Labels that name the hyperparameters in which runs of one optimizer differ."""
+    rates = ("lr", "weight_decay")
+    found = []
+    for run in runs:
+        own = run.start.get("hyperparameters", {})
+        others = [r.start.get("hyperparameters", {}) for r in runs if r.label == run.label]
+        names = [k for k in own if k not in rates and any(o.get(k) != own[k] for o in others)]
+        words = [run.label, *(f"{name} {own[name]}" for name in names)]
+        found.append(replace(run, label=", ".join(words)))
+    return found

@@ -28,4 +28,4 @@ case "${1:-}" in
 esac
 
 ensure_venv quickstart
-exec "$PYTHON" -m megatron_s3.experiments.runner "$@"
+"$PYTHON" -m megatron_s3.experiments.runner "$@"

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_s3 import data
 from megatron_s3.experiments import toy
 from megatron_s3.experiments.suite import EXPERIMENTS, Run, plan
+from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 
 __all__ = ["main", "results"]
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             + "; ".join(f"{r.key} {results(args.out).get(r.key, math.nan):.4f}" for r in batch),
             flush=True,
         )
+    if args.config is None and results(args.out):
+        report.main([str(args.out), "--output", str(args.out / "report")])
     for key in sorted(failed):
         print(f"failed: {key}; its log is {args.out / key / 'log'}", file=sys.stderr)
     return int(bool(failed))

@@ -85,8 +85,10 @@ def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
     ):
         try:
             args = arguments.parse_args()
-            args.tensorboard_dir = args.tensorboard_dir or "."  # a launch has its own folders
+            folder = args.tensorboard_dir
+            args.tensorboard_dir = folder or "."  # a launch has its own folders
             arguments.validate_args(args, {})
+            args.tensorboard_dir = folder  # and nothing is written into this one
         except SystemExit as error:  # argparse's way
             lines = errors.getvalue().strip().splitlines() or [str(error)]
             raise ValueError(lines[-1].partition("error: ")[2] or lines[-1]) from None

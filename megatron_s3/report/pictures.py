@@ -203,11 +203,11 @@ def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words:
     for panel, label in zip(panels, shown, strict=True):
         own = sorted((r for r in runs if r.label == label), key=lambda r: r.tags[tag])
         for run, (line, colour) in zip(own, styles, strict=False):
-            text = words.format(run.tags[tag])
+            text = f"{words.format(run.tags[tag])}, rate {run.lr:g}"
             panel.plot(*zip(*run.loss, strict=True), line, color=colour, linewidth=1.2, label=text)
             for spike in run.spikes:
                 panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
-        panel.set_title(f"{label}, rate {own[0].lr:g}", fontsize=8)
+        panel.set_title(label, fontsize=8)
         panel.legend(fontsize=7, frameon=False)
     every = sorted(v for run in runs for _, v in run.loss if math.isfinite(v))
     panels[0].set_ylim(every[0] - 0.1, every[int(0.97 * (len(every) - 1))] + 0.3)
@@ -263,6 +263,7 @@ def _around_spikes(suite: Suite) -> Picture | None:
         _near(update, run.update("max_abs"), near, "--", OTHER, "largest |u|")
         if run.bound is not None:
             update.axhline(run.bound, color="k", linewidth=0.8, linestyle=":", label="bound")
+        update.set_ylim(0, 1.15 * max(1, update.dataLim.ymax))
         for panel in (loss, update):
             panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
             panel.legend(fontsize=6, frameon=False, loc="upper left")
@@ -297,6 +298,8 @@ def _toy(path: Path) -> Picture:
             loss.plot(run["loss"], label=f"{label}, rate {run['lr']:.2g}", **style)
             update.plot(run["update"], **style)
         path_of.plot(math.sqrt(20), 1 / math.sqrt(20), "k*", markersize=9)
+        path_of.set_xlim(0.5, 6)
+        path_of.set_ylim(0, 1.3)
         path_of.set_title(f"{noise}: trajectories, the star is the minimum", fontsize=8)
         loss.set_title(f"{noise}: loss", fontsize=8)
         update.set_title(f"{noise}: mean |u|", fontsize=8)

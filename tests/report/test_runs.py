@@ -1,0 +1,149 @@
+"""Tables, pictures and the page of runs whose logs are written here."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_s3.report import __main__ as verb
+from megatron_s3.report import compare
+from megatron_s3.report.runs import RunError, load
+
+pytest.importorskip("matplotlib")
+
+
+def write(
+    folder: Path, label: str, lr: float, seed: int, final: float, iterations: int = 100, **more
+) -> Path:
+    """A run whose loss falls from 3 to its final one on a line, and its record."""
+    folder.mkdir(parents=True)
+    optimizer = more.pop("optimizer", "s3" if label.startswith("S3") else "adamw")
+    hyperparameters = {"lr": lr, "weight_decay": 0.01, "beta": more.pop("beta", 0.95)}
+    lines = [
+        {"kind": "start", "iteration": 0, "optimizer": optimizer, "label": label, "bound": 1.0,
+         "hyperparameters": hyperparameters, "seed": seed, "global_batch_size": 8, "seq_length": 4,
+         "train_iters": iterations},
+    ]  # fmt: skip
+    for i in range(10, more.pop("until", iterations) + 1, 10):
+        part = {"numel": 4, "mean_abs": 0.2, "max_abs": 0.5 + i / 1000, "grad_rms": 0.5}
+        updates = {"all": part, "layers": {"0": part}, "kinds": {"mlp.fc1": part}}
+        loss = 3 + (final - 3) * i / iterations
+        lines.append({"kind": "train", "iteration": i, "loss": loss, "updates": updates})
+        if i % 50 == 0:
+            lines.append({"kind": "valid", "iteration": i, "loss": loss})
+    if more.get("spike"):
+        lines.append({"kind": "spike", "onset": more["spike"], "peak": 60, "end": 70,
+                      "height": "0.5", "area": 2.0, "first": ["embedding x2.0"]})  # fmt: skip
+    text = "\n".join(map(json.dumps, lines)) + "\n"
+    (folder / "metrics.jsonl").write_text(text)
+    if "experiment" in more:
+        record = {"experiment": more["experiment"], "label": label, "optimizer": optimizer,
+                  "lr": lr, "seed": seed, "tags": more.get("tags", {})}  # fmt: skip
+        (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def suite(out: Path, iterations: int = 100, better: float = 0.0) -> Path:
+    """S3 is 0.1, 0.2 and 0.3 better than AdamW, seed by seed, at the middle one of three rates."""
+    for k, (label, gain) in enumerate((("S3", 0.1), ("AdamW", 0.0))):
+        for lr in (0.1, 0.2, 0.4):
+            for seed in (1, 2, 3) if lr == 0.2 else (1,):
+                final = 2.0 - better - gain * seed + abs(lr - 0.2)
+                name = f"optimizers/{k}-{lr}-{seed}"
+                more = {"experiment": "optimizers", "spike": 50 * (seed == 2 and k == 1)}
+                write(out / name, label, lr, seed, final, iterations, **more)
+    return out
+
+
+def row(table: compare.Table, name: str) -> dict[str, str]:
+    cells = next(row for row in table.rows if row[0] == name)
+    return dict(zip(table.headings, cells, strict=True))
+
+
+def named(tables: list[compare.Table], words: str) -> compare.Table:
+    return next(table for table in tables if words in table.title)
+
+
+def test_final_losses_and_their_differences_seed_by_seed(tmp_path) -> None:
+    table = named(compare.tables(load([suite(tmp_path / "a")])), "final validation loss")
+    s3 = row(table, "S3")
+    assert (s3["rate"], s3["tried"], s3["seeds"]) == ("0.2", "3, 0.1 to 0.4", "3")
+    assert (s3["loss"], s3["s.d."], s3["- AdamW"]) == ("1.8000", "0.1000", "-0.200 +- 0.100")
+    assert (s3["max |u|"], s3["bound"]) == ("0.600", "1")
+    assert row(table, "AdamW")["- S3"] == "+0.200 +- 0.100"
+    assert [cells[0] for cells in table.rows] == ["S3", "AdamW"]
+
+
+def test_a_spike_is_counted_in_10000_iterations(tmp_path) -> None:
+    table = named(compare.tables(load([suite(tmp_path / "a")])), "loss spikes")
+    assert row(table, "adamw")["in 10,000 iterations"] == "20.00"  # 1 in 5 runs of 100
+    assert row(table, "s3")["spikes"] == "0"
+
+
+def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
+    """AdamW ends at 2.0 after 100 and at 1.5 after 400 iterations: at 1.75 after 200."""
+    folders = [suite(tmp_path / "a"), suite(tmp_path / "b", 400, better=0.5)]
+    for out, iterations in zip(folders, (100, 400), strict=True):
+        for seed in (1, 2, 3):
+            name = out / f"optimizers/mid-{seed}"
+            write(name, "S3 mid", 0.2, seed, 1.75, iterations, experiment="optimizers")
+    table = named(compare.tables(load(folders)), "times the steps of AdamW")
+    assert row(table, "S3 mid") == {
+        "": "S3 mid", "100 iterations": "1.7500 = 2.00", "400 iterations": "1.7500 = 0.50",
+    }  # fmt: skip
+    assert row(table, "S3")["400 iterations"] == "1.3000 = > 1.00"
+
+
+def test_what_diverged_is_no_best_and_no_number(tmp_path) -> None:
+    for lr, final in ((0.1, 2.0), (0.2, math.nan)):
+        write(tmp_path / f"a/optimizers/{lr}", "S3", lr, 1, final, experiment="optimizers")
+    table = named(compare.tables(load([tmp_path / "a"])), "final validation loss")
+    assert row(table, "S3")["rate"] == "0.1"
+
+
+def test_burst_and_grid(tmp_path) -> None:
+    for burst, final in ((1.0, 2.0), (1000.0, 2.5)):
+        more = {"experiment": "burst", "tags": {"burst": burst}}
+        write(tmp_path / f"a/burst/{burst}", "S3", 0.1, 1, final, **more)
+    for p in (2, 3):
+        more = {"experiment": "grid", "tags": {"p": p, "beta": 0.9}}
+        write(tmp_path / f"a/grid/{p}", f"S3, p={p}", 0.1, 1, float(p), **more)
+    tables = compare.tables(load([tmp_path / "a"]))
+    burst = row(named(tables, "1000 times too large"), "S3")
+    assert (burst["difference"], burst["rise"]) == ("+0.5000", "0.500")
+    assert burst["iterations to be back"] == "not in this run"
+    assert named(tables, "by p and beta").rows == [["2", "2.0000"], ["3", "3.0000"]]
+
+
+def test_runs_of_a_launch_are_told_apart_by_what_differs(tmp_path) -> None:
+    for k, beta in enumerate((0.9, 0.95)):
+        write(tmp_path / f"{k}/tensorboard", "S3", 0.1, 1, 2.0, beta=beta)
+    write(tmp_path / "2", "S3", 0.1, 1, 2.0, until=40, beta=0.95)
+    (found,) = load([tmp_path / str(k) for k in range(3)])
+    assert [run.label for run in found.runs] == ["S3, beta 0.9", "S3, beta 0.95", "S3, beta 0.95"]
+    assert [run.finished for run in found.runs] == [True, True, False]
+    assert "40 of 100" in str(named(compare.tables([found]), "not finished"))
+
+
+def test_the_page_stands_alone(tmp_path, capsys) -> None:
+    words = [str(suite(tmp_path / "a")), "--output", str(tmp_path / "report")]
+    assert verb.main(words) == 0
+    page = (tmp_path / "report/report.html").read_text()
+    names = {file.stem for file in (tmp_path / "report").glob("*.png")}
+    assert names == {f"a-{n}" for n in ("optimizers-loss", "optimizers-rates", "first-gradients",
+                                        "spikes")}  # fmt: skip
+    assert page.count("data:image/png;base64,") == 4 and 'src="a-' not in page
+    assert "-0.200 +- 0.100" in page and "-0.200 +- 0.100" in capsys.readouterr().out
+    (read,) = json.loads((tmp_path / "report/report.json").read_text())
+    assert len(read["runs"]) == 10 and read["runs"][0]["valid"][-1][0] == 100
+
+
+@pytest.mark.parametrize("text", [None, "", '{"kind": "train", "iteration": 1}\n'])
+def test_what_is_no_run_is_named(tmp_path, text, capsys) -> None:
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(RunError, match=str(tmp_path)):
+        load([tmp_path])
+    assert verb.main([str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err

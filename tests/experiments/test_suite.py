@@ -85,7 +85,7 @@ def test_results_of_finished_runs_alone(tmp_path) -> None:
 
 
 def test_the_toy_without_noise() -> None:
-    """S3 goes to the minimum as far as float64 does; the sign of the gradient oscillates around it."""
+    """S3 goes to the minimum as far as float64 does; the gradient's sign oscillates around it."""
     for label, low, high in (("S3", 0, 1e-25), ("SignSGD", 1e-4, 1)):
         run = toy.train(label, 0.01, 0.0, 1)
         assert run["x"][0] == list(toy.START) and len(run["x"]) == len(run["loss"]) == toy.STEPS + 1

@@ -7,12 +7,13 @@
 #                               [-- FLAG ...]
 #   --only NAME ...  of toy, optimizers, ablations, recipes, grid, "large rates", burst (all)
 #   --out DIR        a folder for each run, with run.json and metrics.jsonl (runs/reproduce)
-#   --iters N        of a run (600)
+#   --iters N        of a run (600; of a configuration its own)
 #   --jobs N         runs side by side (the number of cores)
 #   --dry-run        prints the runs known so far, with their arguments
 #   -- FLAG ...      Megatron's flags for every run: -- --hidden-size 128 --num-layers 4
-#   --config NAME    launches the same runs of a configuration instead (megatron-s3 launch), one
-#   --slurm          job a run with --slurm; what results decide on follows when it is called again
+#   --config NAME    trains the same runs of a configuration instead, through megatron-s3 launch
+#   --slurm          with --config: submits a job for each run that is known; when they have ended the
+#                    same command records them and submits what they decide on
 #   MEGATRON_S3_PYTHON names a Python to use as it is.
 set -euo pipefail
 

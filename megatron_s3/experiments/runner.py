@@ -39,12 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     _alike(args)
     chosen = [name for name in args.only if name != "toy"]
+    if args.config is not None and "burst" in chosen:
+        print("left out: burst: a launch has no trainer that makes a gradient too large")
+        chosen.remove("burst")
     if args.config is None:
         data.build(data.source("stdlib", "text", None), str(args.out / "text"), tokenizer="bytes")
     if args.dry_run:
         runs = plan(results(args.out), chosen)
         for run in runs:
-            print(f"{run.key}: {shlex.join(_words(run, args))}")
+            command = _words(run, args) if args.config is None else _command(run, args)
+            print(f"{run.key}: {shlex.join(command)}")
         print(f"{len(runs)} runs are known; results decide on the others")
         return 0
     if "toy" in args.only:
@@ -52,17 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: set[str] = set()
     begun, done = time.monotonic(), 0
     while True:
+        if args.config is not None:
+            _collect(plan(results(args.out), chosen), args)
         known = results(args.out)
         runs = plan(known, chosen)
         missing = [run for run in runs if run.key not in known and run.key not in failed]
         if not missing:
             break
-        if args.config is not None:
-            if not _launched(missing, args):
-                return 0
-            continue
-        batch = missing[: args.jobs]
-        failed |= _side_by_side(batch, args)
+        if args.slurm:
+            return _submit(missing, args)
+        batch = missing[: args.jobs] if args.config is None else missing[:1]
+        failed |= _side_by_side(batch, args) if args.config is None else _launch(batch[0], args)
         done += len(batch)
         left = (time.monotonic() - begun) / done * (len(missing) - len(batch))
         print(
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             + "; ".join(f"{r.key} {results(args.out).get(r.key, math.nan):.4f}" for r in batch),
             flush=True,
         )
-    if args.config is None and results(args.out):
+    if results(args.out):
         report.main([str(args.out), "--output", str(args.out / "report")])
     for key in sorted(failed):
         print(f"failed: {key}; its log is {args.out / key / 'log'}", file=sys.stderr)
@@ -94,7 +98,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME",
                         help=f"of {', '.join(names)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--iters", type=int, default=600, help="of a run (default 600)")
+    parser.add_argument("--iters", type=int, help="of a run (600; the configuration's own)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
     parser.add_argument("--dry-run", action="store_true", help="print the runs known so far")
     parser.add_argument("--config", help="train this configuration through megatron-s3 launch")
@@ -103,7 +107,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.megatron = megatron
     if megatron and args.config is not None:
         parser.error("-- is for the small suite: change what --config launches in its file")
-    if args.iters < 20:
+    if args.iters is None and args.config is None:
+        args.iters = 600
+    if args.iters is not None and args.iters < 20:
         parser.error(f"--iters {args.iters} is too few: give at least 20")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
@@ -119,7 +125,7 @@ def _alike(args: argparse.Namespace) -> None:
         SystemExit: the folder's runs have other settings.
     """
     if args.config is not None:
-        settings = {"config": args.config}
+        settings = {"config": args.config, "iters": args.iters}
     else:
         settings = {"iters": args.iters, "megatron": args.megatron}
     record = args.out / "suite.json"
@@ -185,9 +191,15 @@ def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
 
 
 def _finish(run: Run, args: argparse.Namespace) -> bool:
+    """Records a run if it has been trained to its end; whether it has."""
     folder = args.out / run.key
-    losses = [r["loss"] for r in read(folder) if r["kind"] == "valid"]
-    if not losses:
+    log = folder if args.config is None else folder / "tensorboard"
+    try:
+        records = read(log)
+    except FileNotFoundError:
+        return False
+    valid = [(r["iteration"], r["loss"]) for r in records if r["kind"] == "valid"]
+    if not valid or valid[-1][0] < records[0]["train_iters"]:
         return False
     record = {
         "experiment": run.experiment,
@@ -196,8 +208,8 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
         "lr": run.lr,
         "seed": run.seed,
         "tags": dict(run.tags),
-        "iterations": args.iters,
-        "valid_loss": losses[-1],
+        "iterations": records[0]["train_iters"],
+        "valid_loss": valid[-1][1],
     }
     temporary = folder / "run.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -234,19 +246,42 @@ def _rank(words: list[str], log: Path, port: int) -> None:
     runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
 
 
-def _launched(runs: Sequence[Run], args: argparse.Namespace) -> bool:
-    """Launches the first of the missing runs, or submits all; whether to go on."""
+def _launch(run: Run, args: argparse.Namespace) -> set[str]:
+    """Trains a run through ``megatron-s3 launch``; its key if it failed."""
+    status = subprocess.run(_command(run, args)).returncode
+    return set() if status == 0 and _finish(run, args) else {run.key}
+
+
+def _submit(missing: Sequence[Run], args: argparse.Namespace) -> int:
+    """A job for each of the runs that has none yet; what they decide on is for the next call."""
+    waiting = [run for run in missing if (args.out / run.key / "submitted.txt").exists()]
+    for run in missing:
+        if run not in waiting:
+            subprocess.run([*_command(run, args), "--slurm"], check=True)
+    print(f"{len(missing) - len(waiting)} submitted, {len(waiting)} submitted before and not "
+          "finished; call again when they have ended (one that failed is submitted again once its "
+          "submitted.txt is removed)")  # fmt: skip
+    return 0
+
+
+def _collect(runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """Records the launched runs that have ended."""
     for run in runs:
-        if "burst" in run.tags:
-            print(f"left out: {run.key}: a launch has no trainer with bursts")
-            continue
-        command = [sys.executable, "-m", "megatron_s3.cli", "launch", args.config]
-        command += ["--run-dir", str(args.out / run.key), "--set", "s3_log_updates=true"]
-        command += [f"{key}={value}" for key, value in _settings(run.words)]
-        command += ["--slurm"] if args.slurm else []
-        print(shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
-    return False
+        folder = args.out / run.key
+        if (folder / "tensorboard").exists() and not (folder / "run.json").exists():
+            _finish(run, args)
+
+
+def _command(run: Run, args: argparse.Namespace) -> list[str]:
+    settings = dict(_settings(run.words)) | {"s3_log_updates": "true"}
+    if "lr_warmup_fraction" in settings:
+        settings["lr_warmup_iters"] = "0"
+    if args.iters is not None:
+        settings["train_iters"] = str(args.iters)
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    folder = str((args.out / run.key).absolute())
+    launch = [sys.executable, "-m", "megatron_s3.cli", "launch", args.config]
+    return [*launch, "--run-dir", folder, *sets]
 
 
 def _settings(words: Sequence[str]) -> list[tuple[str, str]]:

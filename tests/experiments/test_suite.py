@@ -1,6 +1,7 @@
 """Which runs there are, from which results; the real trainer on two of them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,33 @@ def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path, monkeypatch, caps
     assert all(line.endswith("--hidden-size 128") for line in shown.splitlines()[:-1])
     with pytest.raises(SystemExit, match="another --out"):
         runner.main(words)
+
+
+def test_jobs_are_submitted_once_and_recorded_when_they_end(tmp_path, monkeypatch, capsys) -> None:
+    """No SLURM here: what the launcher would write is written by hand."""
+    submitted: list[list[str]] = []
+
+    def submit(command: list[str], check: bool) -> None:
+        folder = Path(command[command.index("--run-dir") + 1])
+        folder.mkdir(parents=True)
+        (folder / "submitted.txt").touch()
+        submitted.append(command)
+
+    monkeypatch.setattr(runner.subprocess, "run", submit)
+    words = ["--only", "recipes", "--out", str(tmp_path), "--config", "tiny-s3", "--slurm"]
+    assert runner.main(words) == 0 and runner.main(words) == 0
+    assert len(submitted) == suite.FIRST * len(suite.SEARCHES["recipes"])
+    long = next(c for c in submitted if "lr_warmup_fraction=0.3" in c)
+    assert "lr_warmup_iters=0" in long and "s3_log_updates=true" in long and "--slurm" in long
+    for command in submitted:
+        folder = Path(command[command.index("--run-dir") + 1]) / "tensorboard"
+        folder.mkdir()
+        lines = [{"kind": "start", "iteration": 0, "train_iters": 30},
+                 {"kind": "valid", "iteration": 30, "loss": 2.0}]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert runner.main(words) == 0  # all rates are equal: the lowest is at an end, another is tried
+    assert len(runner.results(tmp_path)) == suite.FIRST * len(suite.SEARCHES["recipes"])
+    assert len(submitted) == (suite.FIRST + 1) * len(suite.SEARCHES["recipes"])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ the largest of the first 100 losses; megatron/core/rerun_state_machine.py).
 """
 
 import argparse
+import json
 import math
 import random
 import statistics
@@ -14,7 +15,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_s3.telemetry import runlog
 from megatron_s3.telemetry.spikes import SpikeDetector
 
 __all__ = ["DETECTORS", "Curve", "curve", "main", "score"]
@@ -133,15 +136,50 @@ def score(flags: list[bool], of: Curve, into: Score) -> None:
     into.false += sum(not explained[i] for i in starts)
 
 
+def recorded(suite: Path) -> list[Curve]:
+    """The training losses of a suite of `scripts/reproduce.sh`.
+
+    Spikes are where a gradient was made too large: from the first loss that differs from that of
+    the run without, if any is more than 0.1 nats higher. Elsewhere an alarm is a false one.
+    """
+    found = []
+    for record in sorted(suite.glob("*/*/run.json")):
+        losses = _losses(record.parent)
+        spikes = []
+        burst = json.loads(record.read_text(encoding="utf-8"))["tags"].get("burst", 1)
+        if burst != 1:
+            twin = record.parent.with_name(
+                record.parent.name.replace(f"burst-{burst:g}", "burst-1")
+            )
+            rise = [a - b for a, b in zip(losses, _losses(twin), strict=True)]
+            if max(rise) > 0.1:
+                begin = next(i for i, r in enumerate(rise) if r)
+                spikes.append((begin, len(losses) - 1, max(rise)))
+        found.append(Curve(losses, spikes))
+    return found
+
+
+def _losses(folder: Path) -> list[float]:
+    return [float(r["loss"]) for r in runlog.read(folder) if r["kind"] == "train"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suites", nargs="*", type=Path, metavar="SUITE",
+                        help="runs of scripts/reproduce.sh to look at instead")  # fmt: skip
     parser.add_argument("--curves", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1000, help="of the first curve")
     options = parser.parse_args(argv)
-    curves = [curve(options.seed + k) for k in range(options.curves)]
+    curves = [c for suite in options.suites for c in recorded(suite)]
+    if options.suites and not curves:
+        parser.error(f"no run.json in {', '.join(map(str, options.suites))}")
+    curves = curves or [curve(options.seed + k) for k in range(options.curves)]
     total = sum(len(c.spikes) for c in curves)
-    print(f"{len(curves)} curves of {STEPS:,} losses, {total} spikes of 0.1 to 3 nats\n")
+    count = sum(len(c.losses) for c in curves)
+    heights = [height for c in curves for *_, height in c.spikes]
+    between = f" of {min(heights):.1f} to {max(heights):.1f} nats" if heights else ""
+    print(f"{len(curves)} curves, {count:,} losses, {total} spikes{between}\n")
     print(f"{'':42}found missed  false alarms in 10,000  median delay")
     for name, detect in DETECTORS.items():
         s = Score()

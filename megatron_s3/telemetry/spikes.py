@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = ["Spike", "SpikeDetector"]
 
+RECENT = 8
 _MAD_TO_SIGMA = 1.4826  # of the normal distribution
 
 
@@ -37,10 +38,11 @@ class SpikeDetector:
 
     A loss stands out if its logarithm is more than ``enter`` robust standard deviations (median and
     MAD of what the trend leaves) and more than ``floor`` nats above the line through the accepted
-    losses of the window; the spike is over when a loss is below ``leave`` deviations or half the
-    floor again.  The line goes through the medians of the window's halves.  What belongs to a spike
-    never enters the window, so that a spike hides neither itself nor the next one.  If the loss has
-    not come back after ``patience`` samples, its new level is learned afresh.
+    losses of the window, and above the median of the last 8 of them; the spike is over when a loss
+    is below ``leave`` deviations or half the floor again.  The line goes through the medians of the
+    window's halves.  What belongs to a spike never enters the window, so that a spike hides neither
+    itself nor the next one.  If the loss has not come back after ``patience`` samples, its new level
+    is learned afresh.
 
     Args:
         window: accepted losses that are remembered.
@@ -75,7 +77,7 @@ class SpikeDetector:
         self.spikes: list[Spike] = []
         self.open: Spike | None = None
         self._accepted: deque[tuple[int, float]] = deque(maxlen=window)
-        self._fit: tuple[float, float, float] | None = None
+        self._fit: tuple[float, float, float, float] | None = None
         self._last: int | None = None
         self._in_spike = 0
 
@@ -98,8 +100,9 @@ class SpikeDetector:
             return None
         if self._fit is None:
             self._fit = self._line()
-        slope, level, sigma = self._fit
-        expected = level + slope * iteration
+        slope, level, sigma, recent = self._fit
+        # Where a steep beginning flattens, the line goes on below the losses.
+        expected = max(level + slope * iteration, recent)
         height = loss - math.exp(expected) if usable else math.inf
         deviations = (math.log(loss) - expected) / sigma if usable else math.inf
         if self.open is None:
@@ -141,8 +144,8 @@ class SpikeDetector:
         self._accepted.append((iteration, log_loss))
         self._fit = None
 
-    def _line(self) -> tuple[float, float, float]:
-        """Slope and level of the trend, and the robust standard deviation around it."""
+    def _line(self) -> tuple[float, float, float, float]:
+        """Slope and level of the trend, the robust deviation around it, the last losses' median."""
         points = list(self._accepted)
         half = len(points) // 2
         (x1, y1), (x2, y2) = (
@@ -153,7 +156,8 @@ class SpikeDetector:
         level = statistics.median(y - slope * x for x, y in points)
         mad = statistics.median(abs(y - level - slope * x) for x, y in points)
         # Losses that are all alike have no spread, and nothing would be within it.
-        return slope, level, max(mad * _MAD_TO_SIGMA, 1e-6)
+        recent = statistics.median(y for _, y in points[-RECENT:])
+        return slope, level, max(mad * _MAD_TO_SIGMA, 1e-6), recent
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` takes up again exactly; JSON can hold it."""

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from megatron_s3.telemetry import confusion
 from megatron_s3.telemetry.confusion import DETECTORS, Score, curve, score
 from megatron_s3.telemetry.spikes import SpikeDetector
 from megatron_s3.telemetry.updates import rising
@@ -123,3 +124,35 @@ def test_what_rose_first_is_named() -> None:
     assert rising(history, updates(a=0.3, b=0.8)) == ["norm x4.0", "layer 0 x3.0"]
     assert rising(history, updates(a=0.12, b=0.1)) == []
     assert rising([], updates(a=1, b=1)) == []
+
+
+def test_a_beginning_that_flattens_is_no_spike() -> None:
+    """The line through a steep decline goes on below what follows."""
+    draw = random.Random(3)
+    losses = [max(4 - 0.02 * i, 3.0) + draw.gauss(0, 0.01) for i in range(100)]
+    detector = SpikeDetector()
+    for i, loss in enumerate(losses):
+        detector.add(i, loss)
+    assert not detector.spikes and detector.open is None
+    detector.add(100, 3.4)
+    assert detector.open is not None
+
+
+def test_recorded_curves_know_their_spikes(tmp_path, capsys) -> None:
+    """Two runs as scripts/reproduce.sh leaves them; the second one's gradient was too large once."""
+    draw = random.Random(4)
+    noise = [3 + draw.gauss(0, 0.01) for _ in range(120)]
+    for burst in (1, 1000):
+        folder = tmp_path / f"burst/s3-burst-{burst}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"tags": {"burst": burst}}))
+        lines = [
+            {"kind": "train", "iteration": i, "loss": y + (burst > 1 and i >= 90) * 0.5}
+            for i, y in enumerate(noise)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    without, burst = confusion.recorded(tmp_path)
+    assert without.spikes == [] and burst.spikes == [(90, 119, pytest.approx(0.5))]
+    assert confusion.main([str(tmp_path)]) == 0
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("megatron_s3"))
+    assert row.split()[1:] == ["1", "0", "0.00", "0"]

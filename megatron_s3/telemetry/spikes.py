@@ -41,8 +41,8 @@ class SpikeDetector:
     losses of the window, and above the median of the last 8 of them; the spike is over when a loss
     is below ``leave`` deviations or half the floor again.  The line goes through the medians of the
     window's halves.  What belongs to a spike never enters the window, so that a spike hides neither
-    itself nor the next one.  If the loss has not come back after ``patience`` samples, its new level
-    is learned afresh.
+    itself nor the next one.  If the loss has not come back after ``patience`` samples, its new
+    level is learned afresh.
 
     Args:
         window: accepted losses that are remembered.

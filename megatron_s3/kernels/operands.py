@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Operands", "fault", "flatten", "write_back"]
+__all__ = ["Operands", "fault", "flatten", "local", "write_back"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,12 @@ def _fits(tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: str, count: i
     )
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, in its memory (it may be empty); other tensors as they are."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
 def flatten(
     param: Tensor,
     grad: Tensor,
@@ -93,11 +99,12 @@ def flatten(
     otherwise is copied.
 
     Args:
-        param, grad, state: of one shape.
+        param, grad, state: of one shape, and all DTensors of one layout or none.
         model_param: of as many elements; of the same shape, or 1-d in the parameter's order.
         row: of the statistics.
     """
-    tensors = [param, grad, *state]
+    param, grad, *state = tensors = [local(tensor) for tensor in (param, grad, *state)]
+    model_param = None if model_param is None else local(model_param)
     if all(map(Tensor.is_contiguous, tensors)):
         if param.dim() == 1 and (model_param is None or model_param.dim() == 1):
             return Operands(param, grad, tuple(state), model_param, row), []

@@ -26,7 +26,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     others: half-precision parameters keep full-precision state unless asked otherwise.  A group
     also holds ``algorithm`` (the stamp that :meth:`load_state_dict` checks) and ``step`` (a Python
     int).  A gradient is read from ``param.decoupled_grad``, which may have another dtype than the
-    parameter, where that is set, and else from ``param.grad``.
+    parameter, where that is set, and else from ``param.grad``.  Parameters that torch shards
+    (DTensors, as FSDP2 makes them) have DTensors for state, and each rank steps its own part.
 
     Args:
         params: as for every torch optimizer.
@@ -264,7 +265,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _check_grad(self, param: Tensor, grad: Tensor, group: int) -> None:
         fault = None
-        if grad.layout != torch.strided:
+        if _placements(param) != _placements(grad):
+            fault = "is whole and the parameter a DTensor, or the reverse; both have to be the same"
+        elif grad.layout != torch.strided:
             fault = f"is {grad.layout}; a dense gradient is needed (sparse=False in the embedding?)"
         elif not grad.is_floating_point():
             fault = f"is {grad.dtype}; a real floating-point gradient is needed"
@@ -276,7 +279,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def _check_finite(self, grads: list[Tensor]) -> None:
-        bad = [not bool(grad.isfinite().all()) for grad in grads]
+        finite = [grad.isfinite().all() for grad in grads]
+        # A DTensor's is each rank's own until it is reduced: one for all to step, or none.
+        bad = [not bool(f if _placements(f) is None else f.full_tensor()) for f in finite]
         if any(bad):
             shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
             raise RuntimeError(
@@ -356,7 +361,18 @@ def check_stamps(optimizer: ElementwiseOptimizer, saved_groups: list[dict[str, A
 
 def _grad(param: Tensor) -> Tensor | None:
     grad = getattr(param, "decoupled_grad", None)
-    return param.grad if grad is None else grad
+    grad = param.grad if grad is None else grad
+    if grad is None or _placements(grad) == _placements(param):
+        return grad
+    if _placements(grad) is None or _placements(param) is None:
+        return grad  # what the check then says
+    # As in torch's own optimizers: what autograd leaves partial, or laid out in another way.
+    return grad.redistribute(param.device_mesh, param.placements)
+
+
+def _placements(tensor: Tensor) -> tuple | None:
+    """How a DTensor is laid out over its mesh; None for other tensors."""
+    return getattr(tensor, "placements", None)
 
 
 def _check_rate(name: str, value: Any, may_be_none: bool = True) -> None:

@@ -83,13 +83,20 @@ def get_megatron_optimizer(
     if cls is None:
         return original(config, *args, **kwargs)
     _prepare(config)
-    without = {"use_precision_aware_optimizer": False}  # or Adam gets arguments of FusedAdam's
-    with as_adam(config), _replaced(config, without):
+    for_adam: dict[str, Any] = {
+        "use_precision_aware_optimizer": False
+    }  # else FusedAdam's arguments
+    no_rate = float("0")  # an object of its own
+    if config.lr is None:  # to be set in the groups later; torch's AdamW takes numbers alone
+        for_adam["lr"] = no_rate
+    with as_adam(config), _replaced(config, for_adam):
         built = original(config, *args, **kwargs)
     if not isinstance(built, ChainedOptimizer):  # a release that returns a single part as it is
         built = ChainedOptimizer([built])
     parts = [part for part in built.chained_optimizers if part.optimizer is not None]
     for part in parts:
+        for group in part.optimizer.param_groups:
+            group.update({name: None for name, value in group.items() if value is no_rate})
         _exchange(part, cls, config)
     built.__class__ = ElementwiseChainedOptimizer
     built.update_log = None

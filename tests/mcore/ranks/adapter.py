@@ -294,6 +294,24 @@ for one, other in zip(*results, strict=True):
 _, optimizer = build(torch.float32, True, s3_p=2.0, s3_beta=0.5, s3_nesterov=False)
 (group, *_) = optimizer.chained_optimizers[0].optimizer.param_groups
 assert (group["p"], group["beta"], group["nesterov"]) == (2.0, 0.5, False)
+
+# A learning rate that is set later, in the groups; no other stands in for it until then.
+for sharded in (False, True):
+    model, optimizer = build(torch.float32, sharded, lr=None)
+    (part,) = optimizer.chained_optimizers
+    for group in part.optimizer.param_groups:
+        assert group["lr"] is None and group.get("max_lr") is None
+    assert part.config.lr is None
+    try:
+        step(model, optimizer, 0)
+    except ValueError as error:
+        assert "lr is None" in str(error)
+    else:
+        raise AssertionError("a step without a learning rate")
+    for group in part.optimizer.param_groups:
+        group["lr"] = 0.25
+    assert step(model, optimizer, 0)[0]
+
 if RANK == 0:
     print("adapter: ok")
 torch.distributed.destroy_process_group()

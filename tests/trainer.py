@@ -1,7 +1,6 @@
 """Megatron's real trainer on a tiny GPT, on as many CPU ranks as asked for."""
 
 import functools
-import json
 import os
 import re
 import subprocess
@@ -16,6 +15,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_s3.launch.forks import Forks
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -84,8 +85,9 @@ def train(
 ) -> Run:
     """Trains for 6 iterations, unless the flags say otherwise.
 
-    The ranks are forks of one process that has imported everything (:mod:`tests.nursery`), or
-    torchrun's where another Megatron, program or environment is asked for.
+    The ranks are forks of one process that has imported everything
+    (:mod:`megatron_s3.launch.forks`), or torchrun's where another program or environment is asked
+    for.
 
     Args:
         *flags: added to :data:`TINY`; the last of two equal flags wins.
@@ -97,8 +99,8 @@ def train(
         environment: added to this process's.
     """
     schedule = ["--train-iters", str(ITERATIONS), *TINY] if tiny else []
-    if command == TRAINER and megatron is None and not environment:
-        return _fork(ranks, [*schedule, *map(str, flags)], check)
+    if command == TRAINER and not environment:
+        return _fork(megatron, ranks, [*schedule, *map(str, flags)], check)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = [str(p) for p in (megatron, REPOSITORY, os.environ.get("PYTHONPATH")) if p]
     run = subprocess.run(
@@ -123,33 +125,14 @@ def _why(log: str) -> str:
 
 
 @functools.cache
-def _nursery() -> subprocess.Popen:
-    path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
-    return subprocess.Popen(
-        [sys.executable, REPOSITORY / "tests/nursery.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ
-        | {
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "LOCAL_WORLD_SIZE": "8",
-        },
-    )
+def forks(megatron: str | Path | None = None) -> Forks:
+    """The process that forks ranks, by the release of Megatron."""
+    return Forks(megatron)
 
 
-def _fork(ranks: int, argv: list[str], check: bool) -> Run:
-    nursery = _nursery()
+def _fork(megatron: str | Path | None, ranks: int, argv: list[str], check: bool) -> Run:
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-        request = {"argv": argv, "ranks": ranks, "environment": {}, "log": log.name}
-        print(json.dumps(request), file=nursery.stdin, flush=True)
-        answer = nursery.stdout.readline()
-        while answer and not answer.strip().lstrip("-").isdigit():  # what registering says
-            answer = nursery.stdout.readline()
-        result = Run(int(answer or 1), log.read())
+        result = Run(forks(megatron).run(argv, ranks, log.name), log.read())
     assert not check or result.returncode == 0, _why(result.log)
     return result
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron_s3.mcore import telemetry
 from megatron_s3.mcore.arguments import destination, flag, say, state_dtypes
 from megatron_s3.optimizers import OPTIMIZERS
 
@@ -27,8 +28,10 @@ def load_base_checkpoint(
     result = original(load_dir, args, *rest, **kwargs)
     state_dict, _, release, *_ = result
     saved = (state_dict or {}).get("args")
-    if saved is not None and not release and not args.finetune and not args.no_load_optim:
-        _compare(load_dir, args, saved)
+    if saved is not None and not release and not args.finetune:
+        telemetry.resume(saved)
+        if not args.no_load_optim:
+            _compare(load_dir, args, saved)
     return result
 
 

@@ -134,6 +134,13 @@ SEAMS = (
     ),
     Seam(
         "megatron.training.checkpointing",
+        "save_checkpoint",
+        ("iteration", "model", "optimizer", "opt_param_scheduler"),
+        telemetry.save_checkpoint,
+        "the same: the spikes so far, in the checkpoint",
+    ),
+    Seam(
+        "megatron.training.checkpointing",
         "_load_base_checkpoint",
         ("load_dir", "args"),
         checkpoint.load_base_checkpoint,

@@ -5,10 +5,8 @@ of a few kilobytes: of all sums, and of all maxima.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,11 +20,19 @@ from megatron_s3.kernels.statistics import LARGEST, Statistics
 from megatron_s3.mcore.arguments import hyperparameters
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.telemetry.buckets import Layout
-from megatron_s3.telemetry.runlog import RunLog, finite, read
-from megatron_s3.telemetry.spikes import Spike, SpikeDetector
-from megatron_s3.telemetry.updates import rising, summary, tags
+from megatron_s3.telemetry.runlog import RunLog, finite
+from megatron_s3.telemetry.updates import summary, tags
+from megatron_s3.telemetry.watch import SpikeWatch
 
-__all__ = ["UpdateLog", "evaluate", "evaluate_and_print_results", "training_log"]
+__all__ = [
+    "UpdateLog",
+    "evaluate",
+    "evaluate_and_print_results",
+    "resume",
+    "save_checkpoint",
+    "training_log",
+    "watch",
+]
 
 
 class UpdateLog:
@@ -135,10 +141,6 @@ def _counts(part: MegatronOptimizer, param: Tensor) -> bool:
 # ---- the log -------------------------------------------------------------------------------------
 
 
-#: Intervals against which a rise of the updates is measured.
-_REMEMBERED = 64
-
-
 class _Log:
     """Of the running training; losses of the interval stay on the device."""
 
@@ -148,18 +150,12 @@ class _Log:
         self.timed = -1  # iterations since then; the first has begun before
         self.begun = time.perf_counter()
         self.file = None
-        self.ended: Spike | None = None
-        self.first: list[str] = []
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            folder = args.tensorboard_dir or args.save
-            self.detector = SpikeDetector()
-            self.updates: deque[dict[str, dict]] = deque(maxlen=_REMEMBERED)
-            self.file = RunLog(folder)
+        if torch.distributed.get_rank() == _writer():
+            self.watch = SpikeWatch()
+            if _spikes is not None:
+                self.watch.load_state_dict(_spikes)
+            self.file = RunLog(args.tensorboard_dir or args.save)
             self.file.write("start", _start(args, iteration))
-            # The log is the detector's state: what it was told before is told again, exactly.
-            for record in read(folder):
-                if record["kind"] == "train":
-                    self._watch(record)
 
     def interval(
         self, args: Any, iteration: int, lr: float, grad_norm: Any, update_log: UpdateLog | None
@@ -175,7 +171,8 @@ class _Log:
         timed, self.timed = self.timed, 0
         if self.file is None:
             return
-        loss = float(torch.stack(losses).mean()) if losses else float("nan")
+        # An interval whose updates were all skipped has no loss.
+        loss = float(torch.stack(losses).mean()) if losses else None
         record = {
             "time": time.time(),
             "iteration": iteration,
@@ -198,28 +195,15 @@ class _Log:
             if wandb := get_wandb_writer():
                 wandb.log(scalars, iteration)
         self.file.write("train", record)
-        began = self._watch(record)
-        for spike in (began, self.ended):
-            if spike is not None:
-                self.file.write("spike", _finite(asdict(spike)) | {"first": self.first})
+        for spike in self.watch.add(iteration, loss, updates) if loss is not None else ():
+            self.file.write("spike", _finite(spike))
         if writer := get_tensorboard_writer():
-            count = len(self.detector.spikes) + (self.detector.open is not None)
-            writer.add_scalar("spikes/count", count, iteration)
+            writer.add_scalar("spikes/count", self.watch.count, iteration)
 
-    def _watch(self, record: dict[str, Any]) -> Spike | None:
-        """Shows the detector a record; the spike that it begins, if it does."""
-        was_open = self.detector.open is not None
-        self.ended = self.detector.add(record["iteration"], float(record["loss"]))
-        began = self.detector.open if not was_open else None
-        updates = record.get("updates")
-        if began is not None:
-            history = list(self.updates)
-            # Of the interval before, if there is one: updates lead, the loss follows.
-            leading = history[-1:] if len(history) > 1 else [updates] if updates else []
-            self.first = rising(history[:-1], leading[0]) if leading else []
-        if updates is not None and self.detector.open is None:
-            self.updates.append(updates)
-        return began
+
+def _writer() -> int:
+    """The rank that writes, as Megatron's own writers do: it has the loss."""
+    return torch.distributed.get_world_size() - 1
 
 
 def _finite(values: Any) -> Any:
@@ -258,12 +242,38 @@ def _bound(args: Any) -> float | None:
 
 _log: _Log | None = None
 _update_log: UpdateLog | None = None
+#: Of the checkpoint that was loaded: a state of SpikeWatch.
+_spikes: dict[str, Any] | None = None
 
 
 def watch(update_log: UpdateLog | None) -> None:
     """Makes a log of updates, or none, the one whose totals are written."""
-    global _log, _update_log
-    _log, _update_log = None, update_log
+    global _log, _update_log, _spikes
+    _log, _update_log, _spikes = None, update_log, None
+
+
+def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
+    """Around Megatron's saving, which every rank calls: the spikes so far go with the arguments.
+
+    Those are in a checkpoint of every format, and are one rank's, which need not be the one that
+    has them.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    if getattr(args, "s3_metrics", False):
+        state = [_spikes]
+        if _log is not None and _log.file is not None:
+            state = [_log.watch.state_dict()]
+        torch.distributed.broadcast_object_list(state, src=_writer())
+        args.s3_spikes = state[0]
+    return original(iteration, *rest, **kwargs)
+
+
+def resume(saved: Any) -> None:
+    """Takes the spikes so far from the arguments in a checkpoint, if they are there."""
+    global _spikes
+    _spikes = getattr(saved, "s3_spikes", None)
 
 
 def training_log(

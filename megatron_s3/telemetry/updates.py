@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from megatron_s3.kernels.statistics import FIELDS
 from megatron_s3.telemetry.buckets import Layout
 
-__all__ = ["rising", "summary", "tags"]
+__all__ = ["rising", "sizes", "summary", "tags"]
 
 
 def summary(
@@ -57,12 +57,20 @@ def summary(
     }
 
 
+def sizes(updates: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
+    """Mean |u| of each kind and each layer of a :func:`summary`, and nothing else."""
+    return {
+        group: {name: values["mean_abs"] for name, values in updates[group].items()}
+        for group in ("layers", "kinds")
+    }
+
+
 def rising(history: Sequence[Mapping], now: Mapping, most: int = 5) -> list[str]:
     """The kinds and layers whose mean |u| stands highest over its median of the intervals before.
 
     Args:
-        history: earlier :func:`summary` results, the interval before last at the end of it.
-        now: the one of the interval in which a spike began, or of the one before.
+        history: :func:`sizes` of earlier intervals, the one before last at the end of it.
+        now: those of the interval in which a spike began, or of the one before.
         most: how many are named.
 
     Returns:
@@ -71,11 +79,11 @@ def rising(history: Sequence[Mapping], now: Mapping, most: int = 5) -> list[str]
     """
     found = []
     for group, prefix in (("layers", "layer "), ("kinds", "")):
-        for name, values in now[group].items():
-            before = [h[group][name]["mean_abs"] for h in history if name in h[group]]
+        for name, size in now[group].items():
+            before = [h[group][name] for h in history if name in h[group]]
             usual = statistics.median(before) if before else 0.0
-            if usual and values["mean_abs"] > 1.25 * usual:
-                found.append((values["mean_abs"] / usual, prefix + name))
+            if usual and size > 1.25 * usual:
+                found.append((size / usual, prefix + name))
     return [f"{name} x{ratio:.1f}" for ratio, name in sorted(found, reverse=True)[:most]]
 
 

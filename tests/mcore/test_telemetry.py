@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_s3.telemetry.runlog import RunLog, read
+from megatron_s3.mcore import weights
+from megatron_s3.telemetry.runlog import read
 from tests.trainer import PARAMETERS, brief, train
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,6 @@ LAYOUTS = {
     "data 2, sharded": (2, ("--use-distributed-optimizer",)),
     "data 2, sharded, bf16": (2, ("--use-distributed-optimizer", "--bf16")),
     "tensor 2": (2, ("--tensor-model-parallel-size", "2")),
-    "tensor 2, sequence": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
     "pipeline 2": (2, ("--pipeline-model-parallel-size", "2")),
     "data 2 x tensor 2, sharded": (
         4,
@@ -26,6 +26,15 @@ LAYOUTS = {
     "data 2 x pipeline 2, sharded": (
         4,
         ("--pipeline-model-parallel-size", "2", "--use-distributed-optimizer"),
+    ),
+}
+EXPERTS = ("--num-experts", "2", "--no-bias-gelu-fusion", "--disable-bias-linear")
+EXPERT_LAYOUTS = {
+    "experts 2": (2, ("--expert-model-parallel-size", "2")),
+    "experts 2, sharded": (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer")),
+    "experts 2 x data 2, sharded": (
+        4,
+        ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"),
     ),
 }
 
@@ -45,15 +54,29 @@ def alone(tmp_path_factory) -> dict[str, dict]:
     "layout", brief(LAYOUTS, "data 2", "data 2, sharded, bf16", "tensor 2", "pipeline 2")
 )
 def test_every_parameter_is_counted_once(layout: str, alone, tmp_path) -> None:
+    ranks, flags = LAYOUTS[layout]
+    train(*S3, "--tensorboard-dir", tmp_path, *flags, ranks=ranks)
+    found = updates(tmp_path)
+    assert found["all"]["numel"] == PARAMETERS
+    assert_counted_once(found, alone)
+    assert found["all"]["zero_grads"] < PARAMETERS / 1000
+
+
+@pytest.mark.parametrize("layout", brief(EXPERT_LAYOUTS, "experts 2, sharded"))
+def test_every_expert_is_counted_once(layout: str, tmp_path) -> None:
+    ranks, flags = EXPERT_LAYOUTS[layout]
+    train(*S3, *EXPERTS, "--tensorboard-dir", tmp_path / "alone")
+    train(*S3, *EXPERTS, "--tensorboard-dir", tmp_path, *flags, ranks=ranks)
+    assert_counted_once(updates(tmp_path), updates(tmp_path / "alone"))
+
+
+def assert_counted_once(found: dict[str, dict], alone: dict[str, dict]) -> None:
     """Numbers of parameters exact, of each kind and layer.
 
     The first update of S3 is (1 - beta**2)**(2/3) sign(g) whatever the gradient, and 0 where that
     is 0, so that its sums are known however ranks initialise: to fp32's rounding of u.
     """
-    ranks, flags = LAYOUTS[layout]
-    train(*S3, "--tensorboard-dir", tmp_path, *flags, ranks=ranks)
-    found = updates(tmp_path)
-    assert found["all"]["numel"] == alone["all"]["numel"] == PARAMETERS
+    assert found["all"]["numel"] == alone["all"]["numel"]
     for group in ("kinds", "layers"):
         numbers = [{name: s["numel"] for name, s in u[group].items()} for u in (found, alone)]
         assert numbers[0] == numbers[1]
@@ -64,7 +87,6 @@ def test_every_parameter_is_counted_once(layout: str, alone, tmp_path) -> None:
         assert s["mean_abs"] == pytest.approx(first * touched, rel=1e-6)
         assert s["rms"] == pytest.approx(first * math.sqrt(touched), rel=1e-6)
         assert s["share_large"] == 0
-    assert found["all"]["zero_grads"] < PARAMETERS / 1000
 
 
 def test_a_resumed_run_is_one_log(tmp_path) -> None:
@@ -84,28 +106,41 @@ def test_a_resumed_run_is_one_log(tmp_path) -> None:
     ]
     resumed = [r for r in records[1] if r != ("start", 3, None, None)]
     assert resumed == records[0]
+    spikes = [weights.arguments(tmp_path / name / "iter_0000006").s3_spikes for name in "ab"]
+    assert spikes[0] == spikes[1] and len(spikes[0]["detector"]["accepted"]) == 6
     assert [r[:2] for r in records[0]] == [
         ("start", 0), *(("train", i) for i in (1, 2, 3)), ("valid", 3),
         *(("train", i) for i in (4, 5, 6)), ("valid", 6), ("valid", 6), ("test", 6),
     ]  # fmt: skip
 
 
-def test_a_spike_is_written_with_what_rose_first(tmp_path) -> None:
-    """As if the run had been at a loss of 1 and smaller updates: exact."""
-    small = {"mean_abs": 0.1}
-    kinds = {"layers": {"0": small, "1": {"mean_abs": 0.05}}, "kinds": {"norm": {"mean_abs": 9.0}}}
-    log = RunLog(tmp_path)
-    for i in range(-40, 1):
-        last = kinds if i else {**kinds, "layers": {"0": small, "1": {"mean_abs": 0.2}}}
-        log.write("train", {"iteration": i, "loss": 1 + 0.001 * (i % 3), "updates": last})
-    log.close()
-    train(*S3, "--tensorboard-dir", tmp_path)
-    (spike,) = (r for r in read(tmp_path) if r["kind"] == "spike")
-    assert (spike["onset"], spike["end"], spike["first"]) == (1, None, ["layer 1 x4.0"])
+def test_a_spike_after_a_resume(tmp_path) -> None:
+    """The checkpoint holds what the detector knows: after a resume 32 losses would be too few.
+
+    The spike is real: from there on a step takes nine tenths off every weight.
+    """
+    flags = (*S3, "--train-iters", "44", "--save", tmp_path, "--save-interval", "36")
+    train(*flags, "--tensorboard-dir", tmp_path / "before", "--exit-interval", "36")
+    decay = ("--override-opt-param-scheduler", "--weight-decay", "3e3")
+    train(*flags, *decay, "--load", tmp_path, "--tensorboard-dir", tmp_path)
+    records = read(tmp_path)
+    first, *_ = (r for r in records if r["kind"] == "spike")
+    assert first["onset"] == 38  # the first loss after such a step
+    losses = {r["iteration"]: r["loss"] for r in records if r["kind"] == "train"}
+    assert losses[38] > losses[37] + 0.5
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [e.value for e in events.Scalars("spikes/count")] == [1.0] * 6
+    assert [e.value for e in events.Scalars("spikes/count")] == [0.0] + [1.0] * 7
     assert {e.value for e in events.Scalars("update/bound")} == {1.0}
+
+
+def test_skipped_updates_are_no_spike(tmp_path) -> None:
+    """fp16 skips the first steps of a run, and where it tries a larger scale."""
+    flags = (*S3, "--fp16", "--initial-loss-scale", "4294967296", "--hysteresis", "1")
+    train(*flags, "--train-iters", "30", "--tensorboard-dir", tmp_path)
+    records = [r for r in read(tmp_path) if r["kind"] == "train"]
+    assert records[0]["skipped"] == 1 and records[0]["loss"] is None
+    assert records[-1]["skipped"] == 0 and records[-1]["loss"] > 0
 
 
 def test_other_optimizers_log_their_losses(tmp_path) -> None:

@@ -10,6 +10,7 @@ from megatron_s3.telemetry import confusion
 from megatron_s3.telemetry.confusion import DETECTORS, Score, curve, score
 from megatron_s3.telemetry.spikes import SpikeDetector
 from megatron_s3.telemetry.updates import rising
+from megatron_s3.telemetry.watch import SpikeWatch
 
 
 def decaying(count: int = 600, noise: float = 0.01, seed: int = 0) -> list[float]:
@@ -114,16 +115,41 @@ def test_confusion_is_counted() -> None:
 
 
 def test_what_rose_first_is_named() -> None:
-    def updates(**means: float) -> dict:
-        return {
-            "layers": {"0": {"mean_abs": means["a"]}},
-            "kinds": {"norm": {"mean_abs": means["b"]}},
-        }
+    def sizes(a: float, b: float) -> dict:
+        return {"layers": {"0": a}, "kinds": {"norm": b}}
 
-    history = [updates(a=0.1, b=0.2)] * 5
-    assert rising(history, updates(a=0.3, b=0.8)) == ["norm x4.0", "layer 0 x3.0"]
-    assert rising(history, updates(a=0.12, b=0.1)) == []
-    assert rising([], updates(a=1, b=1)) == []
+    history = [sizes(0.1, 0.2)] * 5
+    assert rising(history, sizes(0.3, 0.8)) == ["norm x4.0", "layer 0 x3.0"]
+    assert rising(history, sizes(0.12, 0.1)) == []
+    assert rising([], sizes(1, 1)) == []
+
+
+@pytest.mark.parametrize("cut", [60, 80, 81])
+def test_a_resumed_watch_is_the_same(cut: int) -> None:
+    """Exact, through JSON: before, at and in a spike whose updates rose an interval before it."""
+    losses = decaying(90)
+    losses[80] = losses[81] = 9.0
+    whole, first, second = SpikeWatch(), SpikeWatch(), SpikeWatch()
+    records: list[list[dict]] = [[], []]
+    for i, loss in enumerate(losses):
+        updates = {
+            "layers": {
+                "0": {"mean_abs": 0.1, "rms": 1.0},
+                "1": {"mean_abs": 0.4 if i == 79 else 0.1},
+            },
+            "kinds": {},
+        }
+        records[0] += whole.add(i, loss, updates)
+        records[1] += (first if i < cut else second).add(i, loss, updates)
+        if i == cut - 1:
+            second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    began, ended = records[0]
+    assert records[1] == records[0] and second.state_dict() == whole.state_dict()
+    assert (began["onset"], began["first"]) == (80, ["layer 1 x4.0"])
+    assert (ended["onset"], ended["end"], ended["first"]) == (80, 81, ["layer 1 x4.0"])
+    assert second.count == whole.count == 1
+    with pytest.raises(ValueError, match="no state"):
+        second.load_state_dict({"detector": {}})
 
 
 def test_a_beginning_that_flattens_is_no_spike() -> None:

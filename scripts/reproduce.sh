@@ -3,9 +3,10 @@
 # there yet (Megatron's trainer, 0.12M parameters, the standard library's text), and goes on where
 # it was stopped.
 #
-# Usage: ./scripts/reproduce.sh [--only NAME ...] [--out DIR] [--iters N] [--jobs N] [--dry-run]
-#                               [-- FLAG ...]
+# Usage: ./scripts/reproduce.sh [--only NAME ...] [--of LABEL ...] [--out DIR] [--iters N]
+#                               [--jobs N] [--dry-run] [-- FLAG ...]
 #   --only NAME ...  of toy, optimizers, ablations, recipes, grid, "large rates", burst (all)
+#   --of LABEL ...   only these of their rows, such as S3 AdamW "NAdam, warmup 30 %" (all)
 #   --out DIR        a folder for each run, with run.json and metrics.jsonl (runs/reproduce)
 #   --iters N        of a run (600; of a configuration its own)
 #   --jobs N         runs side by side (the number of cores)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_s3 import data
 from megatron_s3.experiments import toy
-from megatron_s3.experiments.suite import EXPERIMENTS, Run, plan
+from megatron_s3.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.config is None:
         data.build(data.source("stdlib", "text", None), str(args.out / "text"), tokenizer="bytes")
     if args.dry_run:
-        runs = plan(results(args.out), chosen)
+        runs = plan(results(args.out), chosen, args.of)
         for run in runs:
             command = _words(run, args) if args.config is None else _command(run, args)
             print(f"{run.key}: {shlex.join(command)}")
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun, done = time.monotonic(), 0
     while True:
         if args.config is not None:
-            _collect(plan(results(args.out), chosen), args)
+            _collect(plan(results(args.out), chosen, args.of), args)
         known = results(args.out)
-        runs = plan(known, chosen)
+        runs = plan(known, chosen, args.of)
         missing = [run for run in runs if run.key not in known and run.key not in failed]
         if not missing:
             break
@@ -97,6 +97,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     names = ("toy", *EXPERIMENTS)
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME",
                         help=f"of {', '.join(names)}")  # fmt: skip
+    labels = [label for of in SEARCHES.values() for label in of]
+    parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
+                        help=f"only these, of {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--iters", type=int, help="of a run (600; the configuration's own)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")

@@ -110,21 +110,28 @@ class Run:
         return [*self.flags.split(), *rates, *decay, "--seed", str(self.seed)]
 
 
-def plan(results: Mapping[str, float], only: Sequence[str] = EXPERIMENTS) -> list[Run]:
+def plan(
+    results: Mapping[str, float],
+    only: Sequence[str] = EXPERIMENTS,
+    labels: Sequence[str] | None = None,
+) -> list[Run]:
     """The runs that are known to be wanted, those done among them.
 
     Args:
         results: final validation loss by :attr:`Run.key`; NaN and inf for what diverged.
         only: experiments; what they depend on is added.
+        labels: of :data:`SEARCHES`, those that are searched; None for all. What depends on the
+            result of another is left out.
     """
     found = []
     needed = set(only)
     if needed & {"grid", "large rates", "burst"}:
         needed.add("optimizers")
-    for experiment, labels in SEARCHES.items():
+    for experiment, of in SEARCHES.items():
         if experiment in needed:
-            for label in labels:
-                found += _search(experiment, label, results)
+            for label in of:
+                if labels is None or label in labels:
+                    found += _search(experiment, label, results)
     s3 = best_rate("S3", results)
     if "grid" in only and s3:
         for p, beta in GRID:

@@ -71,6 +71,19 @@ def test_only_some_and_what_they_need() -> None:
     assert {r.experiment for r in plan({}, ["burst"])} == {"optimizers"}
 
 
+def test_only_some_labels() -> None:
+    """And of what depends on a result that which can be known."""
+    of = ["S3", "NAdam, warmup 30 %"]
+    runs = plan({}, labels=of)
+    assert {(r.experiment, r.label) for r in runs} == {("optimizers", of[0]), ("recipes", of[1])}
+    results = finished(runs, lambda r: abs(r.lr - 0.006))
+    later = {(r.experiment, r.label) for r in plan(results, ["burst", "large rates"], of)}
+    assert later == {
+        ("optimizers", "S3"), ("large rates", "S3"),
+        *(("burst", label) for label, (_, best) in suite.BURSTS.items() if best == "S3"),
+    }  # fmt: skip
+
+
 def test_decay_follows_the_rate() -> None:
     for run in plan({}):
         words = run.words
@@ -101,7 +114,7 @@ def test_the_gradient_is_the_losses() -> None:
     assert x.grad.tolist() == pytest.approx(toy.gradient(1.5, 0.7), rel=1e-14)
 
 
-@pytest.mark.parametrize("words", [["--iters", "5"], ["--jobs", "0"], ["--slurm"]])
+@pytest.mark.parametrize("words", [["--iters", "5"], ["--jobs", "0"], ["--slurm"], ["--of", "S4"]])
 def test_bad_arguments_are_refused(words: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         runner.main(words)

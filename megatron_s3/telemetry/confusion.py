@@ -13,11 +13,10 @@ import random
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_s3.telemetry import runlog
 from megatron_s3.telemetry.spikes import SpikeDetector
 
 __all__ = ["DETECTORS", "Curve", "curve", "main", "score"]
@@ -136,44 +135,46 @@ def score(flags: list[bool], of: Curve, into: Score) -> None:
     into.false += sum(not explained[i] for i in starts)
 
 
-def recorded(suite: Path) -> list[Curve]:
-    """The training losses of a suite of `scripts/reproduce.sh`.
+def recorded(report: Path) -> list[Curve]:
+    """The training losses in a `report.json` of `megatron-s3 report`.
 
     Spikes are where a gradient was made too large: from the first loss that differs from that of
     the run without, if any is more than 0.1 nats higher. Elsewhere an alarm is a false one.
     """
     found = []
-    for record in sorted(suite.glob("*/*/run.json")):
-        losses = _losses(record.parent)
-        spikes = []
-        burst = json.loads(record.read_text(encoding="utf-8"))["tags"].get("burst", 1)
-        if burst != 1:
-            twin = record.parent.with_name(
-                record.parent.name.replace(f"burst-{burst:g}", "burst-1")
-            )
-            rise = [a - b for a, b in zip(losses, _losses(twin), strict=True)]
-            if max(rise) > 0.1:
-                begin = next(i for i, r in enumerate(rise) if r)
-                spikes.append((begin, len(losses) - 1, max(rise)))
-        found.append(Curve(losses, spikes))
+    for suite in json.loads(report.read_text(encoding="utf-8")):
+        losses = {_key(run, run["tags"].get("burst", 1)): _losses(run) for run in suite["runs"]}
+        for run in suite["runs"]:
+            spikes = []
+            own = _losses(run)
+            if run["tags"].get("burst", 1) != 1:
+                rise = [a - b for a, b in zip(own, losses[_key(run, 1)], strict=True)]
+                if max(rise) > 0.1:
+                    begin = next(i for i, r in enumerate(rise) if r)
+                    spikes.append((begin, len(own) - 1, max(rise)))
+            found.append(Curve(own, spikes))
     return found
 
 
-def _losses(folder: Path) -> list[float]:
-    return [float(r["loss"]) for r in runlog.read(folder) if r["kind"] == "train"]
+def _key(run: Mapping, burst: float) -> tuple:
+    return run["experiment"], run["label"], run["lr"], run["seed"], burst
+
+
+def _losses(run: Mapping) -> list[float]:
+    return [float(loss) for _, loss in run["loss"]]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", type=Path, metavar="SUITE",
-                        help="runs of scripts/reproduce.sh to look at instead")  # fmt: skip
+    parser.add_argument("reports", nargs="*", type=Path, metavar="REPORT",
+                        help="report.json of recorded runs to look at instead")  # fmt: skip
     parser.add_argument("--curves", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1000, help="of the first curve")
     options = parser.parse_args(argv)
-    curves = [c for suite in options.suites for c in recorded(suite)]
-    if options.suites and not curves:
-        parser.error(f"no run.json in {', '.join(map(str, options.suites))}")
+    curves = [c for report in options.reports for c in recorded(report)]
+    if options.reports and not curves:
+        parser.error(f"no run in {', '.join(map(str, options.reports))}")
     curves = curves or [curve(options.seed + k) for k in range(options.curves)]
     total = sum(len(c.spikes) for c in curves)
     count = sum(len(c.losses) for c in curves)

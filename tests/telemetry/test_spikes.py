@@ -165,20 +165,18 @@ def test_a_beginning_that_flattens_is_no_spike() -> None:
 
 
 def test_recorded_curves_know_their_spikes(tmp_path, capsys) -> None:
-    """Two runs as scripts/reproduce.sh leaves them; a gradient of the second was too large."""
+    """Two runs as `megatron-s3 report` writes them; a gradient of the second was too large."""
     draw = random.Random(4)
     noise = [3 + draw.gauss(0, 0.01) for _ in range(120)]
-    for burst in (1, 1000):
-        folder = tmp_path / f"burst/s3-burst-{burst}"
-        folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"tags": {"burst": burst}}))
-        lines = [
-            {"kind": "train", "iteration": i, "loss": y + (burst > 1 and i >= 90) * 0.5}
-            for i, y in enumerate(noise)
-        ]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    without, burst = confusion.recorded(tmp_path)
+    runs = [
+        {"experiment": "burst", "label": "S3", "lr": 0.006, "seed": 1, "tags": {"burst": burst},
+         "loss": [[i, y + (burst > 1 and i >= 90) * 0.5] for i, y in enumerate(noise)]}
+        for burst in (1.0, 1000.0)
+    ]  # fmt: skip
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps([{"suite": "reproduce", "runs": runs}]))
+    without, burst = confusion.recorded(report)
     assert without.spikes == [] and burst.spikes == [(90, 119, pytest.approx(0.5))]
-    assert confusion.main([str(tmp_path)]) == 0
+    assert confusion.main([str(report)]) == 0
     row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("megatron_s3"))
     assert row.split()[1:] == ["1", "0", "0.00", "0"]

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_s3.report.runs import Suite, Trained
+from megatron_s3.telemetry.confusion import DETECTORS
 
 __all__ = ["Table", "best_rate", "finalists", "tables"]
 
 NOTHING = "-"
+#: Published spike scores: a heading, and the rule that flags a loss.
+SCORES = {
+    "OLMo-core score": "mean + 6 sigma of 128 (OLMo-core)",
+    "OLMo 2 score": "mean + 7 sigma of 1,000 (OLMo 2)",
+}
 
 
 @dataclass(frozen=True)
@@ -245,17 +251,25 @@ def _spikes(suite: Suite) -> Table | None:
         count = sum(len(run.spikes) for run in own)
         if iterations:
             each = [f"{1e4 * count / iterations:.2f}", str(count), f"{iterations:,}", str(len(own))]
-            rows.append([optimizer, *each])
+            rows.append([optimizer, *each, *(_spike_score(own, rule) for rule in SCORES.values())])
     every = {b - a for run in runs for (a, _), (b, _) in pairwise(run.loss)}
     if not rows:
         return None
     return Table(
         f"{suite.name}: loss spikes",
-        ["", "in 10,000 iterations", "spikes", "iterations", "runs"],
+        ["", "in 10,000 iterations", "spikes", "iterations", "runs", *SCORES],
         rows,
         f"At all rates; a loss is logged every {max(every, default=1)} iterations, and what is "
-        "shorter may be missed.",
+        "shorter may be missed. Scores: logged losses, in percent, that stand 6 standard "
+        "deviations above the mean of the 128 before (OLMo-core), or 7 above that of 1,000 "
+        "(OLMo 2).",
     )
+
+
+def _spike_score(runs: Sequence[Trained], rule: str) -> str:
+    """Percentage of the runs' losses that a rule flags."""
+    flags = [f for run in runs for f in DETECTORS[rule]([loss for _, loss in run.loss])]
+    return f"{100 * statistics.fmean(flags):.2f}" if flags else NOTHING
 
 
 def _equal_steps(suites: Sequence[Suite]) -> list[Table]:

@@ -76,6 +76,9 @@ def _deviations(window: int, limit: float) -> Callable[[list[float]], Iterator[b
         total = square = 0.0
         for loss in losses:
             n = len(seen)
+            if not math.isfinite(loss):
+                yield True
+                continue
             spread = math.sqrt(max(0.0, square / n - (total / n) ** 2)) if n >= 32 else math.inf
             yield n >= 32 and loss > total / n + limit * spread
             if n == window:

@@ -79,6 +79,7 @@ def test_a_spike_is_counted_in_10000_iterations(tmp_path) -> None:
     table = named(compare.tables(load([suite(tmp_path / "a")])), "loss spikes")
     assert row(table, "adamw")["in 10,000 iterations"] == "20.00"  # 1 in 5 runs of 100
     assert row(table, "s3")["spikes"] == "0"
+    assert row(table, "s3")["OLMo-core score"] == row(table, "s3")["OLMo 2 score"] == "0.00"
 
 
 def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:

@@ -124,6 +124,16 @@ def test_what_rose_first_is_named() -> None:
     assert rising([], sizes(1, 1)) == []
 
 
+def test_published_scores() -> None:
+    """Mean 3 and standard deviation 0.1: 6 and 7 of them, and what is no number."""
+    losses = [2.9, 3.1] * 100 + [3.65, 3.55, math.nan]
+    core, olmo2 = (list(DETECTORS[name](losses)) for name in DETECTORS if "sigma" in name)
+    assert [i for i, flag in enumerate(core) if flag] == [200, 202]
+    assert [i for i, flag in enumerate(olmo2) if flag] == [202]
+    assert [i for i, flag in enumerate(DETECTORS["mean + 7 sigma of 1,000 (OLMo 2)"](
+        [2.9, 3.1] * 20 + [3.75])) if flag] == [40]  # fmt: skip
+
+
 @pytest.mark.parametrize("cut", [60, 80, 81])
 def test_a_resumed_watch_is_the_same(cut: int) -> None:
     """Exact, through JSON: before, at and in a spike whose updates rose an interval before it."""

@@ -179,7 +179,7 @@ def draw(found: dict, path: Path) -> None:
     drawn.savefig(path)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Trains, prints the table, and writes vision.json and vision.png."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/vision"))
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.epochs < WARMUP + 1:
         parser.error(f"--epochs {args.epochs}: {WARMUP} are warmup; give more")
     data = digits()

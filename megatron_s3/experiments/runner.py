@@ -174,7 +174,7 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
 
 def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
     """Trains runs, each in a process of its own; the keys of those that failed."""
-    _import_all()
+    _import_all(args.jobs)
     context = multiprocessing.get_context("fork")
     started = []
     for run in runs:
@@ -220,13 +220,16 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
     return True
 
 
-def _import_all() -> None:
+def _import_all(jobs: int) -> None:
     """What every run needs, once: it takes longer than many a run."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if "--s3-device" not in sys.argv:
-        sys.argv += ["--s3-device", "cpu"]
+    import torch
+
     import megatron_s3
 
+    if "--s3-device" not in sys.argv:
+        sys.argv += ["--s3-device", "cpu"]
+    # More threads than cores wait for each other.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     megatron_s3.register()
 
 

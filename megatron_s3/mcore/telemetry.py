@@ -213,6 +213,8 @@ def _finite(values: Any) -> Any:
 
 
 def _start(args: Any, iteration: int) -> dict[str, Any]:
+    from megatron.training.training import num_floating_point_operations
+
     from megatron_s3 import __version__
 
     cls = OPTIMIZERS.get(args.optimizer)
@@ -231,6 +233,8 @@ def _start(args: Any, iteration: int) -> dict[str, Any]:
         "global_batch_size": args.global_batch_size,
         "seq_length": args.seq_length,
         "train_iters": args.train_iters,
+        # Of an iteration over all ranks, by Megatron's own count.
+        "flops": float(num_floating_point_operations(args, args.global_batch_size)),
         "version": __version__,
     }
 

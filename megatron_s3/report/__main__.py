@@ -40,13 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path("report"),
         help="folder for report.html, report.json, tables.txt and PNGs (report)",
     )
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="X",
+        help="of one device in the precision trained in, such as 989 (H100, bf16): adds the MFU",
+    )
     args = parser.parse_args(argv)
+    if args.peak_tflops is not None and args.peak_tflops <= 0:
+        parser.error(f"--peak-tflops {args.peak_tflops:g} must be more than 0")
     try:
         suites = load(args.runs)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tables = compare.tables(suites)
+    tables = compare.tables(suites, args.peak_tflops)
     for table in tables:
         print(table, end="\n\n")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -79,14 +79,20 @@ def finalists(runs: Sequence[Trained], label: str) -> list[Trained]:
     return sorted(own, key=lambda run: run.seed)
 
 
-def tables(suites: Sequence[Suite]) -> list[Table]:
-    """All that the runs give rise to."""
+def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Table]:
+    """All that the runs give rise to.
+
+    Args:
+        suites: of runs.
+        peak_tflops: of one device, in the precision trained in, for the MFU.
+    """
     found = []
     for suite in suites:
         for experiment in ("optimizers", "ablations", "recipes", "runs"):
             if runs := suite.of(experiment):
                 found.append(_final(suite, experiment, runs))
         found += [t for t in (_grid(suite), _large(suite), _burst(suite), _spikes(suite)) if t]
+        found += [t for t in [_speed(suite, peak_tflops)] if t]
     return [*found, *_equal_steps(suites), *_running(suites)]
 
 
@@ -270,6 +276,36 @@ def _spike_score(runs: Sequence[Trained], rule: str) -> str:
     """Percentage of the runs' losses that a rule flags."""
     flags = [f for run in runs for f in DETECTORS[rule]([loss for _, loss in run.loss])]
     return f"{100 * statistics.fmean(flags):.2f}" if flags else NOTHING
+
+
+def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
+    """What an iteration takes, and what of it is the model's arithmetic."""
+    rows = []
+    for label in dict.fromkeys(run.label for run in suite.runs):
+        own = [run for run in suite.runs if run.label == label and math.isfinite(run.seconds)]
+        if not own:
+            continue
+        seconds = statistics.median(run.seconds for run in own)
+        start = own[0].start
+        ranks = start["world_size"]
+        tokens = start["global_batch_size"] * start["seq_length"]
+        flops = start.get("flops")
+        each = math.nan if flops is None else flops / seconds / ranks / 1e12
+        row = [label, f"{1e3 * seconds:,.1f}", f"{tokens / seconds:,.0f}", str(ranks)]
+        row += [NOTHING if math.isnan(each) else f"{each:.3g}"]
+        if peak_tflops is not None:
+            row += [NOTHING if math.isnan(each) else f"{100 * each / peak_tflops:.1f}"]
+        rows.append([*row, str(len(own))])
+    if not rows:
+        return None
+    mfu = [] if peak_tflops is None else [f"MFU, % of {peak_tflops:g}"]
+    return Table(
+        f"{suite.name}: speed",
+        ["", "ms an iteration", "tokens a second", "ranks", "TFLOP/s a rank", *mfu, "runs"],
+        rows,
+        "Medians of the logged intervals, without evaluations; arithmetic of the model as Megatron "
+        "counts it. Runs that shared a machine with others are slower for it.",
+    )
 
 
 def _equal_steps(suites: Sequence[Suite]) -> list[Table]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -66,6 +67,12 @@ class Trained:
             for r in self.records
             if r["kind"] == "train" and r.get("updates")
         ]
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of an iteration, the median over the logged intervals; NaN before the second one."""
+        timed = [r["seconds"] for r in self.records if r["kind"] == "train" and r.get("seconds")]
+        return statistics.median(timed) if timed else math.nan
 
     @property
     def spikes(self) -> list[Mapping[str, Any]]:

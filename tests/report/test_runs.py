@@ -82,6 +82,22 @@ def test_a_spike_is_counted_in_10000_iterations(tmp_path) -> None:
     assert row(table, "s3")["OLMo-core score"] == row(table, "s3")["OLMo 2 score"] == "0.00"
 
 
+def test_speed_and_mfu(tmp_path) -> None:
+    """8 x 4 tokens and 4e12 operations on 2 ranks in 0.5 s, the median of the intervals."""
+    folder = write(tmp_path / "run", "S3", 0.1, 1, 2.0)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[0] |= {"flops": 4e12, "world_size": 2}
+    for k, line in enumerate(r for r in lines if r["kind"] == "train"):
+        line["seconds"] = None if k == 0 else (0.5 if k < 8 else 5.0)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table = named(compare.tables(load([folder]), 20), "speed")
+    assert row(table, "S3") == {
+        "": "S3", "ms an iteration": "500.0", "tokens a second": "64", "ranks": "2",
+        "TFLOP/s a rank": "4", "MFU, % of 20": "20.0", "runs": "1",
+    }  # fmt: skip
+    assert not any("speed" in t.title for t in compare.tables(load([suite(tmp_path / "a")])))
+
+
 def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
     """AdamW ends at 2.0 after 100 and at 1.5 after 400 iterations: at 1.75 after 200."""
     folders = [suite(tmp_path / "a"), suite(tmp_path / "b", 400, better=0.5)]

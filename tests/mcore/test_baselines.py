@@ -9,16 +9,25 @@ from tests.trainer import REPOSITORY, assert_bitwise_equal, brief, tensors, trai
 
 pytestmark = pytest.mark.slow
 
-SHARDED = ["--bf16", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+FLAGS = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+SHARDED = ["--bf16", *FLAGS]
+#: A scale at which updates are not skipped.
+FP16 = ["--fp16", "--initial-loss-scale", "1024"]
 SAVE = ["--save-interval", "3"]
 
 
 @pytest.mark.parametrize(
-    "name", brief(["nadam", "adan", "lion", "sgdm", "adamw", "signsgd"], "adan", "lion")
+    "case",
+    brief(
+        [f"{name}-{kind}" for name in OPTIMIZERS if name != "s3" for kind in ("bf16", "fp16")],
+        *("adan-bf16", "lion-fp16"),
+    ),
 )
-def test_sharded_resumes_bitwise_and_loads_in_another_layout(name: str, tmp_path: Path) -> None:
+def test_sharded_resumes_bitwise_and_loads_in_another_layout(case: str, tmp_path: Path) -> None:
     """Bitwise: with one state, two and four, and with schedules that count steps."""
-    flags = ["--optimizer", name, *SHARDED, "--untie-embeddings-and-output-weights"]
+    name, kind = case.split("-")
+    flags = ["--optimizer", name, *(FP16 if kind == "fp16" else ["--bf16"]), *FLAGS]
+    flags += ["--untie-embeddings-and-output-weights"]
     through, resumed = tmp_path / "through", tmp_path / "resumed"
     train(*flags, *SAVE, "--save", through, ranks=2)
     saved = tensors(through)

@@ -55,6 +55,14 @@ class Statistics:
         self.values.index_add_(0, rows, partials)
         self.values[:, LARGEST] = largest
 
+    def absorb(self, other: "Statistics") -> None:
+        """Adds another's totals, which then begin again at 0; the device may be another."""
+        values = other.values.to(self.values.device, copy=True)
+        largest = torch.maximum(self.values[:, LARGEST], values[:, LARGEST])
+        self.values += values
+        self.values[:, LARGEST] = largest
+        other.values.zero_()
+
     def take(self) -> list[dict[str, float]]:
         """The totals of each row by name, which begin again at 0; waits for the device."""
         values = [dict(zip(FIELDS, row, strict=True)) for row in self.values.tolist()]

@@ -33,11 +33,6 @@ DEVICES = ("auto", "cuda", "cpu")
 
 #: Arguments that the plugin's optimizers do not support yet: destination, flag, reason.
 UNSUPPORTED = (
-    (
-        "optimizer_cpu_offload",
-        "--optimizer-cpu-offload",
-        "Megatron's hybrid device optimizer knows Adam and SGD only",
-    ),
     ("use_megatron_fsdp", "--use-megatron-fsdp", "its state is not sharded by Megatron-FSDP yet"),
     ("use_torch_fsdp2", "--use-torch-fsdp2", "its state is not sharded by torch FSDP2 yet"),
     ("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),
@@ -90,7 +85,10 @@ _DTYPES = {
 }
 
 #: Flags of Megatron's own optimizers that have no effect under another one.
-_OF_OTHER_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
+_OF_OTHER_OPTIMIZERS = (
+    *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
+    "use_torch_optimizer_for_cpu_offload",
+)
 
 
 class _Default(float):
@@ -196,6 +194,7 @@ def validate_args(
             )
     _check_metrics(args)
     _check_precision(args, cls)
+    _check_offload(args, cls)
     _check_cuda_graph(args, cls)
     own = {destination(description, h) for h in description.hyperparameters}
     for name, default in defaults.items():
@@ -306,6 +305,45 @@ def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) 
     for name in _STATE_DTYPES[len(cls.description.state) :]:
         if asked[name] != torch.float32:
             say(f"{_flag(name)} {names[asked[name]]} has no effect with {label}")
+
+
+def _check_offload(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+    """Raises ValueError for what an optimizer that is partly in the CPU's memory cannot do."""
+    if not getattr(args, "optimizer_cpu_offload", False):
+        return
+    label = f"--optimizer {cls.description.name} with --optimizer-cpu-offload"
+    if not args.use_precision_aware_optimizer:
+        raise ValueError(
+            f"{label} needs --use-precision-aware-optimizer (and --use-distributed-optimizer), as "
+            "Megatron has it with Adam. Add that, or leave --optimizer-cpu-offload out."
+        )
+    if not 0 < args.optimizer_offload_fraction <= 1:
+        raise ValueError(
+            f"--optimizer-offload-fraction {args.optimizer_offload_fraction} must be in (0, 1]: "
+            "which part of the optimizer's states the CPU keeps and updates. Change it, or leave "
+            "--optimizer-cpu-offload out."
+        )
+    for name, flag, reason in (
+        (
+            "optimizer_cuda_graph",
+            "--optimizer-cuda-graph",
+            "a graph does not replay the CPU's part",
+        ),
+        (
+            "async_save",
+            "--async-save",
+            "the writer would read memory of the CPU's that training goes on changing",
+        ),
+        (
+            "rl_offload_optimizer_during_inference",
+            "--rl-offload-optimizer-during-inference",
+            "what it moves back to the GPU would be all of the states",
+        ),
+    ):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{label} does not support {flag}: {reason}. Leave one of the two out."
+            )
 
 
 def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:

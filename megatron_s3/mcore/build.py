@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,8 +27,14 @@ from megatron_s3.mcore.arguments import (
 from megatron_s3.mcore.distributed import sharded_class
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
+from megatron_s3.optimizers.offload import Offload
 
-__all__ = ["ElementwiseChainedOptimizer", "get_megatron_optimizer", "get_megatron_optimizer_config"]
+__all__ = [
+    "ElementwiseChainedOptimizer",
+    "get_megatron_optimizer",
+    "get_megatron_optimizer_config",
+    "restore_step",
+]
 
 #: What Megatron's configuration refuses without Transformer Engine's FusedAdam, and has instead.
 _WITHOUT_FUSED_ADAM = {
@@ -37,6 +44,30 @@ _WITHOUT_FUSED_ADAM = {
     "exp_avg_dtype": torch.float32,
     "exp_avg_sq_dtype": torch.float32,
 }
+
+
+#: The optimizer that was built last.
+_latest: Callable[[], "ElementwiseChainedOptimizer | None"] = lambda: None
+
+
+def restore_step(saved: dict[str, Any]) -> None:
+    """Takes the number of steps from a checkpoint whose tensors Megatron loads where they are.
+
+    Under torch FSDP2, in the format torch_dist, an optimizer is given nothing else to load.
+
+    Args:
+        saved: the checkpoint's state dict.
+    """
+    built = _latest()
+    if built is None or "optimizer" not in saved:
+        return
+    optimizer = saved["optimizer"]
+    groups = optimizer.get("optimizer", optimizer)["param_groups"]
+    step = max(group["step"] for group in groups)  # all of one run's are equal
+    for part in built.chained_optimizers:
+        if part.optimizer is not None:
+            for group in part.optimizer.param_groups:
+                group["step"] = step
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:
@@ -79,13 +110,16 @@ def get_megatron_optimizer(
     Hyperparameters are attributes of ``config`` named as the flags' destinations (``s3_beta``);
     missing ones take the optimizer's defaults.
     """
+    global _latest
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
     _prepare(config)
+    # Or Adam is given FusedAdam's arguments, or is one on two devices.
     for_adam: dict[str, Any] = {
-        "use_precision_aware_optimizer": False
-    }  # else FusedAdam's arguments
+        "use_precision_aware_optimizer": False,
+        "optimizer_cpu_offload": False,
+    }
     no_rate = float("0")  # an object of its own
     if config.lr is None:  # to be set in the groups later; torch's AdamW takes numbers alone
         for_adam["lr"] = no_rate
@@ -104,6 +138,7 @@ def get_megatron_optimizer(
         chunks = args[0] if args else kwargs["model_chunks"]
         built.update_log = telemetry.UpdateLog(parts, chunks)
     telemetry.watch(built.update_log)
+    _latest = weakref.ref(built)
     _announce(parts, cls, config)
     return built
 
@@ -114,6 +149,7 @@ def _prepare(config: Any) -> None:
     # Under other recipes Megatron keeps the main parameters, as without it.
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = aware and (
         getattr(config, "fp8_recipe", None) in (None, "delayed")
+        or getattr(config, "optimizer_cpu_offload", False)
     )
     if aware:
         config.store_param_remainders = False  # whole fp32 main parameters
@@ -142,6 +178,14 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     # they are put in afterwards.
     for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
         group["params"] = adams["params"]
+    if getattr(config, "optimizer_cpu_offload", False):
+        optimizer.offload = Offload(
+            (param for group in optimizer.param_groups for param in group["params"]),
+            config.optimizer_offload_fraction,
+            overlap=config.overlap_cpu_optimizer_d2h_h2d,
+            pin_grads=config.pin_cpu_grads,
+            pin_params=config.pin_cpu_params,
+        )
     optimizer.keep_hyperparameters = True
     # A checkpoint of a run that has not updated yet (fp16 skips its first steps) holds the state.
     optimizer.register_state_dict_pre_hook(ElementwiseOptimizer.init_state)
@@ -191,6 +235,14 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
     #: Whether rank 0 has said which path its first update took.
     said_path = False
 
+    def state_dict(self, is_loading: bool = False) -> Any:
+        """As upstream; ``--ckpt-format torch_dcp`` loads into it, and so needs the state there."""
+        if is_loading:
+            for part in self.chained_optimizers:
+                if part.optimizer is not None:
+                    part.optimizer.init_state()
+        return super().state_dict()
+
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
         """As upstream; 0 (a number, which 0.18 compares with a threshold) where not needed."""
@@ -216,7 +268,7 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
             return  # no update yet
         self.said_path = True
         for path in paths:
-            if path.startswith("portable") and optimizers[0].fused is not False:
+            if "portable" in path and optimizers[0].fused is not False:
                 say(f"{optimizers[0].description.label} is updated by torch operations ({path})")
 
 
@@ -240,12 +292,18 @@ def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], c
     states = ", ".join(
         f"{name} {_name(dtype)}" for name, dtype in state_dtypes(cls, config).items()
     )
+    devices = {p.device.type for p in params}
+    offloaded = ""
+    if getattr(config, "optimizer_cpu_offload", False):
+        count = sum(p.numel() for part in parts for p in part.optimizer.offload.params)
+        offloaded = f"{count:,} of them kept and updated by the CPU, "
+        devices.add("cpu")
     say(
         f"{cls.description.label} with {settings} weight_decay={config.weight_decay}: "
         f"{sum(p.numel() for p in params):,} parameters of rank 0 in "
         f"{', '.join(sorted(map(_name, main)))}, state ({states}) "
-        f"{' and '.join(sorted(sharding))}, "
-        f"{', '.join(sorted({_path(cls, p.device.type, config) for p in params}))}, "
+        f"{' and '.join(sorted(sharding))}, {offloaded}"
+        f"{', '.join(sorted(_path(cls, device, config) for device in devices))}, "
         + (f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping")
     )
 

@@ -81,17 +81,19 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
     def _master_params_as_main_params(self) -> Iterator[None]:
         """Inside, this looks as without ``--use-precision-aware-optimizer``."""
         self.optimizer.init_state()
-        kept = self.shard_fp32_from_float16_groups
+        kept = self.shard_fp32_from_float16_groups, self.shard_fp32_groups
         state = self.optimizer.state
-        self.shard_fp32_from_float16_groups = [
-            [state[shard]["master_param"] for shard in group] for group in self.shard_float16_groups
-        ]
+        # fp32 shards have one only in the CPU's memory (--optimizer-cpu-offload).
+        self.shard_fp32_from_float16_groups, self.shard_fp32_groups = (
+            [[state[shard].get("master_param", shard) for shard in group] for group in groups]
+            for groups in (self.shard_float16_groups, self.shard_fp32_groups)
+        )
         self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
         try:
             yield
         finally:
             self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-            self.shard_fp32_from_float16_groups = kept
+            self.shard_fp32_from_float16_groups, self.shard_fp32_groups = kept
 
     def _pointers(self) -> tuple[int, ...]:
         memory = [b.param_data for buffer in self.buffers for b in buffer.buckets]

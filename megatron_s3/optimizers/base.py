@@ -4,6 +4,8 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -14,8 +16,21 @@ from megatron_s3.kernels import portable
 from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.description import Description
+from megatron_s3.optimizers.offload import Offload
 
 __all__ = ["ElementwiseOptimizer"]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one call of a kernel steps: parameters of a group that lie in one memory."""
+
+    params: list[Tensor]
+    operands: list[Operands]
+    copies: list[tuple[Tensor, Tensor]]
+    values: dict[str, Any]
+    rates: dict[str, Any]
+    offload: Offload | None
 
 
 class ElementwiseOptimizer(torch.optim.Optimizer):
@@ -75,6 +90,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         #: Whether half-precision parameters are but rounded copies of a float32 ``master_param`` in
         #: their state.
         self.master_params = False
+        #: Of the parameters that the CPU updates, if any: their states are in its memory, and so is
+        #: a ``master_param``.
+        self.offload: Offload | None = None
         self.state_dtypes = self._state_dtypes(state_dtype)
         #: Keep this process's hyperparameters (lr and weight decay aside) when state is loaded.
         #: torch's custom is that the saved ones win; where flags say what runs, the flags do.
@@ -87,7 +105,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps its own three attributes only; what else a copy takes along, and what stays.
-        own = ("error_if_nonfinite", "keep_hyperparameters", "fused", "master_params")
+        own = ("error_if_nonfinite", "keep_hyperparameters", "fused", "master_params", "offload")
         state = super().__getstate__() | {name: getattr(self, name) for name in own}
         return state | {
             "state_dtypes": dict(self.state_dtypes),
@@ -163,20 +181,31 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, param: Tensor) -> list[Tensor]:
         state = self.state[param]
-        if self._has_master(param) and "master_param" not in state:
-            state["master_param"] = param.detach().to(torch.float32, copy=True)
+        if "master_param" not in state:
+            if self._is_offloaded(param):
+                state["master_param"] = self.offload.master(param)
+            elif self._has_master(param):
+                state["master_param"] = param.detach().to(torch.float32, copy=True)
+        device = self._state_device(param)
         for name in self.description.state:
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=self._state_dtype(name, param))
+                dtype = self._state_dtype(name, param)
+                state[name] = torch.zeros_like(param, dtype=dtype, device=device)
         return [state[name] for name in self.description.state]
 
     def _has_master(self, param: Tensor) -> bool:
         return self.master_params and param.dtype in (torch.bfloat16, torch.float16)
 
+    def _is_offloaded(self, param: Tensor) -> bool:
+        return self.offload is not None and param in self.offload.params
+
+    def _state_device(self, param: Tensor) -> torch.device:
+        return torch.device("cpu") if self._is_offloaded(param) else param.device
+
     def _state_dtype(self, name: str, param: Tensor) -> torch.dtype:
-        if name == "master_param":
-            return torch.float32
-        return torch.float64 if param.dtype == torch.float64 else self.state_dtypes[name]
+        if param.dtype == torch.float64:
+            return torch.float64
+        return torch.float32 if name == "master_param" else self.state_dtypes[name]
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's keyword arguments for this group's coming step."""
@@ -214,25 +243,60 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             self._check_finite([grad for _, found in work for _, grad in found])
         tasks = []
         for group, found in work:
-            flat = [self._flatten(param, grad) for param, grad in found]
-            operands = [o for o, _ in flat]
-            hyperparameters = self.group_hyperparameters(group | {"step": group["step"] + 1})
-            tasks.append((group, operands, hyperparameters, [c for _, cs in flat for c in cs]))
+            values = self.group_hyperparameters(group | {"step": group["step"] + 1})
+            rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+            here = [pair for pair in found if not self._is_offloaded(pair[0])]
+            if here:
+                tasks.append(self._task(here, values, rates))
+            if self.offload is not None:
+                for batch in self.offload.batches(found):
+                    tasks.append(self._task(batch, values, rates, self.offload))
+        # What waits for no copy comes first.
+        tasks.sort(key=lambda task: task.offload is not None)
         # Every kernel is chosen before anything is changed.
-        kernels = [self._kernel(operands, values) for _, operands, values, _ in tasks]
-        for (group, operands, values, copies), kernel in zip(tasks, kernels, strict=True):
+        kernels, paths = [], []
+        for task in tasks:
+            kernels.append(self._kernel(task.operands, task.values))
+            paths.append(self.path)
+        self.path = " and ".join(dict.fromkeys(paths)) or self.path
+        for group, _ in work:
             group["step"] += 1
-            values |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-            if kernel is not None:
-                kernel.step(operands, statistics=self.statistics, **values)
-            else:
-                portable.step(self.description.rule, operands, statistics=self.statistics, **values)
-            write_back(copies)
+        for task, kernel in zip(tasks, kernels, strict=True):
+            self._run(task, kernel)
         return loss
+
+    def _task(
+        self,
+        batch: list[tuple[Tensor, Tensor]],
+        values: dict[str, Any],
+        rates: dict[str, Any],
+        offload: Offload | None = None,
+    ) -> "_Task":
+        flat = [self._flatten(param, grad) for param, grad in batch]
+        params = [param for param, _ in batch]
+        copies = [copy for _, copies in flat for copy in copies]
+        return _Task(params, [o for o, _ in flat], copies, values, rates, offload)
+
+    def _run(self, task: "_Task", kernel: ModuleType | None) -> None:
+        offload, statistics = task.offload, self.statistics
+        if offload is not None:
+            offload.wait(task.params)
+            statistics = offload.statistics(statistics)
+        step = partial(portable.step, self.description.rule) if kernel is None else kernel.step
+        step(task.operands, statistics=statistics, **task.values, **task.rates)
+        write_back(task.copies)
+        if offload is not None:
+            for param in task.params:
+                offload.send_back(param, self.state[param]["master_param"])
+            if statistics is not None:
+                self.statistics.absorb(statistics)
 
     def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list]:
         state = self._init_state(param)
         row = 0 if self.statistics is None else self.statistics.rows.get(param, 0)
+        if self._is_offloaded(param):
+            grad, new = self.offload.fetch(param, grad), self.offload.new(param)
+            return flatten(self.state[param]["master_param"], grad, state, new, row)
         if self._has_master(param):
             return flatten(self.state[param]["master_param"], grad, state, param.detach(), row)
         return flatten(param.detach(), grad, state, self.model_params.get(param), row)
@@ -299,27 +363,34 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 which it has no meaning (``p``).  Nothing is loaded then.
         """
         check_stamps(self, state_dict["param_groups"])
-        names = (*self.description.state, "master_param")
-        saved_state = {
-            i: {name: tensors[name] for name in names if name in tensors}
-            for i, tensors in state_dict["state"].items()
-        }
+        params = [param for group in self.param_groups for param in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        offloaded = {i for param, i in zip(params, ids, strict=False) if self._is_offloaded(param)}
+        saved_state = {}
+        for param, i in zip(params, ids, strict=False):
+            names = self.description.state
+            if i in offloaded or self._has_master(param):
+                names = (*names, "master_param")
+            tensors = state_dict["state"].get(i, {})
+            saved_state[i] = {name: tensors[name] for name in names if name in tensors}
         own = [self._own_hyperparameters(group) for group in self.param_groups]
-        super().load_state_dict(state_dict | {"state": saved_state})
+        # torch moves state to its parameter's device, where there may be no room for it.
+        here = {i: tensors for i, tensors in saved_state.items() if tensors and i not in offloaded}
+        super().load_state_dict(state_dict | {"state": here})
         if self.keep_hyperparameters:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)
         # torch casts floating-point state to its parameter's dtype, which would round the
         # full-precision state of half-precision parameters.
-        params = [param for group in self.param_groups for param in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         converted = set()
         for param, i in zip(params, ids, strict=True):
             for name, tensor in saved_state.get(i, {}).items():
                 dtype = self._state_dtype(name, param)
                 if tensor.dtype != dtype:
                     converted.add(f"{name} from {tensor.dtype} to {dtype}")
-                if not tensor.dtype == dtype == param.dtype:
+                if i in offloaded:
+                    self.state[param][name] = tensor.to("cpu", dtype)
+                elif not tensor.dtype == dtype == param.dtype:
                     self.state[param][name] = tensor.to(param.device, dtype, copy=True)
         if converted:
             warnings.warn(

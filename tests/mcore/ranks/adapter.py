@@ -188,6 +188,7 @@ for cls in (DistributedOptimizer, upstream.Float16OptimizerWithFloat16Params):
     name = "_copy_main_params_to_model_params"
     setattr(cls, name, noted(getattr(cls, name)))
 AWARE = {"use_precision_aware_optimizer": True}
+HALF = AWARE | {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
 for fp32_bias in (False, True):
     Model.keeps_bias_in_fp32 = fp32_bias
     results = []
@@ -197,6 +198,8 @@ for fp32_bias in (False, True):
         (True, {"s3_no_fused": True}),
         (True, AWARE),
         (True, AWARE | {"s3_no_fused": True}),
+        (True, HALF | {"overlap_cpu_optimizer_d2h_h2d": True}),
+        (True, HALF | {"optimizer_offload_fraction": 1.0}),
     ):
         model, optimizer = build(torch.bfloat16, sharded, **settings)
         (part,) = optimizer.chained_optimizers
@@ -213,8 +216,12 @@ for fp32_bias in (False, True):
         }
         results.append({n: p.detach().clone() for n, p in params.items()})
         if settings.get("use_precision_aware_optimizer"):
+            offload = part.optimizer.offload
+            offloaded = offload.params if offload else {}
+            assert bool(offloaded) == ("optimizer_cpu_offload" in settings)
             for param, state in part.optimizer.state.items():
-                assert ("master_param" in state) == (param.dtype == torch.bfloat16)
+                has_master = param.dtype == torch.bfloat16 or param in offloaded
+                assert ("master_param" in state) == has_master
                 assert {t.dtype for t in state.values()} == {torch.float32}
             continue
         pairs = (
@@ -242,15 +249,41 @@ for fp32_bias in (False, True):
 Model.keeps_bias_in_fp32 = False
 
 # Weights that are loaded later reach main parameters that are there already.
+ALL = HALF | {"optimizer_offload_fraction": 1.0}
+for dtype, settings in (
+    (torch.bfloat16, AWARE),
+    (torch.bfloat16, HALF),
+    (torch.float32, ALL),
+):
+    model, optimizer = build(dtype, True, **settings)
+    (part,) = optimizer.chained_optimizers
+    part.optimizer.init_state()
+    for param in model.parameters():
+        param.data.fill_(3.0)
+    optimizer.reload_model_params()
+    masters = [state["master_param"] for state in part.optimizer.state.values()]
+    assert masters and all(bool((m == 3.0).all()) and m.dtype == torch.float32 for m in masters)
+    assert part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+
+def held(part):
+    return [part._get_main_param_and_optimizer_states(p) for p in part.model_param_gbuf_map]
+
+
+# State goes from one memory to the other, steps included.
 model, optimizer = build(torch.bfloat16, True, **AWARE)
 (part,) = optimizer.chained_optimizers
-part.optimizer.init_state()
-for param in model.parameters():
-    param.data.fill_(3.0)
-optimizer.reload_model_params()
-masters = [state["master_param"] for state in part.optimizer.state.values()]
-assert masters and all(bool((m == 3.0).all()) and m.dtype == torch.float32 for m in masters)
-assert part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+assert step(model, optimizer, 0)[0]
+for settings in (HALF, ALL):
+    _, other = build(torch.bfloat16, True, **settings)
+    (target,) = other.chained_optimizers
+    other.load_state_dict(optimizer.state_dict())
+    for param, tensors in zip(target.model_param_gbuf_map, held(part), strict=True):
+        target._set_main_param_and_optimizer_states(param, tensors)
+    for one, two in zip(held(part), held(target), strict=True):
+        assert one.keys() == two.keys() == {"param", "exp_avg", "exp_pnorm"}
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert {g["step"] for g in target.optimizer.param_groups} == {1}
 
 # The model's memory moves: the step follows it. What it cannot write is left to upstream.
 model, optimizer = build(torch.bfloat16, True)

@@ -61,15 +61,15 @@ for flags, message in {
     ("--s3-grad-bound", "0.5"): r"--s3-grad-bound must be in \[1, inf\), not 0\.5",
     ("--s3-p", "0.5"): r"--s3-p must be in \[1, inf\), not 0\.5",
     ("--s3-p", "inf"): r"--s3-p must be in",
-    ("--optimizer-cpu-offload",): "does not support --optimizer-cpu-offload: .+--optimizer adam",
-    ("--use-megatron-fsdp",): "does not support --use-megatron-fsdp",
     ("--use-torch-fsdp2",): "does not support --use-torch-fsdp2",
+    ("--use-megatron-fsdp",): "does not support --use-megatron-fsdp",
     ("--distributed-backend", "nccl"): "--distributed-backend nccl needs GPUs",
 }.items():
     refused("--optimizer", "s3", *flags, with_message=message)
 
 AWARE = ["--bf16", "--use-distributed-optimizer", "--use-precision-aware-optimizer"]
 EXP_AVG, EXP_AVG_SQ = "--exp-avg-dtype", "--exp-avg-sq-dtype"
+OFFLOAD, FRACTION = "--optimizer-cpu-offload", "--optimizer-offload-fraction"
 GRADS_IN_FP32 = "--accumulate-allreduce-grads-in-fp32"
 args = s3(*AWARE, EXP_AVG, "bf16", EXP_AVG_SQ, "bf16", "--main-grads-dtype", "bf16")
 assert (args.exp_avg_dtype, args.exp_avg_sq_dtype) == (torch.bfloat16, torch.bfloat16)
@@ -87,9 +87,17 @@ for flags, message in {
     ("--fp16", *AWARE[1:]): f"with --fp16 needs {GRADS_IN_FP32}",
     ("--bf16", EXP_AVG, "bf16"): "--exp-avg-dtype bf16 is a flag of --use-precision-aware-opt",
     ("--optimizer-cuda-graph",): "does not support --optimizer-cuda-graph here: .+ on the CPU",
+    (*AWARE[:2], OFFLOAD): "with --optimizer-cpu-offload needs --use-precision-aware-optimizer",
+    (*AWARE, OFFLOAD, FRACTION, "0"): r"--optimizer-offload-fraction 0.0 must be in \(0, 1\]",
+    (*AWARE, OFFLOAD, FRACTION, "1.5"): "--optimizer-offload-fraction 1.5 must be in",
+    (*AWARE, OFFLOAD, "--async-save"): "with --optimizer-cpu-offload does not support --async-save",
+    (*AWARE, OFFLOAD, "--optimizer-cuda-graph"): "does not support --optimizer-cuda-graph: a graph",
 }.items():
     refused("--optimizer", "s3", *flags, with_message=message)
 assert s3(*AWARE, EXP_AVG, "bf16", "--s3-beta", ".99").exp_avg_dtype == torch.bfloat16
+
+args = s3(*AWARE, OFFLOAD, FRACTION, ".5")
+assert args.optimizer_cpu_offload and args.optimizer_offload_fraction == 0.5
 
 # As for GPUs: what a replayed step cannot do.
 with pytest.MonkeyPatch.context() as patch:

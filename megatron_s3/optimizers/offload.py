@@ -1,0 +1,142 @@
+"""States and main parameters in the CPU's memory, and their step on the CPU."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_s3.kernels.statistics import Statistics
+
+__all__ = ["Offload"]
+
+
+class Offload:
+    """Which parameters of an optimizer the CPU updates, and what goes to it and back each step.
+
+    To it goes the gradient, in its own dtype; back comes the new parameter, rounded to its dtype.
+
+    Args:
+        params: the optimizer's, in its order.
+        fraction: of their elements: whole parameters are taken, from the first on, until there
+            are as many.
+        overlap: step each parameter as soon as its gradient is there, while others travel;
+            otherwise all gradients are waited for.
+        pin_grads: page-locked memory for the gradients' copies.
+        pin_params: the same for the new parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        fraction: float = 1.0,
+        *,
+        overlap: bool = False,
+        pin_grads: bool = True,
+        pin_params: bool = True,
+    ) -> None:
+        params = list(params)
+        wanted, taken = fraction * sum(param.numel() for param in params), 0
+        #: Those that the CPU updates.
+        self.params: dict[Tensor, None] = {}
+        for param in params:
+            if taken >= wanted:
+                break
+            self.params[param] = None
+            taken += param.numel()
+        self.overlap = overlap
+        self.pin_grads = pin_grads
+        self.pin_params = pin_params
+        self._forget()
+
+    def _forget(self) -> None:
+        self._grads: dict[Tensor, Tensor] = {}
+        self._new: dict[Tensor, Tensor] = {}
+        self._arrived: dict[Tensor, Any] = {}
+        self._streams: tuple[Any, Any] | None = None
+        self._statistics: Statistics | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        settings = ("params", "overlap", "pin_grads", "pin_params")
+        return {name: getattr(self, name) for name in settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def batches(self, found: Iterable[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
+        """What the CPU steps at once of these parameters and their gradients."""
+        mine = [pair for pair in found if pair[0] in self.params]
+        if self.overlap:
+            return [[pair] for pair in mine]
+        return [mine] if mine else []
+
+    def master(self, param: Tensor) -> Tensor:
+        """A float32 (float64) copy of the parameter for the CPU to update."""
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        # A float32 one travels back as it is.
+        empty = self._empty(param, dtype, self.pin_params and param.dtype == dtype)
+        return empty.copy_(param.detach())
+
+    def fetch(self, param: Tensor, grad: Tensor) -> Tensor:
+        """Sends for a gradient; its copy in the CPU's memory, valid after :meth:`wait`."""
+        copy = self._grads.get(param)
+        if copy is None or copy.dtype != grad.dtype:
+            copy = self._grads[param] = self._empty(grad, grad.dtype, self.pin_grads)
+        if not torch.cuda.is_available():
+            copy.copy_(grad)
+            return copy
+        down, _ = self._both_streams()
+        down.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(down):
+            copy.copy_(grad, non_blocking=True)
+            self._arrived[param] = down.record_event()
+        return copy
+
+    def wait(self, params: Iterable[Tensor]) -> None:
+        """Returns when the gradients of these are there."""
+        for param in params:
+            if (event := self._arrived.pop(param, None)) is not None:
+                event.synchronize()
+
+    def new(self, param: Tensor) -> Tensor | None:
+        """Where a step leaves the new parameter in its dtype; None where that is the master's."""
+        if param.dtype in (torch.float32, torch.float64):
+            return None
+        if param not in self._new:
+            self._new[param] = self._empty(param, param.dtype, self.pin_params)
+        return self._new[param]
+
+    def send_back(self, param: Tensor, master: Tensor) -> None:
+        """Sends the new value to the parameter; what is launched from now on finds it there."""
+        new = self.new(param)
+        new = master if new is None else new
+        if not torch.cuda.is_available():
+            param.copy_(new)
+            return
+        _, up = self._both_streams()
+        up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(up):
+            param.copy_(new, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(up)
+
+    def statistics(self, device: Statistics | None) -> Statistics | None:
+        """What the CPU's part of a step adds to, to be absorbed by the statistics on the device."""
+        if device is None:
+            return None
+        if self._statistics is None or len(self._statistics.values) != len(device.values):
+            self._statistics = Statistics("cpu", len(device.values))
+        return self._statistics
+
+    def _both_streams(self) -> tuple[Any, Any]:
+        """Those of the copies down to the CPU and up again."""
+        if not self.overlap:
+            return (torch.cuda.current_stream(),) * 2
+        if self._streams is None:
+            self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+        return self._streams
+
+    @staticmethod
+    def _empty(like: Tensor, dtype: torch.dtype, pinned: bool) -> Tensor:
+        pinned = pinned and torch.cuda.is_available()
+        return torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pinned)

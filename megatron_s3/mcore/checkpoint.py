@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_s3.mcore import telemetry
+from megatron_s3.mcore import build, telemetry
 from megatron_s3.mcore.arguments import destination, flag, say, state_dtypes
 from megatron_s3.optimizers import OPTIMIZERS
 
@@ -32,6 +32,8 @@ def load_base_checkpoint(
         telemetry.resume(saved)
         if not args.no_load_optim:
             _compare(load_dir, args, saved)
+            if getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist":
+                build.restore_step(state_dict)
     return result
 
 

@@ -74,6 +74,7 @@ def _replacements() -> dict[str, object]:
     exchange = torch.distributed.all_to_all_single
     send = torch.distributed.isend
     start = torch.utils.data.dataloader._BaseDataLoaderIter.__init__
+    mesh_from_group = torch.distributed.device_mesh.DeviceMesh.from_group
 
     def get_rng_state(device=None) -> torch.Tensor:
         return generator.get_state()
@@ -95,6 +96,11 @@ def _replacements() -> dict[str, object]:
 
     def isend(tensor, *args, **kwargs):
         return send(tensor.detach(), *args, **kwargs)
+
+    def from_group(group, device_type, *args, **kwargs):
+        return mesh_from_group(
+            group, "cpu" if _is_cuda(device_type) else device_type, *args, **kwargs
+        )
 
     return {
         # A device for each process of this machine, number 0 to every one of them: nothing here
@@ -168,6 +174,8 @@ def _replacements() -> dict[str, object]:
         # frees it by then (``schedules.deallocate_output_tensor``); a view keeps it.
         "distributed.isend": isend,
         "distributed.distributed_c10d.isend": isend,
+        # Torch FSDP2 asks its mesh where parameters have to be, and compares.
+        "distributed.device_mesh.DeviceMesh.from_group": staticmethod(from_group),
         # Its checkpoint writer is a process of its own: spawned, to keep CUDA out of it; forked, it
         # keeps what is replaced here.
         "multiprocessing.get_context": lambda method=None: get_context("fork"),

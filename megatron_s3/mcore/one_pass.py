@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor
 
+from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.arguments import needs_grad_norm
 from megatron_s3.optimizers import ElementwiseOptimizer
 
@@ -111,11 +112,11 @@ class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):
     """Megatron's optimizer of half-precision models without sharding, in one pass."""
 
     def _pointers(self) -> tuple[int, ...]:
-        return tuple(p.data_ptr() for group in self.float16_groups for p in group)
+        return tuple(local(p.detach()).data_ptr() for group in self.float16_groups for p in group)
 
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
         found = {
-            main: model.detach()
+            main: local(model.detach())  # under --use-torch-fsdp2 this rank's shard
             for models, mains in zip(
                 self.float16_groups, self.fp32_from_float16_groups, strict=True
             )
@@ -127,10 +128,14 @@ class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):
         pairs = []
         for models, mains in zip(self.float16_groups, self.fp32_from_float16_groups, strict=True):
             for model, main in zip(models, mains, strict=True):
-                pairs.append((main, model.main_grad if hasattr(model, "main_grad") else model.grad))
+                pairs.append((main, _grad(model)))
         for params in self.fp32_from_fp32_groups:
-            pairs += [(param, param.main_grad) for param in params]
+            pairs += [(param, _grad(param)) for param in params]
         return pairs
+
+
+def _grad(param: Tensor) -> Tensor | None:
+    return param.main_grad if hasattr(param, "main_grad") else param.grad
 
 
 def is_plain(tensor: Tensor) -> bool:

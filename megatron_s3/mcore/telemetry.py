@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from megatron_s3.kernels.operands import local
 from megatron_s3.kernels.statistics import LARGEST, Statistics
 from megatron_s3.mcore.arguments import hyperparameters
 from megatron_s3.optimizers import OPTIMIZERS
@@ -64,7 +65,7 @@ class UpdateLog:
             for param, model_param in _pairs(part):
                 row = rows[model_param] if _counts(part, model_param) else self.layout.uncounted
                 self._statistics.rows[param] = row
-                numel[row] += param.numel()
+                numel[row] += local(param.detach()).numel()
         numel = numel.to(device)
         torch.distributed.all_reduce(numel)
         self._numel = numel.tolist()
@@ -131,6 +132,8 @@ def _counts(part: MegatronOptimizer, param: Tensor) -> bool:
         return False
     if not tensor_parallel.param_is_not_tensor_parallel_duplicate(param):
         return False
+    if hasattr(param, "placements"):
+        return True  # torch FSDP2: every rank has a part of its own
     if isinstance(part, DistributedOptimizer):
         return getattr(part, "distributed_optimizer_instance_id", 0) == 0
     if getattr(param, "allreduce", True):

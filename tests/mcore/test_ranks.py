@@ -6,7 +6,8 @@ from tests.trainer import REPOSITORY, train
 
 
 @pytest.mark.parametrize(
-    ("program", "ranks"), [("arguments", 1), ("seams", 1), ("adapter", 2), ("engine", 2)]
+    ("program", "ranks"),
+    [("arguments", 1), ("seams", 1), ("adapter", 2), ("engine", 2), ("torch_fsdp2", 2)],
 )
 def test_program(program: str, ranks: int) -> None:
     path = REPOSITORY / "tests/mcore/ranks" / f"{program}.py"

@@ -27,7 +27,7 @@ import torch
 from megatron_s3 import __version__
 from megatron_s3.checkpoints import transfer
 from megatron_s3.checkpoints.transfer import Settings, TransferError
-from megatron_s3.mcore import objects, weights
+from megatron_s3.mcore import integrity, objects, weights
 
 __all__ = ["ConvertError", "convert", "main"]
 
@@ -36,6 +36,8 @@ _buffer = bytearray(_BLOCK)
 _NAMES = {"s3": "S3", "adam": "AdamW"}
 _INDEX = ".metadata"
 _COMMON = "common.pt"
+#: Of the files as they were: ours, and that of Megatron's --verify-integrity.
+_CHECKSUMS = (integrity.SEAL, "integrity.json")
 
 
 class ConvertError(ValueError):
@@ -321,7 +323,7 @@ def _write(source: _Source, folder: Path, settings: Settings) -> tuple[Counter, 
             file.flush()
             os.fsync(file.fileno())
     for path in source.folder.iterdir():  # metadata.json, and what else lies there
-        if path.name in (_INDEX, _COMMON) or path.suffix == ".distcp":
+        if path.name in (_INDEX, _COMMON, *_CHECKSUMS) or path.suffix == ".distcp":
             continue
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
@@ -333,6 +335,7 @@ def _write(source: _Source, folder: Path, settings: Settings) -> tuple[Counter, 
         pickle.dump(_index(source.index, places, settings.to), file)
         file.flush()
         os.fsync(file.fileno())
+    integrity.seal(folder)
     return counts, checksums
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_s3.optimizers import S3, AdamW
+from megatron_s3.optimizers.description import FORMAT
 
 __all__ = [
     "LR_FACTOR",
@@ -283,6 +284,7 @@ def _convert_arguments(args: argparse.Namespace, settings: Settings) -> argparse
     values |= {"optimizer": settings.to, "clip_grad": settings.clip_grad}
     if settings.to == "s3":
         values |= {f"s3_{name}": value for name, value in settings.s3.items()}
+        values |= {"s3_format": FORMAT}
     else:
         values |= {name: None for name in values if name in _S3_ARGUMENTS}
     return argparse.Namespace(**values)
@@ -292,12 +294,12 @@ _S3_ARGUMENTS = {f"s3_{h.name}" for h in S3.description.hyperparameters}
 
 
 def _convert_group(group: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    own = {h.name for h in S3.description.hyperparameters} | {"algorithm"}
+    own = {h.name for h in S3.description.hyperparameters} | {"algorithm", "format"}
     values = {k: v for k, v in group.items() if k not in _ADAMS | own}
     values = _with_rates(values, _RATES, settings)
     values["step"] = settings.step
     if settings.to == "s3":
-        return values | settings.s3 | {"algorithm": "s3"}
+        return values | settings.s3 | {"algorithm": "s3", "format": FORMAT}
     return values | _TORCH_ADAMW | {"betas": (settings.beta1, settings.beta2), "eps": settings.eps}
 
 

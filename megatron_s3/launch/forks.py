@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["TIMED_OUT", "TRAINER", "Forks"]
+__all__ = ["TIMED_OUT", "TRAINER", "Forks", "import_needed", "start"]
 
 TRAINER = "megatron_s3.pretrain_gpt"
 #: What :meth:`Forks.run` returns for ranks that were stopped at their limit, as timeout(1) does.
@@ -116,9 +116,7 @@ def main() -> None:
     import megatron_s3
 
     megatron_s3.register()
-    for name in _NEEDED:
-        with contextlib.suppress(ImportError):  # of another release
-            importlib.import_module(name)
+    import_needed()
     if sys.argv[1].endswith(".py"):
         _run_script(sys.argv[1], "imported")
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -129,17 +127,15 @@ def main() -> None:
         print(_run(**json.loads(line)), file=answers, flush=True)
 
 
+def import_needed() -> None:
+    """Imports what a run would import in each rank."""
+    for name in _NEEDED:
+        with contextlib.suppress(ImportError):  # of another release
+            importlib.import_module(name)
+
+
 def _run(argv: list[str], ranks: int, log: str, program: str, limit: int) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-    }
-    running = {_start(rank, argv, log, program) for rank in range(ranks)}
+    running = set(start(argv, ranks, log, program))
     signal.signal(signal.SIGALRM, _too_late)
     signal.alarm(limit)
     try:
@@ -158,6 +154,20 @@ def _run(argv: list[str], ranks: int, log: str, program: str, limit: int) -> int
         for pid in running:
             _kill(pid)
             os.waitpid(pid, 0)
+
+
+def start(argv: list[str], ranks: int, log: str, program: str = TRAINER) -> list[int]:
+    """Forks the ranks of a run from this process; their process ids, each that of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    return [_start(rank, argv, log, program) for rank in range(ranks)]
 
 
 def _kill(group: int) -> None:

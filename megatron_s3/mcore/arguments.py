@@ -11,7 +11,7 @@ import torch
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import FORMAT, Description, Hyperparameter
 
 __all__ = [
     "DEVICES",
@@ -67,11 +67,19 @@ SWITCHES = (
         "--save), with any --optimizer; implied by --s3-log-updates",
     ),
     (
+        "s3_no_verify_checkpoint",
+        "do not compare a checkpoint's data with its checksums before it is loaded (with any "
+        "--optimizer)",
+    ),
+    (
         "s3_no_fused",
         "step with torch operations, between Megatron's copies of gradients and of parameters, "
         "instead of a fused kernel that needs neither; slower, with the same result",
     ),
 )
+
+#: Those that have an effect with Megatron's own optimizers too.
+_FOR_ALL = ("s3_metrics", "s3_no_verify_checkpoint")
 
 #: Flags of ``--use-precision-aware-optimizer``: destination, in the order of an optimizer's states.
 _STATE_DTYPES = ("exp_avg_dtype", "exp_avg_sq_dtype")
@@ -163,6 +171,7 @@ def validate_args(
     """
     defaults = args.__dict__.pop("_s3_upstream_defaults", {})
     clip_grad_given = not isinstance(args.clip_grad, _Default)
+    args.s3_format = FORMAT  # saved with the arguments
     _check_device(args)
     for other in OPTIMIZERS.values():
         if other.description.name != args.optimizer:
@@ -170,7 +179,7 @@ def validate_args(
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
         for name, _ in SWITCHES:
-            if getattr(args, name) and name != "s3_metrics":
+            if getattr(args, name) and name not in _FOR_ALL:
                 known = ", ".join(OPTIMIZERS)
                 raise ValueError(
                     f"{_flag(name)} does nothing with --optimizer {args.optimizer}: "

@@ -1,31 +1,57 @@
-"""What may be loaded into what, decided before anything is."""
+"""Checkpoints: what may be loaded into what, decided before anything is, and whole saves."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from megatron_s3.mcore import build, telemetry
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_s3.mcore import build, integrity, telemetry
 from megatron_s3.mcore.arguments import destination, flag, say, state_dtypes
 from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.optimizers.description import FORMAT
 
-__all__ = ["load_base_checkpoint"]
+__all__ = [
+    "SaveFailed",
+    "load_base_checkpoint",
+    "maybe_finalize_async_save",
+    "open_file",
+    "save",
+    "save_checkpoint",
+    "save_config",
+]
 
+TRACKER = "latest_checkpointed_iteration.txt"
 
 #: Megatron reads a checkpoint's arguments more than once.
 _say_once = functools.cache(say)
 
 
-def load_base_checkpoint(
-    original: Callable[..., Any], load_dir: str, args: Any, *rest: Any, **kwargs: Any
-) -> Any:
-    """Around Megatron's reading of a checkpoint: compares the arguments it was saved with.
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the message names the folder and the reason."""
 
-    Megatron reads these first, and the optimizer's tensors afterwards.
+
+def load_base_checkpoint(
+    original: Callable[..., Any], load_dir: str | None, args: Any, *rest: Any, **kwargs: Any
+) -> Any:
+    """Around Megatron's reading of a checkpoint: checks its files, and whose it is.
+
+    Megatron reads the arguments that were saved first (``rank0``), and the tensors afterwards.
 
     Raises:
-        ValueError: the optimizer's state in the checkpoint is not that of the running optimizer.
+        ValueError: the files are damaged, or the optimizer's state is not that of the running
+            optimizer.  On all ranks alike, nothing was loaded.
     """
-    result = original(load_dir, args, *rest, **kwargs)
+    rank0 = kwargs.get("rank0", rest[0] if rest else False)
+    with _whole(load_dir, args, rank0):
+        result = original(load_dir, args, *rest, **kwargs)
     state_dict, _, release, *_ = result
     saved = (state_dict or {}).get("args")
     if saved is not None and not release and not args.finetune:
@@ -35,6 +61,137 @@ def load_base_checkpoint(
             if getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist":
                 build.restore_step(state_dict)
     return result
+
+
+@contextlib.contextmanager
+def _whole(load_dir: str | None, args: Any, first: bool) -> Iterator[None]:
+    """Inside, the iteration that is read has been found undamaged.
+
+    Left to Megatron: checkpoints of ``--non-persistent-ckpt-type`` and object stores.
+    """
+    if (
+        load_dir is None
+        or "://" in str(load_dir)
+        or getattr(args, "non_persistent_ckpt_type", None) is not None
+    ):
+        yield
+        return
+    chosen, error = None, None
+    try:
+        chosen = _choose(Path(load_dir), args)
+    except (integrity.Damaged, OSError) as caught:
+        error = str(caught)
+    _agree(error)
+    if chosen is None:  # Megatron says that it starts from nothing
+        yield
+        return
+    folder, instead = chosen
+    if first or list(folder.glob("mp_rank_*")):  # of which the arguments are not read before
+        _check(folder, args)
+    step = getattr(args, "ckpt_step", None)
+    args.ckpt_step = instead or step
+    try:
+        yield
+    finally:
+        args.ckpt_step = step
+
+
+def _choose(load_dir: Path, args: Any) -> tuple[Path, int | None] | None:
+    """The folder that will be read, and its iteration where the tracker file does not say it.
+
+    Raises:
+        integrity.Damaged: the tracker file is, or names what is not there.
+    """
+    tracker = load_dir / TRACKER
+    instead = None
+    if getattr(args, "ckpt_step", None):
+        named, source = str(args.ckpt_step), "--ckpt-step"
+    elif tracker.is_file():
+        named, source = tracker.read_bytes().decode(errors="replace").strip(), str(tracker)
+    else:
+        there = _complete(load_dir)
+        if not there:
+            return None
+        if len(there) > 1:
+            raise integrity.Damaged(
+                f"{tracker} is missing, and there are complete checkpoints beside it. "
+                + _instead(load_dir)
+            )
+        # Killed between the end of the first save and the file that names it.
+        (instead,), source = there, ""
+        named = str(instead)
+        _say_once(f"{tracker} is missing: iteration {named}, the only one there, is complete")
+    if named == "release":
+        return load_dir / "release", None
+    if not (named.isascii() and named.isdecimal()):
+        raise integrity.Damaged(
+            f"{tracker} names no iteration, but {named[:20]!r}. {_instead(load_dir)}"
+        )
+    folder = load_dir / f"iter_{int(named):07d}"
+    if not folder.is_dir():
+        raise integrity.Damaged(
+            f"{source} names iteration {named}, and there is no {folder}. {_instead(load_dir)}"
+        )
+    newer = [i for i in _complete(load_dir) if i > int(named)]
+    if newer and source == str(tracker):
+        _say_once(
+            f"{tracker} names iteration {named}, which is loaded; newer ones are complete: "
+            f"{', '.join(map(str, newer))}"
+        )
+    return folder, instead
+
+
+def _complete(load_dir: Path) -> list[int]:
+    """Iterations of which a save has ended, in order."""
+    found = [
+        int(folder.name[5:])
+        for folder in load_dir.glob("iter_*")
+        if folder.name[5:].isdecimal() and integrity.is_complete(folder)
+    ]
+    return sorted(found)
+
+
+def _instead(load_dir: Path, but: int | None = None) -> str:
+    """What to do, at the end of an error."""
+    there = ", ".join(str(i) for i in _complete(load_dir) if i != but)
+    if not there:
+        return "Nothing was loaded, and no other iteration is complete."
+    return f"Nothing was loaded. Choose an iteration with --ckpt-step; complete: {there}."
+
+
+def _check(folder: Path, args: Any) -> None:
+    """Raises ValueError on all ranks if one finds the checkpoint damaged."""
+    rank, ranks = 0, 1
+    if torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    error, count, began = None, 0, time.monotonic()
+    formats = ("torch_dcp", "fsdp_dtensor")  # which have no metadata.json
+    try:
+        integrity.check(folder, config=getattr(args, "ckpt_format", None) not in formats)
+        # Before the process groups are there, only the arguments are read.
+        left_out = getattr(args, "s3_no_verify_checkpoint", False)
+        if not left_out and torch.distributed.is_initialized():
+            count = integrity.verify(folder, rank, ranks)
+    except (integrity.Damaged, OSError) as caught:
+        number = int(folder.name[5:]) if folder.name[5:].isdecimal() else None
+        error = f"{caught}. {_instead(folder.parent, but=number)}"
+    _agree(error)
+    if count:
+        seconds = time.monotonic() - began
+        say(
+            f"{folder} is what was written: {count / 1e9:.3g} GB checked by each of {ranks} ranks "
+            f"in {seconds:.1f} s; --s3-no-verify-checkpoint leaves this out"
+        )
+
+
+def _agree(error: str | None) -> None:
+    """Raises ValueError on all ranks with the error of the first that has one."""
+    if torch.distributed.is_initialized():
+        errors: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(errors, error)
+        error = next(filter(None, errors), None)
+    if error:
+        raise ValueError(error)
 
 
 def _compare(load_dir: str, args: Any, saved: Any) -> None:
@@ -49,6 +206,11 @@ def _compare(load_dir: str, args: Any, saved: Any) -> None:
             f"{load_dir} was saved by --optimizer {written}, whose state means nothing to "
             f"--optimizer {running}. Nothing was loaded. Resume with --optimizer {written}, "
             f"{advice}."
+        )
+    if getattr(saved, "s3_format", 1) > FORMAT:
+        raise ValueError(
+            f"{load_dir} was saved by a newer megatron_s3, in format {saved.s3_format}: this one "
+            f"knows formats up to {FORMAT}. Nothing was loaded. Update megatron_s3, {advice}."
         )
     description = OPTIMIZERS[running].description
     for h in description.hyperparameters:
@@ -68,3 +230,101 @@ def _compare(load_dir: str, args: Any, saved: Any) -> None:
     for name in now:
         if now[name] != then[name]:
             _say_once(f"{load_dir} was saved with {name} in {then[name]}: loaded into {now[name]}")
+
+
+def save(
+    original: Callable[..., Any],
+    sharded_state_dict: Any,
+    checkpoint_dir: Any,
+    *rest: Any,
+    **kw: Any,
+) -> Any:
+    """Around Megatron's writing of an iteration: what it overwrites is complete no more.
+
+    Else a kill in the middle would leave new files under an old index that fits them.
+    """
+    if "://" not in str(checkpoint_dir):
+        integrity.reopen(Path(checkpoint_dir))
+    return original(sharded_state_dict, checkpoint_dir, *rest, **kw)
+
+
+def save_config(original: Callable[..., Any], config: Any, checkpoint_dir: Any) -> Any:
+    """Around the last file of an iteration, which one rank writes: adds the small files' sums."""
+    result = original(config, checkpoint_dir)
+    if "://" not in str(checkpoint_dir):
+        integrity.seal(Path(checkpoint_dir))
+    return result
+
+
+def open_file(original: Callable[..., Any], file: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Around ``open`` where Megatron writes the tracker file: whole, or as it was."""
+    mode = rest[0] if rest else kwargs.get("mode", "r")
+    if mode == "w" and os.path.basename(str(file)) == TRACKER:
+        return _replaced(Path(file))
+    return original(file, *rest, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[io.TextIOBase]:
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
+    """Around Megatron's saving: an error says where and why; and what telemetry adds.
+
+    Raises:
+        SaveFailed: the disk did not take it.
+    """
+    with _saying_why(f"iteration {iteration}"):
+        return telemetry.save_checkpoint(original, iteration, *rest, **kwargs)
+
+
+def maybe_finalize_async_save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around the end of an asynchronous save: as :func:`save_checkpoint`."""
+    with _saying_why("a checkpoint"):
+        return original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _saying_why(what: str) -> Iterator[None]:
+    from megatron.training import get_args
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        folder = Path(get_args().save or "")
+        why = None if isinstance(error, SaveFailed) else _why_not(folder)
+        if why is None:
+            raise
+        there = _complete(folder)
+        raise SaveFailed(
+            f"{what} could not be saved to {folder}: {why}. "
+            + (f"Complete there: iteration {there[-1]}." if there else "Nothing is complete there.")
+        ) from None
+
+
+def _why_not(folder: Path) -> str | None:
+    """Why the folder takes no file, None if it does.
+
+    Asked of the disk, because what Megatron and torch hand on from the writers says
+    "AssertionError" or "unexpected pos".
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        return f"{error.strerror} ({free / 1e6:,.1f} MB free)"
+    else:
+        return None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

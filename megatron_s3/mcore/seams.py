@@ -4,6 +4,7 @@ With an ``--optimizer`` of Megatron's own each wrapper hands straight on, except
 says otherwise.
 """
 
+import builtins
 import functools
 import importlib
 import importlib.metadata
@@ -134,17 +135,48 @@ SEAMS = (
     ),
     Seam(
         "megatron.training.checkpointing",
-        "save_checkpoint",
-        ("iteration", "model", "optimizer", "opt_param_scheduler"),
-        telemetry.save_checkpoint,
-        "the same: the spikes so far, in the checkpoint",
-    ),
-    Seam(
-        "megatron.training.checkpointing",
         "_load_base_checkpoint",
         ("load_dir", "args"),
         checkpoint.load_base_checkpoint,
-        "with --optimizer adam too: refuses another optimizer's state before any of it is loaded",
+        "with --optimizer adam too: refuses a damaged checkpoint, and another optimizer's state, "
+        "before any of it is loaded",
+    ),
+    Seam(
+        "megatron.training.checkpointing",
+        "save_checkpoint",
+        ("iteration", "model", "optimizer", "opt_param_scheduler"),
+        checkpoint.save_checkpoint,
+        "with --optimizer adam too: says where and why a checkpoint could not be saved; with "
+        "--s3-metrics the spikes so far are in it",
+    ),
+    Seam(
+        "megatron.training.async_utils",
+        "maybe_finalize_async_save",
+        ("blocking",),
+        checkpoint.maybe_finalize_async_save,
+        "with --optimizer adam too: says so of asynchronous saves",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.serialization",
+        "save",
+        ("sharded_state_dict", "checkpoint_dir"),
+        checkpoint.save,
+        "with --optimizer adam too: an iteration that is overwritten is no complete one meanwhile",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.serialization",
+        "save_config",
+        ("config", "checkpoint_dir"),
+        checkpoint.save_config,
+        "with --optimizer adam too: writes checksums of the files that have none of their own",
+    ),
+    Seam(
+        "megatron.core.msc_utils",
+        "open",
+        ("file", "mode"),
+        checkpoint.open_file,
+        "with --optimizer adam too: replaces latest_checkpointed_iteration.txt whole, so that no "
+        "kill and no full disk leaves it empty",
     ),
 )
 
@@ -172,12 +204,15 @@ def table() -> str:
 
 
 def _resolve(seam: Seam) -> tuple[Any, Callable[..., Any]]:
-    """The object that holds the seam's function, and the function; checked."""
+    """The object that holds the seam's function, and the function; checked.
+
+    A builtin is wrapped as a name of the module that uses it.
+    """
     module = importlib.import_module(seam.module)
     *path, name = seam.name.split(".")
     try:
         owner = functools.reduce(getattr, path, module)
-        function = getattr(owner, name)
+        function = getattr(owner, name, None) or getattr(builtins, name)
     except AttributeError:
         raise _moved(seam, "is not there") from None
     parameters = tuple(inspect.signature(function).parameters)
@@ -205,8 +240,8 @@ def _wrap(seam: Seam, owner: Any, original: Callable[..., Any]) -> None:
         return seam.wrapper(original, *args, **kwargs)
 
     setattr(wrapped, _MARK, seam)
+    setattr(owner, original.__name__, wrapped)
     if not isinstance(owner, ModuleType):
-        setattr(owner, original.__name__, wrapped)
         return
     # Modules that did `from ... import function` hold it under their own name: which ones do
     # differs between releases.

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_s3.mcore import integrity
+
 __all__ = ["CheckpointError", "arguments", "find", "logits", "tensors"]
 
 #: Whatever of a checkpoint's arguments says where and how fast it ran, and not what it computes, is
@@ -78,7 +80,7 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
         iteration: which; the last one saved if None.
 
     Raises:
-        CheckpointError: there is none, it is not complete or damaged (a file missing or cut short),
+        CheckpointError: there is none, it is not complete or damaged,
             or not in the format ``torch_dist``.
     """
     folder = Path(folder)
@@ -123,28 +125,14 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
 
 
 def _check_files(checkpoint: Path) -> None:
-    """Every file that the checkpoint's index speaks of is there, and as long as it says."""
-    import torch.distributed.checkpoint as dcp
-
-    needed: dict[str, int] = {}
+    """Every file of the checkpoint is there, whole, and what was written."""
     try:
-        for part in dcp.FileSystemReader(checkpoint).read_metadata().storage_data.values():
-            end = part.offset + part.length
-            needed[part.relative_path] = max(end, needed.get(part.relative_path, 0))
-    except Exception as error:
+        integrity.check(checkpoint)
+        integrity.verify(checkpoint)
+    except integrity.Damaged as error:
         raise CheckpointError(
-            f"{checkpoint / '.metadata'} cannot be read ({type(error).__name__}: {error}): the "
-            "checkpoint is damaged. Choose another iteration with --iteration."
+            f"{error}: the checkpoint is damaged. Choose another iteration with --iteration."
         ) from error
-    for name, size in needed.items():
-        file = checkpoint / name
-        there = file.stat().st_size if file.is_file() else None
-        if there is None or there < size:
-            fault = "is missing" if there is None else f"has {there:,} bytes of at least {size:,}"
-            raise CheckpointError(
-                f"{file} {fault}: the checkpoint is damaged. Choose another iteration with "
-                "--iteration."
-            )
 
 
 def arguments(checkpoint: Path) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_s3.kernels import portable
 from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.statistics import Statistics
-from megatron_s3.optimizers.description import Description
+from megatron_s3.optimizers.description import FORMAT, Description
 from megatron_s3.optimizers.offload import Offload
 
 __all__ = ["ElementwiseOptimizer"]
@@ -39,10 +39,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     A subclass names its :attr:`description` and its constructor's arguments.  State tensors have
     their parameter's shape and layout, float64 for float64 parameters and ``state_dtype`` for all
     others: half-precision parameters keep full-precision state unless asked otherwise.  A group
-    also holds ``algorithm`` (the stamp that :meth:`load_state_dict` checks) and ``step`` (a Python
-    int).  A gradient is read from ``param.decoupled_grad``, which may have another dtype than the
-    parameter, where that is set, and else from ``param.grad``.  Parameters that torch shards
-    (DTensors, as FSDP2 makes them) have DTensors for state, and each rank steps its own part.
+    also holds ``algorithm`` and ``format`` (the stamp that :meth:`load_state_dict` checks) and
+    ``step`` (a Python int).  A gradient is read from ``param.decoupled_grad``, which may have
+    another dtype than the parameter, where that is set, and else from ``param.grad``.  Parameters
+    that torch shards (DTensors, as FSDP2 makes them) have DTensors for state, and each rank steps
+    its own part.
 
     Args:
         params: as for every torch optimizer.
@@ -101,7 +102,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if unknown := sorted(set(hyperparameters) - set(values)):
             raise TypeError(f"{self.description.label} has no {', '.join(unknown)}")
         defaults = {"lr": lr, "weight_decay": weight_decay} | values | hyperparameters
-        super().__init__(params, defaults | {"algorithm": self.description.name, "step": 0})
+        stamp = {"algorithm": self.description.name, "format": FORMAT}
+        super().__init__(params, defaults | stamp | {"step": 0})
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps its own three attributes only; what else a copy takes along, and what stays.
@@ -119,6 +121,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:  # as torch's do: what an older version did not know
             for h in self.description.hyperparameters:
                 group.setdefault(h.name, h.default)
+            group.setdefault("format", FORMAT)
 
     def _state_dtypes(
         self, given: torch.dtype | Mapping[str, torch.dtype]
@@ -359,8 +362,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         A state that was saved in another dtype is converted, and a warning says so.
 
         Raises:
-            ValueError: the state is another optimizer's, or was made with a hyperparameter without
-                which it has no meaning (``p``).  Nothing is loaded then.
+            ValueError: the state is another optimizer's or a newer version's, or was made with a
+                hyperparameter without which it has no meaning (``p``).  Nothing is loaded then.
         """
         check_stamps(self, state_dict["param_groups"])
         params = [param for group in self.param_groups for param in group["params"]]
@@ -377,6 +380,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         # torch moves state to its parameter's device, where there may be no room for it.
         here = {i: tensors for i, tensors in saved_state.items() if tensors and i not in offloaded}
         super().load_state_dict(state_dict | {"state": here})
+        for group in self.param_groups:
+            group["format"] = FORMAT
         if self.keep_hyperparameters:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)
@@ -420,6 +425,12 @@ def check_stamps(optimizer: ElementwiseOptimizer, saved_groups: list[dict[str, A
                 f"this optimizer is {ours.label}, but the state to load was saved by {name}; the "
                 "two keep different averages. Load the model's weights alone, or resume with the "
                 "optimizer that saved it."
+            )
+        if group.get("format", 1) > FORMAT:
+            raise ValueError(
+                f"the state to load is of format {group['format']}, from a newer megatron_s3: "
+                f"this one knows formats up to {FORMAT}. Update megatron_s3, or load the model's "
+                "weights alone."
             )
         for h in ours.hyperparameters:
             if h.fixes_state and group[h.name] != own[h.name]:

@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Description", "Hyperparameter"]
+__all__ = ["FORMAT", "Description", "Hyperparameter"]
+
+#: Of what the plugin's optimizers save: counted up when an older version would load it wrongly.
+#: What was saved before there was a number is of format 1.
+FORMAT = 1
 
 
 @dataclass(frozen=True)

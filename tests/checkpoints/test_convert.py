@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_s3.checkpoints import convert, transfer
 from megatron_s3.optimizers import S3
+from megatron_s3.optimizers.description import FORMAT
 from tests.trainer import assert_bitwise_equal, brief, tensors, train
 
 GROUP = {
@@ -117,7 +118,7 @@ def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
     assert group == {
         **{"wd_mult": 1.0, "max_lr": 3e-3, "lr": 3e-3, "weight_decay": 0.01, "step": 100},
         **{h.name: h.default for h in S3.description.hyperparameters},
-        **{"p": 2.0, "algorithm": "s3"},
+        **{"p": 2.0, "algorithm": "s3", "format": FORMAT},
     }
 
     convert.convert(tmp_path / "s3", tmp_path / "back", "adam")
@@ -224,11 +225,11 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     file.write_bytes(content[:-100])
     assert f"{file} has" in refused()
     file.write_bytes(b"\0" * len(content))
-    assert f"{file}: optimizer.state.exp_avg" in refused()
+    assert f"{file} is not what was written" in refused()
     file.rename(file.with_stem("other"))
     assert f"{file} is missing" in refused()
     (given / "iter_0000100/.metadata").unlink()
-    assert ".metadata cannot be read" in refused()
+    assert ".metadata is missing" in refused()
     (given / "iter_0000100/metadata.json").unlink()
     assert "not a complete checkpoint" in refused()
 

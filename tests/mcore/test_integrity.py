@@ -1,0 +1,176 @@
+"""Damaged checkpoints are found, by name, bit by bit; whole ones of any origin are not."""
+
+import io
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_s3.mcore import integrity
+from megatron_s3.mcore.integrity import Damaged
+
+STATE = {"weight": torch.arange(70.0), "other": torch.ones(3, 5), "object": io.BytesIO(b"")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint as Megatron's, of two tensors and an object."""
+    path = tmp_path / "iter_0000004"
+    torch.save([1, {"a": 2}], STATE["object"])
+    dcp.save(dict(STATE), checkpoint_id=path, no_dist=True)
+    (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    integrity.seal(path)
+    return path
+
+
+def judge(folder: Path) -> str:
+    """What is said of a checkpoint, "" if nothing."""
+    try:
+        integrity.check(folder)
+        integrity.verify(folder)
+    except Damaged as error:
+        return str(error)
+    return ""
+
+
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
+
+
+def test_a_whole_checkpoint_is_found_whole_with_and_without_its_checksums(folder: Path) -> None:
+    assert judge(folder) == ""
+    (folder / integrity.SEAL).unlink()
+    assert judge(folder) == ""
+
+
+def test_every_bit_of_a_tensors_file_is_checked_or_has_no_effect(tmp_path: Path) -> None:
+    """All 13,472 of them: what passes is loaded with the same values."""
+    path = tmp_path / "one.pt"
+    tensor = torch.arange(40.0)
+    torch.save(tensor, path)
+    data = bytearray(path.read_bytes())
+    fd = os.open(path, os.O_RDWR)
+    passed = 0
+    for bit in range(len(data) * 8):
+        at, changed = bit // 8, data[bit // 8] ^ (1 << bit % 8)
+        os.pwrite(fd, bytes([changed]), at)
+        try:
+            integrity._verify_zip(fd, integrity._Item(path, 0, len(data), 160))
+        except (integrity._Differs, integrity.struct.error):
+            pass
+        else:
+            passed += 1
+            new = bytes(data[:at]) + bytes([changed]) + bytes(data[at + 1 :])
+            assert torch.equal(torch.load(io.BytesIO(new), weights_only=True), tensor), bit
+        os.pwrite(fd, data[at : at + 1], at)
+    os.close(fd)
+    assert 0 < passed < len(data) * 4  # padding, dates
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", integrity.SEAL])
+def test_every_bit_of_a_small_file_is_checked(name: str, folder: Path) -> None:
+    path = folder / name
+    bits = path.stat().st_size * 8
+    for bit in random.Random(1).sample(range(bits), min(bits, 300)):
+        flip(path, bit)
+        said = judge(folder)
+        assert name in said, (bit, said)
+        flip(path, bit)
+    assert judge(folder) == ""
+
+
+def test_an_index_without_checksum_has_to_agree_with_itself(folder: Path) -> None:
+    (folder / integrity.SEAL).unlink()
+    path = folder / ".metadata"
+    whole = path.read_bytes()
+
+    def changed(change) -> str:
+        index = pickle.loads(whole)
+        change(index)
+        path.write_bytes(pickle.dumps(index))
+        return judge(folder)
+
+    def swap(index) -> None:
+        one, other = (k for k in index.storage_data if k.fqn in ("weight", "other"))
+        data = index.storage_data
+        data[one], data[other] = data[other], data[one]
+
+    def smaller(index) -> None:
+        index.state_dict_metadata["weight"].size = torch.Size([69])
+
+    def move(index) -> None:
+        (key,) = (k for k in index.storage_data if k.fqn == "weight")
+        index.storage_data[key].offset += 1
+
+    assert "bytes where the index has" in changed(swap)
+    assert "the parts of weight are not the whole" in changed(smaller)
+    assert "overlap, or miss" in changed(move)
+    assert "where all of object is" in changed(lambda i: i.state_dict_metadata.pop("object"))
+    assert ".metadata cannot be read" in (path.write_bytes(whole[:50]) and judge(folder))
+    path.write_bytes(whole)
+    assert judge(folder) == ""
+
+
+def test_missing_and_cut_files_are_named(folder: Path) -> None:
+    (data,) = folder.glob("*.distcp")
+    content = data.read_bytes()
+    data.write_bytes(content[:-1])
+    assert f"{data} has {len(content) - 1:,} bytes of at least {len(content):,}" in judge(folder)
+    data.unlink()
+    assert judge(folder) == f"{data} is missing"
+    data.write_bytes(content)
+    for name in ("metadata.json", ".metadata"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        assert judge(folder).startswith(f"{folder / name} is missing")
+        (folder / name).write_bytes(content)
+    assert judge(folder) == ""
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_every_byte_is_in_one_share(of: int, folder: Path) -> None:
+    (data,) = folder.glob("*.distcp")
+    counts = [integrity.verify(folder, share, of) for share in range(of)]
+    assert sum(counts) == data.stat().st_size
+    content = data.read_bytes()
+    for at in (
+        content.index(STATE["weight"].numpy().tobytes()),
+        content.index(b"\x00\x00\x80\x3f" * 9),
+    ):
+        flip(data, at * 8)
+        found = []
+        for share in range(of):
+            try:
+                integrity.verify(folder, share, of)
+            except Damaged as error:
+                found.append(str(error))
+        assert len(found) == 1 and str(data) in found[0]
+        flip(data, at * 8)
+
+
+def test_a_file_of_the_older_format_is_checked_too(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000004"
+    path = folder / "mp_rank_00/model_optim_rng.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"model": torch.ones(50)}, path)
+    assert judge(folder) == ""
+    flip(path, path.read_bytes().index(b"\x00\x00\x80\x3f" * 9) * 8)
+    assert judge(folder).startswith(f"{path} is not what was written (the checksum of ")
+
+
+def test_what_is_overwritten_is_not_complete_meanwhile(folder: Path) -> None:
+    assert integrity.is_complete(folder)
+    integrity.reopen(folder)
+    assert not integrity.is_complete(folder)
+    assert "metadata.json is missing" in judge(folder)
+    shutil.rmtree(folder)
+    assert not integrity.is_complete(folder)

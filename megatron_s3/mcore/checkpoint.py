@@ -86,8 +86,9 @@ def _whole(load_dir: str | None, args: Any, first: bool) -> Iterator[None]:
         yield
         return
     folder, instead = chosen
-    if first or list(folder.glob("mp_rank_*")):  # of which the arguments are not read before
-        _check(folder, args)
+    legacy = bool(list(folder.glob("mp_rank_*")))  # --ckpt-format torch: read once
+    if first or legacy:
+        _check(folder, args, own_file=legacy and not first)
     step = getattr(args, "ckpt_step", None)
     args.ckpt_step = instead or step
     try:
@@ -159,7 +160,7 @@ def _instead(load_dir: Path, but: int | None = None) -> str:
     return f"Nothing was loaded. Choose an iteration with --ckpt-step; complete: {there}."
 
 
-def _check(folder: Path, args: Any) -> None:
+def _check(folder: Path, args: Any, own_file: bool) -> None:
     """Raises ValueError on all ranks if one finds the checkpoint damaged."""
     rank, ranks = 0, 1
     if torch.distributed.is_initialized():
@@ -168,6 +169,8 @@ def _check(folder: Path, args: Any) -> None:
     formats = ("torch_dcp", "fsdp_dtensor")  # which have no metadata.json
     try:
         integrity.check(folder, config=getattr(args, "ckpt_format", None) not in formats)
+        if own_file:
+            _check_own_file(folder)
         # Before the process groups are there, only the arguments are read.
         left_out = getattr(args, "s3_no_verify_checkpoint", False)
         if not left_out and torch.distributed.is_initialized():
@@ -182,6 +185,18 @@ def _check(folder: Path, args: Any) -> None:
             f"{folder} is what was written: {count / 1e9:.3g} GB checked by each of {ranks} ranks "
             f"in {seconds:.1f} s; --s3-no-verify-checkpoint leaves this out"
         )
+
+
+def _check_own_file(folder: Path) -> None:
+    """In the format ``torch`` each rank reads its own file: Megatron ends with status 0 without."""
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    number = folder.name[5:]
+    name = get_checkpoint_name(
+        str(folder.parent), int(number) if number.isdecimal() else 0, not number.isdecimal()
+    )
+    if not Path(name).is_file():
+        raise integrity.Damaged(f"{name} is missing")
 
 
 def _agree(error: str | None) -> None:

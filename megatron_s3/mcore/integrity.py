@@ -261,7 +261,7 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> int:
     path, fd = None, -1
     try:
         for item in items:
-            mine = before * of // max(total, 1) == share
+            mine = min(before * of // max(total, 1), of - 1) == share
             before += item.length
             if not mine:
                 continue

@@ -165,6 +165,8 @@ def test_a_file_of_the_older_format_is_checked_too(tmp_path: Path) -> None:
     assert judge(folder) == ""
     flip(path, path.read_bytes().index(b"\x00\x00\x80\x3f" * 9) * 8)
     assert judge(folder).startswith(f"{path} is not what was written (the checksum of ")
+    path.write_bytes(b"")
+    assert judge(folder).startswith(f"{path} is not what was written")
 
 
 def test_what_is_overwritten_is_not_complete_meanwhile(folder: Path) -> None:

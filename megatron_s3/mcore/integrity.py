@@ -225,21 +225,23 @@ def _items(folder: Path) -> list[_Item]:
     ]
     if (folder / INDEX).exists():
         index = _index(folder)
+        sizes = _sizes(index)
         for key, place in index.storage_data.items():
             if getattr(place, "transform_descriptors", None):
                 continue  # compressed, which Megatron does not write
             path = folder / place.relative_path
-            items.append(_Item(path, place.offset, place.length, _bytes(index, key)))
+            size = sizes.get((key.fqn, tuple(key.offset or ())))
+            items.append(_Item(path, place.offset, place.length, size))
     return sorted(items, key=lambda item: (item.path, item.offset))
 
 
-def _bytes(index: Any, key: Any) -> int | None:
-    """Bytes of the tensor that an item of the index is; None for an object."""
-    entry = index.state_dict_metadata.get(key.fqn)
-    for chunk in getattr(entry, "chunks", None) or ():
-        if tuple(chunk.offsets) == tuple(key.offset or ()):
-            return math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-    return None
+def _sizes(index: Any) -> dict[tuple, int]:
+    """Bytes of every part of a tensor that the index knows, by name and offsets."""
+    return {
+        (name, tuple(chunk.offsets)): math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+        for name, entry in index.state_dict_metadata.items()
+        for chunk in getattr(entry, "chunks", ())
+    }
 
 
 def verify(folder: Path, share: int = 0, of: int = 1) -> int:

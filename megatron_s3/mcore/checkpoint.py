@@ -133,13 +133,18 @@ def _choose(load_dir: Path, args: Any) -> tuple[Path, int | None] | None:
         raise integrity.Damaged(
             f"{source} names iteration {named}, and there is no {folder}. {_instead(load_dir)}"
         )
-    newer = [i for i in _complete(load_dir) if i > int(named)]
-    if newer and source == str(tracker):
+    if source == str(tracker) and os.environ.get("RANK", "0") == "0":
+        _say_newer(tracker, int(named))
+    return folder, instead
+
+
+def _say_newer(tracker: Path, named: int) -> None:
+    """A job that was killed between a save's end and the tracker file, or an edited tracker."""
+    if newer := [str(i) for i in _complete(tracker.parent) if i > named]:
         _say_once(
             f"{tracker} names iteration {named}, which is loaded; newer ones are complete: "
-            f"{', '.join(map(str, newer))}"
+            f"{', '.join(newer)}"
         )
-    return folder, instead
 
 
 def _complete(load_dir: Path) -> list[int]:
@@ -168,7 +173,8 @@ def _check(folder: Path, args: Any, own_file: bool) -> None:
     error, count, began = None, 0, time.monotonic()
     formats = ("torch_dcp", "fsdp_dtensor")  # which have no metadata.json
     try:
-        integrity.check(folder, config=getattr(args, "ckpt_format", None) not in formats)
+        config = getattr(args, "ckpt_format", None) not in formats
+        integrity.check(folder, rank, ranks, config=config)
         if own_file:
             _check_own_file(folder)
         # Before the process groups are there, only the arguments are read.

@@ -89,6 +89,8 @@ def seal(folder: Path) -> None:
 
 def reopen(folder: Path) -> None:
     """What a save begins with: a folder that is written into is no complete checkpoint any more."""
+    if not (folder / CONFIG).exists():
+        return
     for name in (CONFIG, SEAL, "integrity.json"):  # the last is of Megatron's --verify-integrity
         (folder / name).unlink(missing_ok=True)
 
@@ -101,11 +103,13 @@ def _checksums(folder: Path) -> str:
     return "".join(lines)
 
 
-def check(folder: Path, *, config: bool = True) -> None:
+def check(folder: Path, share: int = 0, of: int = 1, *, config: bool = True) -> None:
     """All files are there and not cut short; the small ones are what was written.
 
     Args:
         folder: of one iteration.
+        share: which of ``of`` shares of the large files to look at.
+        of: number of shares.
         config: whether ``metadata.json`` belongs to its format.
 
     Raises:
@@ -116,7 +120,7 @@ def check(folder: Path, *, config: bool = True) -> None:
     sizes: dict[Path, int] = {}
     for item in _items(folder):
         sizes[item.path] = max(item.offset + item.length, sizes.get(item.path, 0))
-    for path, size in sorted(sizes.items()):
+    for path, size in sorted(sizes.items())[share::of]:
         there = path.stat().st_size if path.is_file() else None
         if there is None:
             raise Damaged(f"{path} is missing")

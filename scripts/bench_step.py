@@ -41,6 +41,7 @@ from megatron_s3.kernels import cpu
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.mcore.shards import Shard
 from megatron_s3.report import bench
+from megatron_s3.rules.s3 import s3_update
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Shapes by name: a shipped configuration, and its number of GPUs.
@@ -364,7 +365,7 @@ def in_cache(elements: int, p: float, grad: torch.dtype, state: torch.dtype) -> 
     threads = torch.get_num_threads()
     share = [operands() for _ in range(threads)]
     work = [one for one in share for _ in range(max(1, round(elements / IN_CACHE / threads)))]
-    return lambda: cpu.step(work, lr=1e-4, weight_decay=0.1, beta=0.95, p=p)
+    return lambda: cpu.step(s3_update, work, lr=1e-4, weight_decay=0.1, beta=0.95, p=p)
 
 
 def candidates(memory: Memory, device: str, ps: Sequence[float]) -> Iterator[Candidate]:

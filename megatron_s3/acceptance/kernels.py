@@ -250,7 +250,7 @@ def _check_kernel(writer: Writer, name: str, kernel: ModuleType, device: str) ->
         from megatron_s3.kernels.gpu_kernel import CHUNK as chunk
     probe = Placed(8, Case(), device).operands
     # The interpreter is told about devices that its kernel does not take.
-    if not interpreted and (why := kernel.reason([probe], **OPTIONS)):
+    if not interpreted and (why := kernel.reason(s3_update, [probe], beta=0.95, p=3.0)):
         if on_gpu:
             writer.failed(name, why)
         else:
@@ -263,7 +263,7 @@ def _check_kernel(writer: Writer, name: str, kernel: ModuleType, device: str) ->
         if kernel.__name__.endswith(".cpu") and options["p"] not in (1, 2, 3):
             continue
         placed = _list(case, device, chunk, on_gpu)
-        kernel.step([one.operands for one in placed], **options)
+        kernel.step(s3_update, [one.operands for one in placed], **options)
         faults = {
             found
             for one in placed
@@ -304,7 +304,7 @@ def _large(writer: Writer) -> None:
         )
         for part in places
     ]
-    gpu.step([given], **OPTIONS)
+    gpu.step(s3_update, [given], **OPTIONS)
     torch.cuda.synchronize()
     for part, start in zip(places, starts, strict=True):
         theirs = stepped(start, "cpu", **OPTIONS)
@@ -333,7 +333,7 @@ def _other_stream(writer: Writer) -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)  # what comes next must wait for it
         one.operands.grad.mul_(2)
-        gpu.step([one.operands], **OPTIONS)
+        gpu.step(s3_update, [one.operands], **OPTIONS)
     torch.cuda.current_stream().wait_stream(side)
     doubled = Operands(one.start.param, one.start.grad * 2, one.start.state, one.start.model_param)
     theirs = stepped(doubled, "cpu", **OPTIONS)
@@ -353,7 +353,7 @@ def _other_gpu(writer: Writer) -> None:
         return
     torch.cuda.set_device(0)
     one = Placed(100_000, Case(), "cuda:1")
-    gpu.step([one.operands], **OPTIONS)
+    gpu.step(s3_update, [one.operands], **OPTIONS)
     found = compare(one, interpreted=False, device="cuda:1", **OPTIONS)
     if found:
         writer.failed("another GPU than the current one", found)

@@ -20,12 +20,13 @@ from torch import Tensor
 from megatron_s3.acceptance.kernels import OPTIONS, Case, Placed
 from megatron_s3.kernels import gpu
 from megatron_s3.kernels.operands import Operands
+from megatron_s3.rules.s3 import s3_update
 
 chunk = 16384
 for case in (Case(), Case(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16)):
     sizes = (1, 129, chunk - 1, chunk, chunk + 1)
     placed = [Placed(n, case, "cuda", offset=k) for n in sizes for k in (0, 1)]
-    gpu.step([one.operands for one in placed], **OPTIONS)
+    gpu.step(s3_update, [one.operands for one in placed], **OPTIONS)
     # Tensors whose memory ends where they end.
     start = [one.start for one in placed]
     exact = [
@@ -35,7 +36,7 @@ for case in (Case(), Case(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.
         )
         for o in start
     ]
-    gpu.step(exact, **OPTIONS)
+    gpu.step(s3_update, exact, **OPTIONS)
     torch.cuda.synchronize()
 print("stepped")
 """
@@ -68,7 +69,7 @@ def check(writer: Writer, device: str, folder: Path) -> None:
         found = next(filter(None, lines), f"status {done.returncode}")
         if done.returncode == 124:
             writer.skipped(tool, "no end within 60 s")
-        elif done.returncode == _STATUS and "s3_kernel" not in done.stdout:
+        elif done.returncode == _STATUS and "step_kernel" not in done.stdout:
             writer.skipped(tool, f"errors of other kernels, none of ours: {found} (see {tool}.txt)")
         else:
             writer.failed(tool, f"{found} (see {tool}.txt)")

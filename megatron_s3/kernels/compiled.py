@@ -11,25 +11,61 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CAPABILITIES", "VARIANTS", "Compiled", "compile_kernel", "main"]
+import torch
+
+from megatron_s3.kernels.forms import Form, form
+from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.rules.s3 import s3_update
+
+__all__ = ["CAPABILITIES", "VARIANTS", "Compiled", "Variant", "compile_kernel", "main"]
 
 #: Ampere, Hopper, Blackwell.
 CAPABILITIES = (80, 90, 100)
 
-#: name: gradient, exp_avg, exp_pnorm, model parameter (or None), p (0 is any), statistics, and
-#: whether gradients are bounded.
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled.
+
+    Attributes:
+        form: rule and hyperparameters.
+        grad, state, model: dtypes of the gradient, of all states and of the model parameter, or
+            None.
+        statistics: whether they are counted.
+    """
+
+    form: Form
+    grad: str = "fp32"
+    state: str = "fp32"
+    model: str | None = "bf16"
+    statistics: bool = False
+
+
+def _s3(p: float = 3, **hyperparameters: object) -> Form:
+    return form(s3_update, {"beta": 0.95, "p": p} | hyperparameters)
+
+
+def _default(name: str) -> Form:
+    """An optimizer's first step."""
+    optimizer = OPTIMIZERS[name]([torch.zeros(1)])
+    (group,) = optimizer.param_groups
+    values = optimizer.group_hyperparameters(group | {"step": 1})
+    return form(optimizer.description.rule, values)
+
+
 VARIANTS = {
-    "fp32": ("fp32", "fp32", "fp32", "bf16", 3, False, False),
-    "fp32, no model parameter": ("fp32", "fp32", "fp32", None, 3, False, False),
-    "bf16 gradient": ("bf16", "fp32", "fp32", "bf16", 3, False, False),
-    "bf16 states": ("fp32", "bf16", "bf16", "bf16", 3, False, False),
-    "bf16 gradient and states": ("bf16", "bf16", "bf16", "bf16", 3, False, False),
-    "fp32, statistics": ("fp32", "fp32", "fp32", "bf16", 3, True, False),
-    "fp32, bounded gradients": ("fp32", "fp32", "fp32", "bf16", 3, False, True),
-    "fp32, p=2": ("fp32", "fp32", "fp32", "bf16", 2, False, False),
-    "fp32, p=1": ("fp32", "fp32", "fp32", "bf16", 1, False, False),
-    "fp32, any p": ("fp32", "fp32", "fp32", "bf16", 0, False, False),
+    "fp32": Variant(_s3()),
+    "fp32, no model parameter": Variant(_s3(), model=None),
+    "bf16 gradient": Variant(_s3(), grad="bf16"),
+    "bf16 states": Variant(_s3(), state="bf16"),
+    "bf16 gradient and states": Variant(_s3(), grad="bf16", state="bf16"),
+    "fp32, statistics": Variant(_s3(), statistics=True),
+    "fp32, bounded gradients": Variant(_s3(grad_bound=10.0)),
+    "fp32, p=2": Variant(_s3(2)),
+    "fp32, p=1": Variant(_s3(1)),
+    "fp32, any p": Variant(_s3(2.5)),
 }
+VARIANTS |= {name: Variant(_default(name)) for name in OPTIMIZERS if name != "s3"}
 
 
 @dataclass(frozen=True)
@@ -65,31 +101,32 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_s3.kernels import gpu_kernel
+    from megatron_s3.kernels import gpu_kernel, gpu_rules
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, None: tl.float32}
-    grad, exp_avg, exp_pnorm, model, p, statistics, bounded = VARIANTS[variant]
-    kernel = gpu_kernel.s3_kernel
+    chosen = VARIANTS[variant]
+    states = chosen.form.states
+    kernel = gpu_kernel.step_kernel
     constants = {
-        "GRAD": types[grad],
-        "EXP_AVG": types[exp_avg],
-        "EXP_PNORM": types[exp_pnorm],
-        "MODEL": types[model],
-        "HAS_MODEL": model is not None,
-        "P": p,
-        "NESTEROV": True,
-        "FORGETS": False,
-        "BOUNDED": bounded,
+        "RULE": getattr(gpu_rules, chosen.form.name),
+        "VARIANT": chosen.form.variant,
+        "STATES": states,
+        "BF16": (1 << states) - 1 if chosen.state == "bf16" else 0,
+        "GRAD": types[chosen.grad],
+        "MODEL": types[chosen.model],
+        "HAS_MODEL": chosen.model is not None,
         "RATES_ON_DEVICE": False,
-        "STATISTICS": statistics,
+        "STATISTICS": chosen.statistics,
         "CHUNK": gpu_kernel.CHUNK,
         "BLOCK": gpu_kernel.BLOCK,
     }
     pointers = {"table": "*i64", "chunks": "*i32", "rates": "*fp32", "partials": "*fp64"}
+    types_of = pointers | dict.fromkeys(constants, "constexpr")
+    types_of["scalars"] = ("fp32",) * len(chosen.form.scalars)
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
-        signature={n: "constexpr" if n in constants else pointers.get(n, "fp32") for n in names},
+        signature={name: types_of.get(name, "fp32") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
@@ -115,7 +152,7 @@ def _read(cubin: bytes, tools: Path) -> Compiled:
         _widths("LDG", code),
         _widths("STG", code),
         len(re.findall(r"\bFFMA\b", code)),
-        len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code)),
+        len(re.findall(r"/\*[0-9a-f]{4,5}\*/[^\n]*;", code)),
     )
 
 

@@ -49,11 +49,12 @@ struct Array {
 
 struct Operands {
   int64_t count;
-  Array param, grad, state[2], model_param;  // param is FLOAT32
+  Array param, grad, model_param, state[4];  // param is FLOAT32; a rule has its first STATES states
 };
 
-struct Scalars {
-  float lr, decay, beta, one_minus_beta, beta_s, one_minus_beta_s, correction, bound, grad_bound;
+// Begins every rule's Scalars: kernels/forms.py has what follows, in the same order.
+struct Rates {
+  float lr, decay;
 };
 
 INLINE int64_t size_of(Dtype dtype) { return dtype == NONE ? 0 : dtype == FLOAT32 ? 4 : 2; }
@@ -84,11 +85,17 @@ INLINE Float at_least(const Float& a, const Float& b) {
 }
 INLINE Int widened(const Half& bits) { return (Int)_mm512_cvtepu16_epi32((__m256i)bits); }
 INLINE Half narrowed(const Int& bits) { return (Half)_mm512_cvtepi32_epi16((__m512i)bits); }
+INLINE Float root(const Float& x) { return (Float)_mm512_sqrt_ps((__m512)x); }
 #else
 INLINE Float at_most(const Float& a, const Float& b) { return b < a ? b : a; }
 INLINE Float at_least(const Float& a, const Float& b) { return b > a ? b : a; }
 INLINE Int widened(const Half& bits) { return __builtin_convertvector(bits, Int); }
 INLINE Half narrowed(const Int& bits) { return __builtin_convertvector(bits, Half); }
+INLINE Float root(const Float& x) {
+  Float y;
+  for (int j = 0; j < WIDTH; ++j) y[j] = __builtin_sqrtf(x[j]);
+  return y;
+}
 #endif
 
 // ---- dtypes --------------------------------------------------------------------------------------
@@ -160,7 +167,7 @@ INLINE void store(const Array& array, int64_t i, const Floats& values) {
   }
 }
 
-// ---- rules: state and u from gradient and state -------------------------------------------------
+// ---- what rules are made of ----------------------------------------------------------------------
 
 // w**(-1/3), relative error below 1e-7 for w in [2**-66, 2**7]: a third of the bits is a first
 // guess, one polynomial step does the rest.
@@ -182,12 +189,6 @@ INLINE void inverse_cube_root(Floats& y, const Floats& w) {
   EACH y[k] = y[k] + c[k];
 }
 
-INLINE Float root(const Float& w) {
-  Float y;
-  for (int j = 0; j < WIDTH; ++j) y[j] = __builtin_sqrtf(w[j]);
-  return y;
-}
-
 template <int P>
 INLINE void power(Floats& x) {
   Floats y;
@@ -196,9 +197,28 @@ INLINE void power(Floats& x) {
   if (P == 3) EACH x[k] = y[k] * x[k];
 }
 
-// S3, megatron_s3/rules/s3.py: m = state[0], r = state[1]. BOUNDED: there is a grad_bound.
+// 0 of 0 and of NaN, as torch's.
+INLINE Float sign(const Float& x) {
+  const Float zero = {};
+  return __builtin_convertvector((x < zero) - (x > zero), Float);
+}
+
+INLINE void average(Floats& of, float beta, float one_minus_beta, const Floats& x) {
+  Floats share;
+  EACH share[k] = one_minus_beta * x[k];
+  EACH of[k] = beta * of[k] + share[k];
+}
+
+// ---- rules, megatron_s3/rules: u and the new states from gradient and states ---------------------
+
+// m = state[0], r = state[1]. BOUNDED: there is a grad_bound.
 template <int P, bool NESTEROV, bool BOUNDED>
 struct S3 {
+  static constexpr int STATES = 2;
+  struct Scalars : Rates {
+    float beta, one_minus_beta, beta_s, one_minus_beta_s, correction, bound, p, grad_bound;
+  };
+
   INLINE void update(Floats& u, Floats (&state)[2], const Floats& gradient, const Scalars& s) {
     Floats &m = state[0], &r = state[1];
     Int g_bits[LANES], r_bits[LANES], exponent[LANES], untouched[LANES];
@@ -264,6 +284,113 @@ struct S3 {
   }
 };
 
+// The averages of Adam's family, m = state[0], v = state[1], and sqrt(v) * factor + eps.
+struct Adams : Rates {
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+
+  __attribute__((always_inline)) void averages(Floats (&state)[2], const Floats& g) const {
+    Floats square;
+    EACH square[k] = g[k] * g[k];
+    average(state[0], beta1, one_minus_beta1, g);
+    average(state[1], beta2, one_minus_beta2, square);
+  }
+};
+
+struct AdamW {
+  static constexpr int STATES = 2;
+  struct Scalars : Adams {
+    float inverse_correction1, inverse_root_correction2, bound;  // bound: inf where there is none
+  };
+
+  INLINE void update(Floats& u, Floats (&state)[2], const Floats& g, const Scalars& s) {
+    Floats denominator;
+    s.averages(state, g);
+    EACH denominator[k] = root(state[1][k]) * s.inverse_root_correction2 + s.eps;
+    EACH u[k] = state[0][k] * s.inverse_correction1 / denominator[k];
+    EACH u[k] = at_most(u[k], Float{} + s.bound);
+    EACH u[k] = at_least(u[k], Float{} - s.bound);
+  }
+};
+
+struct NAdam {
+  static constexpr int STATES = 2;
+  struct Scalars : Adams {
+    float weight_grad, weight_avg, inverse_correction2;
+  };
+
+  INLINE void update(Floats& u, Floats (&state)[2], const Floats& g, const Scalars& s) {
+    Floats denominator;
+    s.averages(state, g);
+    EACH denominator[k] = root(state[1][k] * s.inverse_correction2) + s.eps;
+    EACH u[k] = g[k] * s.weight_grad + state[0][k] * s.weight_avg;
+    EACH u[k] = u[k] / denominator[k];
+  }
+};
+
+// m, v, n, the gradient of the step before. first: 1 in the first step, which has none, and else 0.
+struct Adan {
+  static constexpr int STATES = 4;
+  struct Scalars : Rates {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, beta3, one_minus_beta3, eps, first;
+    float inverse_correction1, weight_diff, inverse_root_correction3;
+  };
+
+  INLINE void update(Floats& u, Floats (&state)[4], const Floats& g, const Scalars& s) {
+    Floats &m = state[0], &v = state[1], &n = state[2], &previous = state[3];
+    Floats d, denominator;
+    EACH d[k] = g[k] - (s.first != 0 ? g[k] : previous[k]);
+    EACH previous[k] = g[k];
+    average(m, s.beta1, s.one_minus_beta1, g);
+    average(v, s.beta2, s.one_minus_beta2, d);
+    EACH d[k] = d[k] * s.beta2 + g[k];
+    EACH d[k] = d[k] * d[k];
+    average(n, s.beta3, s.one_minus_beta3, d);
+    EACH denominator[k] = root(n[k]) * s.inverse_root_correction3 + s.eps;
+    EACH u[k] = m[k] * s.inverse_correction1 + v[k] * s.weight_diff;
+    EACH u[k] = u[k] / denominator[k];
+  }
+};
+
+struct Lion {
+  static constexpr int STATES = 1;
+  struct Scalars : Rates {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  };
+
+  INLINE void update(Floats& u, Floats (&state)[1], const Floats& g, const Scalars& s) {
+    EACH u[k] = state[0][k];
+    average(u, s.beta1, s.one_minus_beta1, g);
+    EACH u[k] = sign(u[k]);
+    average(state[0], s.beta2, s.one_minus_beta2, g);
+  }
+};
+
+template <bool NESTEROV>
+struct Sgdm {
+  static constexpr int STATES = 1;
+  struct Scalars : Rates {
+    float momentum;
+  };
+
+  INLINE void update(Floats& u, Floats (&state)[1], const Floats& g, const Scalars& s) {
+    Floats& v = state[0];
+    EACH v[k] = v[k] * s.momentum + g[k];
+    EACH u[k] = NESTEROV ? v[k] * s.momentum + g[k] : v[k];
+  }
+};
+
+struct SignSgd {
+  static constexpr int STATES = 1;
+  struct Scalars : Rates {
+    float momentum, one_minus_momentum;
+  };
+
+  INLINE void update(Floats& u, Floats (&state)[1], const Floats& g, const Scalars& s) {
+    average(state[0], s.momentum, s.one_minus_momentum, g);
+    EACH u[k] = sign(state[0][k]);
+  }
+};
+
 // ---- what every rule shares ---------------------------------------------------------------------
 
 // megatron_s3/kernels/statistics.py. One accumulator a lane, so that the loop is vectorized.
@@ -311,17 +438,17 @@ struct Statistics {
 // Elements from begin to end, whole blocks; of a block `count` elements enter the statistics.
 template <class Rule>
 __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, int64_t end,
-                                      const Scalars& scalars, Statistics* statistics, int count) {
+                                      const float* scalars, Statistics* statistics, int count) {
   const Operands o = operands;
-  const Scalars s = scalars;
+  const auto s = read<typename Rule::Scalars>((const char*)scalars);
   for (int64_t i = begin; i < end; i += BLOCK) {
-    Floats g, x, u, state[2];
+    Floats g, x, u, state[Rule::STATES];
     load(g, o.grad, i);
-    load(state[0], o.state[0], i);
-    load(state[1], o.state[1], i);
+#pragma GCC unroll 4
+    for (int j = 0; j < Rule::STATES; ++j) load(state[j], o.state[j], i);
     Rule::update(u, state, g, s);
-    store(o.state[0], i, state[0]);
-    store(o.state[1], i, state[1]);
+#pragma GCC unroll 4
+    for (int j = 0; j < Rule::STATES; ++j) store(o.state[j], i, state[j]);
     EACH x[k] = read<Float>(o.param.data + (i + k * WIDTH) * 4);
     EACH x[k] = x[k] * s.decay - s.lr * u[k];
     EACH write(o.param.data + (i + k * WIDTH) * 4, x[k]);
@@ -337,18 +464,20 @@ __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, i
 }
 
 template <class Rule>
-void chunk(const Operands& o, int64_t begin, int64_t end, const Scalars& scalars,
+void chunk(const Operands& o, int64_t begin, int64_t end, const float* scalars,
            Statistics* statistics) {
   const int64_t whole = end - (end - begin) % BLOCK;
   blocks<Rule>(o, begin, whole, scalars, statistics, BLOCK);
   if (whole == end) return;
 
-  alignas(64) char padded[5][BLOCK * 4] = {};
+  constexpr int ARRAYS = 3 + Rule::STATES;
+  alignas(64) char padded[ARRAYS][BLOCK * 4] = {};
   Operands tail = o;
-  Array* arrays[5] = {&tail.param, &tail.grad, &tail.state[0], &tail.state[1], &tail.model_param};
-  char* at[5];
-  int64_t bytes[5];
-  for (int a = 0; a < 5; ++a) {
+  Array* arrays[ARRAYS] = {&tail.param, &tail.grad, &tail.model_param};
+  for (int j = 0; j < Rule::STATES; ++j) arrays[3 + j] = &tail.state[j];
+  char* at[ARRAYS];
+  int64_t bytes[ARRAYS];
+  for (int a = 0; a < ARRAYS; ++a) {
     const int64_t size = size_of(arrays[a]->dtype);
     at[a] = arrays[a]->data + whole * size;
     bytes[a] = (end - whole) * size;
@@ -356,12 +485,12 @@ void chunk(const Operands& o, int64_t begin, int64_t end, const Scalars& scalars
     arrays[a]->data = padded[a];
   }
   blocks<Rule>(tail, 0, BLOCK, scalars, statistics, int(end - whole));
-  for (int a = 0; a < 5; ++a) {
+  for (int a = 0; a < ARRAYS; ++a) {
     if (bytes[a] && arrays[a] != &tail.grad) std::memcpy(at[a], padded[a], bytes[a]);
   }
 }
 
-typedef void (*Chunk)(const Operands&, int64_t, int64_t, const Scalars&, Statistics*);
+typedef void (*Chunk)(const Operands&, int64_t, int64_t, const float*, Statistics*);
 
 // Denormals are numbers here, whatever some library or thread has set (flush to zero).
 struct IeeeArithmetic {
@@ -372,10 +501,37 @@ struct IeeeArithmetic {
 #endif
 };
 
+}  // namespace
+
+extern "C" {
+
+int64_t chunk_elements() { return CHUNK; }
+
+// What `step` is given of each rule in each of the variants that forms.py numbers.
+
+Chunk rule_s3(int64_t variant) {
+  static const Chunk chunks[3][2][2] = {
+      {{chunk<S3<1, false, false>>, chunk<S3<1, false, true>>},
+       {chunk<S3<1, true, false>>, chunk<S3<1, true, true>>}},
+      {{chunk<S3<2, false, false>>, chunk<S3<2, false, true>>},
+       {chunk<S3<2, true, false>>, chunk<S3<2, true, true>>}},
+      {{chunk<S3<3, false, false>>, chunk<S3<3, false, true>>},
+       {chunk<S3<3, true, false>>, chunk<S3<3, true, true>>}},
+  };
+  // beta_s == 0 (1 << 3) is seen where it matters.
+  return chunks[(variant & 3) - 1][variant >> 2 & 1][variant >> 4 & 1];
+}
+Chunk rule_adamw(int64_t) { return chunk<AdamW>; }
+Chunk rule_nadam(int64_t) { return chunk<NAdam>; }
+Chunk rule_adan(int64_t) { return chunk<Adan>; }
+Chunk rule_lion(int64_t) { return chunk<Lion>; }
+Chunk rule_sgdm(int64_t variant) { return variant ? chunk<Sgdm<true>> : chunk<Sgdm<false>>; }
+Chunk rule_sign_sgd(int64_t) { return chunk<SignSgd>; }
+
 // Every chunk whose first element, counted over all operands, lies in [begin, end).
-// rows: one of eight doubles for every chunk of all operands, or null.
+// scalars: the rule's. rows: one of eight doubles for every chunk of all operands, or null.
 void step(Chunk chunk, const Operands* operands, int64_t count, int64_t begin, int64_t end,
-          const Scalars& scalars, double* rows) {
+          const float* scalars, double* rows) {
   const IeeeArithmetic ieee;
   int64_t before = 0, row = 0;
   for (int64_t t = 0; t < count; before += operands[t].count, ++t) {
@@ -396,26 +552,5 @@ void step(Chunk chunk, const Operands* operands, int64_t count, int64_t begin, i
       }
     }
   }
-}
-
-}  // namespace
-
-extern "C" {
-
-int64_t chunk_elements() { return CHUNK; }
-
-// bounded: whether scalars.grad_bound is read.
-void s3_step(int64_t p, int64_t nesterov, int64_t bounded, const Operands* operands, int64_t count,
-             int64_t begin, int64_t end, const Scalars* scalars, double* rows) {
-  static const Chunk chunks[3][2][2] = {
-      {{chunk<S3<1, false, false>>, chunk<S3<1, false, true>>},
-       {chunk<S3<1, true, false>>, chunk<S3<1, true, true>>}},
-      {{chunk<S3<2, false, false>>, chunk<S3<2, false, true>>},
-       {chunk<S3<2, true, false>>, chunk<S3<2, true, true>>}},
-      {{chunk<S3<3, false, false>>, chunk<S3<3, false, true>>},
-       {chunk<S3<3, true, false>>, chunk<S3<3, true, true>>}},
-  };
-  const Chunk chosen = chunks[p - 1][nesterov != 0][bounded != 0];
-  step(chosen, operands, count, begin, end, *scalars, rows);
 }
 }

@@ -1,4 +1,4 @@
-"""The fused step on the CPU: S3 with p = 1, 2 or 3 in C++, compiled where it is first used."""
+"""The fused step on the CPU: rules in C++ (:file:`cpu.cpp`), compiled where it is first used."""
 
 import ctypes
 import hashlib
@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from megatron_s3.kernels.forms import form, names
 from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
-from megatron_s3.rules.s3 import s3_bound
 
 __all__ = ["NAME", "reason", "step"]
 
@@ -37,19 +37,27 @@ _PATIENCE = 300  # seconds; it takes a few
 
 # As in cpu.cpp.
 _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_MOST_STATES = 4
+#: A rule's function: from its variant to the function that steps a chunk.
+_ChunkOf = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
 
 
-def reason(operands: Sequence[Operands], *, p: float, **hyperparameters: object) -> str | None:
+def reason(
+    rule: Callable[..., Tensor], operands: Sequence[Operands], **hyperparameters: object
+) -> str | None:
     """Why :func:`step` cannot take these operands, or None; the first call compiles the kernel.
 
     Args:
+        rule: see :mod:`megatron_s3.rules`.
         operands: what the step is to work on.
-        p: order of the denominator's momentum.
-        **hyperparameters: the rule's others; none of them matters.
+        **hyperparameters: the rule's.
     """
-    if p not in (1, 2, 3):
-        return f"the C++ kernel has p = 1, 2 and 3, not {p:g}"
-    if found := fault(operands, "cpu"):
+    given = form(rule, hyperparameters)
+    if given is None:
+        return f"the C++ kernel does not have {names(rule)}"
+    if given.general:
+        return f"the C++ kernel has {given.general}"
+    if found := fault(operands, "cpu", given.states):
         return f"the C++ kernel cannot take {found}"
     library = _library()
     return library if isinstance(library, str) else None
@@ -57,26 +65,20 @@ def reason(operands: Sequence[Operands], *, p: float, **hyperparameters: object)
 
 @torch.no_grad()
 def step(
+    rule: Callable[..., Tensor],
     operands: Sequence[Operands],
     *,
     lr: float | Tensor,
     weight_decay: float | Tensor,
-    beta: float,
-    p: float,
-    beta2: float | None = None,
-    nesterov: bool = True,
-    correction: float = 1.0,
-    grad_bound: float | None = None,
     statistics: Statistics | None = None,
+    **hyperparameters: object,
 ) -> None:
-    """One step of S3, the same bits as the portable path's whatever the number of threads.
+    """One step, the same bits as the portable path's whatever the number of threads.
 
     Args:
-        operands: such that :func:`reason` is None.
+        rule, operands, **hyperparameters: such that :func:`reason` is None.
         lr: learning rate, a number or a 0-dim tensor on the CPU.
         weight_decay: decoupled weight decay.
-        beta, p, beta2, nesterov, correction, grad_bound: as for
-            :func:`megatron_s3.rules.s3.s3_update`.
         statistics: what to add the step's to.
 
     It works with ``torch.get_num_threads()`` threads, each with an equal share of all elements.
@@ -87,16 +89,15 @@ def step(
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    beta_s = beta if beta2 is None else beta2
-    scalars = (ctypes.c_float * 9)(
-        *(float(lr), float(1 - lr * weight_decay), beta, 1 - beta, beta_s, 1 - beta_s),
-        *(correction, s3_bound(beta, p, beta2, correction)),
-        0.0 if grad_bound is None else grad_bound,
-    )
+    given = form(rule, hyperparameters)
+    chunk_of = _ChunkOf((f"rule_{given.name}", library))(given.variant)
+    numbers = (float(lr), float(1 - lr * weight_decay), *given.scalars)
+    scalars = (ctypes.c_float * len(numbers))(*numbers)
     table = array("q")
+    others = (None,) * (_MOST_STATES - given.states)
     for o in operands:
         table.append(o.param.numel())
-        for tensor in (o.param, o.grad, *o.state, o.model_param):
+        for tensor in (o.param, o.grad, o.model_param, *o.state, *others):
             table.extend((0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype]))
     counts = [o.param.numel() for o in operands]
     chunk = library.chunk_elements()
@@ -107,8 +108,8 @@ def step(
     address, total = table.buffer_info()[0], sum(counts)
 
     def run(begin: int, end: int) -> None:
-        library.s3_step(
-            *(int(p), nesterov, grad_bound is not None, address, len(counts), begin, end),
+        library.step(
+            *(chunk_of, address, len(counts), begin, end),
             *(ctypes.byref(scalars), None if rows is None else rows.data_ptr()),
         )
 
@@ -277,6 +278,6 @@ def _load(path: Path) -> ctypes.CDLL:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     library.chunk_elements.restype = integer
     library.chunk_elements.argtypes = ()
-    library.s3_step.restype = None
-    library.s3_step.argtypes = (*[integer] * 3, pointer, *[integer] * 3, pointer, pointer)
+    library.step.restype = None
+    library.step.argtypes = (pointer, pointer, *[integer] * 3, pointer, pointer)
     return library

@@ -12,25 +12,31 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from megatron_s3.kernels.forms import Form, form, names
 from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
-from megatron_s3.rules.s3 import s3_bound
 
 __all__ = ["NAME", "reason", "step"]
 
 NAME = "Triton kernel"
 
 
-def reason(operands: Sequence[Operands], **hyperparameters: object) -> str | None:
+def reason(
+    rule: Callable[..., Tensor], operands: Sequence[Operands], **hyperparameters: object
+) -> str | None:
     """Why :func:`step` cannot take these operands, or None.
 
     Args:
+        rule: see :mod:`megatron_s3.rules`.
         operands: what the step is to work on.
-        **hyperparameters: the rule's; none of them matters.
+        **hyperparameters: the rule's.
     """
+    given = form(rule, hyperparameters)
+    if given is None:
+        return f"the Triton kernel does not have {names(rule)}"
     if missing := _unavailable():
         return missing
-    if found := fault(operands, "cuda"):
+    if found := fault(operands, "cuda", given.states):
         return f"the Triton kernel cannot take {found}"
     tensors = (t for o in operands for t in (o.param, o.grad, *o.state, o.model_param))
     devices = {tensor.device for tensor in tensors if tensor is not None}
@@ -82,31 +88,25 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @torch.no_grad()
 def step(
+    rule: Callable[..., Tensor],
     operands: Sequence[Operands],
     *,
     lr: float | Tensor,
     weight_decay: float | Tensor,
-    beta: float,
-    p: float,
-    beta2: float | None = None,
-    nesterov: bool = True,
-    correction: float = 1.0,
-    grad_bound: float | None = None,
     statistics: Statistics | None = None,
+    **hyperparameters: object,
 ) -> None:
-    """One step of S3 in one launch (one for each combination of dtypes).
+    """One step in one launch (one for each combination of dtypes).
 
-    For p = 1, 2, 3 the same bits as the portable path's; for others within a few units in the last
-    place.  Nothing is read back to the host.  With ``lr`` or ``weight_decay`` on the device their
-    values are not fixed at launch, so that a step can be captured into a CUDA graph, once one has
-    been taken on the same tensors; ``correction`` is fixed.
+    The same bits as the portable path's; where a form is ``general`` (S3 with a p that is not 1, 2
+    or 3) within a few units in the last place.  Nothing is read back to the host.  With ``lr`` or
+    ``weight_decay`` on the device their values are not fixed at launch, so that a step can be
+    captured into a CUDA graph, once one has been taken on the same tensors; hyperparameters are.
 
     Args:
-        operands: such that :func:`reason` is None.
+        rule, operands, **hyperparameters: such that :func:`reason` is None.
         lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
         weight_decay: decoupled weight decay, likewise.
-        beta, p, beta2, nesterov, correction, grad_bound: as for
-            :func:`megatron_s3.rules.s3.s3_update`.
         statistics: what to add the step's to.
     """
     groups = _by_dtypes(operands)
@@ -118,8 +118,7 @@ def step(
     rates = None
     if any(isinstance(rate, Tensor) and rate.device == device for rate in (lr, weight_decay)):
         rates = torch.stack([_on(device, rate) for rate in (lr, decay)])
-    beta_s = beta if beta2 is None else beta2
-    fast = p in (1, 2, 3)
+    given = form(rule, hyperparameters)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for dtypes, group in groups.items():
             plan = _plan(group, device)
@@ -127,24 +126,8 @@ def step(
             if statistics is not None:
                 shape = (plan.programs, len(FIELDS))
                 partials = torch.empty(shape, dtype=torch.float64, device=device)
-            scalars = (
-                *((float(lr), float(decay)) if rates is None else (0.0, 1.0)),
-                *(beta, 1 - beta, beta_s, 1 - beta_s),
-                *(correction, s3_bound(beta, p, beta2, correction), p),
-                0.0 if grad_bound is None else grad_bound,
-            )
-            _launch(
-                plan,
-                dtypes,
-                rates,
-                partials,
-                # Triton takes an int for something else than a float, and 1 for a constant.
-                *map(float, scalars),
-                P=int(p) if fast else 0,
-                NESTEROV=nesterov,
-                FORGETS=beta_s == 0,
-                BOUNDED=grad_bound is not None,
-            )
+            host = (float(lr), float(decay)) if rates is None else (0.0, 1.0)
+            _launch(plan, dtypes, given, host, rates, partials)
             if statistics is not None:
                 statistics.add(partials, _statistics_rows(group, plan))
     # Autograd must notice that what it saved was changed.
@@ -169,7 +152,7 @@ def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[Operands]]:
     for o in operands:
         if o.param.numel():
             model = None if o.model_param is None else o.model_param.dtype
-            key = (o.grad.dtype, o.state[0].dtype, o.state[1].dtype, model)
+            key = (o.grad.dtype, model, *(state.dtype for state in o.state))
             groups.setdefault(key, []).append(o)
     return groups
 
@@ -177,35 +160,38 @@ def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[Operands]]:
 def _launch(
     plan: "_Plan",
     dtypes: _Dtypes,
+    given: Form,
+    host_rates: tuple[float, float],
     rates: Tensor | None,
     partials: Tensor | None,
-    *scalars: float,
-    **constants: int,
 ) -> None:
     import triton.language as tl
 
-    from megatron_s3.kernels import gpu_kernel
+    from megatron_s3.kernels import gpu_kernel, gpu_rules
 
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    grad, exp_avg, exp_pnorm, model = (types.get(dtype, tl.float32) for dtype in dtypes)
-    gpu_kernel.s3_kernel[(plan.programs,)](
+    grad, model, *states = dtypes
+    gpu_kernel.step_kernel[(plan.programs,)](
         plan.table,
         plan.chunks,
         plan.table if rates is None else rates,
         plan.table if partials is None else partials,
-        *scalars,
-        GRAD=grad,
-        EXP_AVG=exp_avg,
-        EXP_PNORM=exp_pnorm,
-        MODEL=model,
-        HAS_MODEL=dtypes[3] is not None,
+        *host_rates,
+        # Triton takes an int for something else than a float, and 1 for a constant.
+        tuple(map(float, given.scalars)),
+        RULE=getattr(gpu_rules, given.name),
+        VARIANT=given.variant,
+        STATES=given.states,
+        BF16=sum((dtype == torch.bfloat16) << i for i, dtype in enumerate(states)),
+        GRAD=types[grad],
+        MODEL=types.get(model, tl.float32),
+        HAS_MODEL=model is not None,
         RATES_ON_DEVICE=rates is not None,
         STATISTICS=partials is not None,
         CHUNK=gpu_kernel.CHUNK,
         BLOCK=gpu_kernel.BLOCK,
         num_warps=gpu_kernel.NUM_WARPS,
         enable_fp_fusion=False,
-        **constants,
     )
 
 
@@ -245,18 +231,19 @@ _captured: list[_Plan | Tensor] = []
 
 
 def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
-    """Of each tensor the five addresses and the number of elements."""
+    """Of each tensor the number of elements and the addresses."""
     return tuple(
         (
-            *(o.param.data_ptr(), o.grad.data_ptr(), o.state[0].data_ptr(), o.state[1].data_ptr()),
-            *(0 if o.model_param is None else o.model_param.data_ptr(), o.param.numel()),
+            *(o.param.numel(), o.param.data_ptr(), o.grad.data_ptr()),
+            0 if o.model_param is None else o.model_param.data_ptr(),
+            *(state.data_ptr() for state in o.state),
         )
         for o in group
     )
 
 
 def _counts(rows: Sequence[_Row]) -> tuple[int, ...]:
-    return tuple(row[5] for row in rows)
+    return tuple(row[0] for row in rows)
 
 
 def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
@@ -286,11 +273,12 @@ def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
 def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
     from megatron_s3.kernels.gpu_kernel import ROW
 
-    filler = (0,) * (ROW - 7)
-    table = torch.tensor(
-        [(*row, all(address % 16 == 0 for address in row[:5]), *filler) for row in rows],
-        dtype=torch.int64,
-    )
+    fields = []
+    for count, param, grad, model_param, *states in rows:
+        aligned = all(address % 16 == 0 for address in (param, grad, model_param, *states))
+        filler = (0,) * (ROW - 5 - len(states))
+        fields.append((param, grad, model_param, count, aligned, *states, *filler))
+    table = torch.tensor(fields, dtype=torch.int64)
     if device.type == "cpu":
         return table
     # The host does not wait: whoever steps the same tensors on another stream orders the two.

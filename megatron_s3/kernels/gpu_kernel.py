@@ -1,38 +1,27 @@
 """The fused step as a Triton kernel: one program a chunk, one launch for all tensors of a group.
 
-A row of the table describes one tensor: the addresses of parameter, gradient, exp_avg, exp_pnorm
-and model parameter, its number of elements, and whether all addresses are multiples of 16.  Full
-chunks of such tensors take a loop without masks, whose accesses are 16 bytes wide for float32 and
-8 for 16-bit types; everything else takes the masked loop.
+A row of the table describes one tensor: the addresses of parameter, gradient and model parameter,
+its number of elements, whether all addresses are multiples of 16, and the addresses of the states.
+Full chunks of such tensors take a loop without masks, whose accesses are 16 bytes wide for float32
+and 8 for 16-bit types; everything else takes the masked loop.
 
-The arithmetic is that of :func:`megatron_s3.rules.s3.s3_update`.  It is launched with
-``enable_fp_fusion=False``, so that for p = 1, 2, 3 the results are the same bits.
+The rule is one of :mod:`megatron_s3.kernels.gpu_rules`.  The kernel is launched with
+``enable_fp_fusion=False``, so that the results are the portable path's bits.
 """
 
+# ruff: noqa: RUF005 (Triton adds tuples, and does not unpack into them)
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "CHUNK", "NUM_WARPS", "ROW", "s3_kernel"]
+__all__ = ["BLOCK", "CHUNK", "NUM_WARPS", "ROW", "step_kernel"]
 
-#: Fields of a row of the table, int64 each (the last two are not used).
-ROW = 8
+#: Fields of a row of the table, int64 each: the five above and at most four states.
+ROW = 9
 NUM_WARPS = 8
 #: Elements that a program works on at once: 4 a thread, 16 bytes of float32.
 BLOCK = 128 * NUM_WARPS
 #: Elements of a program.
 CHUNK = 16 * BLOCK
-
-
-@triton.jit
-def _inverse_cube_root(w):
-    third = w.to(tl.int32, bitcast=True).to(tl.float32) * 0.3333333432674408
-    y = (1419900000.0 - third).to(tl.int32).to(tl.float32, bitcast=True)
-    c = 1.0 - ((w * y) * y) * y
-    q = 0.12691685557365417 * c + 0.14565744996070862
-    q = q * c + 0.17282718420028687
-    q = q * c + 0.22221696376800537
-    q = q * c + 0.3333333432674408
-    return y + (c * y) * q
 
 
 @triton.jit
@@ -46,91 +35,51 @@ def _larger(a, b):
 
 
 @triton.jit
-def _power(x, p):
-    return tl.exp2(p * tl.log2(x))
+def _load(pointer, at, count, MASKED: tl.constexpr):
+    values = tl.load(pointer + at, mask=at < count, other=0.0) if MASKED else tl.load(pointer + at)
+    return values.to(tl.float32)
 
 
 @triton.jit
-def _s3_update(
-    g,
-    m,
-    r,
-    beta,
-    one_minus_beta,
-    beta_s,
-    one_minus_beta_s,
-    correction,
-    bound,
-    p,  # read where P is 0
-    grad_bound,  # read where BOUNDED
-    P: tl.constexpr,  # 1, 2 or 3; 0 for any other p
-    NESTEROV: tl.constexpr,
-    FORGETS: tl.constexpr,  # beta_s is 0
-    BOUNDED: tl.constexpr,
-):
-    """New exp_avg, new exp_pnorm and u from the gradient and the state, all float32."""
-    if BOUNDED:
-        limit = tl.where(r < 1.1754943508222875e-38, float("inf"), r * grad_bound)
-        g = tl.where(g > limit, limit, g)
-        g = tl.where(g < -limit, -limit, g)
-    if FORGETS:
-        r = tl.full(r.shape, 0.0, tl.float32)
-    grad_bits = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    norm_bits = r.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    untouched = (grad_bits == 0) & (norm_bits < 0x00800000)
-
-    share = one_minus_beta * g
-    m = beta * m + share
-    n = m
-    if NESTEROV:
-        n = beta * m + share
-
-    magnitude = grad_bits.to(tl.float32, bitcast=True)
-    # Bits of what is not negative are ordered as the numbers are, NaN above all.
-    largest = tl.maximum(grad_bits, norm_bits)
-    if P == 0:
-        # div_rn, not /, which gives 0 for divisors above 2**126.
-        divisor = tl.where(untouched, 1.0, largest.to(tl.float32, bitcast=True))
-        g_p = one_minus_beta_s * _power(tl.div_rn(magnitude, divisor), p)
-        w = beta_s * _power(tl.div_rn(r, divisor), p) + g_p
-        r = divisor * _power(w, 1.0 / p)
-        if NESTEROV:
-            w = beta_s * w + g_p
-        u = tl.div_rn(tl.div_rn(n, divisor), _power(w, 1.0 / p))
+def _store(pointer, at, values, count, MASKED: tl.constexpr):
+    values = values.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + at, values, mask=at < count)
     else:
-        exponent = tl.maximum(largest & 0x7F800000, 0x00800000)
-        factor = (0x7F800000 - exponent).to(tl.float32, bitcast=True)
-        back = exponent.to(tl.float32, bitcast=True) * 0.5
-        r = r * factor
-        d = magnitude * factor
-        n = n * factor
-        if P == 2:
-            r = r * r
-            d = d * d
-        if P == 3:
-            r = (r * r) * r
-            d = (d * d) * d
-        g_p = one_minus_beta_s * d
-        w = beta_s * r + g_p
-        w2 = w
-        if NESTEROV:
-            w2 = beta_s * w + g_p
-        if P == 1:
-            r = back * w
-            u = tl.div_rn(n, w2)
-        elif P == 2:
-            r = back * tl.sqrt_rn(w)
-            u = tl.div_rn(n, tl.sqrt_rn(w2))
-        else:
-            y = _inverse_cube_root(w)
-            r = back * ((w * y) * y)
-            u = n * _inverse_cube_root(w2)
-    u = u * correction
-    r = tl.where(untouched, 0.0, r)
-    u = tl.where(untouched, 0.0, u)
-    u = tl.where(u > bound, bound, u)  # a NaN is not greater, and stays
-    u = tl.where(u < -bound, -bound, u)
-    return m, r, u
+        tl.store(pointer + at, values)
+
+
+@triton.jit
+def _block(
+    x_ptr,
+    grad_ptr,
+    model_ptr,
+    state_ptrs,
+    at,
+    count,
+    lr,
+    decay,
+    scalars,
+    RULE: tl.constexpr,
+    VARIANT: tl.constexpr,
+    STATES: tl.constexpr,
+    HAS_MODEL: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block's step; returns update, gradient and new parameter, 0 outside of the tensor."""
+    g = _load(grad_ptr, at, count, MASKED)
+    x = _load(x_ptr, at, count, MASKED)
+    states = ()
+    for i in tl.static_range(STATES):
+        states = states + (_load(state_ptrs[i], at, count, MASKED),)
+    u, states = RULE(g, states, scalars, VARIANT)
+    x = x * decay - lr * u
+    _store(x_ptr, at, x, count, MASKED)
+    for i in tl.static_range(STATES):
+        _store(state_ptrs[i], at, states[i], count, MASKED)
+    if HAS_MODEL:
+        _store(model_ptr, at, x, count, MASKED)
+    return u, g, x
 
 
 @triton.jit
@@ -155,30 +104,21 @@ def _counted(
 
 
 @triton.jit
-def s3_kernel(
+def step_kernel(
     table,  # *int64: ROW fields a tensor
     chunks,  # *int32: 2 a program: row of the table, index of the chunk in the tensor
     rates,  # *float32: lr and 1 - lr * weight_decay, read where RATES_ON_DEVICE
     partials,  # *float64: 8 a program, written where STATISTICS
     lr,
     decay,
-    beta,
-    one_minus_beta,
-    beta_s,
-    one_minus_beta_s,
-    correction,
-    bound,
-    p,
-    grad_bound,
+    scalars,  # a tuple: the rule's
+    RULE: tl.constexpr,
+    VARIANT: tl.constexpr,
+    STATES: tl.constexpr,  # their number
+    BF16: tl.constexpr,  # bit i: state i is bfloat16, and not float32
     GRAD: tl.constexpr,  # dtypes
-    EXP_AVG: tl.constexpr,
-    EXP_PNORM: tl.constexpr,
     MODEL: tl.constexpr,
     HAS_MODEL: tl.constexpr,
-    P: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    FORGETS: tl.constexpr,
-    BOUNDED: tl.constexpr,
     RATES_ON_DEVICE: tl.constexpr,
     STATISTICS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -186,15 +126,20 @@ def s3_kernel(
 ):
     """One chunk of one tensor."""
     program = tl.program_id(0)
-    row = table + tl.load(chunks + 2 * program).to(tl.int64) * 8  # ROW
+    row = table + tl.load(chunks + 2 * program).to(tl.int64) * 9  # ROW
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
     x_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
     grad_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))
-    avg_ptr = tl.load(row + 2).to(tl.pointer_type(EXP_AVG))
-    norm_ptr = tl.load(row + 3).to(tl.pointer_type(EXP_PNORM))
-    model_ptr = tl.load(row + 4).to(tl.pointer_type(MODEL))
-    count = tl.load(row + 5)
-    aligned = tl.load(row + 6)
+    model_ptr = tl.load(row + 2).to(tl.pointer_type(MODEL))
+    count = tl.load(row + 3)
+    aligned = tl.load(row + 4)
+    state_ptrs = ()
+    for i in tl.static_range(STATES):
+        if (BF16 >> i) & 1:
+            state_ptr = tl.load(row + 5 + i).to(tl.pointer_type(tl.bfloat16))
+        else:
+            state_ptr = tl.load(row + 5 + i).to(tl.pointer_type(tl.float32))
+        state_ptrs = state_ptrs + (state_ptr,)
     if RATES_ON_DEVICE:
         lr = tl.load(rates)
         decay = tl.load(rates + 1)
@@ -213,25 +158,16 @@ def s3_kernel(
     if (aligned != 0) & (begin + CHUNK <= count):
         x_ptr = tl.multiple_of(x_ptr, 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)
-        avg_ptr = tl.multiple_of(avg_ptr, 16)
-        norm_ptr = tl.multiple_of(norm_ptr, 16)
         model_ptr = tl.multiple_of(model_ptr, 16)
+        wide_ptrs = ()
+        for i in tl.static_range(STATES):
+            wide_ptrs = wide_ptrs + (tl.multiple_of(state_ptrs[i], 16),)
         for k in range(0, CHUNK, BLOCK):
             at = begin + k + tl.arange(0, BLOCK)
-            g = tl.load(grad_ptr + at).to(tl.float32)
-            x = tl.load(x_ptr + at)
-            m = tl.load(avg_ptr + at).to(tl.float32)
-            r = tl.load(norm_ptr + at).to(tl.float32)
-            m, r, u = _s3_update(
-                *(g, m, r, beta, one_minus_beta, beta_s, one_minus_beta_s),
-                *(correction, bound, p, grad_bound, P, NESTEROV, FORGETS, BOUNDED),
+            u, g, x = _block(
+                *(x_ptr, grad_ptr, model_ptr, wide_ptrs, at, count, lr, decay, scalars),
+                *(RULE, VARIANT, STATES, HAS_MODEL, False),
             )
-            x = x * decay - lr * u
-            tl.store(x_ptr + at, x)
-            tl.store(avg_ptr + at, m.to(EXP_AVG))
-            tl.store(norm_ptr + at, r.to(EXP_PNORM))
-            if HAS_MODEL:
-                tl.store(model_ptr + at, x.to(MODEL))
             if STATISTICS:
                 sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite = (
                     _counted(
@@ -242,26 +178,15 @@ def s3_kernel(
     else:
         for k in range(0, CHUNK, BLOCK):
             at = begin + k + tl.arange(0, BLOCK)
-            inside = at < count
-            g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + at, mask=inside, other=0.0)
-            m = tl.load(avg_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            r = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            m, r, u = _s3_update(
-                *(g, m, r, beta, one_minus_beta, beta_s, one_minus_beta_s),
-                *(correction, bound, p, grad_bound, P, NESTEROV, FORGETS, BOUNDED),
+            u, g, x = _block(
+                *(x_ptr, grad_ptr, model_ptr, state_ptrs, at, count, lr, decay, scalars),
+                *(RULE, VARIANT, STATES, HAS_MODEL, True),
             )
-            x = x * decay - lr * u
-            tl.store(x_ptr + at, x, mask=inside)
-            tl.store(avg_ptr + at, m.to(EXP_AVG), mask=inside)
-            tl.store(norm_ptr + at, r.to(EXP_PNORM), mask=inside)
-            if HAS_MODEL:
-                tl.store(model_ptr + at, x.to(MODEL), mask=inside)
             if STATISTICS:  # g, u and x are 0 outside
                 sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite = (
                     _counted(
                         *(sum_update, max_update, sq_update, large, sq_param, sq_grad),
-                        *(zeros, nonfinite, u, g, x, (g == 0) & inside),
+                        *(zeros, nonfinite, u, g, x, (g == 0) & (at < count)),
                     )
                 )
 

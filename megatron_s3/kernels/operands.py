@@ -33,27 +33,27 @@ _GRAD = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = (torch.float32, torch.bfloat16)
 
 
-def fault(operands: Sequence[Operands], device: str) -> str | None:
-    """What a fused kernel with two states cannot take of these operands, or None.
+def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
+    """What a fused kernel cannot take of these operands, or None.
 
     Args:
         operands: what a step is to work on.
         device: the kernel's type of device.
+        states: how many state tensors its rule has.
     """
     for o in operands:
         # Most often all is well, and this is on the way of every step: plain checks first.
         count, model, grad = o.param.numel(), o.model_param, o.grad
         if (
-            len(o.state) == 2
+            len(o.state) == states
             and _fits(o.param, _PARAM, device, count)
             and _fits(grad, _GRAD, device, count)
-            and _fits(o.state[0], _STATE, device, count)
-            and _fits(o.state[1], _STATE, device, count)
+            and all(_fits(state, _STATE, device, count) for state in o.state)
             and (model is None or _fits(model, _GRAD, device, count))
         ):
             continue
-        if len(o.state) != 2:
-            return f"{len(o.state)} state tensors"
+        if len(o.state) != states:
+            return f"{len(o.state)} state tensors, its rule has {states}"
         named = [("param", o.param, _PARAM), ("gradient", grad, _GRAD)]
         named += [("state", tensor, _STATE) for tensor in o.state]
         if o.model_param is not None:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
 from megatron_s3.rules.adamw import adamw_update
 from megatron_s3.rules.s3 import s3_update_bound
 
@@ -38,6 +38,7 @@ class AdamW(ElementwiseOptimizer):
         clip_grad=1.0,
         rule=adamw_update,
         bound=_bound,
+        kernels=KERNELS,
     )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:

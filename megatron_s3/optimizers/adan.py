@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
 from megatron_s3.rules.adan import adan_update
 
 __all__ = ["Adan"]
@@ -28,6 +28,7 @@ class Adan(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=adan_update,
+        kernels=KERNELS,
     )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -280,13 +279,17 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         copies = [copy for _, copies in flat for copy in copies]
         return _Task(params, [o for o, _ in flat], copies, values, rates, offload)
 
-    def _run(self, task: "_Task", kernel: ModuleType | None) -> None:
+    def _run(self, task: "_Task", kernel: ModuleType) -> None:
         offload, statistics = task.offload, self.statistics
         if offload is not None:
             offload.wait(task.params)
             statistics = offload.statistics(statistics)
-        step = partial(portable.step, self.description.rule) if kernel is None else kernel.step
-        step(task.operands, statistics=statistics, **task.values, **task.rates)
+        kernel.step(
+            *(self.description.rule, task.operands),
+            statistics=statistics,
+            **task.values,
+            **task.rates,
+        )
         write_back(task.copies)
         if offload is not None:
             for param in task.params:
@@ -306,14 +309,14 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _kernel(
         self, operands: Sequence[Operands], hyperparameters: Mapping[str, Any]
-    ) -> ModuleType | None:
-        """The fused kernel for a group's operands, or None for the portable path.
+    ) -> ModuleType:
+        """What steps a group's operands: a fused kernel, or the portable path.
 
         Raises:
             RuntimeError: ``fused=True``, and it cannot run.
         """
         if not operands:
-            return None
+            return portable
         kernel, reason = None, "fused=False"
         if self.fused is not False:
             device = operands[0].param.device.type
@@ -321,14 +324,14 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             reason = f"no kernel for {self.description.label} on {device}"
             if name is not None:
                 kernel = importlib.import_module(name)
-                reason = kernel.reason(operands, **hyperparameters)
+                reason = kernel.reason(self.description.rule, operands, **hyperparameters)
         if reason is None:
             self.path = kernel.NAME
             return kernel
         if self.fused:
             raise RuntimeError(f"fused=True, but {reason}. No parameter was changed.")
         self.path = f"portable: {reason}"
-        return None
+        return portable
 
     def _check_grad(self, param: Tensor, grad: Tensor, group: int) -> None:
         fault = None

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FORMAT", "Description", "Hyperparameter"]
+__all__ = ["FORMAT", "KERNELS", "Description", "Hyperparameter"]
 
 #: Of what the plugin's optimizers save: counted up when an older version would load it wrongly.
 #: What was saved before there was a number is of format 1.
 FORMAT = 1
+
+#: The modules with fused kernels of the rules in :mod:`megatron_s3.kernels.forms`.
+KERNELS = {"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"}
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ class Description:
         rule: the update rule, see :mod:`megatron_s3.rules`.
         bound: what theory allows an element's |u| at most, from the hyperparameters; None where it
             allows nothing or none is known.
-        kernels: fused kernels of the rule: device type -> name of their module, which is imported
-            when it is needed (see :mod:`megatron_s3.kernels`).
+        kernels: where to look for a fused kernel of the rule: device type -> name of a module,
+            which is imported when it is needed (see :mod:`megatron_s3.kernels`); :data:`KERNELS`
+            for the rules in :mod:`megatron_s3.kernels.forms`.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Lion as an element-wise optimizer of the plugin."""
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
 from megatron_s3.rules.lion import lion_update
 
 __all__ = ["Lion"]
@@ -25,4 +25,5 @@ class Lion(ElementwiseOptimizer):
         clip_grad=1.0,
         rule=lion_update,
         bound=lambda **hyperparameters: 1.0,
+        kernels=KERNELS,
     )

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
 from megatron_s3.rules.nadam import nadam_update
 
 __all__ = ["NAdam"]
@@ -29,6 +29,7 @@ class NAdam(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=nadam_update,
+        kernels=KERNELS,
     )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
 from megatron_s3.rules.s3 import s3_beta_ramp, s3_bound, s3_correction, s3_update
 
 __all__ = ["S3"]
@@ -84,7 +84,7 @@ class S3(ElementwiseOptimizer):
         clip_grad=0.0,
         rule=s3_update,
         bound=_bound,
-        kernels={"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"},
+        kernels=KERNELS,
     )
 
     def __init__(

@@ -1,7 +1,7 @@
 """SGD with momentum as an element-wise optimizer of the plugin."""
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
 from megatron_s3.rules.sgd import sgd_update
 
 __all__ = ["SGDM"]
@@ -24,4 +24,5 @@ class SGDM(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=sgd_update,
+        kernels=KERNELS,
     )

@@ -1,7 +1,7 @@
 """SignSGD as an element-wise optimizer of the plugin."""
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
 from megatron_s3.rules.sign_sgd import sign_sgd_update
 
 __all__ = ["SignSGD"]
@@ -24,4 +24,5 @@ class SignSGD(ElementwiseOptimizer):
         clip_grad=1.0,
         rule=sign_sgd_update,
         bound=lambda **hyperparameters: 1.0,
+        kernels=KERNELS,
     )

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from megatron_s3.rules.roots import square_root
+
 __all__ = ["adamw_update"]
 
 
@@ -30,6 +32,7 @@ def adamw_update(
     """
     exp_avg.mul_(beta1).add_(grad * (1 - beta1))
     exp_avg_sq.mul_(beta2).add_(grad.square().mul_(1 - beta2))
-    denominator = exp_avg_sq.sqrt().div_(correction2**0.5).add_(eps)
-    update = exp_avg.div(denominator).div_(correction1)
+    # Factors in place of divisions by numbers, which torch's GPU kernels make factors anyway.
+    denominator = square_root(exp_avg_sq).mul_(1 / correction2**0.5).add_(eps)
+    update = exp_avg.mul(1 / correction1).div_(denominator)
     return update if clip_update is None else update.clamp_(-clip_update, clip_update)

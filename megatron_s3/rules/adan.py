@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from megatron_s3.rules.roots import square_root
+
 __all__ = ["adan_update"]
 
 
@@ -42,6 +44,6 @@ def adan_update(
     exp_avg_diff.mul_(beta2).add_(difference * (1 - beta2))
     ahead = difference.mul_(beta2).add_(grad)
     exp_avg_sq.mul_(beta3).add_(ahead.square_().mul_(1 - beta3))
-    denominator = exp_avg_sq.sqrt().div_(correction3**0.5).add_(eps)
-    update = exp_avg.div(correction1).add_(exp_avg_diff * (beta2 / correction2))
+    denominator = square_root(exp_avg_sq).mul_(1 / correction3**0.5).add_(eps)
+    update = exp_avg.mul(1 / correction1).add_(exp_avg_diff * (beta2 / correction2))
     return update.div_(denominator)

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from megatron_s3.rules.roots import square_root
+
 __all__ = ["nadam_update"]
 
 
@@ -30,5 +32,5 @@ def nadam_update(
     """
     exp_avg.mul_(beta1).add_(grad * (1 - beta1))
     exp_avg_sq.mul_(beta2).add_(grad.square().mul_(1 - beta2))
-    denominator = exp_avg_sq.div(correction2).sqrt_().add_(eps)
+    denominator = square_root(exp_avg_sq * (1 / correction2)).add_(eps)
     return grad.mul(weight_grad).add_(exp_avg * weight_avg).div_(denominator)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_s3.rules.roots import square_root
+
 __all__ = ["s3_beta_ramp", "s3_bound", "s3_correction", "s3_update", "s3_update_bound"]
 
 
@@ -214,10 +216,7 @@ def _root(x: Tensor, p: float) -> Tensor:
     if p == 1:
         return x.clone()
     if p == 2:
-        if x.dtype == torch.float32 and x.device.type == "cpu":
-            # torch's may be MKL's, which is not always rounded to nearest; through float64 it is.
-            return x.double().sqrt_().float()
-        return x.sqrt()
+        return square_root(x)
     if p == 3 and x.dtype == torch.float32:
         y = _inverse_cube_root(x)
         return (x * y).mul_(y)

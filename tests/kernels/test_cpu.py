@@ -26,7 +26,9 @@ from megatron_s3.optimizers.s3 import S3
 from megatron_s3.rules.s3 import s3_update
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SHARED = {"lr": 0.01, "weight_decay": 0.1, "beta": 0.95, "p": 3.0}
+RULE = {"beta": 0.95, "p": 3.0}
+RATES = {"lr": 0.01, "weight_decay": 0.1}
+SHARED = RATES | RULE
 ROOT = Path(__file__).parents[2]
 
 needs_compiler = pytest.mark.skipif(
@@ -109,13 +111,14 @@ def assert_same(actual: Operands, expected: Operands) -> None:
 
 def run(o: Operands, steps: int = 1, seed: int = 100, **changes: object) -> tuple[Operands, ...]:
     """What the kernel makes of operands, and what the portable path makes of a copy."""
-    assert cpu.reason([o], **SHARED | changes) is None
+    rule = {name: value for name, value in changes.items() if name not in RATES}
+    assert cpu.reason(s3_update, [o], **RULE | rule) is None
     other = copy(o)
     for t in range(steps):
         if t:
             o.grad.copy_(numbers(len(o.grad), seed + t, o.grad.dtype, magnitudes=3))
             other.grad.copy_(o.grad)
-        cpu.step([o], **SHARED | changes)
+        cpu.step(s3_update, [o], **SHARED | changes)
         portable.step(s3_update, [other], **SHARED | changes)
     return o, other
 
@@ -194,7 +197,7 @@ def test_rounding_of_the_model_parameter(dtype: torch.dtype) -> None:
     rounded = torch.empty(len(x), dtype=dtype)
     zeros = torch.zeros_like(x)
     operands = Operands(x.clone(), zeros, (zeros.clone(), zeros.clone()), rounded)
-    cpu.step([operands], **SHARED | {"lr": 0.0})  # x - 0 u = x, NaN kept
+    cpu.step(s3_update, [operands], **SHARED | {"lr": 0.0})  # x - 0 u = x, NaN kept
     assert torch.equal(bits(operands.param), bits(x))
     assert torch.equal(bits(rounded), bits(x.to(dtype)))
 
@@ -204,12 +207,12 @@ def test_zero_and_one_chunk_and_several_tensors() -> None:
     sizes = (0, 5, 1 << 16, 0, (1 << 17) + 3, 1, 70001, 0)
     together = [make(n, seed=n) for n in sizes]
     alone = [copy(o) for o in together]
-    assert cpu.reason(together, **SHARED) is None
-    cpu.step(together, **SHARED)
+    assert cpu.reason(s3_update, together, **RULE) is None
+    cpu.step(s3_update, together, **SHARED)
     for o, other in zip(together, alone, strict=True):
-        cpu.step([other], **SHARED)
+        cpu.step(s3_update, [other], **SHARED)
         assert_same(o, other)
-    cpu.step([], **SHARED)
+    cpu.step(s3_update, [], **SHARED)
 
 
 @pytest.fixture
@@ -228,7 +231,7 @@ def test_threads_do_not_matter() -> None:
         torch.set_num_threads(count)
         mine, statistics = [copy(o) for o in operands], Statistics("cpu")
         for _ in range(3):
-            cpu.step(mine, statistics=statistics, **SHARED)
+            cpu.step(s3_update, mine, statistics=statistics, **SHARED)
         outcomes.append((mine, statistics.values))
     for others, values in outcomes[1:]:
         assert torch.equal(values, outcomes[0][1])
@@ -242,12 +245,12 @@ def test_threads_are_kept_and_survive_a_fork() -> None:
     """The second step starts no thread; a forked process, which has none, steps all the same."""
     torch.set_num_threads(3)
     o = make(300_000)
-    cpu.step([o], **SHARED)
+    cpu.step(s3_update, [o], **SHARED)
     alive = threading.active_count()
-    cpu.step([o], **SHARED)
+    cpu.step(s3_update, [o], **SHARED)
     assert threading.active_count() == alive >= 3
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=cpu.step, args=([o],), kwargs=SHARED)
+    child = context.Process(target=cpu.step, args=(s3_update, [o]), kwargs=SHARED)
     child.start()
     child.join(60)
     if child.is_alive():
@@ -262,10 +265,10 @@ def test_arithmetic_is_ieee_where_denormals_are_flushed() -> None:
         pytest.skip("this CPU has no such mode")
     operands = make(1000)
     expected = copy(operands)
-    cpu.step([expected], **SHARED)
+    cpu.step(s3_update, [expected], **SHARED)
     torch.set_flush_denormal(True)
     try:
-        cpu.step([operands], **SHARED)
+        cpu.step(s3_update, [operands], **SHARED)
         assert (torch.tensor([1e-40]) * 1).item() == 0  # and it is as it was afterwards
     finally:
         torch.set_flush_denormal(False)
@@ -304,7 +307,7 @@ def test_statistics(count: int, grad: torch.dtype, grad_bound: float | None) -> 
     """
     mine, other = (make(count, grad=grad) for _ in range(2))
     statistics, expected = Statistics("cpu"), Statistics("cpu")
-    cpu.step([mine], statistics=statistics, grad_bound=grad_bound, **SHARED)
+    cpu.step(s3_update, [mine], statistics=statistics, grad_bound=grad_bound, **SHARED)
     portable.step(s3_update, [other], statistics=expected, grad_bound=grad_bound, **SHARED)
     assert_same(mine, other)
     (statistics,), (expected,) = statistics.take(), expected.take()
@@ -325,7 +328,7 @@ def test_statistics_of_several_kinds() -> None:
     mine = [replace(make(count), row=row) for count, row in ((70001, 1), (33, 0), (5, 1))]
     other = [replace(make(o.param.numel()), row=o.row) for o in mine]
     statistics, expected = Statistics("cpu", 3), Statistics("cpu", 3)
-    cpu.step(mine, statistics=statistics, **SHARED)
+    cpu.step(s3_update, mine, statistics=statistics, **SHARED)
     portable.step(s3_update, other, statistics=expected, **SHARED)
     torch.testing.assert_close(statistics.values, expected.values, rtol=1e-6, atol=0)
 
@@ -345,7 +348,9 @@ def test_float64_reference(p: float, beta2: float | None, nesterov: bool) -> Non
     for _ in range(steps):
         o.grad.copy_(torch.randn(count, generator=generator) * scale)
         path += lr * reference.step(o.grad, lr).abs()
-        cpu.step([o], **SHARED | {"lr": lr, "p": p, "beta2": beta2, "nesterov": nesterov})
+        cpu.step(
+            s3_update, [o], **SHARED | {"lr": lr, "p": p, "beta2": beta2, "nesterov": nesterov}
+        )
     error = (o.param.double() - reference.x).abs()
     rounding = steps * 2.0**-24 * torch.maximum(x.double(), reference.x).abs()
     assert (error <= 1e-5 * path + 2 * rounding).all()
@@ -361,7 +366,7 @@ def test_what_lies_beside_stays() -> None:
         whole.model_param[3:103],
     )  # fmt: skip
     before = copy(whole)
-    cpu.step([part], **SHARED)
+    cpu.step(s3_update, [part], **SHARED)
     for name, tensor in written(whole).items():
         old = written(before)[name]
         assert torch.equal(bits(tensor)[:3], bits(old)[:3])
@@ -395,7 +400,7 @@ def test_autograd_notices() -> None:
     x = torch.randn(10, requires_grad=True)
     loss = (x * x).sum()
     o = make(10)
-    cpu.step([Operands(x.detach(), o.grad, o.state)], **SHARED)
+    cpu.step(s3_update, [Operands(x.detach(), o.grad, o.state)], **SHARED)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -406,12 +411,12 @@ def test_autograd_notices() -> None:
 def test_reasons() -> None:
     """One clear sentence each, nothing raised."""
     o = make(8)
-    assert cpu.reason([o], **SHARED) is None
-    assert "p = 1, 2 and 3, not 1.5" in cpu.reason([o], p=1.5)
+    assert cpu.reason(s3_update, [o], **RULE) is None
+    assert "p = 1, 2 and 3, not 1.5" in cpu.reason(s3_update, [o], beta=0.95, p=1.5)
     double, state = o.param.double(), o.state
 
     def reason(*args: object) -> str | None:
-        return cpu.reason([o, Operands(*args)], p=3)
+        return cpu.reason(s3_update, [o, Operands(*args)], **RULE)
 
     assert "param of torch.float64" in reason(double, o.grad, state)
     assert "param of torch.bfloat16" in reason(o.param.bfloat16(), o.grad, state)
@@ -442,7 +447,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def works() -> bool:
     o = make(100)
-    assert cpu.reason([o], **SHARED) is None
+    assert cpu.reason(s3_update, [o], **RULE) is None
     assert_same(*run(o))
     return True
 
@@ -451,10 +456,10 @@ def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason, and step refuses."""
     monkeypatch.setenv("CXX", "/nonexistent")
     o = make(8)
-    assert "no C++ compiler" in cpu.reason([o], **SHARED)
-    assert "/nonexistent" in cpu.reason([o], **SHARED)
+    assert "no C++ compiler" in cpu.reason(s3_update, [o], **RULE)
+    assert "/nonexistent" in cpu.reason(s3_update, [o], **RULE)
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-        cpu.step([o], **SHARED)
+        cpu.step(s3_update, [o], **SHARED)
 
 
 def test_failing_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -467,7 +472,7 @@ def test_failing_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     for _ in range(2):
-        reason = cpu.reason([make(8)], **SHARED)
+        reason = cpu.reason(s3_update, [make(8)], **RULE)
         assert reason == "the C++ compiler failed: cpu.cpp:1: error: no such thing"
     assert calls.read_text() == "\n"
     assert not list(cache.glob("*"))
@@ -529,9 +534,10 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     code = (
         "import torch; from megatron_s3.kernels import cpu; "
         "from megatron_s3.kernels.operands import Operands; "
+        "from megatron_s3.rules.s3 import s3_update; "
         "o = Operands(*torch.ones(2, 9), tuple(torch.zeros(2, 9))); "
-        "assert cpu.reason([o], p=3) is None; "
-        "cpu.step([o], lr=.5, weight_decay=0., beta=.95, p=3); assert o.param[8] < 1"
+        "assert cpu.reason(s3_update, [o], beta=.95, p=3) is None; "
+        "cpu.step(s3_update, [o], lr=.5, weight_decay=0., beta=.95, p=3); assert o.param[8] < 1"
     )
     environment = os.environ | {
         "TORCH_EXTENSIONS_DIR": str(tmp_path),

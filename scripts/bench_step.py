@@ -40,6 +40,7 @@ from megatron_s3 import S3
 from megatron_s3.kernels import cpu
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.mcore.shards import Shard
+from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.report import bench
 from megatron_s3.rules.s3 import s3_update
 
@@ -351,6 +352,28 @@ def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dt
     )
 
 
+def other(memory: Memory, name: str) -> Candidate:
+    """Another of the plugin's optimizers by its kernel, clipped as Megatron clips it by default."""
+    label = OPTIMIZERS[name].description.label
+    made = MegatronAdamW(memory, lambda groups, **_: OPTIMIZERS[name](groups, lr=1e-4, fused=True))
+    states = OPTIMIZERS[name].description.state
+    for i, param in enumerate(made.params):
+        # What is never negative stays apart; a third and fourth state are its own.
+        first, second = memory.states[torch.float32][i]
+        shared = {states[0]: first, "exp_avg_sq": second}
+        made.optimizer.state[param] = {
+            state: shared[state] if state in shared else torch.zeros_like(first) for state in states
+        }
+        made.optimizer.model_params[param] = memory.model_params[i]
+    count = 4 + 2 * 4 + 2 * 4 * len(states) + 2
+    path = "triton" if made.params[0].is_cuda else "cpp"
+    phases = [("norm", NORM, made.norm), ("clip", CLIP, made.clip)]
+    phases.append(("step", count, made.optimizer.step))
+    return Candidate(
+        f"{name}-{path}", f"{label}, ours", "other", phases, lambda: made.optimizer.path
+    )
+
+
 def in_cache(elements: int, p: float, grad: torch.dtype, state: torch.dtype) -> Callable:
     """The C++ kernel's step of as many elements, all of them the same 32,768 for each thread."""
     generator = torch.Generator().manual_seed(1)
@@ -368,7 +391,9 @@ def in_cache(elements: int, p: float, grad: torch.dtype, state: torch.dtype) -> 
     return lambda: cpu.step(s3_update, work, lr=1e-4, weight_decay=0.1, beta=0.95, p=p)
 
 
-def candidates(memory: Memory, device: str, ps: Sequence[float]) -> Iterator[Candidate]:
+def candidates(
+    memory: Memory, device: str, ps: Sequence[float], others: Sequence[str] = ()
+) -> Iterator[Candidate]:
     """All that can run here, the baseline first."""
     yield adamw(memory, "fused").candidate(BASELINE, "AdamW, torch fused")
     yield adamw(memory, "foreach").candidate("adamw-foreach", "AdamW, torch foreach")
@@ -380,6 +405,8 @@ def candidates(memory: Memory, device: str, ps: Sequence[float]) -> Iterator[Can
         for p in ps:
             for grad, state in dtypes:
                 yield s3(memory, fused, p, grad, state)
+    for name in others:
+        yield other(memory, name)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -434,7 +461,7 @@ def compare(
     memory = Memory(kept, device)
     chosen = [
         c
-        for c in candidates(memory, device, options.p)
+        for c in candidates(memory, device, options.p, options.optimizers)
         if c.key == BASELINE or not options.only or any(word in c.key for word in options.only)
     ]
     name = shape if threads is None else f"{shape}, threads {threads}"
@@ -445,7 +472,7 @@ def compare(
             for _ in range(1 if device == "cpu" else 3):
                 candidate.step()
         except RuntimeError as error:
-            if candidate.kind != "kernel":
+            if candidate.kind not in ("kernel", "other"):
                 raise
             say(f"{name}: {candidate.key} is left out: {error}")
             continue
@@ -577,6 +604,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=_positive, help="default: 7 on the CPU, 50 on a GPU")
     parser.add_argument("--p", type=float, nargs="+", default=[3.0], help="S3's (default: 3)")
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=[name for name in OPTIMIZERS if name != "s3"],
+        default=[],
+        help="others of the plugin too, by their kernels",
+    )
     parser.add_argument("--rank", type=int, default=0, help="whose shards (default: 0)")
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="candidates with such a word in their key"

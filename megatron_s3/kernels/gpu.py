@@ -71,9 +71,16 @@ def _unavailable() -> str | None:
 
 @functools.cache
 def _broken() -> str | None:
-    """Triton builds a part of its driver with a C compiler, which an image may lack."""
+    """Why Triton cannot be used, if so.
+
+    Before 3.3 it has no tuples; and it builds a part of its driver with a C compiler, which an
+    image may lack.
+    """
+    import triton
     from triton.runtime import driver
 
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        return f"the Triton kernel needs Triton 3.3, and this is {triton.__version__}"
     try:
         driver.active.get_current_target()
     except Exception as error:  # of many kinds; whatever it is, torch operations still work

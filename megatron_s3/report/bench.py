@@ -28,7 +28,8 @@ class Timing:
     Attributes:
         key: short name, unique in a comparison; a phase's is ``candidate/phase``.
         label: for people.
-        kind: "adamw", "kernel" or "portable", which the picture tells apart; "phase" for a phase.
+        kind: "adamw", "kernel", "portable" or "other" (the plugin's other optimizers), which the
+            picture tells apart; "phase" for a phase.
         bytes_per_parameter: read and written, each tensor once in each phase that needs it.
         ms: one step's, of every round, in the comparison's order.
         host_ms: until the last launch returned, of every round; on a CPU the same.
@@ -188,9 +189,11 @@ _BARS = {
     "adamw": {"color": "#BBBBBB", "hatch": ""},
     "kernel": {"color": "#004488", "hatch": ""},
     "portable": {"color": "#FFFFFF", "hatch": "////"},
+    "other": {"color": "#88AACC", "hatch": "...."},
 }
 _NAMES = {"adamw": "AdamW: norm, clip, step, copy", "kernel": "S3, kernel: one pass"}
 _NAMES["portable"] = "S3, portable: torch operations"
+_NAMES["other"] = "the plugin's others: norm, clip, one pass"
 _LIMIT = 1.6  # of the axis: what is slower is cut off and its number written
 
 

@@ -14,6 +14,7 @@ WIDE = {
     "fp32, p=2": (4, 3),
     "fp32, statistics": (4, 3),
     "fp32, bounded gradients": (4, 3),
+    "adamw": (4, 3),
 }
 
 
@@ -25,12 +26,26 @@ def test_wide_accesses_no_spills(variant: str, capability: int) -> None:
     loads, stores = WIDE[variant]
     assert compiled.loads[128] == loads
     assert compiled.stores[128] == stores
-    low = sum(dtype == "bf16" for dtype in VARIANTS[variant][:3])
-    assert compiled.loads[64] == 7 + low
-    statistics = 8 if VARIANTS[variant][5] else 0  # a float64 each
-    assert compiled.stores[64] == statistics + sum(d == "bf16" for d in VARIANTS[variant][1:4])
+    compiled_of = VARIANTS[variant]
+    states = 2 * (compiled_of.state == "bf16")
+    assert compiled.loads[64] == 7 + (compiled_of.grad == "bf16") + states
+    statistics = 8 if compiled_of.statistics else 0  # a float64 each
+    assert compiled.stores[64] == statistics + states + (compiled_of.model == "bf16")
     assert compiled.spills == 0
     assert compiled.stack == 0
+
+
+@pytest.mark.parametrize("variant", ["nadam", "adan", "lion", "sgdm", "signsgd"])
+def test_other_rules(variant: str) -> None:
+    """Exact, but for how often the compiler writes a small rule's loop out."""
+    compiled = compile_kernel(variant, 90)
+    tensors = VARIANTS[variant].form.states + 2  # gradient and parameter, which is written as well
+    assert compiled.loads[128] % tensors == 0
+    assert compiled.stores[128] == compiled.loads[128] // tensors * (tensors - 1)
+    assert compiled.spills == compiled.stack == 0
+    # Divisions and square roots are made of fused multiply-adds, as many in each of the three.
+    roots = variant in ("nadam", "adan")
+    assert compiled.fused == (compile_kernel("adamw", 90).fused if roots else 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -1,10 +1,18 @@
 """The machine code of the Triton kernel, which needs no GPU to be compiled."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
+from megatron_s3.kernels import gpu
 from megatron_s3.kernels.compiled import CAPABILITIES, VARIANTS, compile_kernel
+from megatron_s3.kernels.operands import Operands
+from megatron_s3.rules.adamw import adamw_update
+from megatron_s3.rules.sgd import sgd_update
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 #: 128-bit loads and stores of the fast loop: one for each float32 operand of 4 elements a thread.
 WIDE = {
@@ -55,3 +63,46 @@ def test_nothing_is_contracted(capability: int) -> None:
     Correctly rounded divisions and square roots (p = 1, 2) are made of them, and stay.
     """
     assert compile_kernel("fp32", capability).fused == 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each launch would have run, on an H100 that is not there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from megatron_s3.kernels import gpu_kernel
+
+    kernel, found = gpu_kernel.step_kernel, []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: found.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    monkeypatch.setattr(gpu_kernel, "step_kernel", Kernel())
+    device = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(driver, "_active", device)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_rule_is_compiled_in_and_its_numbers_are_not(launched: list[Any]) -> None:
+    """As the kernel is launched: of the same dtypes one compilation a rule."""
+    o = Operands(*torch.ones(2, 8), tuple(torch.ones(2, 8)))
+    for beta1, correction, lr in ((0.9, 0.1, 0.01), (0.0, 1.0, 1.0)):
+        numbers = {"beta1": beta1, "beta2": 0.95, "eps": 1e-8}
+        numbers |= {"correction1": correction, "correction2": correction}
+        gpu.step(adamw_update, [o], lr=lr, weight_decay=0.0, **numbers)
+    one = Operands(o.param, o.grad, o.state[:1])
+    gpu.step(sgd_update, [one], lr=1.0, weight_decay=0.1, momentum=0.9, nesterov=False)
+    first, second, other = launched
+    assert first is second
+    assert "sqrt.rn" in first.asm["ptx"] and "sqrt" not in other.asm["ptx"]
+    for kernel, numbers in ((first, 8), (other, 1)):
+        assert kernel.src.signature["lr"] == kernel.src.signature["decay"] == "fp32"
+        assert kernel.src.signature["scalars"] == ("fp32",) * numbers
+        assert "fma" not in kernel.asm["ptx"]

@@ -176,7 +176,7 @@ def judge(
         adam = adams.get(name)
         reason = next((why for pattern, why in EXPLAINED if re.search(pattern, name)), "")
         if result["outcome"] == "passed":
-            built = any(optimizer in o.lower() for o in result["optimizers"])
+            built = any(map(re.compile(rf"\.{optimizer}w?\)?$", re.I).search, result["optimizers"]))
             verdict, reason = "passed" if built else "passed without", ""
         elif result["outcome"] == "skipped":
             verdict, reason = "skipped", ""

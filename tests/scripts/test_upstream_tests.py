@@ -169,3 +169,19 @@ def test_what_is_explained_is_named_by_a_pattern(monkeypatch: pytest.MonkeyPatch
     (one, other) = upstream_tests.judge(results, adams, "s3")
     assert (one["verdict"], one["reason"]) == ("explained", "asserts Adam's name")
     assert (other["verdict"], other["reason"]) == ("failed", "")
+
+
+@pytest.mark.parametrize(
+    ("built", "optimizer", "verdict"),
+    [
+        (["A(megatron_s3.S3)"], "s3", "passed"),
+        (["A(megatron_s3.Lion)", "torch.SGD"], "s3", "passed without"),
+        (["A(torch.AdamW)"], "adam", "passed"),
+        (["torch.Adam"], "adam", "passed"),
+        ([], "adam", "passed without"),
+    ],
+)
+def test_a_pass_counts_where_the_optimizer_was_built(built, optimizer, verdict) -> None:
+    result = {"test": "a", "outcome": "passed", "error": "", "optimizers": built}
+    (test,) = upstream_tests.judge({"a": result}, {}, optimizer)
+    assert test["verdict"] == verdict

@@ -2,7 +2,7 @@
 
 Loaded by ``upstream_tests.py`` (``-p upstream_ranks``), which sets ``UPSTREAM_TESTS`` to a JSON
 object: ``ranks``, ``optimizer``, ``results`` (a file of JSON lines, one a test), ``logs`` (a
-folder), ``timeout`` (seconds a test) and ``only`` (ids of tests, or null for all).
+folder), ``timeout`` (seconds a test), ``only`` (ids of tests, or null for all) and ``tree``.
 
 A rank is a fork of the pytest process, which has imported everything and started nothing: a test
 leaves no process group, thread or setting to the next, and one that hangs is killed.  Where there
@@ -296,7 +296,7 @@ def _first_line(report: Any) -> tuple[str, str]:
 
 
 def _short(file: str) -> str:
-    return file.rpartition("site-packages/")[2].removeprefix(str(Path.cwd()) + "/")
+    return file.rpartition("site-packages/")[2].removeprefix(_settings["tree"] + "/")
 
 
 def _name(kind: type) -> str:

@@ -139,6 +139,7 @@ def run(
         "logs": str(output / "logs"),
         "timeout": args.timeout,
         "only": only,
+        "tree": str(tree),
     }
     path = [str(tree), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -169,23 +170,26 @@ def judge(
     """Adds ``verdict``, ``needs``, ``reason`` and ``adam`` to each result.
 
     Verdicts: ``passed`` with the optimizer built; ``passed without`` it; ``skipped``;
-    ``explained``: failed for a reason in the test; ``fails with adam`` too; ``failed``.
+    ``explained``: failed for a reason in the test; ``fails with adam`` too; ``failed without``
+    having built the optimizer, and not run with Adam; ``failed``.
     """
     tests = []
     for name, result in results.items():
         adam = adams.get(name)
         reason = next((why for pattern, why in EXPLAINED if re.search(pattern, name)), "")
+        built = any(map(re.compile(rf"\.{optimizer}w?\)?$", re.I).search, result["optimizers"]))
         if result["outcome"] == "passed":
-            built = any(map(re.compile(rf"\.{optimizer}w?\)?$", re.I).search, result["optimizers"]))
             verdict, reason = "passed" if built else "passed without", ""
         elif result["outcome"] == "skipped":
             verdict, reason = "skipped", ""
         elif adam and adam["outcome"] == "failed":
             verdict, reason = "fails with adam", ""
+        elif adam is None and not built:
+            verdict = "failed without"
         else:
             verdict = "explained" if reason else "failed"
         needs = ""
-        if verdict in ("skipped", "fails with adam"):
+        if verdict in ("skipped", "fails with adam", "failed without"):
             said = result["error"] + ("" if adam is None else adam["error"])
             needs = next((need for pattern, need in NEEDS if re.search(pattern, said)), "")
         tests.append(
@@ -197,11 +201,12 @@ def judge(
 
 
 HEADINGS = {
-    "failed": "failed with {0}, not with Adam, for no reason that is known",
+    "failed": "failed with {0}, not known to fail with Adam, nor why",
     "passed": "passed, {0} built",
     "explained": "failed for a reason in the test itself",
     "passed without": "passed, no {0} built",
     "fails with adam": "failed on this machine with Adam too",
+    "failed without": "failed before {0} was built, not run with Adam",
     "skipped": "skipped",
 }
 

@@ -113,6 +113,7 @@ def test_whole_run(tmp_path: Path) -> None:
     assert found["test_names[exp_avg_sq]"]["error"].startswith("AssertionError: not Adam's")
     assert found["test_names[exp_avg_sq]"]["adam"]["outcome"] == "passed"
     assert found["test_one_rank"]["error"].startswith("AssertionError: this is rank 1")
+    assert found["test_one_rank"]["at"].startswith("tests/unit_tests/test_optimizer.py:")
     assert found["test_never_ends"]["error"] == "not finished after 10.0 s"
     assert found["test_skipped"]["needs"] == "a GPU"
     assert done.returncode == 1
@@ -185,3 +186,18 @@ def test_a_pass_counts_where_the_optimizer_was_built(built, optimizer, verdict) 
     result = {"test": "a", "outcome": "passed", "error": "", "optimizers": built}
     (test,) = upstream_tests.judge({"a": result}, {}, optimizer)
     assert test["verdict"] == verdict
+
+
+def test_a_failure_before_the_optimizer_is_not_held_against_it() -> None:
+    error = "NameError: name 'TENorm' is not defined"
+    result = {"test": "a", "outcome": "failed", "error": error, "at": "", "steps": {}}
+    early, late = result | {"optimizers": []}, result | {"optimizers": ["A(megatron_s3.S3)"]}
+    adam = {"outcome": "passed", "error": "", "at": ""}
+    for found, adams, verdict, needs in (
+        (early, {}, "failed without", "Transformer Engine"),
+        (early, {"a": adam}, "failed", ""),
+        (early, {"a": adam | {"outcome": "failed"}}, "fails with adam", "Transformer Engine"),
+        (late, {}, "failed", ""),
+    ):
+        (test,) = upstream_tests.judge({"a": found}, adams, "s3")
+        assert (test["verdict"], test["needs"]) == (verdict, needs)

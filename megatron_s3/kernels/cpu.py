@@ -1,6 +1,7 @@
 """The fused step on the CPU: rules in C++ (:file:`cpu.cpp`), compiled where it is first used."""
 
 import ctypes
+import functools
 import hashlib
 import itertools
 import os
@@ -38,8 +39,6 @@ _PATIENCE = 300  # seconds; it takes a few
 # As in cpu.cpp.
 _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _MOST_STATES = 4
-#: A rule's function: from its variant to the function that steps a chunk.
-_ChunkOf = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
 
 
 def reason(
@@ -90,15 +89,16 @@ def step(
     if isinstance(library, str):
         raise RuntimeError(library)
     given = form(rule, hyperparameters)
-    chunk_of = _ChunkOf((f"rule_{given.name}", library))(given.variant)
+    chunk_of = _chunk_of(library, given.name, given.variant)
     numbers = (float(lr), float(1 - lr * weight_decay), *given.scalars)
     scalars = (ctypes.c_float * len(numbers))(*numbers)
     table = array("q")
-    others = (None,) * (_MOST_STATES - given.states)
+    filler = (0, 0) * (_MOST_STATES - given.states)
     for o in operands:
         table.append(o.param.numel())
-        for tensor in (o.param, o.grad, o.model_param, *o.state, *others):
+        for tensor in (o.param, o.grad, o.model_param, *o.state):
             table.extend((0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype]))
+        table.extend(filler)
     counts = [o.param.numel() for o in operands]
     chunk = library.chunk_elements()
     chunks = sum(-(-count // chunk) for count in counts)
@@ -130,6 +130,13 @@ def step(
         increment_version(o.param)
         if o.model_param is not None:
             increment_version(o.model_param)
+
+
+@functools.cache
+def _chunk_of(library: ctypes.CDLL, name: str, variant: int) -> int:
+    """Address of the function that steps a chunk by a rule."""
+    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
+    return prototype((f"rule_{name}", library))(variant)
 
 
 # ---- threads -------------------------------------------------------------------------------------

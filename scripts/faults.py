@@ -284,6 +284,8 @@ def _chain(
         if "fault" not in p:
             row.add("lost" if why else "survived", **p, why=why)
     progress(bench, row)
+    if why:
+        shutil.copy(bench.folder / "log.txt", bench.args.out / f"lost-{row.tried}.txt")
     shutil.rmtree(folder)
 
 
@@ -313,6 +315,7 @@ class _Killer:
         self._log = bench.folder / "log.txt"
         self._log_size, self._text = 0, ""
         self._since: float | None = None
+        self._saving = False
 
     def __call__(self, pids: list[int]) -> bool:
         if self._since is None:
@@ -335,6 +338,12 @@ class _Killer:
         here = self.folder / f"iter_{self.iteration:07d}"
         if self.stage == "step":
             return self._logged(rf"iteration +{self.iteration}/")
+        # A save that was killed before has left files of this iteration.
+        self._saving = self._saving or self._logged(
+            rf"saving checkpoint at iteration +{self.iteration} "
+        )
+        if not self._saving:
+            return False
         if self.stage == "folder":
             return here.exists()
         if self.stage == "tracker":
@@ -819,7 +828,7 @@ def misfits(bench: Bench) -> list[Row]:
     adamw, newer, older = (bench.new(name) for name in ("adamw", "newer", "older"))
     made = {newer: (S3, "format=2"), older: (S3, "format=none"), adamw: (ADAMW, "")}
     for folder, (optimizer, hook) in list(made.items())[: bench.args.misfits]:
-        flags = [*optimizer, *SHARDED, "--train-iters", 4, *EVERY_OTHER, "--save", folder]
+        flags = [*optimizer, *SHARDED, "--train-iters", 6, *EVERY_OTHER, "--save", folder]
         bench.run(*flags, hook=hook)
     ours = bench.reference(*SHARDED)
     cases = {
@@ -933,13 +942,15 @@ FAULTS = {
 
 
 def progress(bench: Bench, row: Row) -> None:
-    """One line on the terminal."""
+    """One line on the terminal; of what went wrong, another."""
     bad = f", {row.lost} lost, {row.falsely_accepted} falsely accepted"
     print(
         f"[{time.strftime('%H:%M:%S')}] {row.fault}: {row.survived} of {row.tried}"
         + (bad if row.lost or row.falsely_accepted else ""),
         flush=True,
     )
+    if row.tries and row.tries[-1]["outcome"] != "survived":
+        print("   ", row.tries[-1], flush=True)
 
 
 def table(rows: list[dict]) -> str:

@@ -731,7 +731,7 @@ def gradients(bench: Bench) -> list[Row]:
         "adamw, no clip": ["--optimizer", "adamw", "--clip-grad", "0"],
     }
     schedule = ["--train-iters", iters, "--lr-warmup-iters", 5, "--lr", "3e-3", "--bf16"]
-    schedule += ["--use-distributed-optimizer"]
+    schedule += ["--use-distributed-optimizer", "--save-interval", iters]
     unchecked = ["--no-check-for-nan-in-loss-and-grad"]
     for name, flags in list(optimizers.items())[: bench.args.optimizers]:
         normal = bench.run(*flags, *schedule).losses

@@ -151,7 +151,7 @@ def _check_config(path: Path) -> None:
     except FileNotFoundError:
         raise Damaged(f"{path} is missing: the save was not finished, or it was lost") from None
     except Exception as error:
-        raise Damaged(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+        raise _unreadable(path, error) from None
 
 
 def _index(folder: Path) -> Any:
@@ -163,7 +163,7 @@ def _index(folder: Path) -> Any:
         index.state_dict_metadata.items()
         index.storage_data.items()
     except Exception as error:
-        raise Damaged(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise _unreadable(path, error) from error
     return index
 
 
@@ -208,7 +208,7 @@ def _check_index(folder: Path) -> None:
     except Damaged:
         raise
     except Exception as error:
-        raise Damaged(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise _unreadable(path, error) from error
 
 
 def _check_chunks(path: Path, name: str, entry: Any) -> None:
@@ -229,14 +229,24 @@ def _items(folder: Path) -> list[_Item]:
     ]
     if (folder / INDEX).exists():
         index = _index(folder)
-        sizes = _sizes(index)
-        for key, place in index.storage_data.items():
-            if getattr(place, "transform_descriptors", None):
-                continue  # compressed, which Megatron does not write
-            path = folder / place.relative_path
-            size = sizes.get((key.fqn, tuple(key.offset or ())))
-            items.append(_Item(path, place.offset, place.length, size))
+        try:
+            items += _indexed(folder, index)
+        except Exception as error:  # whatever a damaged pickle makes of its objects
+            raise _unreadable(folder / INDEX, error) from error
     return sorted(items, key=lambda item: (item.path, item.offset))
+
+
+def _indexed(folder: Path, index: Any) -> Iterator[_Item]:
+    sizes = _sizes(index)
+    for key, place in index.storage_data.items():
+        if getattr(place, "transform_descriptors", None):
+            continue  # compressed, which Megatron does not write
+        size = sizes.get((key.fqn, tuple(key.offset or ())))
+        yield _Item(folder / place.relative_path, int(place.offset), int(place.length), size)
+
+
+def _unreadable(path: Path, error: Exception) -> Damaged:
+    return Damaged(f"{path} cannot be read ({type(error).__name__}: {error})")
 
 
 def _sizes(index: Any) -> dict[tuple, int]:

@@ -116,6 +116,8 @@ def test_an_index_without_checksum_has_to_agree_with_itself(folder: Path) -> Non
     assert "overlap, or miss" in changed(move)
     assert "where all of object is" in changed(lambda i: i.state_dict_metadata.pop("object"))
     assert ".metadata cannot be read" in (path.write_bytes(whole[:50]) and judge(folder))
+    path.write_bytes(whole.replace(b"properties", b"proPerties"))
+    assert ".metadata cannot be read (AttributeError" in judge(folder)
     path.write_bytes(whole)
     assert judge(folder) == ""
 
@@ -165,6 +167,7 @@ def test_a_file_of_the_older_format_is_checked_too(tmp_path: Path) -> None:
     assert judge(folder) == ""
     flip(path, path.read_bytes().index(b"\x00\x00\x80\x3f" * 9) * 8)
     assert judge(folder).startswith(f"{path} is not what was written (the checksum of ")
+    torch.save(torch.ones(9), path.with_name("distrib_optim.pt"))
     path.write_bytes(b"")
     assert judge(folder).startswith(f"{path} is not what was written")
 

@@ -33,7 +33,6 @@ DEVICES = ("auto", "cuda", "cpu")
 
 #: Arguments that the plugin's optimizers do not support yet: destination, flag, reason.
 UNSUPPORTED = (
-    ("use_megatron_fsdp", "--use-megatron-fsdp", "its state is not sharded by Megatron-FSDP yet"),
     ("use_torch_fsdp2", "--use-torch-fsdp2", "its state is not sharded by torch FSDP2 yet"),
     ("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),
 )
@@ -43,6 +42,7 @@ CPU_DEFAULTS = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
     "gradient_accumulation_fusion": False,
+    "gradient_reduce_div_fusion": False,  # gloo sums, and does no more
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
@@ -220,7 +220,10 @@ def validate_args(
             f"--optimizer {description.name} is {description.clip_grad:g}"
         )
     with as_adam(args):
-        return original(args, *rest, **more)
+        result = original(args, *rest, **more)
+    if getattr(args, "use_megatron_fsdp", False):
+        _check_megatron_fsdp(args)
+    return result
 
 
 def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, Any]:
@@ -283,7 +286,13 @@ def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) 
                     f"{_flag(name)} out."
                 )
         return
-    if not args.use_distributed_optimizer:
+    if getattr(args, "use_megatron_fsdp", False):
+        if asked["main_grads_dtype"] != torch.float32:
+            raise ValueError(
+                f"--main-grads-dtype {names[asked['main_grads_dtype']]} has no effect with "
+                "--use-megatron-fsdp. Give --megatron-fsdp-main-grads-dtype instead."
+            )
+    elif not args.use_distributed_optimizer:
         raise ValueError(
             "--use-precision-aware-optimizer needs --use-distributed-optimizer: Megatron has it "
             "nowhere else. Add that, or leave --use-precision-aware-optimizer out."
@@ -344,6 +353,11 @@ def _check_offload(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) ->
             "the writer would read memory of the CPU's that training goes on changing",
         ),
         (
+            "use_megatron_fsdp",
+            "--use-megatron-fsdp",
+            "its main parameters are Megatron-FSDP's, on the GPU",
+        ),
+        (
             "rl_offload_optimizer_during_inference",
             "--rl-offload-optimizer-during-inference",
             "what it moves back to the GPU would be all of the states",
@@ -353,6 +367,32 @@ def _check_offload(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) ->
             raise ValueError(
                 f"{label} does not support {flag}: {reason}. Leave one of the two out."
             )
+
+
+def _check_megatron_fsdp(args: argparse.Namespace) -> None:
+    """Raises ValueError for what this release's Megatron-FSDP cannot do; of validated arguments."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    if not args.use_distributed_optimizer:  # from 0.18 on Megatron adds it
+        raise ValueError(
+            "--use-megatron-fsdp needs --use-distributed-optimizer: without it this release of "
+            "Megatron steps with gradients that are not the model's. Add it."
+        )
+    if getattr(args, "use_precision_aware_optimizer", False) and not hasattr(
+        DistributedDataParallelConfig, "megatron_fsdp_use_decoupled_grad"
+    ):
+        raise ValueError(
+            "--use-precision-aware-optimizer with --use-megatron-fsdp needs Megatron-Core 0.18: "
+            "before, gradients are not where Megatron measures and clips them. Leave one of the "
+            "two out."
+        )
+    dtype = getattr(args, "megatron_fsdp_main_params_dtype", torch.float32)
+    dtype = dtype or args.params_dtype  # None is auto
+    if dtype != torch.float32:
+        say(
+            f"main parameters are kept in {dtype}, as --megatron-fsdp-main-params-dtype asks: what "
+            "an update changes by less than their rounding is lost"
+        )
 
 
 def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
@@ -368,6 +408,8 @@ def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer])
         why_not = "nothing would count for --s3-log-updates: a replay runs no Python"
     elif args.fp16 or getattr(args, "loss_scale", None):
         why_not = "under a loss scale the host reads whether gradients overflowed"
+    elif getattr(args, "use_megatron_fsdp", False):
+        why_not = "Megatron-FSDP's gradients lie elsewhere from step to step"
     elif getattr(args, "weight_decay_incr_style", "constant") != "constant":
         why_not = (
             f"--weight-decay-incr-style {args.weight_decay_incr_style} changes a number that is "

@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
+from megatron_s3.kernels.operands import local
 from megatron_s3.mcore import telemetry
 from megatron_s3.mcore.arguments import (
     as_adam,
@@ -24,7 +25,8 @@ from megatron_s3.mcore.arguments import (
     state_dtypes,
     switches,
 )
-from megatron_s3.mcore.distributed import sharded_class
+from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
+from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.offload import Offload
@@ -173,7 +175,8 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         state_dtype=state_dtypes(cls, config),
         **hyperparameters(cls, config),
     )
-    optimizer.master_params = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    in_fsdp = _in_megatron_fsdp(part)  # which holds main parameters whatever the optimizer is
+    optimizer.master_params = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not in_fsdp
     # fp32 shards are views of parameters, which torch refuses to new optimizers; as upstream does,
     # they are put in afterwards.
     for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
@@ -196,7 +199,8 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     part.optimizer = optimizer
     part.init_state_fn = _init_state
     if isinstance(part, DistributedOptimizer):
-        part.__class__ = sharded_class(cls.description.state)
+        base = ElementwiseFSDPOptimizer if in_fsdp else ElementwiseDistributedOptimizer
+        part.__class__ = sharded_class(cls.description.state, base)
     elif isinstance(part, Float16OptimizerWithFloat16Params):
         part.__class__ = ElementwiseFloat16Optimizer
 
@@ -275,12 +279,7 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
 def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], config: Any) -> None:
     """One line: what was built, over how much, how."""
     params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
-    sharding = {
-        f"sharded over {part.data_parallel_group.size()} data-parallel ranks"
-        if isinstance(part, DistributedOptimizer)
-        else "not sharded"
-        for part in parts
-    }
+    sharding = set(map(_sharding, parts))
     group = parts[0].optimizer.param_groups[0] if parts else {}
     settings = " ".join(f"{name}={group.get(name)}" for name in hyperparameters(cls, config))
     main = {
@@ -300,12 +299,26 @@ def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], c
         devices.add("cpu")
     say(
         f"{cls.description.label} with {settings} weight_decay={config.weight_decay}: "
-        f"{sum(p.numel() for p in params):,} parameters of rank 0 in "
+        f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
         f"{', '.join(sorted(map(_name, main)))}, state ({states}) "
         f"{' and '.join(sorted(sharding))}, {offloaded}"
         f"{', '.join(sorted(_path(cls, device, config) for device in devices))}, "
         + (f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping")
     )
+
+
+def _in_megatron_fsdp(part: MegatronOptimizer) -> bool:
+    return getattr(getattr(part, "ddp_config", None), "use_megatron_fsdp", False)
+
+
+def _sharding(part: MegatronOptimizer) -> str:
+    if _in_megatron_fsdp(part):
+        strategy = part.ddp_config.data_parallel_sharding_strategy
+        how = "not sharded" if strategy == "no_shard" else "sharded"
+        return f"{how} by Megatron-FSDP ({strategy})"
+    if isinstance(part, DistributedOptimizer):
+        return f"sharded over {part.data_parallel_group.size()} data-parallel ranks"
+    return "not sharded"
 
 
 def _path(cls: type[ElementwiseOptimizer], device: str, config: Any) -> str:

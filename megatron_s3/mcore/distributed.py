@@ -103,8 +103,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
         ddp, config = self.ddp_config, self.config
         if (
-            getattr(ddp, "use_megatron_fsdp", False)
-            or getattr(ddp, "fp8_param_gather", False)
+            getattr(ddp, "fp8_param_gather", False)
             or getattr(ddp, "fp4_param_gather", False)
             or getattr(config, "reuse_grad_buf_for_mxfp8_param_ag", False)
         ):
@@ -123,8 +122,6 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         return found
 
     def _find_grads(self) -> list[tuple[Tensor, Tensor | None]] | None:
-        if getattr(self.ddp_config, "use_megatron_fsdp", False):
-            return None
         if all(buffer.grad_data.dtype == torch.float32 for buffer in self.buffers):
             return None
         pairs = []
@@ -147,7 +144,10 @@ _ADAMS = ("param", "exp_avg", "exp_avg_sq")
 
 
 @functools.cache
-def sharded_class(state: tuple[str, ...]) -> type[ElementwiseDistributedOptimizer]:
+def sharded_class(
+    state: tuple[str, ...],
+    base: type[ElementwiseDistributedOptimizer] = ElementwiseDistributedOptimizer,
+) -> type[ElementwiseDistributedOptimizer]:
     """The class for an optimizer with these state tensors.
 
     Before 0.19 upstream's checkpoint code holds the names of Adam's as a literal in four methods;
@@ -158,7 +158,7 @@ def sharded_class(state: tuple[str, ...]) -> type[ElementwiseDistributedOptimize
         for name, function in vars(DistributedOptimizer).items():
             if inspect.isfunction(function) and _ADAMS in function.__code__.co_consts:
                 methods[name] = _with_constant(function, _ADAMS, ("param", *state))
-    return type("ElementwiseDistributedOptimizer", (ElementwiseDistributedOptimizer,), methods)
+    return type(base.__name__, (base,), methods)
 
 
 def _with_constant(function: Callable[..., Any], old: object, new: object) -> Callable[..., Any]:

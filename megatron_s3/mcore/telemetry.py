@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_s3.kernels.operands import local
 from megatron_s3.kernels.statistics import LARGEST, Statistics
 from megatron_s3.mcore.arguments import hyperparameters
+from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.telemetry.buckets import Layout
 from megatron_s3.telemetry.runlog import RunLog, finite
@@ -111,7 +112,7 @@ def _rows(layout: Layout, model_chunks: Iterable[torch.nn.Module]) -> dict[Tenso
 
 def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of the plugin's optimizer, and the model's that it is or is a part of."""
-    if isinstance(part, DistributedOptimizer):
+    if isinstance(part, DistributedOptimizer) and not isinstance(part, ElementwiseFSDPOptimizer):
         mains = part.shard_fp32_from_float16_groups
         if part.optimizer.master_params:
             mains = part.shard_float16_groups
@@ -132,8 +133,9 @@ def _counts(part: MegatronOptimizer, param: Tensor) -> bool:
         return False
     if not tensor_parallel.param_is_not_tensor_parallel_duplicate(param):
         return False
-    if hasattr(param, "placements"):
-        return True  # torch FSDP2: every rank has a part of its own
+    if hasattr(param, "placements"):  # a DTensor's, of Megatron-FSDP or torch FSDP2
+        places = zip(param.placements, param.device_mesh.get_coordinate(), strict=True)
+        return all(placement.is_shard() or rank == 0 for placement, rank in places)
     if isinstance(part, DistributedOptimizer):
         return getattr(part, "distributed_optimizer_instance_id", 0) == 0
     if getattr(param, "allreduce", True):

@@ -295,7 +295,7 @@ assert part._model_params() is first
 bucket.param_data = bucket.param_data.clone()
 storages = {v.untyped_storage().data_ptr() for v in part._model_params().values()}
 assert storages == {bucket.param_data.untyped_storage().data_ptr()}
-for name in ("fp8_param_gather", "fp4_param_gather", "use_megatron_fsdp"):
+for name in ("fp8_param_gather", "fp4_param_gather"):
     had = getattr(part.ddp_config, name, False)
     setattr(part.ddp_config, name, True)
     part._found_for = None

@@ -62,10 +62,12 @@ for flags, message in {
     ("--s3-p", "0.5"): r"--s3-p must be in \[1, inf\), not 0\.5",
     ("--s3-p", "inf"): r"--s3-p must be in",
     ("--use-torch-fsdp2",): "does not support --use-torch-fsdp2",
-    ("--use-megatron-fsdp",): "does not support --use-megatron-fsdp",
     ("--distributed-backend", "nccl"): "--distributed-backend nccl needs GPUs",
 }.items():
     refused("--optimizer", "s3", *flags, with_message=message)
+
+MEGATRON_FSDP = ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]
+assert s3(*MEGATRON_FSDP).use_distributed_optimizer
 
 AWARE = ["--bf16", "--use-distributed-optimizer", "--use-precision-aware-optimizer"]
 EXP_AVG, EXP_AVG_SQ = "--exp-avg-dtype", "--exp-avg-sq-dtype"
@@ -86,6 +88,7 @@ for flags, message in {
     (AWARE[0], AWARE[2]): "--use-precision-aware-optimizer needs --use-distributed-optimizer",
     ("--fp16", *AWARE[1:]): f"with --fp16 needs {GRADS_IN_FP32}",
     ("--bf16", EXP_AVG, "bf16"): "--exp-avg-dtype bf16 is a flag of --use-precision-aware-opt",
+    (*AWARE, "--main-grads-dtype", "bf16", *MEGATRON_FSDP): "bf16 has no effect with --use-megat",
     ("--optimizer-cuda-graph",): "does not support --optimizer-cuda-graph here: .+ on the CPU",
     (*AWARE[:2], OFFLOAD): "with --optimizer-cpu-offload needs --use-precision-aware-optimizer",
     (*AWARE, OFFLOAD, FRACTION, "0"): r"--optimizer-offload-fraction 0.0 must be in \(0, 1\]",
@@ -118,6 +121,7 @@ with pytest.MonkeyPatch.context() as patch:
         "s3_log_updates": True,
         "fp16": True,
         "weight_decay_incr_style": "linear",
+        "use_megatron_fsdp": True,
         "s3_bias_correction": True,
         "s3_beta_ramp": True,
     }.items():

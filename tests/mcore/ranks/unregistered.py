@@ -13,11 +13,13 @@ assert set(CPU_DEFAULTS) == {
     "distributed_backend",
     "transformer_impl",
     "gradient_accumulation_fusion",
+    "gradient_reduce_div_fusion",
     "masked_softmax_fusion",
     "apply_rope_fusion",
     "no_persist_layer_norm",
 }
 sys.argv += ["--distributed-backend", "gloo", "--transformer-impl", "local"]
 sys.argv += ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
+sys.argv += ["--no-gradient-reduce-div-fusion"]
 sys.argv += ["--no-rope-fusion", "--no-persist-layer-norm"]
 main()

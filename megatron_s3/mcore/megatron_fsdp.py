@@ -1,0 +1,75 @@
+"""An element-wise optimizer's state under Megatron-FSDP, whose parameters are DTensors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_s3.kernels.operands import local
+from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer
+from megatron_s3.mcore.one_pass import is_plain
+
+__all__ = ["ElementwiseFSDPOptimizer"]
+
+
+class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
+    """DistributedOptimizer as Megatron-FSDP uses it: a shell without buffers of its own.
+
+    The optimizer's parameters are Megatron-FSDP's main parameters, DTensors over the data-parallel
+    ranks (whole on every one with ``no_shard``), and gradients come as their ``grad``, or under
+    ``--use-precision-aware-optimizer``, in whatever dtype, as their ``decoupled_grad``.
+    """
+
+    def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False) -> dict[str, Any]:
+        """As upstream; every rank names the state of every parameter.
+
+        Ranks exchange the places of all that they name, in order.  Of a parameter that it holds no
+        element of, a rank has no gradient, and so would have no state to name.
+        """
+        self.optimizer.init_state()
+        return super().sharded_param_state_fsdp_dtensor(is_loading)
+
+    def _init_optimizer_states_with_dummy_values(self) -> None:
+        self.optimizer.init_state()  # upstream steps, which decays the weights
+
+    def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: what Megatron-FSDP loads of a model are its main parameters.
+
+        Upstream raises NotImplementedError: no half-precision model could be loaded alone.
+        """
+
+    def _pointers(self) -> tuple[int, ...]:
+        memory = []
+        for _, group in self._weight_groups():
+            models = group.model_weight_buffer
+            memory.append(group.main_weight_buffer.data)
+            memory += map(local, group.params) if models is None else [models.data]
+        return tuple(tensor.data_ptr() for tensor in memory)
+
+    @torch.no_grad()
+    def _find_model_params(self) -> dict[Tensor, Tensor] | None:
+        """Where upstream's ``copy_main_weights_to_model_weights`` would copy to."""
+        found = {}
+        for params, group in self._weight_groups():
+            mains, models = group.main_weight_buffer, group.model_weight_buffer
+            for model in group.params:
+                if models is None:
+                    memory = local(model).detach().view(-1)
+                else:
+                    shard = models.is_data_distributed or mains.is_data_distributed
+                    memory = models.get_item(mains.param_idx[model], only_shard=shard)
+                found[params[model]] = memory
+        return found if all(map(is_plain, found.values())) else None
+
+    def _find_grads(self) -> None:
+        return None  # the parameters have them
+
+    def _weight_groups(self) -> Iterator[tuple[dict[Tensor, Tensor], Any]]:
+        """Groups whose main parameters are apart from the model's, and the optimizer's by these."""
+        for chunk in self.model_chunks:
+            buffer = chunk.param_and_grad_buffer
+            params = {param.orig_param: param for _, param in buffer.optimizer_named_parameters}
+            for group in buffer.parameter_groups:
+                if group.main_weight_buffer is not None:
+                    yield params, group

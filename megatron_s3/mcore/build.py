@@ -240,11 +240,7 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
     said_path = False
 
     def state_dict(self, is_loading: bool = False) -> Any:
-        """As upstream; ``--ckpt-format torch_dcp`` loads into it, and so needs the state there."""
-        if is_loading:
-            for part in self.chained_optimizers:
-                if part.optimizer is not None:
-                    part.optimizer.init_state()
+        """As upstream, which lacks what torch_dcp asks with; the state is there in either case."""
         return super().state_dict()
 
     @torch.no_grad()

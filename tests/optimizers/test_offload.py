@@ -98,7 +98,7 @@ def test_the_fraction_is_of_elements() -> None:
 
 def test_gradients_may_change_their_dtype_and_be_missing() -> None:
     one, other = built(), built(fraction=1.0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
         for optimizer in (one, other):
             first, *rest = params(optimizer)
             first.decoupled_grad = None

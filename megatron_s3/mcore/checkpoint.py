@@ -23,6 +23,7 @@ __all__ = [
     "load_base_checkpoint",
     "maybe_finalize_async_save",
     "open_file",
+    "optim_param_to_id_map",
     "save",
     "save_checkpoint",
     "save_config",
@@ -36,6 +37,11 @@ _say_once = functools.cache(say)
 
 class SaveFailed(RuntimeError):
     """A checkpoint could not be written; the message names the folder and the reason."""
+
+
+def optim_param_to_id_map(original: Callable[..., Any], optim_params_iter: Any) -> Any:
+    """Around the map from parameters to their numbers, whose keys are the ids of local tensors."""
+    return original(getattr(param, "_local_tensor", param) for param in optim_params_iter)
 
 
 def load_base_checkpoint(

@@ -110,6 +110,14 @@ SEAMS = (
         "the same, for the checkpoint formats that do not hold AdamW's step beside its averages",
     ),
     Seam(
+        "megatron.core.dist_checkpointing.optimizer",
+        "get_optim_param_to_id_map",
+        ("optim_params_iter",),
+        checkpoint.optim_param_to_id_map,
+        "with --optimizer adam too: finds a parameter of torch FSDP2's by its own local tensor, "
+        "where torch from 2.13 on gives a new one each time",
+    ),
+    Seam(
         "megatron.training.training",
         "training_log",
         (

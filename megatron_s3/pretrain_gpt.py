@@ -58,8 +58,6 @@ def model_provider(
 
     args = get_args()
     refused = [name for name in _NOT_HERE if getattr(args, name, None)]
-    if args.context_parallel_size > 1:
-        refused.append("context_parallel_size")
     if refused:
         raise ValueError(
             f"megatron_s3.pretrain_gpt does not do {', '.join(refused)}: run Megatron-LM's own "
@@ -113,6 +111,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
             for name, value in next(data_iterator).items()
             if isinstance(value, torch.Tensor)
         }
+        batch = {name: _on_this_context_rank(name, value) for name, value in batch.items()}
     loss_mask = batch.get("loss_mask")
     output = model(
         batch.get("tokens"),
@@ -122,6 +121,23 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         loss_mask=loss_mask,
     )
     return output, partial(_loss, loss_mask)
+
+
+def _on_this_context_rank(name: str, value: torch.Tensor) -> torch.Tensor:
+    """What context parallelism leaves this rank of each sequence: two of 2 x ranks parts.
+
+    The first and the last for rank 0 and so on, so that causal attention costs every rank as much;
+    ``get_batch_on_this_cp_rank`` of megatron.core.utils, whose arguments differ between releases.
+    """
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return value
+    dim = 2 if name == "attention_mask" else 1
+    parts = value.chunk(2 * ranks, dim)
+    rank = parallel_state.get_context_parallel_rank()
+    return torch.cat([parts[rank], parts[-1 - rank]], dim)
 
 
 def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple:

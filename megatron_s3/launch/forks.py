@@ -5,6 +5,7 @@ own process group, argv and environment, as torchrun's are.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -122,6 +123,8 @@ def main() -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)  # nobody reads them from here on
+    gc.collect()
+    gc.freeze()  # or each rank's collections touch, and so copy, all that is shared
     print(_READY, end="", file=answers, flush=True)
     for line in sys.stdin:
         print(_run(**json.loads(line)), file=answers, flush=True)

@@ -35,6 +35,7 @@ def main() -> None:
     program, *argv = rest
     sys.argv = [program, *argv]
     if program.endswith(".py"):
+        sys.path[0] = str(Path(program).parent)
         runpy.run_path(program, run_name="__main__")
     else:
         runpy.run_module(program, run_name="__main__", alter_sys=True)

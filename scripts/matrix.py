@@ -59,6 +59,7 @@ TP2 = f"{BF16} --tensor-model-parallel-size 2"
 EP2 = f"{BF16} --num-experts 2 --expert-model-parallel-size 2 --no-bias-gelu-fusion"
 AWARE = f"{BF16} --use-precision-aware-optimizer"
 OFFLOAD = f"{AWARE} --optimizer-cpu-offload --optimizer-offload-fraction"
+FSDP2 = "--bf16 --use-torch-fsdp2 --untie-embeddings-and-output-weights"
 ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 
 
@@ -141,9 +142,8 @@ ROWS = (
     Row("FSDP", "Megatron-FSDP, optim", 2, _fsdp("optim")),
     Row("FSDP", "Megatron-FSDP, optim_grads", 2, _fsdp("optim_grads")),
     Row("FSDP", "Megatron-FSDP, optim_grads_params", 2, _fsdp("optim_grads_params")),
-    Row("FSDP", "torch FSDP2", 2,
-        "--bf16 --use-torch-fsdp2 --untie-embeddings-and-output-weights "
-        "--no-gradient-accumulation-fusion --ckpt-format torch_dist"),
+    Row("FSDP", "torch FSDP2, torch_dist", 2, f"{FSDP2} --ckpt-format torch_dist"),
+    Row("FSDP", "torch FSDP2, torch_dcp", 2, f"{FSDP2} --ckpt-format torch_dcp"),
     Row("Offload", "`--optimizer-cpu-offload`, half", 2, f"{OFFLOAD} 0.5"),
     Row("Offload", "`--optimizer-cpu-offload`, all", 2, f"{OFFLOAD} 1.0"),
     Row("Offload", "+ `--overlap-cpu-optimizer-d2h-h2d`, all", 2,

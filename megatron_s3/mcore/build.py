@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_s3.kernels.operands import local
-from megatron_s3.mcore import telemetry
+from megatron_s3.mcore import param_groups, telemetry
 from megatron_s3.mcore.arguments import (
     as_adam,
     destination,
@@ -134,6 +134,7 @@ def get_megatron_optimizer(
         for group in part.optimizer.param_groups:
             group.update({name: None for name, value in group.items() if value is no_rate})
         _exchange(part, cls, config)
+    param_groups.tell_apart(part.optimizer.param_groups for part in parts)
     built.__class__ = ElementwiseChainedOptimizer
     built.update_log = None
     if getattr(config, "s3_log_updates", False):

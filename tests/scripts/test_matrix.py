@@ -65,14 +65,14 @@ def test_the_first_error_of_a_log(log: str, status: int, error: str, refused: bo
 
 def test_the_table_merges_equal_neighbours_and_numbers_notes() -> None:
     cells = {row.name: {"verdict": "bitwise", "note": ""} for row in matrix.ROWS}
-    cells["torch FSDP2"] = {"verdict": "refused", "note": "why"}
+    cells["torch FSDP2, torch_dist"] = {"verdict": "refused", "note": "why"}
     data = {"releases": {"main": {}, "1.0": {}}, "cells": {"1.0": cells, "main": cells}}
     full, merged = (matrix.table(data, merged=m).splitlines() for m in (False, True))
     assert sum(line.endswith("| 2 | bitwise | bitwise |") for line in full) > 30
     assert sum(line.endswith("| 2 | bitwise | bitwise |") for line in merged) < 15
     for lines in (full, merged):
         assert lines[0] == "| feature | ranks | 1.0 | main |"
-        assert "| torch FSDP2 | 2 | refused [1] | refused [1] |" in lines
+        assert "| torch FSDP2, torch_dist | 2 | refused [1] | refused [1] |" in lines
         assert "1. why" in lines
 
 

@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -205,6 +206,10 @@ SHOWN = {
     "absent": "–",
     "defect": "**DEFECT**",
 }
+STAND_IN = (
+    "with Megatron's own norms, or attention, made to work on parts of a sequence "
+    "(scripts/_matrix_rank.py): without that it asks for Transformer Engine's."
+)
 _ABSENT = re.compile(r"error: (unrecognized arguments|argument (?!--optimizer:).*: invalid choice)")
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Moved)\b.*|.*: error: .*)$")
 _FRAME = re.compile(r'^(?:\[rank\d+\]: ?)?\s+File "([^"]+)", line \d+')
@@ -477,6 +482,8 @@ def table(data: dict[str, Any], merged: bool = False) -> str:
             text.append(f"| **{group}** | | {'| ' * len(releases)}|")
         text.append(f"| {', '.join(features)} | {' | '.join(shown)} |")
     text += ["", *(f"{number}. {said}" for said, number in notes.items())]
+    if any("†" in cell for _, _, shown in lines for cell in shown):
+        text += ["", f"† {STAND_IN}"]
     counts = [cell["verdict"] for cells in data["cells"].values() for cell in cells.values()]
     text += ["", ", ".join(f"{counts.count(word)} {word}" for word in SHOWN if word in counts)]
     return "\n".join(text)
@@ -490,7 +497,7 @@ def _shown(cell: dict[str, Any] | None, notes: dict[str, int]) -> str:
         text += " †"
     if cell["note"]:
         plain = re.sub(r"/\S*/(?=megatron)", "", cell["note"])
-        text += f" [{notes.setdefault(plain, len(notes) + 1)}]"
+        text += f" [{notes.setdefault(textwrap.shorten(plain, 250), len(notes) + 1)}]"
     return text
 
 

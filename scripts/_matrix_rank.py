@@ -18,7 +18,8 @@ import torch
 
 #: What two runs that end alike may save differently: arguments (folders), timers, code of TE's.
 _NOT_COMPARED = re.compile(
-    r"(^|[./])(args|_extra_state|rerun_state_machine_state|content_metadata)"
+    r"(^|[./])(args|_extra_state|rerun_state_machine_state|content_metadata"
+    r"|num_floating_point_operations_so_far)"
 )
 
 

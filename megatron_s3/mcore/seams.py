@@ -125,14 +125,15 @@ SEAMS = (
             *("report_memory_flag", "skipped_iter", "grad_norm"),
         ),
         telemetry.training_log,
-        "with --s3-log-updates or --s3-metrics alone: writes the log of each interval",
+        "with --optimizer adam too: says that a loss is not finite, which Megatron's log leaves "
+        "out; with --s3-log-updates or --s3-metrics writes the log of each interval",
     ),
     Seam(
         "megatron.training.training",
         "evaluate_and_print_results",
         ("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
         telemetry.evaluate_and_print_results,
-        "the same, for the log of evaluations",
+        "with --s3-log-updates or --s3-metrics alone: the same for the log of evaluations",
     ),
     Seam(
         "megatron.training.training",

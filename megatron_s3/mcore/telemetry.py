@@ -312,6 +312,8 @@ def training_log(
             _log.skipped += 1
         elif "lm loss" in loss_dict:
             _log.losses.append(loss_dict["lm loss"].detach().float().reshape(-1).sum())
+    if iteration % args.log_interval == 0 and not skipped_iter:
+        _say_nonfinite(loss_dict, iteration)
     result = original(
         *(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag),
         *(skipped_iter, grad_norm, *rest),
@@ -320,6 +322,20 @@ def training_log(
     if wanted and iteration % args.log_interval == 0:
         _log.interval(args, iteration, learning_rate or 0.0, grad_norm, _update_log)
     return result
+
+
+def _say_nonfinite(loss_dict: dict[str, Tensor], iteration: int) -> None:
+    """On the rank that prints Megatron's log, which leaves such a loss out without a word."""
+    if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+        return
+    for name, loss in loss_dict.items():
+        if not loss.isfinite().all():
+            print(
+                f"[megatron_s3] {name} of iteration {iteration} is not finite, and parameters may "
+                "hold NaN: resume from a checkpoint of before, with "
+                "--check-for-nan-in-loss-and-grad",
+                flush=True,
+            )
 
 
 _evaluating: ContextVar[tuple[str, int] | None] = ContextVar("evaluating", default=None)

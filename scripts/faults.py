@@ -752,9 +752,14 @@ def gradients(bench: Bench) -> list[Row]:
 
 
 def _spoiled(run: Run, normal: dict[int, str], save: Path, at: int, iters: int) -> dict:
-    nans = 0
+    nans = states = 0  # values that are not finite, of parameters and of the state
     if saved := latest(save):
-        nans = sum(int((~t.isfinite()).sum()) for t in tensors(save, saved).values())
+        for name, tensor in tensors(save, saved).items():
+            count = int((~tensor.isfinite()).sum())
+            if re.search(r"\.exp_|momentum", name):
+                states += count
+            else:
+                nans += count
     said = re.findall(
         r"number of nan iterations: +[1-9]|lm loss: NAN|lm loss of iteration \d+ is not finite",
         run.log,
@@ -783,6 +788,8 @@ def _spoiled(run: Run, normal: dict[int, str], save: Path, at: int, iters: int) 
         how = f"loss at most {largest:+.3f}, back within 0.02 after {back - at} steps"
     else:
         how = f"loss at most {largest:+.3f}, {worse[iters]:+.3f} at the end"
+    if states and not nans:
+        how += f"; {states:,} values of the state are not finite, parameters all are"
     silent = (nans or iters not in worse) and not said
     return {"outcome": "falsely_accepted" if silent else "survived", "how": how}
 

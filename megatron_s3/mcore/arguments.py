@@ -32,10 +32,7 @@ __all__ = [
 DEVICES = ("auto", "cuda", "cpu")
 
 #: Arguments that the plugin's optimizers do not support yet: destination, flag, reason.
-UNSUPPORTED = (
-    ("use_torch_fsdp2", "--use-torch-fsdp2", "its state is not sharded by torch FSDP2 yet"),
-    ("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),
-)
+UNSUPPORTED = (("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),)
 
 #: Other defaults of Megatron's flags where it trains on the CPU: its own name GPU kernels.
 CPU_DEFAULTS = {

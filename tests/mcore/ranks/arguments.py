@@ -61,7 +61,6 @@ for flags, message in {
     ("--s3-grad-bound", "0.5"): r"--s3-grad-bound must be in \[1, inf\), not 0\.5",
     ("--s3-p", "0.5"): r"--s3-p must be in \[1, inf\), not 0\.5",
     ("--s3-p", "inf"): r"--s3-p must be in",
-    ("--use-torch-fsdp2",): "does not support --use-torch-fsdp2",
     ("--distributed-backend", "nccl"): "--distributed-backend nccl needs GPUs",
 }.items():
     refused("--optimizer", "s3", *flags, with_message=message)

@@ -150,6 +150,10 @@ def test_a_tensor_without_a_place_is_refused() -> None:
         gpt2.state_dict(arguments(), tensors, vocab_size=16)
 
 
+#: As Megatron writes it when a save has ended.
+CONFIG = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+
+
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     def error(folder: Path, iteration: int | None = None) -> str:
         with pytest.raises(weights.CheckpointError) as raised:
@@ -168,7 +172,7 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     assert "--ckpt-convert-format torch_dist" in error(tmp_path)
     (iteration / "mp_rank_00").rmdir()
     torch.distributed.checkpoint.save({"a": torch.ones(100)}, checkpoint_id=iteration, no_dist=True)
-    (iteration / "metadata.json").touch()
+    (iteration / "metadata.json").write_text(CONFIG)
     assert weights.find(tmp_path) == weights.find(tmp_path, 6) == weights.find(iteration)
 
 
@@ -177,7 +181,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path: Path)
     torch.distributed.checkpoint.save(
         {"a": torch.ones(100), "b": 1}, checkpoint_id=iteration, no_dist=True
     )
-    (iteration / "metadata.json").touch()
+    (iteration / "metadata.json").write_text(CONFIG)
     shard = iteration / "__0_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])

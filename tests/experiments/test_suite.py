@@ -164,7 +164,7 @@ def test_runs_are_trained_once_and_a_burst_is_one(tmp_path, monkeypatch, capsys)
     """A gradient 1000 times too large changes nothing before it, exactly, and the run after it."""
     flags, lr = "--optimizer s3", 6e-3
     pair = [Run("burst", "S3", flags, lr, tags={"burst": burst}) for burst in (1.0, 1000.0)]
-    monkeypatch.setattr(runner, "plan", lambda results, only: pair)
+    monkeypatch.setattr(runner, "plan", lambda results, only, of: pair)
     words = ["--only", "burst", "--out", str(tmp_path), "--iters", "20", "--jobs", "2"]
     assert runner.main(words) == 0
     first, second = (

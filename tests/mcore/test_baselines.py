@@ -41,10 +41,12 @@ def test_sharded_resumes_bitwise_and_loads_in_another_layout(case: str, tmp_path
 
 
 def test_adamw_is_megatrons_adam(tmp_path: Path) -> None:
-    """The losses of `--optimizer adam` (torch's AdamW here) to 6 digits, sharded, clipped."""
-    flags = [*SHARDED, "--adam-beta2", "0.95"]
-    adam = train("--optimizer", "adam", *flags, ranks=2)
-    adamw = train("--optimizer", "adamw", *SHARDED, ranks=2)
+    """The losses of `--optimizer adam` (torch's AdamW here) to 6 digits, sharded, clipped.
+
+    In fp32: the two round in another order, and what that does to a bf16 weight is no rounding.
+    """
+    adam = train("--optimizer", "adam", *FLAGS, "--adam-beta2", "0.95", ranks=2)
+    adamw = train("--optimizer", "adamw", *FLAGS, ranks=2)
     assert adam.losses.keys() == adamw.losses.keys()
     for step, loss in adam.losses.items():
         assert float(adamw.losses[step]) == pytest.approx(float(loss), rel=2e-6)

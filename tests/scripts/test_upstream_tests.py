@@ -79,6 +79,7 @@ def test_skipped():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_whole_run(tmp_path: Path) -> None:
     tree, output = tmp_path / "tree", tmp_path / "output"
     folder = tree / "tests" / "unit_tests"

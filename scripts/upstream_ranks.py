@@ -471,5 +471,5 @@ def _fill(optimizer: Any, generator: torch.Generator) -> None:
         for param in group["params"]:
             for name, value in inner.state[param].items():
                 if name != "master_param" and torch.is_tensor(value) and value.dim():
-                    drawn = torch.rand(value.shape, generator=generator, device="cpu")
-                    value.copy_(drawn)
+                    value = getattr(value, "_local_tensor", value)  # a DTensor's
+                    value.copy_(torch.rand(value.shape, generator=generator, device="cpu"))

@@ -222,7 +222,7 @@ def _agree(error: str | None) -> None:
 
 
 def _compare(load_dir: str, args: Any, saved: Any) -> None:
-    running, written = args.optimizer, getattr(saved, "optimizer", "adam")
+    running, written = (getattr(each, "optimizer", "adam") for each in (args, saved))
     if running not in OPTIMIZERS and written not in OPTIMIZERS:
         return  # Megatron's own optimizers: Megatron's own checks
     if getattr(saved, "no_save_optim", False):
@@ -319,12 +319,12 @@ def maybe_finalize_async_save(original: Callable[..., Any], *args: Any, **kwargs
 
 @contextlib.contextmanager
 def _saying_why(what: str) -> Iterator[None]:
-    from megatron.training import get_args
+    from megatron.training import checkpointing
 
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        folder = Path(get_args().save or "")
+        folder = Path(checkpointing.get_args().save or "")
         why = None if isinstance(error, SaveFailed) else _why_not(folder)
         if why is None:
             raise

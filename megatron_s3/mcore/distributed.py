@@ -56,7 +56,8 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
         group, order = self.model_param_group_index_map[model_param]
         param = self.optimizer.param_groups[group]["params"][order]
-        state = dict(self.optimizer.state[param])
+        # Tensors alone, as upstream: others may have left their own marks beside them.
+        state = {k: v for k, v in self.optimizer.state[param].items() if isinstance(v, Tensor)}
         return {"param": state.pop("master_param", param), **state}
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd guards

@@ -267,9 +267,9 @@ def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **
     Those are in a checkpoint of every format, and are one rank's, which need not be the one that
     has them.
     """
-    from megatron.training import get_args
+    from megatron.training import checkpointing
 
-    args = get_args()
+    args = checkpointing.get_args()  # what `original` calls, and puts into the checkpoint
     if getattr(args, "s3_metrics", False):
         state = [_spikes]
         if _log is not None and _log.file is not None:

@@ -22,13 +22,15 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
     """
 
     def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False) -> dict[str, Any]:
-        """As upstream; every rank names the state of every parameter.
+        """As upstream; every rank names the state of every parameter, in the same order.
 
-        Ranks exchange the places of all that they name, in order.  Of a parameter that it holds no
-        element of, a rank has no gradient, and so would have no state to name.
+        Ranks exchange the places of all that they name, in order (which upstream itself sorts from
+        0.17 on).  Of a parameter that it holds no element of, a rank has no gradient, and so would
+        have no state to name, or would name it last.
         """
         self.optimizer.init_state()
-        return super().sharded_param_state_fsdp_dtensor(is_loading)
+        found = super().sharded_param_state_fsdp_dtensor(is_loading)
+        return found | {"state": dict(sorted(found["state"].items()))}
 
     def _init_optimizer_states_with_dummy_values(self) -> None:
         self.optimizer.init_state()  # upstream steps, which decays the weights

@@ -192,7 +192,23 @@ def _attention(_: str) -> None:
     cls.__init__, cls.forward = init, forward
 
 
-CHANGES = {"freeze": _freeze, "norms": _norms, "attention": _attention}
+def _config(text: str) -> None:
+    """FIELD:NUMBER of Megatron's OptimizerConfig, where no flag sets it."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    name, _, number = text.partition(":")
+    if not hasattr(OptimizerConfig, name):
+        sys.exit(f"OptimizerConfig: error: unrecognized arguments: {name}")
+    original = OptimizerConfig.__post_init__
+
+    def post_init(self) -> None:
+        setattr(self, name, float(number))
+        original(self)
+
+    OptimizerConfig.__post_init__ = post_init
+
+
+CHANGES = {"freeze": _freeze, "norms": _norms, "attention": _attention, "config": _config}
 
 if __name__ == "__main__":
     main()

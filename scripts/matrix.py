@@ -18,9 +18,11 @@ are missing or named by --again (a regex of "RELEASE: ROW") are run; the table i
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -177,8 +179,9 @@ ROWS = (
         says="num zeros: "),
     Row("Watching", "`--log-params-norm`", 2, f"{BF16} --log-params-norm", says="params norm: "),
     Row("Watching", "`--clip-grad 1.0`", 2, f"{BF16} --clip-grad 1.0", says="grad norm: "),
-    Row("Watching", "`--grad-norm-skip-threshold`, above", 2,
-        f"{BF16} --grad-norm-skip-threshold 1e6", says="grad norm: "),
+    # Megatron has no flag for it.
+    Row("Watching", "`grad_norm_skip_threshold`, not reached", 2, BF16, says="grad norm: ",
+        change="config=grad_norm_skip_threshold:1e6", like="distributed optimizer"),
     Row("Watching", "`--rerun-mode validate_results`", 2, f"{BF16} --rerun-mode validate_results"),
     Row("Watching", "`--rerun-mode report_stats`", 2, f"{BF16} --rerun-mode report_stats"),
     Row("Watching", "`--rerun-mode disabled`", 2, f"{BF16} --rerun-mode disabled"),
@@ -279,6 +282,8 @@ class Trial:
         result |= {"outcome": "not resumed", "losses": losses}
         if optimizer == "s3":
             result["wrong"] += self._wrong(row, log, losses)
+        if not (through / f"iter_{SAVED:07d}").is_dir():
+            return result | {"error": "trained, and saved nothing", "refused": False}
         (through / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
         status, log = self._run(
             row, change, [*words, "--load", str(through), "--save", str(resumed)]
@@ -452,11 +457,18 @@ class Results:
             self._read()
             packages = {"torch": version("torch"), "date": date.today().isoformat()}
             self.data["releases"][release.name] = packages | {"runs": Path(release.program).name}
-            cell |= {"flags": row.flags, "ranks": row.ranks}
+            cell |= {"flags": row.flags, "ranks": row.ranks, "commit": _commit()}
             self.data["cells"].setdefault(release.name, {})[row.name] = cell
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.data, indent=1, sort_keys=True) + "\n")
             temporary.replace(self.file)
+
+
+@functools.cache
+def _commit() -> str:
+    """Of the code that runs; empty outside a checkout."""
+    command = ["git", "-C", str(RANK.parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def table(data: dict[str, Any], merged: bool = False) -> str:
@@ -486,6 +498,8 @@ def table(data: dict[str, Any], merged: bool = False) -> str:
         text += ["", f"† {STAND_IN}"]
     counts = [cell["verdict"] for cells in data["cells"].values() for cell in cells.values()]
     text += ["", ", ".join(f"{counts.count(word)} {word}" for word in SHOWN if word in counts)]
+    commits = {c.get("commit", "") for cells in data["cells"].values() for c in cells.values()}
+    text[-1] += f"; commits {', '.join(sorted(commits - {''}) or ['unknown'])}"
     return "\n".join(text)
 
 

@@ -167,6 +167,16 @@ for settings in ({"clip_grad": 0.5}, {"s3_log_grad_norm": True}):
     success, norm, _ = step(model, optimizer, 0)
     assert success and norm > 0 and NORMS == 1, settings
 
+# A gradient whose norm is over Megatron's threshold is left out (from 0.19 on).
+if hasattr(OptimizerConfig, "grad_norm_skip_threshold"):
+    for threshold, taken in ((1e-6, False), (1e6, True)):
+        model, optimizer = build(torch.bfloat16, True, grad_norm_skip_threshold=threshold)
+        before = [p.detach().clone() for p in model.parameters()]
+        success, norm, _ = step(model, optimizer, 0)
+        assert success is taken and norm > 0
+        pairs = zip(before, model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) is not taken
+
 # fp16: an overflow on one rank alone skips the step on both, and changes nothing but the scale.
 for sharded in (False, True):
     model, optimizer = build(torch.float16, sharded, initial_loss_scale=1024.0, hysteresis=1)

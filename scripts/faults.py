@@ -52,8 +52,24 @@ SHARDED = ["--bf16", "--use-distributed-optimizer"]
 ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 QUICK = ["--num-layers", "1", "--eval-iters", "0", "--num-workers", "0"]
 EVERY_OTHER = ["--save-interval", "2"]
-MODES = {"synchronous": [], "asynchronous": ASYNC}
+FORMATS = {
+    "torch_dist": SHARDED,
+    "fsdp_dtensor": [*SHARDED, "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"],
+    "torch_dcp": [
+        *("--bf16", "--use-torch-fsdp2", "--untie-embeddings-and-output-weights"),
+        *("--ckpt-format", "torch_dcp"),
+    ],
+}
+#: How it is saved while something happens.
+MODES = {
+    "synchronous": SHARDED,
+    "asynchronous": [*SHARDED, *ASYNC],
+    "fsdp_dtensor": FORMATS["fsdp_dtensor"],
+    "torch_dcp": FORMATS["torch_dcp"],
+}
 TRACKER = "latest_checkpointed_iteration.txt"
+#: Of formats without ``metadata.json``: what torch writes last.
+INDEX = ".metadata"
 
 
 @dataclass
@@ -170,12 +186,17 @@ def kill(group: int, number: int = signal.SIGKILL) -> None:
         os.killpg(group, number)
 
 
-def latest(folder: Path) -> int:
+def last_file(mode: str) -> str:
+    """Of an iteration, before its checksums."""
+    return INDEX if mode in FORMATS else "metadata.json"
+
+
+def latest(folder: Path, last: str = "metadata.json") -> int:
     """The iteration that would be resumed from, 0 if none."""
     path = folder / TRACKER
     if path.exists():
         return int(path.read_text())
-    complete = [p for p in folder.glob("iter_*") if (p / "metadata.json").exists()]
+    complete = [p for p in folder.glob("iter_*") if (p / last).exists()]
     return int(complete[0].name[5:]) if len(complete) == 1 else 0
 
 
@@ -229,14 +250,14 @@ def kills(bench: Bench) -> list[Row]:
         for during in ("save", "step")
     ]
     if bench.args.brief:
-        cases = [cases[0], cases[6]]  # one rank, synchronous; all, asynchronous; in saves
+        # In saves: one rank, synchronous; all, asynchronous; one, fsdp_dtensor.
+        cases = [cases[0], cases[6], cases[8]]
     for mode, victims, during in cases:
         row = Row(f"kill -9 of {victims} in a{'n' * (mode[0] == 'a')} {mode} {during}")
-        flags = [*SHARDED, *MODES[mode]]
-        end = bench.reference(*SHARDED, iters=iters)
+        end = bench.reference(*_saved_at_once(mode), iters=iters)
         wanted = bench.args.kills if during == "save" else max(1, bench.args.kills // 3)
         while row.tried < wanted:
-            _chain(bench, row, flags, iters, end, victims, during, wanted)
+            _chain(bench, row, mode, iters, end, victims, during, wanted)
         row.count("at")
         rows.append(row)
     return rows
@@ -245,7 +266,7 @@ def kills(bench: Bench) -> list[Row]:
 def _chain(
     bench: Bench,
     row: Row,
-    flags: list[str],
+    mode: str,
     iters: int,
     end: Path,
     victims: str,
@@ -257,15 +278,15 @@ def _chain(
     expected, pending = 0, []
     while True:
         more = row.tried + len(pending) < wanted
-        watch = _Killer(bench, folder, iters, victims, during) if more else None
+        watch = _Killer(bench, folder, iters, victims, during, mode) if more else None
         run = bench.run(
-            *S3, *flags, "--train-iters", iters, *EVERY_OTHER, "--save", folder, "--load", folder,
-            watch=watch,
+            *S3, *MODES[mode], "--train-iters", iters, *EVERY_OTHER,
+            "--save", folder, "--load", folder, watch=watch,
         )  # fmt: skip
         if loaded(run) != expected:
             pending.append({"at": "?", "fault": f"loaded {loaded(run)}, not {expected}"})
         if watch and watch.at:
-            expected = latest(folder)
+            expected = latest(folder, last_file(mode))
             pending.append({"at": watch.at, "iteration": watch.iteration, "latest": expected})
             continue
         break
@@ -289,6 +310,69 @@ def _chain(
     shutil.rmtree(folder)
 
 
+def _saved_at_once(mode: str) -> list[str]:
+    """Flags of the run to compare with."""
+    return SHARDED if mode == "asynchronous" else MODES[mode]
+
+
+def overwrites(bench: Bench) -> list[Row]:
+    """SIGKILL while another run's files of the same iteration are written over.
+
+    What is taken for a checkpoint afterwards has to be one of the two, whole.
+    """
+    from megatron_s3.mcore import integrity
+
+    rows = []
+    for mode in list(MODES)[: bench.args.overwritten]:
+        row = Row(f"kill -9 of all ranks, {mode} save over another")
+        old = bench.reference(*_saved_at_once(mode))
+        last = last_file(mode)
+
+        def resume(folder: Path, *flags: str, watch: Any = None, mode: str = mode) -> Run:
+            flags = (*MODES[mode], *flags, "--train-iters", "6", *EVERY_OTHER)
+            return bench.run(*S3, *flags, "--load", folder, "--save", folder, watch=watch)
+
+        def again(old: Path = old) -> Path:
+            folder = bench.new("overwritten") / "run"
+            shutil.copytree(old, folder)
+            (folder / TRACKER).write_text("2")
+            return folder
+
+        other = ["--seed", "4321"]  # other data
+        folder = again()
+        run = resume(folder, *other)
+        assert run.returncode == 0, run.log[-3000:]
+        truths = [tensors(path, 4) for path in (old, folder)]
+        assert not same(*truths)
+        for _ in range(bench.args.kills):
+            folder = again()
+            watch = _Killer(bench, folder, 6, "all ranks", "save", mode)
+            watch.stage, watch.iteration = "folder", 4
+            watch.delay = bench.rng.uniform(0, 0.4)
+            resume(folder, *other, watch=watch)
+            what = {"at": watch.at, "delay": round(watch.delay, 4)}
+            written = folder / "iter_0000004"
+            try:
+                integrity.check(written, config=last != INDEX)
+                integrity.verify(written)
+            except integrity.Damaged as caught:
+                row.add("survived", **what, then="refused", said=str(caught))
+            else:
+                found = tensors(folder, 4)
+                which = [name for name, truth in zip(("old", "new"), truths, strict=True)
+                         if same(found, truth)]  # fmt: skip
+                row.add("survived" if which else "falsely_accepted", **what, then=" ".join(which))
+            expected = latest(folder, last)
+            run = resume(folder)
+            if run.returncode or loaded(run) != expected:
+                row.add("lost", then="not resumed", said=error(run))
+            progress(bench, row)
+            shutil.rmtree(folder)
+        row.count("then")
+        rows.append(row)
+    return rows
+
+
 class _Killer:
     """Waits for an instant, then kills.
 
@@ -300,15 +384,18 @@ class _Killer:
     # What appears in a save, one after another.
     STAGES = ("folder", "__0_0", "__1_0", "half", ".metadata", "metadata.json", "sums", "tracker")
 
-    def __init__(self, bench: Bench, folder: Path, iters: int, victims: str, during: str) -> None:
+    def __init__(
+        self, bench: Bench, folder: Path, iters: int, victims: str, during: str, mode: str
+    ) -> None:
         rng = bench.rng
-        self.folder, self.victims = folder, victims
+        self.folder, self.victims, self.last = folder, victims, last_file(mode)
+        resumed = latest(folder, self.last)
         # It gets on: half of the kills come after a save at least.
-        self.iteration = min(latest(folder) + 2 * rng.randint(1, 2), iters)
-        self.stage = rng.choice(self.STAGES)
+        self.iteration = min(resumed + 2 * rng.randint(1, 2), iters)
+        self.stage = rng.choice([s for s in self.STAGES if self.last != INDEX or s[0] != "m"])
         self.delay = rng.choice((0, rng.uniform(0, 0.003), rng.uniform(0, 0.03)))
         if during == "step":
-            self.stage, self.iteration = "step", latest(folder) + rng.randint(1, 3)
+            self.stage, self.iteration = "step", resumed + rng.randint(1, 3)
             self.delay = rng.uniform(0, 0.06)
         self.rank = rng.randrange(2)
         self.at = ""
@@ -347,7 +434,7 @@ class _Killer:
         if self.stage == "folder":
             return here.exists()
         if self.stage == "tracker":
-            return latest(self.folder) >= self.iteration
+            return latest(self.folder, self.last) >= self.iteration
         if self.stage == "half":
             with contextlib.suppress(OSError):
                 return sum(f.stat().st_size for f in here.glob("*.distcp")) > 300_000
@@ -369,7 +456,7 @@ class _Killer:
         if self.stage == "step":
             return "in a step"
         here = self.folder / f"iter_{self.iteration:07d}"
-        if latest(self.folder) >= self.iteration:
+        if latest(self.folder, self.last) >= self.iteration:
             return "7 done"
         names = {f.name for f in here.iterdir()} if here.exists() else set()
         for number, name in ((6, "checksums.sha256"), (5, "metadata.json"), (4, ".metadata")):
@@ -389,11 +476,11 @@ def signals(bench: Bench) -> list[Row]:
     iters = 60
     end = bench.reference(*SHARDED, iters=iters)
     few = 1 if bench.args.brief else 3
-    for mode, extra in list(MODES.items())[:few]:
+    for mode, saving in list(MODES.items())[: min(few, 2)]:
         row = Row(f"SIGTERM, --exit-signal-handler, {mode} saves")
         for victims in ((1,), (0,), (0, 1))[:few]:
             folder = bench.new("signalled")
-            flags = [*S3, *SHARDED, *extra, "--train-iters", iters, "--save-interval", 20]
+            flags = [*S3, *saving, "--train-iters", iters, "--save-interval", 20]
             flags += ["--save", folder, "--load", folder]
             at = bench.rng.randint(3, 30)
             first = bench.run(*flags, "--exit-signal-handler", watch=_Signal(bench, victims, at))
@@ -478,7 +565,7 @@ def full_disk(bench: Bench) -> list[Row]:
 
 def _full(bench: Bench, mount: Path, mode: str) -> Row:
     row = Row(f"disk full in a{'n' * (mode[0] == 'a')} {mode} save")
-    end = bench.reference(*SHARDED)
+    end = bench.reference(*_saved_at_once(mode))
     page = 4096
     one = end / "iter_0000004"
     data = sum(-(-f.stat().st_size // page) for f in one.glob("*.distcp"))
@@ -492,13 +579,16 @@ def _full(bench: Bench, mount: Path, mode: str) -> Row:
         "no checksums": data + index + 1,
         "no tracker file": data + index + 2,
     }
+    if last_file(mode) == INDEX:  # here they come in another order
+        rooms = dict(list(rooms.items())[:4]) | {"no tracker file": data + index}
+        rooms["no checksums"] = data + index + 1
     for name, pages in list(rooms.items())[: bench.args.disks]:
         folder = mount / "checkpoints"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         shutil.copytree(end / "iter_0000002", folder / "iter_0000002")
         (folder / TRACKER).write_text("2")
-        flags = [*S3, *SHARDED, *MODES[mode], "--train-iters", 6, *EVERY_OTHER]
+        flags = [*S3, *MODES[mode], "--train-iters", 6, *EVERY_OTHER]
         flags += ["--save", folder, "--load", folder]
         filler = mount / "filler"
         with open(filler, "wb", buffering=0) as file:
@@ -533,11 +623,12 @@ def flips(bench: Bench) -> list[Row]:
     """Single bits, in every file; and what a loader that compares nothing makes of them."""
     from megatron_s3.mcore import checkpoint, integrity
 
-    source = bench.reference(*SHARDED)
     rows = []
-    for sealed in (True, False):
+    kinds = list(itertools.product(FORMATS, (True, False)))
+    # The last stays: its tracker file is looked at.
+    for format, sealed in reversed(kinds[: bench.args.formats]):
         work = bench.new("flipped") / "run"
-        shutil.copytree(source, work)
+        shutil.copytree(bench.reference(*FORMATS[format]), work)
         folder = work / "iter_0000006"
         if not sealed:
             (folder / integrity.SEAL).unlink()
@@ -546,12 +637,13 @@ def flips(bench: Bench) -> list[Row]:
         if not sealed:
             files = [f for f in files if f.name in (".metadata", "metadata.json")]
         for path in files:
-            row = Row(f"a bit of {path.name}" + ("" if sealed else ", no checksums.sha256"))
+            name = f"{format}'s {path.name}" + ("" if sealed else ", no checksums.sha256")
+            row = Row(f"a bit of {name}")
             data = path.read_bytes()
             count = min(bench.args.flips, len(data) * 8)
             for bit in sorted(bench.rng.sample(range(len(data) * 8), count)):
                 with _flipped(path, data, bit):
-                    row.add(**_judge(folder, path, truth, integrity), bit=bit)
+                    row.add(**_judge(folder, path, truth, format), bit=bit)
             row.count("how")
             unseen = sum(t.get("unchecked") == "different" for t in row.tries)
             row.notes += f"; torch alone loads other values of {unseen}" if unseen else ""
@@ -609,7 +701,9 @@ def _everything(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _judge(folder: Path, path: Path, truth: dict[str, Any], integrity: Any) -> dict[str, str]:
+def _judge(folder: Path, path: Path, truth: dict[str, Any], format: str) -> dict[str, str]:
+    from megatron_s3.mcore import integrity
+
     def read() -> str:
         try:
             return "equal" if same(_everything(folder), truth) else "different"
@@ -617,7 +711,7 @@ def _judge(folder: Path, path: Path, truth: dict[str, Any], integrity: Any) -> d
             return type(caught).__name__
 
     try:
-        integrity.check(folder)
+        integrity.check(folder, config=format == "torch_dist")
         for share in range(2):
             integrity.verify(folder, share, 2)
     except integrity.Damaged as caught:
@@ -668,49 +762,42 @@ def reading(bench: Bench) -> list[Row]:
 
 def damage(bench: Bench) -> list[Row]:
     """Each file missing, cut short, or with a bit flipped: the trainer says one thing, and ends."""
-    source = bench.reference(*SHARDED)
     rows = []
-    names = [".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp", TRACKER]
-    torch_names = ["mp_rank_00/model_optim_rng.pt", "mp_rank_00/distrib_optim.pt"]
-    for how in ("missing", "a bit flipped", "cut short", "empty")[: bench.args.files]:
+    cases = {
+        "torch_dist": [INDEX, "metadata.json", "__0_0.distcp", "__1_0.distcp", TRACKER],
+        "torch": ["mp_rank_00/model_optim_rng.pt", "mp_rank_00/distrib_optim.pt"],
+        "fsdp_dtensor": [INDEX, "__0_0.distcp", "__1_0.distcp", TRACKER],
+        "torch_dcp": [INDEX, "__0_0.distcp", "__1_0.distcp", TRACKER],
+    }
+    files = [(format, name) for format, names in cases.items() for name in names]
+    for how in ("missing", "bits flipped", "cut short", "empty")[: bench.args.files]:
         row = Row(f"file {how}: the trainer")
-        for name in (names + torch_names)[: bench.args.files]:
-            is_torch = name in torch_names
+        for format, name in files[: bench.args.files]:
+            saving = FORMATS.get(format, [*SHARDED, "--ckpt-format", "torch"])
             work = bench.new("damaged") / "run"
-            if is_torch:
-                legacy = bench.reference(*SHARDED, "--ckpt-format", "torch", iters=4)
-            shutil.copytree(legacy if is_torch else source, work)
-            iteration = 4 if is_torch else 6
-            path = work / name if name == TRACKER else work / f"iter_{iteration:07d}" / name
+            shutil.copytree(bench.reference(*saving), work)
+            path = work / name if name == TRACKER else work / "iter_0000006" / name
             data = path.read_bytes()
             if how == "missing":
                 path.unlink()
             else:
                 new = bytearray(data)
-                new[len(new) // 2] ^= 16
-                cut = {"cut short": data[: len(data) * 2 // 3], "empty": b"", "a bit flipped": new}
+                for at in range(len(new) // 2, min(len(new) // 2 + 128, len(new))):
+                    new[at] ^= 16  # padding, between tensors, has up to 63 bytes
+                cut = {"cut short": data[: len(data) * 2 // 3], "empty": b"", "bits flipped": new}
                 path.write_bytes(cut[how])
             before = {f: f.stat().st_mtime_ns for f in work.rglob("*")}
-            flags = ["--ckpt-format", "torch"] if is_torch else []
-            run = bench.run(
-                *S3,
-                *SHARDED,
-                *flags,
-                "--train-iters",
-                8,
-                *EVERY_OTHER,
-                "--load",
-                work,
-                "--save",
-                work,
-            )
+            flags = [*saving, "--train-iters", 8, *EVERY_OTHER]
+            run = bench.run(*S3, *flags, "--load", work, "--save", work)
             said = error(run)
             untouched = before == {f: f.stat().st_mtime_ns for f in work.rglob("*")}
             named = path.name in said and run.returncode not in (0, forks.TIMED_OUT)
             outcome = "survived" if named and untouched and not trained(run) else "lost"
             if trained(run):
                 outcome = "falsely_accepted"
-            row.add(outcome, file=name, said=said, status=run.returncode)
+            if outcome != "survived":
+                (bench.args.out / f"damage-{how}-{format}.txt").write_text(run.log)
+            row.add(outcome, file=f"{format}: {name}", said=said, status=run.returncode)
             progress(bench, row)
             shutil.rmtree(work)
         rows.append(row)
@@ -955,7 +1042,8 @@ def _stamp(number: str) -> None:
 # The command
 
 FAULTS = {
-    f.__name__: f for f in (kills, signals, full_disk, flips, damage, reading, gradients, misfits)
+    f.__name__: f
+    for f in (kills, overwrites, signals, full_disk, flips, damage, reading, gradients, misfits)
 }
 
 
@@ -1011,8 +1099,8 @@ def main() -> int:
     args.launches = not args.brief
     args.megabytes = 64 if args.brief else 1024
     # How many of the cases of a fault.
-    few = (2, 1, 1, 1) if args.brief else (99,) * 4
-    args.files, args.disks, args.misfits, args.optimizers = few
+    few = (2, 1, 1, 1, 2, 1) if args.brief else (99,) * 6
+    args.files, args.disks, args.misfits, args.optimizers, args.formats, args.overwritten = few
     if args.brief:
         args.kills, args.flips = 1, 20
     settings = {k: getattr(args, k) for k in ("kills", "flips", "seed", "brief")}

@@ -92,8 +92,9 @@ def _whole(load_dir: str | None, args: Any, first: bool) -> Iterator[None]:
         yield
         return
     folder, instead = chosen
-    legacy = bool(list(folder.glob("mp_rank_*")))  # --ckpt-format torch: read once
-    if first or legacy:
+    legacy = bool(list(folder.glob("mp_rank_*")))  # --ckpt-format torch
+    once = legacy or getattr(args, "ckpt_format", None) == "torch_dcp"
+    if first or once:
         _check(folder, args, own_file=legacy and not first)
     step = getattr(args, "ckpt_step", None)
     args.ckpt_step = instead or step
@@ -116,13 +117,13 @@ def _choose(load_dir: Path, args: Any) -> tuple[Path, int | None] | None:
     elif tracker.is_file():
         named, source = tracker.read_bytes().decode(errors="replace").strip(), str(tracker)
     else:
-        there = _complete(load_dir)
+        there = _complete(load_dir, args)
         if not there:
             return None
         if len(there) > 1:
             raise integrity.Damaged(
                 f"{tracker} is missing, and there are complete checkpoints beside it. "
-                + _instead(load_dir)
+                + _instead(load_dir, args)
             )
         # Killed between the end of the first save and the file that names it.
         (instead,), source = there, ""
@@ -132,40 +133,47 @@ def _choose(load_dir: Path, args: Any) -> tuple[Path, int | None] | None:
         return load_dir / "release", None
     if not (named.isascii() and named.isdecimal()):
         raise integrity.Damaged(
-            f"{tracker} names no iteration, but {named[:20]!r}. {_instead(load_dir)}"
+            f"{tracker} names no iteration, but {named[:20]!r}. {_instead(load_dir, args)}"
         )
     folder = load_dir / f"iter_{int(named):07d}"
     if not folder.is_dir():
         raise integrity.Damaged(
-            f"{source} names iteration {named}, and there is no {folder}. {_instead(load_dir)}"
+            f"{source} names iteration {named}, and there is no {folder}. "
+            + _instead(load_dir, args)
         )
     if source == str(tracker) and os.environ.get("RANK", "0") == "0":
-        _say_newer(tracker, int(named))
+        _say_newer(tracker, int(named), args)
     return folder, instead
 
 
-def _say_newer(tracker: Path, named: int) -> None:
+def _say_newer(tracker: Path, named: int, args: Any) -> None:
     """A job that was killed between a save's end and the tracker file, or an edited tracker."""
-    if newer := [str(i) for i in _complete(tracker.parent) if i > named]:
+    if newer := [str(i) for i in _complete(tracker.parent, args) if i > named]:
         _say_once(
             f"{tracker} names iteration {named}, which is loaded; newer ones are complete: "
             f"{', '.join(newer)}"
         )
 
 
-def _complete(load_dir: Path) -> list[int]:
+def _complete(load_dir: Path, args: Any) -> list[int]:
     """Iterations of which a save has ended, in order."""
+    config = _has_config(args)
     found = [
         int(folder.name[5:])
         for folder in load_dir.glob("iter_*")
-        if folder.name[5:].isdecimal() and integrity.is_complete(folder)
+        if folder.name[5:].isdecimal() and integrity.is_complete(folder, config=config)
     ]
     return sorted(found)
 
 
-def _instead(load_dir: Path, but: int | None = None) -> str:
+def _has_config(args: Any) -> bool:
+    """Whether checkpoints of this format have a ``metadata.json``."""
+    return getattr(args, "ckpt_format", None) not in ("torch_dcp", "fsdp_dtensor")
+
+
+def _instead(load_dir: Path, args: Any, but: int | None = None) -> str:
     """What to do, at the end of an error."""
-    there = ", ".join(str(i) for i in _complete(load_dir) if i != but)
+    there = ", ".join(str(i) for i in _complete(load_dir, args) if i != but)
     if not there:
         return "Nothing was loaded, and no other iteration is complete."
     return f"Nothing was loaded. Choose an iteration with --ckpt-step; complete: {there}."
@@ -177,19 +185,19 @@ def _check(folder: Path, args: Any, own_file: bool) -> None:
     if torch.distributed.is_initialized():
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     error, count, began = None, 0, time.monotonic()
-    formats = ("torch_dcp", "fsdp_dtensor")  # which have no metadata.json
     try:
-        config = getattr(args, "ckpt_format", None) not in formats
+        # Megatron tells other formats from --ckpt-format's by that file.
+        config = _has_config(args) and not getattr(args, "auto_detect_ckpt_format", False)
         integrity.check(folder, rank, ranks, config=config)
         if own_file:
-            _check_own_file(folder)
+            _check_own_file(folder, args)
         # Before the process groups are there, only the arguments are read.
         left_out = getattr(args, "s3_no_verify_checkpoint", False)
         if not left_out and torch.distributed.is_initialized():
             count = integrity.verify(folder, rank, ranks)
     except (integrity.Damaged, OSError) as caught:
         number = int(folder.name[5:]) if folder.name[5:].isdecimal() else None
-        error = f"{caught}. {_instead(folder.parent, but=number)}"
+        error = f"{caught}. {_instead(folder.parent, args, but=number)}"
     _agree(error)
     if count:
         seconds = time.monotonic() - began
@@ -199,16 +207,23 @@ def _check(folder: Path, args: Any, own_file: bool) -> None:
         )
 
 
-def _check_own_file(folder: Path) -> None:
-    """In the format ``torch`` each rank reads its own file: Megatron ends with status 0 without."""
-    from megatron.training.checkpointing import get_checkpoint_name
+def _check_own_file(folder: Path, args: Any) -> None:
+    """In the format ``torch`` each rank reads its own: without, Megatron ends with status 0."""
+    from megatron.training.checkpointing import (
+        get_checkpoint_name,
+        get_distributed_optimizer_checkpoint_name,
+    )
 
     number = folder.name[5:]
     name = get_checkpoint_name(
         str(folder.parent), int(number) if number.isdecimal() else 0, not number.isdecimal()
     )
-    if not Path(name).is_file():
-        raise integrity.Damaged(f"{name} is missing")
+    names = [name]
+    if args.use_distributed_optimizer and not (args.no_load_optim or args.finetune):
+        names.append(get_distributed_optimizer_checkpoint_name(name))
+    for name in names:
+        if not Path(name).is_file():
+            raise integrity.Damaged(f"{name} is missing")
 
 
 def _agree(error: str | None) -> None:
@@ -307,8 +322,30 @@ def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **
     Raises:
         SaveFailed: the disk did not take it.
     """
-    with _saying_why(f"iteration {iteration}"):
+    with _saying_why(f"iteration {iteration}"), _sealed(iteration):
         return telemetry.save_checkpoint(original, iteration, *rest, **kwargs)
+
+
+@contextlib.contextmanager
+def _sealed(iteration: int) -> Iterator[None]:
+    """What :func:`save` and :func:`save_config` do, where Megatron calls torch's saving itself.
+
+    Torch writes nothing before rank 0 has made the plan, and this is done before that.
+    """
+    from megatron.training import checkpointing
+
+    args = checkpointing.get_args()
+    folder = Path(args.save or "", f"iter_{iteration:07d}")
+    here = not _has_config(args) and "://" not in str(args.save) and _is_first()
+    if here:
+        integrity.reopen(folder, config=False)
+    yield
+    if here and folder.is_dir():
+        integrity.seal(folder)
+
+
+def _is_first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def maybe_finalize_async_save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -324,11 +361,12 @@ def _saying_why(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        folder = Path(checkpointing.get_args().save or "")
+        args = checkpointing.get_args()
+        folder = Path(args.save or "")
         why = None if isinstance(error, SaveFailed) else _why_not(folder)
         if why is None:
             raise
-        there = _complete(folder)
+        there = _complete(folder, args)
         raise SaveFailed(
             f"{what} could not be saved to {folder}: {why}. "
             + (f"Complete there: iteration {there[-1]}." if there else "Nothing is complete there.")

@@ -63,11 +63,14 @@ class _Item:
     data: int | None = None
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path, *, config: bool = True) -> bool:
     """Whether a save of this iteration has ended: Megatron writes ``metadata.json`` after all else.
 
-    In the format ``torch`` nothing tells.
+    In formats that have none (``config`` false) torch writes its index after all else.  In the
+    format ``torch`` nothing tells.
     """
+    if not config and (folder / INDEX).is_file():
+        return True
     try:
         return isinstance(json.loads((folder / CONFIG).read_bytes()), dict)
     except (OSError, ValueError):
@@ -78,7 +81,7 @@ def seal(folder: Path) -> None:
     """Writes the checksums of the small files, whole or not at all, and to the disk."""
     part = folder / f".{SEAL}.part"
     with open(part, "w") as file:
-        file.write(_checksums(folder))
+        file.writelines(_checksums(folder).values())
         file.flush()
         os.fsync(file.fileno())
     part.replace(folder / SEAL)
@@ -87,20 +90,20 @@ def seal(folder: Path) -> None:
     os.close(place)
 
 
-def reopen(folder: Path) -> None:
+def reopen(folder: Path, *, config: bool = True) -> None:
     """What a save begins with: a folder that is written into is no complete checkpoint any more."""
-    if not (folder / CONFIG).exists():
-        return
-    for name in (CONFIG, SEAL, "integrity.json"):  # the last is of Megatron's --verify-integrity
+    # The last is of Megatron's --verify-integrity.
+    for name in (CONFIG if config else INDEX, SEAL, "integrity.json"):
         (folder / name).unlink(missing_ok=True)
 
 
-def _checksums(folder: Path) -> str:
-    lines = [
-        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+def _checksums(folder: Path) -> dict[str, str]:
+    """Lines of the small files that are there, by name."""
+    return {
+        name: f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
         for name in (INDEX, CONFIG)
-    ]
-    return "".join(lines)
+        if (folder / name).is_file()
+    }
 
 
 def check(folder: Path, share: int = 0, of: int = 1, *, config: bool = True) -> None:
@@ -110,7 +113,7 @@ def check(folder: Path, share: int = 0, of: int = 1, *, config: bool = True) -> 
         folder: of one iteration.
         share: which of ``of`` shares of the large files to look at.
         of: number of shares.
-        config: whether ``metadata.json`` belongs to its format.
+        config: whether ``metadata.json`` has to be there.
 
     Raises:
         Damaged: naming the first file that is not.
@@ -138,10 +141,10 @@ def _check_small(folder: Path, config: bool) -> None:
         _check_index(folder)
         return
     now, then = _checksums(folder), sealed.read_bytes().decode(errors="replace")
-    for name, line in zip((INDEX, CONFIG), now.splitlines(), strict=True):
-        if line not in then.splitlines():
+    for name, line in now.items():
+        if line not in then.splitlines(keepends=True):
             raise Damaged(f"{folder / name} is not what {sealed} says, or that file is damaged")
-    if now != then:
+    if "".join(now.values()) != then:
         raise Damaged(f"{sealed} is not what was written")
 
 
@@ -286,7 +289,8 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> int:
                 if item.path != path:
                     if fd >= 0:
                         os.close(fd)
-                    path, fd = item.path, os.open(item.path, os.O_RDONLY)
+                    path, fd = item.path, -1
+                    fd = os.open(item.path, os.O_RDONLY)
                 _verify_zip(fd, item)
             except OSError as error:
                 raise Damaged(f"{item.path} cannot be read: {error}") from error

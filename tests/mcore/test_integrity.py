@@ -179,3 +179,35 @@ def test_what_is_overwritten_is_not_complete_meanwhile(folder: Path) -> None:
     assert "metadata.json is missing" in judge(folder)
     shutil.rmtree(folder)
     assert not integrity.is_complete(folder)
+
+
+def test_a_format_without_that_file_has_its_index_for_it(folder: Path) -> None:
+    for name in ("metadata.json", integrity.SEAL):
+        (folder / name).unlink()
+    assert not integrity.is_complete(folder)
+    assert integrity.is_complete(folder, config=False)
+    integrity.check(folder, config=False)
+    integrity.seal(folder)
+    assert (folder / integrity.SEAL).read_text().split()[1:] == [".metadata"]
+    integrity.check(folder, config=False)
+    flip(folder / ".metadata", 800)
+    with pytest.raises(Damaged, match=r"/\.metadata is not what .*checksums\.sha256 says"):
+        integrity.check(folder, config=False)
+    integrity.reopen(folder, config=False)
+    assert not integrity.is_complete(folder, config=False)
+    assert not (folder / integrity.SEAL).exists()
+    with pytest.raises(Damaged, match=r"/\.metadata is missing"):
+        integrity.check(folder, config=False)
+
+
+def test_a_file_that_is_gone_after_another_was_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.pt", "b.pt"):
+        torch.save(torch.ones(50), tmp_path / name)
+    items = integrity._items(tmp_path)
+    monkeypatch.setattr(integrity, "_items", lambda folder: items)
+    assert integrity.verify(tmp_path) > 400
+    (tmp_path / "b.pt").unlink()
+    with pytest.raises(Damaged, match=r"/b\.pt cannot be read"):
+        integrity.verify(tmp_path)

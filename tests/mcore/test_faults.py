@@ -24,7 +24,14 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("kills", 2), ("flips", 60), ("damage", 4), ("gradients", 2), ("misfits", 3)],
+    [
+        ("kills", 3),
+        ("overwrites", 1),
+        ("flips", 60),
+        ("damage", 4),
+        ("gradients", 2),
+        ("misfits", 3),
+    ],
 )
 def test_nothing_is_lost_or_falsely_accepted(name: str, least: int, faults: dict) -> None:
     for row in faults[name]:

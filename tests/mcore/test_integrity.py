@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_s3.mcore import integrity
 from megatron_s3.mcore.integrity import Damaged
+from tests.trainer import train
 
 STATE = {"weight": torch.arange(70.0), "other": torch.ones(3, 5), "object": io.BytesIO(b"")}
 
@@ -211,3 +212,33 @@ def test_a_file_that_is_gone_after_another_was_read_is_named(
     (tmp_path / "b.pt").unlink()
     with pytest.raises(Damaged, match=r"/b\.pt cannot be read"):
         integrity.verify(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use-distributed-optimizer", "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"],
+        [
+            "--use-torch-fsdp2",
+            "--untie-embeddings-and-output-weights",
+            "--ckpt-format",
+            "torch_dcp",
+        ],
+    ],
+    ids=lambda flags: flags[-1],
+)
+def test_the_trainer_refuses_a_damaged_shard_of_these_formats(
+    flags: list[str], tmp_path: Path
+) -> None:
+    flags = ["--optimizer", "s3", "--bf16", *flags, "--save-interval", "3"]
+    train(*flags, "--save", tmp_path, ranks=2)
+    path = tmp_path / "iter_0000006" / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 128)
+    content[middle] = bytes(255 - byte for byte in content[middle])
+    path.write_bytes(content)
+    run = train(*flags, "--load", tmp_path, ranks=2, check=False)
+    assert run.returncode and not run.losses
+    assert f"{path} is not what was written (" in run.log
+    assert "Nothing was loaded. Choose an iteration with --ckpt-step; complete: 3." in run.log

@@ -1,6 +1,8 @@
 """Two data-parallel ranks: Megatron's own DistributedOptimizer around S3, without the trainer."""
 
 import argparse
+import pathlib
+import tempfile
 
 import pytest
 import torch
@@ -322,6 +324,20 @@ except Own:
     pass
 else:
     raise AssertionError("no error")
+
+# Of a format that torch writes alone, an iteration that is saved anew is no checkpoint meanwhile;
+# one that is saved to another place stays.
+with tempfile.TemporaryDirectory() as save:
+    told = argparse.Namespace(save=save, ckpt_format="torch_dcp")
+    checkpointing.get_args = lambda: told
+    index = pathlib.Path(save, "iter_0000003", ".metadata")
+    index.parent.mkdir()
+    index.touch()
+    for elsewhere in ("non_persistent_ckpt", "release"):
+        checkpoint.save_checkpoint(lambda iteration, **kw: None, 3, **{elsewhere: True})
+    assert index.exists()
+    checkpoint.save_checkpoint(lambda iteration: None, 3)
+    assert index.exists() is (RANK != 0)
 
 # The model's memory moves: the step follows it. What it cannot write is left to upstream.
 model, optimizer = build(torch.bfloat16, True)

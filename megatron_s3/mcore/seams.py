@@ -155,8 +155,9 @@ SEAMS = (
         "save_checkpoint",
         ("iteration", "model", "optimizer", "opt_param_scheduler"),
         checkpoint.save_checkpoint,
-        "with --optimizer adam too: says where and why a checkpoint could not be saved; with "
-        "--s3-metrics the spikes so far are in it",
+        "with --optimizer adam too: says where and why a checkpoint could not be saved, and does "
+        "for torch_dcp and fsdp_dtensor what the next ones do; with --s3-metrics the spikes so far "
+        "are in it",
     ),
     Seam(
         "megatron.training.async_utils",

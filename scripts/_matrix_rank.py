@@ -198,7 +198,8 @@ def _config(text: str) -> None:
 
     name, _, number = text.partition(":")
     if not hasattr(OptimizerConfig, name):
-        sys.exit(f"OptimizerConfig: error: unrecognized arguments: {name}")
+        print(f"OptimizerConfig: error: unrecognized arguments: {name}", flush=True)
+        sys.exit(2)
     original = OptimizerConfig.__post_init__
 
     def post_init(self) -> None:

@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -30,6 +29,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from megatron_s3.launch.ports import free_port
 
 #: After a rank has failed, its peers wait for it in vain: seconds until they are killed.
 GRACE = 10.0
@@ -189,9 +190,7 @@ def _log(folder: Path, reports: list[list[dict[str, Any]]]) -> str:
 
 def _run(item: pytest.Item, folder: Path) -> str | None:
     """Forks the ranks and waits; returns why some had to be killed, or None."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = _settings["ranks"]
     running = {_start(item, folder, rank, port): rank for rank in range(ranks)}
     groups = list(running)

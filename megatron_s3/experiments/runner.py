@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import runpy
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from megatron_s3 import data
 from megatron_s3.experiments import toy
 from megatron_s3.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan
+from megatron_s3.launch.ports import free_port
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 
@@ -182,7 +182,9 @@ def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
         folder.mkdir(parents=True, exist_ok=True)
         for old in ("metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
             (folder / old).unlink(missing_ok=True)
-        process = context.Process(target=_rank, args=(_words(run, args), folder / "log", _port()))
+        process = context.Process(
+            target=_rank, args=(_words(run, args), folder / "log", free_port())
+        )
         process.start()
         started.append((run, process))
     failed = set()
@@ -231,12 +233,6 @@ def _import_all(jobs: int) -> None:
     # More threads than cores wait for each other.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     megatron_s3.register()
-
-
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _rank(words: list[str], log: Path, port: int) -> None:

@@ -12,12 +12,13 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_s3.launch.ports import free_port
 
 __all__ = ["TIMED_OUT", "TRAINER", "Forks", "import_needed", "start"]
 
@@ -161,12 +162,9 @@ def _run(argv: list[str], ranks: int, log: str, program: str, limit: int) -> int
 
 def start(argv: list[str], ranks: int, log: str, program: str = TRAINER) -> list[int]:
     """Forks the ranks of a run from this process; their process ids, each that of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
     }

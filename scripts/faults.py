@@ -347,8 +347,10 @@ def overwrites(bench: Bench) -> list[Row]:
         for _ in range(bench.args.kills):
             folder = again()
             watch = _Killer(bench, folder, 6, "all ranks", "save", mode)
-            watch.stage, watch.iteration = "folder", 4
-            watch.delay = bench.rng.uniform(0, 0.4)
+            watch.iteration = 4
+            watch.stage = bench.rng.choice(("folder", "rewritten", "rewritten"))
+            longest = 0.4 if watch.stage == "folder" else 0.01
+            watch.delay = bench.rng.choice((0, bench.rng.uniform(0, longest)))
             resume(folder, *other, watch=watch)
             what = {"at": watch.at, "delay": round(watch.delay, 4)}
             written = folder / "iter_0000004"
@@ -403,6 +405,7 @@ class _Killer:
         self._log_size, self._text = 0, ""
         self._since: float | None = None
         self._saving = False
+        self._before: set[tuple[str, int]] | None = None
 
     def __call__(self, pids: list[int]) -> bool:
         if self._since is None:
@@ -433,6 +436,12 @@ class _Killer:
             return False
         if self.stage == "folder":
             return here.exists()
+        if self.stage == "rewritten":  # one file of another save's
+            with contextlib.suppress(OSError):
+                now = {(f.name, f.stat().st_mtime_ns) for f in here.glob("*.distcp")}
+                self._before = now if self._before is None else self._before
+                return now != self._before
+            return False
         if self.stage == "tracker":
             return latest(self.folder, self.last) >= self.iteration
         if self.stage == "half":

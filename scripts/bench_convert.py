@@ -3,9 +3,11 @@
 
     python scripts/bench_convert.py [--checkpoints DIR] [--repeats N] [--scratch DIR]
 
-In turn: the newest iteration of DIR is read once and written once (a copy, to the disk), and
-converted.  Without --checkpoints a GPT of 163M parameters is trained for one step by Megatron's
-AdamW on 2 CPU ranks, and its checkpoint taken (2.6 GB; 6 GB of memory, a few minutes).
+In turn: the newest iteration of DIR is copied (read once and written once, to the disk), loaded and
+saved by torch (its tensors, in one process), and converted.  The last two are processes of their
+own, and what one takes to import Megatron, which is part of converting, is printed too.  Without
+--checkpoints a GPT of 163M parameters is trained for one step by Megatron's AdamW on 2 CPU ranks,
+and its checkpoint taken (2.3 GB; 6 GB of memory, a minute).
 """
 
 import argparse
@@ -22,10 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # GPT-2's 12 layers of 768, embeddings untied.
 MODEL = """--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 64
---max-position-embeddings 1024 --micro-batch-size 1 --global-batch-size 2 --train-iters 1 --lr 1e-4
---weight-decay 0.1 --mock-data --tokenizer-type NullTokenizer --vocab-size 50256
---untie-embeddings-and-output-weights --eval-iters 0 --eval-interval 1000 --num-workers 0
---optimizer adam --bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable""".split()
+--max-position-embeddings 1024 --micro-batch-size 1 --global-batch-size 2 --train-iters 1
+--save-interval 1 --lr 1e-4 --weight-decay 0.1 --mock-data --tokenizer-type NullTokenizer
+--vocab-size 50256 --untie-embeddings-and-output-weights --eval-iters 0 --eval-interval 1000
+--num-workers 0 --optimizer adam --bf16 --use-distributed-optimizer
+--dist-ckpt-optim-fully-reshardable""".split()
 BLOCK = 4 << 20
 
 
@@ -39,7 +42,7 @@ def train(folder: Path) -> None:
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     if done.returncode:
-        sys.exit(f"error: no checkpoint could be made\n{(done.stdout + done.stderr)[-3000:]}")
+        sys.exit(f"error: no checkpoint could be made\n{(done.stdout + done.stderr)[-6000:]}")
 
 
 def copy(source: Path, target: Path) -> float:
@@ -55,18 +58,39 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
-def convert(source: Path, target: Path) -> tuple[float, float]:
+LOAD_AND_SAVE = """
+import sys
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+reader = dcp.FileSystemReader(sys.argv[1])
+state = {
+    name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    for name, entry in reader.read_metadata().state_dict_metadata.items()
+    if isinstance(entry, TensorStorageMetadata)
+}
+dcp.load(state, storage_reader=reader, no_dist=True)
+dcp.save(state, storage_writer=dcp.FileSystemWriter(sys.argv[2]), no_dist=True)
+"""
+CONVERT = """
+import sys
+from megatron_s3.checkpoints import convert
+if convert.main([*sys.argv[1:], "--to", "s3"]):
+    sys.exit(1)
+"""
+START = "import megatron_s3.checkpoints.convert, megatron.training"
+
+
+def process(code: str, *arguments: Path) -> tuple[float, float]:
     """Seconds, and the most memory in GB (of the process and its libraries)."""
-    code = "import resource, sys; from megatron_s3.checkpoints import convert; " + (
-        "status = convert.main(sys.argv[1:]); "
-        "print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
-    )
-    command = [sys.executable, "-c", code, str(source), str(target), "--to", "s3"]
+    code += "\nimport resource\nprint('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
     seconds = time.perf_counter() - began
     if done.returncode:
-        sys.exit(f"error: {' '.join(command[-4:])}\n{done.stdout}{done.stderr}")
+        sys.exit(f"error: {done.stdout}{done.stderr}")
     return seconds, int(re.findall(r"^KiB (\d+)", done.stdout, re.MULTILINE)[-1]) * 1024 / 1e9
 
 
@@ -87,18 +111,25 @@ def main() -> int:
         iteration = max(folder.glob("iter_*"))
         size = sum(f.stat().st_size for f in iteration.rglob("*") if f.is_file()) / 1e9
         print(f"{iteration.name}: {size:.2f} GB")
-        print("read + write      convert      ratio   memory")
+        print(f"importing Megatron {min(process(START)[0] for _ in range(2)):.1f} s")
+        print("copied  loaded, saved  converted    ratio to each    memory: torch  convert")
         ratios = []
         for _ in range(args.repeats):
-            plain = copy(iteration, Path(temporary, "copy"))
-            seconds, memory = convert(folder, Path(temporary, "s3"))
-            ratios.append(seconds / plain)
+            folders = [Path(temporary, name) for name in ("copy", "torch", "s3")]
+            plain = copy(iteration, folders[0])
+            torchs, most = process(LOAD_AND_SAVE, iteration, folders[1])
+            ours, memory = process(CONVERT, folder, folders[2])
+            ratios.append((ours / plain, ours / torchs))
+            one, other = ratios[-1]
             print(
-                f"{plain:10.1f} s {seconds:10.1f} s {ratios[-1]:10.2f} {memory:5.2f} GB", flush=True
+                f"{plain:5.1f} s {torchs:12.1f} s {ours:8.1f} s {one:8.2f} {other:7.2f}"
+                f" {most:14.2f} GB {memory:5.2f} GB",
+                flush=True,
             )
-            for name in ("copy", "s3"):
-                shutil.rmtree(Path(temporary, name))
-        print(f"median ratio {statistics.median(ratios):.2f}")
+            for each in folders:
+                shutil.rmtree(each)
+        one, other = map(statistics.median, zip(*ratios, strict=True))
+        print(f"median {one:27.2f} {other:7.2f}")
     return 0
 
 

@@ -190,7 +190,7 @@ def _check(folder: Path, args: Any, own_file: bool) -> None:
         config = _has_config(args) and not getattr(args, "auto_detect_ckpt_format", False)
         integrity.check(folder, rank, ranks, config=config)
         if own_file:
-            _check_own_file(folder, args)
+            _check_own_file(folder)
         # Before the process groups are there, only the arguments are read.
         left_out = getattr(args, "s3_no_verify_checkpoint", False)
         if not left_out and torch.distributed.is_initialized():
@@ -207,23 +207,16 @@ def _check(folder: Path, args: Any, own_file: bool) -> None:
         )
 
 
-def _check_own_file(folder: Path, args: Any) -> None:
-    """In the format ``torch`` each rank reads its own: without, Megatron ends with status 0."""
-    from megatron.training.checkpointing import (
-        get_checkpoint_name,
-        get_distributed_optimizer_checkpoint_name,
-    )
+def _check_own_file(folder: Path) -> None:
+    """In the format ``torch`` each rank reads its own file: Megatron ends with status 0 without."""
+    from megatron.training.checkpointing import get_checkpoint_name
 
     number = folder.name[5:]
     name = get_checkpoint_name(
         str(folder.parent), int(number) if number.isdecimal() else 0, not number.isdecimal()
     )
-    names = [name]
-    if args.use_distributed_optimizer and not (args.no_load_optim or args.finetune):
-        names.append(get_distributed_optimizer_checkpoint_name(name))
-    for name in names:
-        if not Path(name).is_file():
-            raise integrity.Damaged(f"{name} is missing")
+    if not Path(name).is_file():
+        raise integrity.Damaged(f"{name} is missing")
 
 
 def _agree(error: str | None) -> None:

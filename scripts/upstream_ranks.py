@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 import types
@@ -32,6 +33,7 @@ import torch
 
 from megatron_s3.launch.ports import free_port
 
+HERE = Path(__file__).resolve().parent
 #: After a rank has failed, its peers wait for it in vain: seconds until they are killed.
 GRACE = 10.0
 
@@ -295,7 +297,10 @@ def _first_line(report: Any) -> tuple[str, str]:
 
 
 def _short(file: str) -> str:
-    return file.rpartition("site-packages/")[2].removeprefix(_settings["tree"] + "/")
+    """Without the folders that are this machine's."""
+    for folder in (sysconfig.get_path("purelib"), _settings["tree"], str(HERE.parent)):
+        file = file.removeprefix(f"{folder}/")
+    return file.removeprefix(f"{Path(sysconfig.get_path('stdlib')).parent}/")
 
 
 def _name(kind: type) -> str:

@@ -2,11 +2,12 @@
 
 The files of a ``torch_dist`` checkpoint are rewritten one after another, item by item: weights and
 main parameters byte for byte, states and param groups as :mod:`~megatron_s3.checkpoints.transfer`
-says.  The layout of the shards stays, so that no more than one item, a rank's part of one
-parameter, is in memory.
+says.  The layout of the shards stays, so that each thread, which writes one file, has no more than
+one item in memory: a rank's part of one parameter.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import io
@@ -16,9 +17,10 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import time
-import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +34,9 @@ from megatron_s3.mcore import integrity, objects, weights
 __all__ = ["ConvertError", "convert", "main"]
 
 _BLOCK = 4 << 20
-_buffer = bytearray(_BLOCK)
+#: Bytes of an item that is converted while no other of that size is.
+_LARGE = 256 << 20
+_large = threading.Lock()
 _NAMES = {"s3": "S3", "adam": "AdamW"}
 _INDEX = ".metadata"
 _COMMON = "common.pt"
@@ -91,8 +95,8 @@ def convert(
     part.mkdir()
     try:
         began = time.monotonic()
-        counts, checksums = _write(source, part / source.folder.name, values)
-        _verify(source, part / source.folder.name, values, checksums)
+        counts = _write(source, part / source.folder.name, values)
+        _verify(source, part / source.folder.name, values)
         seconds = time.monotonic() - began
         record = _record(source, values, counts, seconds)
         (part / "convert.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -201,17 +205,20 @@ def _may_hold_settings(name: str) -> bool:
 
 
 class _Writer:
-    """A file to write, that knows the checksum of what was written since the last :meth:`take`."""
+    """A file to write, that knows what stopped it.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._checksum = 0
-        #: What stopped a write: a full disk, a signal.
+    Attributes:
+        error: a full disk, or that another thread's has failed.
+    """
+
+    def __init__(self, file: BinaryIO, stop: threading.Event) -> None:
+        self._file, self._stop = file, stop
         self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         try:
-            self._checksum = zlib.crc32(data, self._checksum)
+            if self._stop.is_set():
+                raise _Stopped
             return self._file.write(data)
         except BaseException as error:
             self.error = error
@@ -220,9 +227,9 @@ class _Writer:
     def flush(self) -> None:
         self._file.flush()
 
-    def take(self) -> int:
-        value, self._checksum = self._checksum, 0
-        return value
+
+class _Stopped(Exception):
+    """The conversion has failed in another thread, or was interrupted."""
 
 
 class _Slice(io.RawIOBase):
@@ -288,40 +295,35 @@ def _check_room(source: _Source, folder: Path) -> None:
         )
 
 
-def _write(source: _Source, folder: Path, settings: Settings) -> tuple[Counter, dict]:
+def _write(source: _Source, folder: Path, settings: Settings) -> Counter:
     """Writes the iteration's folder; its index, without which nothing loads it, last.
 
     Returns:
-        What was done how often, and each item's checksum by its index in the source.
+        What was done how often.
     """
     folder.mkdir()
     counts: Counter = Counter()
-    places, checksums = {}, {}
+    places: dict = {}
     total = sum(place.length for place in source.index.storage_data.values())
-    said = time.monotonic()
-    for name, indices in source.items.items():
-        with open(folder / name, "wb") as file:
-            writer = _Writer(file)
-            for index in indices:
-                offset = file.tell()
-                try:
-                    _write_item(source, index, writer, settings, counts)
-                except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-                    if writer.error is not None:  # which torch.save makes a RuntimeError of
-                        raise writer.error from None
-                    raise ConvertError(
-                        f"{source.folder / name}: {index.fqn} cannot be read "
-                        f"({type(error).__name__}): the checkpoint is damaged. Choose "
-                        "another iteration with --iteration."
-                    ) from error
-                checksums[index] = writer.take()
-                places[index] = (name, offset, file.tell() - offset)
-                counts["bytes"] += source.place(index).length
-                if time.monotonic() - said > 10:
-                    said = time.monotonic()
-                    _say(f"{counts['bytes'] / 1e9:.1f} of {total / 1e9:.1f} GB")
-            file.flush()
-            os.fsync(file.fileno())
+    stop, done = threading.Event(), Counter()
+    with ThreadPoolExecutor(weights.threads()) as pool:
+        files = [
+            pool.submit(_write_file, source, name, folder, settings, stop, done)
+            for name in source.items
+        ]
+        try:
+            left = set(files)
+            while left:
+                ended, left = wait(left, timeout=10, return_when="FIRST_EXCEPTION")
+                for file in ended:
+                    found, at = file.result()
+                    counts.update(found)
+                    places.update(at)
+                if left:
+                    _say(f"{sum(done.values()) / 1e9:.1f} of {total / 1e9:.1f} GB")
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
     for path in source.folder.iterdir():  # metadata.json, and what else lies there
         if path.name in (_INDEX, _COMMON, *_CHECKSUMS) or path.suffix == ".distcp":
             continue
@@ -336,7 +338,45 @@ def _write(source: _Source, folder: Path, settings: Settings) -> tuple[Counter, 
         file.flush()
         os.fsync(file.fileno())
     integrity.seal(folder)
-    return counts, checksums
+    return counts
+
+
+def _write_file(
+    source: _Source,
+    name: str,
+    folder: Path,
+    settings: Settings,
+    stop: threading.Event,
+    done: Counter,
+) -> tuple[Counter, dict]:
+    """Writes one file.
+
+    Returns:
+        What was done how often, and each item's place by its index in the source.
+    """
+    counts: Counter = Counter()
+    places = {}
+    with open(folder / name, "wb") as file:
+        writer = _Writer(file, stop)
+        for index in source.items[name]:
+            offset, length = file.tell(), source.place(index).length
+            try:
+                with _large if length > _LARGE else contextlib.nullcontext():
+                    _write_item(source, index, writer, settings, counts)
+            except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+                if writer.error is not None:  # which torch.save makes a RuntimeError of
+                    raise writer.error from None
+                raise ConvertError(
+                    f"{source.folder / name}: {index.fqn} cannot be read "
+                    f"({type(error).__name__}): the checkpoint is damaged. Choose "
+                    "another iteration with --iteration."
+                ) from error
+            places[index] = (name, offset, file.tell() - offset)
+            counts["bytes"] += length
+            done[name] = counts["bytes"]
+        file.flush()
+        os.fsync(file.fileno())
+    return counts, places
 
 
 def _write_item(
@@ -357,9 +397,9 @@ def _write_item(
     counts["copied"] += 1
     with source.open(index) as given:
         length = source.place(index).length
-        while count := given.readinto(_buffer):
-            file.write(memoryview(_buffer)[:count])
-            length -= count
+        while block := given.read(min(_BLOCK, length)):
+            file.write(block)
+            length -= len(block)
         if length:
             raise EOFError(f"{length} bytes are missing")
 
@@ -391,11 +431,11 @@ def _index(old: Any, places: dict, to: str) -> Any:
     return new
 
 
-def _verify(source: _Source, folder: Path, settings: Settings, checksums: dict) -> None:
+def _verify(source: _Source, folder: Path, settings: Settings) -> None:
     """Reads everything back through the new index.
 
-    Every item is looked up as a loader would, and its checksum compared with that of what was
-    written; arguments and param groups are compared as objects.
+    Every item has to be where a loader would look for it, of the size that the index has and with
+    the checksum that its tensor had in memory; arguments and param groups are compared as objects.
 
     Raises:
         Mismatch: naming the first that is wrong.
@@ -403,31 +443,23 @@ def _verify(source: _Source, folder: Path, settings: Settings, checksums: dict) 
     try:
         written = _Source(weights.find(folder))
     except (ConvertError, weights.CheckpointError) as error:
-        raise Mismatch(f"what was written cannot be read: {error}") from error
-    by_name = {(new.fqn, new.offset, new.index): new for new in written.index.storage_data}
-    for index in (index for indices in source.items.values() for index in indices):
-        new = by_name.get((transfer.rename(index.fqn, settings.to), index.offset, index.index))
-        good = new is not None and _checksum(written.open(new)) == checksums[index]
-        if good and index in source.parsed:
-            wanted = transfer.convert_object(source.parsed[index], settings)
-            good = repr(written.parsed[new]) == repr(wanted)
-        if not good:
-            raise Mismatch(
-                f"{folder / source.place(index).relative_path}: {index.fqn} reads back otherwise "
-                "than it was written. Check the disk, and convert again."
-            )
+        raise Mismatch(
+            f"what was written does not read back: {error}. Check the disk, and convert again."
+        ) from error
+    new = {(index.fqn, index.offset, index.index): index for index in written.index.storage_data}
+    for old in source.index.storage_data:
+        index = new.get((transfer.rename(old.fqn, settings.to), old.offset, old.index))
+        if index is None:
+            raise Mismatch(f"{folder / _INDEX} does not say where {old.fqn} is")
+        if old in source.parsed:
+            _compare(source.parsed[old], written.parsed[index], old.fqn, settings)
     if None in source.parsed:
-        wanted = transfer.convert_object(source.parsed[None], settings)
-        if repr(written.parsed[None]) != repr(wanted):
-            raise Mismatch(f"{folder / _COMMON} reads back otherwise than it was written")
+        _compare(source.parsed[None], written.parsed[None], folder / _COMMON, settings)
 
 
-def _checksum(file: BinaryIO) -> int:
-    value, buffer = 0, memoryview(_buffer)
-    with file:
-        while count := file.readinto(buffer):
-            value = zlib.crc32(buffer[:count], value)
-    return value
+def _compare(old: Any, new: Any, name: Any, settings: Settings) -> None:
+    if repr(new) != repr(transfer.convert_object(old, settings)):
+        raise Mismatch(f"{name} reads back otherwise than it was written")
 
 
 def _record(source: _Source, settings: Settings, counts: Counter, seconds: float) -> dict:

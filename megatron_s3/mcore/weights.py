@@ -8,11 +8,13 @@ Reading unpickles what the checkpoint holds, as Megatron does: read only what yo
 """
 
 import argparse
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 
 from megatron_s3.mcore import integrity
 
-__all__ = ["CheckpointError", "arguments", "find", "logits", "tensors"]
+__all__ = ["CheckpointError", "arguments", "find", "logits", "tensors", "threads"]
 
 #: Whatever of a checkpoint's arguments says where and how fast it ran, and not what it computes, is
 #: set back to Megatron's default; so is all of ModelParallelConfig.
@@ -124,11 +126,18 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
     return found
 
 
+def threads() -> int:
+    """How many read and write a checkpoint's files: one for each processor, 8 at most."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def _check_files(checkpoint: Path) -> None:
     """Every file of the checkpoint is there, whole, and what was written."""
     try:
         integrity.check(checkpoint)
-        integrity.verify(checkpoint)
+        verify = functools.partial(integrity.verify, checkpoint, of=threads())
+        with ThreadPoolExecutor(threads()) as pool:
+            list(pool.map(verify, range(threads())))
     except integrity.Damaged as error:
         raise CheckpointError(
             f"{error}: the checkpoint is damaged. Choose another iteration with --iteration."

@@ -21,6 +21,7 @@ from megatron_s3.optimizers.description import FORMAT
 __all__ = [
     "SaveFailed",
     "load_base_checkpoint",
+    "load_checkpoint",
     "maybe_finalize_async_save",
     "open_file",
     "optim_param_to_id_map",
@@ -67,6 +68,31 @@ def load_base_checkpoint(
             if getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist":
                 build.restore_step(state_dict)
     return result
+
+
+def load_checkpoint(original: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    """Around Megatron's loading, which gives up with status 0 where it cannot read something.
+
+    A scheduler would take that for the end of the training, and start what waits for it.
+
+    Raises:
+        ValueError: it gave up; not where ``--exit-on-missing-checkpoint`` asks for that.
+    """
+    from megatron.training import checkpointing
+
+    try:
+        return original(*rest, **kwargs)
+    except SystemExit as end:
+        args = checkpointing.get_args()
+        load_dir = getattr(args, kwargs.get("load_arg", rest[3] if len(rest) > 3 else "load"))
+        missing = not Path(load_dir or "", TRACKER).is_file()
+        if end.code or (args.exit_on_missing_checkpoint and missing):
+            raise
+        raise ValueError(
+            f"{load_dir} could not be loaded, for the reason that Megatron prints above. Choose an "
+            "iteration with --ckpt-step, or load the model's weights alone with --no-load-optim "
+            "--no-load-rng."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -152,6 +152,14 @@ SEAMS = (
     ),
     Seam(
         "megatron.training.checkpointing",
+        "load_checkpoint",
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+        checkpoint.load_checkpoint,
+        "with --optimizer adam too: a checkpoint that cannot be read ends the run with status 1, "
+        "where Megatron ends it with 0",
+    ),
+    Seam(
+        "megatron.training.checkpointing",
         "save_checkpoint",
         ("iteration", "model", "optimizer", "opt_param_scheduler"),
         checkpoint.save_checkpoint,

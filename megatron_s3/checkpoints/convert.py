@@ -33,7 +33,7 @@ from megatron_s3.mcore import integrity, objects, weights
 
 __all__ = ["ConvertError", "convert", "main"]
 
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 #: Bytes of an item that is converted while no other of that size is.
 _LARGE = 256 << 20
 _large = threading.Lock()
@@ -396,10 +396,10 @@ def _write_item(
         return
     counts["copied"] += 1
     with source.open(index) as given:
-        length = source.place(index).length
-        while block := given.read(min(_BLOCK, length)):
-            file.write(block)
-            length -= len(block)
+        length, buffer = source.place(index).length, memoryview(bytearray(_BLOCK))
+        while count := given.readinto(buffer):
+            file.write(buffer[:count])
+            length -= count
         if length:
             raise EOFError(f"{length} bytes are missing")
 

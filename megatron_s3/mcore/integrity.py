@@ -28,7 +28,7 @@ CONFIG = "metadata.json"
 #: Written by :func:`seal`; ``sha256sum -c`` reads it.
 SEAL = "checksums.sha256"
 
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 
 # What a zip file is made of; see PKWARE's APPNOTE.
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -326,11 +326,12 @@ def _verify_zip(fd: int, item: _Item) -> None:
 
 def _crc(fd: int, start: int, size: int) -> int:
     value, end = 0, start + size
+    buffer = memoryview(bytearray(min(_BLOCK, size)))
     while start < end:
-        block = os.pread(fd, min(_BLOCK, end - start), start)
-        if not block:
+        count = os.preadv(fd, [buffer[: end - start]], start)
+        if not count:
             raise _Differs("it ends too soon")
-        value, start = zlib.crc32(block, value), start + len(block)
+        value, start = zlib.crc32(buffer[:count], value), start + count
     return value
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -54,10 +55,11 @@ def common(**other: object) -> dict:
     } | other
 
 
-def write(folder: Path, state: dict[str, torch.Tensor], objects: dict) -> Path:
+def write(folder: Path, state: dict[str, torch.Tensor], objects: dict, files: int = 1) -> Path:
     """A checkpoint in the format torch_dist, as an older Megatron lays it out, without Megatron."""
     iteration = folder / "iter_0000100"
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(iteration), no_dist=True)
+    writer = dcp.FileSystemWriter(iteration, thread_count=files)
+    dcp.save(state, storage_writer=writer, no_dist=True)
     torch.save(objects, iteration / "common.pt")
     (iteration / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (folder / "latest_checkpointed_iteration.txt").write_text("100")
@@ -272,6 +274,31 @@ def test_a_full_disk_is_called_so(call: int, tmp_path: Path, monkeypatch) -> Non
 
     monkeypatch.setattr(convert._Writer, "write", full)
     assert "No space left on device" in error(given, tmp_path / "s3", "--to", "s3")
+    assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
+
+
+def test_one_file_that_fails_ends_them_all(tmp_path: Path, monkeypatch) -> None:
+    """The others' threads are waited for, and the first error is the one that is said."""
+    given = write(tmp_path / "adamw", states(), common(), files=4)
+    names = sorted(path.name for path in given.glob("*/*.distcp"))
+    assert len(names) == 4
+    honest, running = convert._Writer.write, threading.Barrier(4)
+    begun, stopped = set(), []
+
+    def fails(writer, data):
+        name = Path(writer._file.name).name
+        if name not in begun:
+            begun.add(name)
+            running.wait(60)
+        if name == names[0]:
+            raise OSError(28, "No space left on device")
+        stopped.append(writer._stop.wait(60))
+        return honest(writer, data)
+
+    monkeypatch.setattr(convert._Writer, "write", fails)
+    monkeypatch.setattr(convert.weights, "threads", lambda: 4)
+    assert "No space left on device" in error(given, tmp_path / "s3", "--to", "s3")
+    assert stopped and all(stopped)
     assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
 
 

@@ -2,12 +2,11 @@
 
 The files of a ``torch_dist`` checkpoint are rewritten one after another, item by item: weights and
 main parameters byte for byte, states and param groups as :mod:`~megatron_s3.checkpoints.transfer`
-says.  The layout of the shards stays, so that each thread, which writes one file, has no more than
-one item in memory: a rank's part of one parameter.
+says.  The layout of the shards stays, and the sizes and dtypes of all that is in them: of a tensor
+that changes, the elements and their checksum are replaced, block by block, and the rest is copied.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import io
@@ -16,10 +15,13 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,9 +36,6 @@ from megatron_s3.mcore import integrity, objects, weights
 __all__ = ["ConvertError", "convert", "main"]
 
 _BLOCK = 1 << 20
-#: Bytes of an item that is converted while no other of that size is.
-_LARGE = 256 << 20
-_large = threading.Lock()
 _NAMES = {"s3": "S3", "adam": "AdamW"}
 _INDEX = ".metadata"
 _COMMON = "common.pt"
@@ -110,6 +109,43 @@ def convert(
     return record
 
 
+class _Slice(io.RawIOBase):
+    """A part of a file as a file that can be read."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._offset, self.length, self._at = offset, length, 0
+
+    def entries(self) -> list[integrity.Entry]:
+        """What it holds, as a zip file."""
+        return integrity.entries(self._file.fileno(), self._offset, self.length)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self.length - self._at)]
+        count = os.preadv(self._file.fileno(), [view], self._offset + self._at) if len(view) else 0
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class _Source:
     """The checkpoint that is read.
 
@@ -156,7 +192,7 @@ class _Source:
     def is_tensor(self, index: Any) -> bool:
         return hasattr(self.index.state_dict_metadata[index.fqn], "chunks")
 
-    def open(self, index: Any) -> BinaryIO:
+    def open(self, index: Any) -> _Slice:
         place = self.place(index)
         return _Slice(self.folder / place.relative_path, place.offset, place.length)
 
@@ -227,42 +263,15 @@ class _Writer:
     def flush(self) -> None:
         self._file.flush()
 
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, place: int) -> None:
+        self._file.seek(place)
+
 
 class _Stopped(Exception):
     """The conversion has failed in another thread, or was interrupted."""
-
-
-class _Slice(io.RawIOBase):
-    """A part of a file as a file that can be read."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._offset, self._length, self._at = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self._length - self._at)]
-        count = os.preadv(self._file.fileno(), [view], self._offset + self._at) if len(view) else 0
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _read_index(folder: Path) -> Any:
@@ -361,8 +370,7 @@ def _write_file(
         for index in source.items[name]:
             offset, length = file.tell(), source.place(index).length
             try:
-                with _large if length > _LARGE else contextlib.nullcontext():
-                    _write_item(source, index, writer, settings, counts)
+                _write_item(source, index, writer, settings, counts)
             except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
                 if writer.error is not None:  # which torch.save makes a RuntimeError of
                     raise writer.error from None
@@ -386,27 +394,65 @@ def _write_item(
         counts["objects"] += 1
         torch.save(transfer.convert_object(source.parsed[index], settings), file)
         return
-    if source.is_tensor(index) and transfer.changes(index.fqn, settings):
-        tensor = _tensor(source.open(index))
-        state = transfer.state_of(index.fqn)
+    with source.open(index) as given:
+        if source.is_tensor(index) and transfer.changes(index.fqn, settings):
+            dtype = source.index.state_dict_metadata[index.fqn].properties.dtype
+            _rewrite(given, file, index.fqn, dtype, settings, counts)
+        else:
+            counts["copied"] += 1
+            _copy(given, file, source.place(index).length)
+
+
+def _copy(given: _Slice, file: _Writer, length: int) -> None:
+    for block in _blocks(given, length):
+        file.write(block)
+
+
+def _blocks(given: _Slice, length: int) -> Iterator[memoryview]:
+    """So many bytes from here on; each block is overwritten by the next.
+
+    Raises:
+        EOFError: there are fewer.
+    """
+    buffer = memoryview(bytearray(min(_BLOCK, length)))
+    while length:
+        block = buffer[:length]
+        filled = 0
+        while filled < len(block):
+            count = given.readinto(block[filled:])
+            if not count:
+                raise EOFError(f"{length - filled} bytes are missing")
+            filled += count
+        yield block
+        length -= len(block)
+
+
+def _rewrite(
+    given: _Slice,
+    file: _Writer,
+    name: str,
+    dtype: torch.dtype,
+    settings: Settings,
+    counts: Counter,
+) -> None:
+    """Writes a tensor's zip file with other elements, of the same dtype, and their checksum."""
+    (data,) = (entry for entry in given.entries() if entry.is_data)
+    begin, state, checksum = file.tell(), transfer.state_of(name), 0
+    _copy(given, file, data.start)
+    for block in _blocks(given, data.size):
+        tensor = torch.frombuffer(block, dtype=dtype)
         counts[state] += tensor.numel()
         if not tensor.sum().isfinite():
             counts["nonfinite"] += tensor.numel() - int(tensor.isfinite().sum())
-        torch.save(transfer.convert_tensor(index.fqn, tensor, settings), file)
-        return
-    counts["copied"] += 1
-    with source.open(index) as given:
-        length, buffer = source.place(index).length, memoryview(bytearray(_BLOCK))
-        while count := given.readinto(buffer):
-            file.write(buffer[:count])
-            length -= count
-        if length:
-            raise EOFError(f"{length} bytes are missing")
-
-
-def _tensor(file: BinaryIO) -> torch.Tensor:
-    with file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        new = transfer.convert_tensor(name, tensor, settings).view(torch.uint8).numpy()
+        checksum = zlib.crc32(new, checksum)
+        file.write(new)
+    _copy(given, file, given.length - data.start - data.size)
+    end = file.tell()
+    for place in data.checksum_at:
+        file.seek(begin + place)
+        file.write(struct.pack("<L", checksum))
+    file.seek(end)
 
 
 def _index(old: Any, places: dict, to: str) -> Any:

@@ -20,7 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SEAL", "Damaged", "check", "is_complete", "reopen", "seal", "verify"]
+__all__ = [
+    "SEAL",
+    "Damaged",
+    "Entry",
+    "check",
+    "entries",
+    "is_complete",
+    "reopen",
+    "seal",
+    "verify",
+]
 
 INDEX = ".metadata"
 CONFIG = "metadata.json"
@@ -38,6 +48,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _DESCRIPTOR = struct.Struct("<4sLLL")
 _DESCRIPTOR64 = struct.Struct("<4sLQQ")
+_LOCAL_CRC, _CENTRAL_CRC, _DESCRIPTOR_CRC = 14, 16, 4  # bytes before the checksum
 _HAS_DESCRIPTOR = 8
 _IN_ZIP64 = 0xFFFFFFFF
 
@@ -61,6 +72,30 @@ class _Item:
     offset: int
     length: int
     data: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One of the parts of which a tensor's or object's zip file is made.
+
+    Attributes:
+        name: ``archive/data/0``, for one.
+        start: of its first byte, from the zip file's.
+        size: in bytes.
+        checksum: CRC-32 of them.
+        checksum_at: where the zip file has that, as 4 bytes, the lowest first.
+    """
+
+    name: str
+    start: int
+    size: int
+    checksum: int
+    checksum_at: tuple[int, ...]
+
+    @property
+    def is_data(self) -> bool:
+        """Whether it is a tensor's elements."""
+        return "/data/" in f"/{self.name}" and "/.data/" not in f"/{self.name}"
 
 
 def is_complete(folder: Path, *, config: bool = True) -> bool:
@@ -316,10 +351,11 @@ def _agree(what: str, *pairs: tuple[Any, Any]) -> None:
 
 def _verify_zip(fd: int, item: _Item) -> None:
     sizes = []
-    for name, start, size, crc in _entries(fd, item):
-        _agree(f"the checksum of {name}", (_crc(fd, item.offset + start, size), crc))
-        if "/data/" in f"/{name}" and "/.data/" not in f"/{name}":
-            sizes.append(size)
+    for entry in _entries(fd, item):
+        found = _crc(fd, item.offset + entry.start, entry.size)
+        _agree(f"the checksum of {entry.name}", (found, entry.checksum))
+        if entry.is_data:
+            sizes.append(entry.size)
     if item.data is not None:
         _agree(f"{sum(sizes):,} bytes where the index has {item.data:,}", (sum(sizes), item.data))
 
@@ -335,8 +371,19 @@ def _crc(fd: int, start: int, size: int) -> int:
     return value
 
 
-def _entries(fd: int, item: _Item) -> Iterator[tuple[str, int, int, int]]:
-    """Name, first byte, size and checksum of all that a zip file of ``torch.save`` holds.
+def entries(fd: int, offset: int, length: int) -> list[Entry]:
+    """What a zip file of ``torch.save`` holds, that :func:`verify` finds nothing in.
+
+    Args:
+        fd: of an open file.
+        offset: of the zip file's first byte in it.
+        length: of the zip file.
+    """
+    return list(_entries(fd, _Item(Path(), offset, length)))
+
+
+def _entries(fd: int, item: _Item) -> Iterator[Entry]:
+    """All that a zip file of ``torch.save`` holds.
 
     Every number in its headers that a reader uses is compared with the other place where it is.
     """
@@ -355,6 +402,7 @@ def _entries(fd: int, item: _Item) -> Iterator[tuple[str, int, int, int]]:
             _CENTRAL.unpack_from(central, at)
         )
         _agree("the directory", (magic, b"PK\1\2"), ((method, lengths[2], disk, i, e), (0,) * 5))
+        places = [offset + at + _CENTRAL_CRC]
         at += _CENTRAL.size
         name = central[at : at + lengths[0]]
         extra = central[at + lengths[0] : at + lengths[0] + lengths[1]]
@@ -370,7 +418,8 @@ def _entries(fd: int, item: _Item) -> Iterator[tuple[str, int, int, int]]:
         _agree("a name", (os.pread(fd, len(name), item.offset + start), name))
         start += len(name) + there[10]
         here = start + plain
-        yield name.decode(errors="replace"), start, plain, crc
+        places.append(here + _DESCRIPTOR_CRC if flags & _HAS_DESCRIPTOR else local + _LOCAL_CRC)
+        yield Entry(name.decode(errors="replace"), start, plain, crc, tuple(places))
         if flags & _HAS_DESCRIPTOR:
             form = _DESCRIPTOR64 if wide else _DESCRIPTOR
             _agree("a descriptor", (read(form, here), (b"PK\7\x08", crc, packed, plain)))

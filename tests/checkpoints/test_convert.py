@@ -259,7 +259,7 @@ def test_what_reads_back_wrongly_is_not_left(name: str, tmp_path: Path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
 
 
-@pytest.mark.parametrize("call", [1, 5, 20])
+@pytest.mark.parametrize("call", [1, 5, 10])
 def test_a_full_disk_is_called_so(call: int, tmp_path: Path, monkeypatch) -> None:
     given = write(tmp_path / "adamw", states(), common())
     honest, calls = convert._Writer.write, []

@@ -314,7 +314,8 @@ def _write(source: _Source, folder: Path, settings: Settings) -> Counter:
     counts: Counter = Counter()
     places: dict = {}
     total = sum(place.length for place in source.index.storage_data.values())
-    stop, done = threading.Event(), Counter()
+    stop = threading.Event()
+    done = dict.fromkeys(source.items, 0)  # bytes of each file; its size never changes
     with ThreadPoolExecutor(weights.threads()) as pool:
         files = [
             pool.submit(_write_file, source, name, folder, settings, stop, done)
@@ -356,7 +357,7 @@ def _write_file(
     folder: Path,
     settings: Settings,
     stop: threading.Event,
-    done: Counter,
+    done: dict[str, int],
 ) -> tuple[Counter, dict]:
     """Writes one file.
 

@@ -205,13 +205,19 @@ def _start(rank: int, argv: list[str], log: str, program: str) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        # What an interpreter does at its end: Megatron's saving leaves a process behind until then.
-        for child in multiprocessing.active_children():
-            child.kill()  # it may have inherited a handler of SIGTERM
-            child.join()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            _end()
+        finally:  # whatever happens: this process must not go on as the one that forked it
+            os._exit(status)
+
+
+def _end() -> None:
+    """What an interpreter does at its end: Megatron's saving leaves a process behind until then."""
+    for child in multiprocessing.active_children():
+        child.kill()  # it may have inherited a handler of SIGTERM
+        child.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _run_script(path: str, name: str) -> None:

@@ -1,6 +1,6 @@
 """``megatron-s3 convert``: a checkpoint of AdamW's as one that S3 resumes from, and back.
 
-The files of a ``torch_dist`` checkpoint are rewritten one after another, item by item: weights and
+The files of a ``torch_dist`` checkpoint are rewritten, item by item, several at a time: weights and
 main parameters byte for byte, states and param groups as :mod:`~megatron_s3.checkpoints.transfer`
 says.  The layout of the shards stays, and the sizes and dtypes of all that is in them: of a tensor
 that changes, the elements and their checksum are replaced, block by block, and the rest is copied.
@@ -9,19 +9,15 @@ that changes, the elements and their checksum are replaced, block by block, and 
 import argparse
 import copy
 import dataclasses
-import io
 import json
 import os
 import pickle
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,13 +25,13 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_s3 import __version__
-from megatron_s3.checkpoints import transfer
+from megatron_s3.checkpoints import items, transfer
+from megatron_s3.checkpoints.items import Slice, Writer
 from megatron_s3.checkpoints.transfer import Settings, TransferError
 from megatron_s3.mcore import integrity, objects, weights
 
 __all__ = ["ConvertError", "convert", "main"]
 
-_BLOCK = 1 << 20
 _NAMES = {"s3": "S3", "adam": "AdamW"}
 _INDEX = ".metadata"
 _COMMON = "common.pt"
@@ -109,43 +105,6 @@ def convert(
     return record
 
 
-class _Slice(io.RawIOBase):
-    """A part of a file as a file that can be read."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._offset, self.length, self._at = offset, length, 0
-
-    def entries(self) -> list[integrity.Entry]:
-        """What it holds, as a zip file."""
-        return integrity.entries(self._file.fileno(), self._offset, self.length)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self.length - self._at)]
-        count = os.preadv(self._file.fileno(), [view], self._offset + self._at) if len(view) else 0
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 class _Source:
     """The checkpoint that is read.
 
@@ -192,9 +151,9 @@ class _Source:
     def is_tensor(self, index: Any) -> bool:
         return hasattr(self.index.state_dict_metadata[index.fqn], "chunks")
 
-    def open(self, index: Any) -> _Slice:
+    def open(self, index: Any) -> Slice:
         place = self.place(index)
-        return _Slice(self.folder / place.relative_path, place.offset, place.length)
+        return Slice(self.folder / place.relative_path, place.offset, place.length)
 
     def _check_states(self) -> None:
         shapes: dict[str, dict[str, Any]] = {}
@@ -238,40 +197,6 @@ class _Source:
 
 def _may_hold_settings(name: str) -> bool:
     return "optimizer" in name or "opt_param_scheduler" in name or name.startswith("common_state")
-
-
-class _Writer:
-    """A file to write, that knows what stopped it.
-
-    Attributes:
-        error: a full disk, or that another thread's has failed.
-    """
-
-    def __init__(self, file: BinaryIO, stop: threading.Event) -> None:
-        self._file, self._stop = file, stop
-        self.error: BaseException | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            if self._stop.is_set():
-                raise _Stopped
-            return self._file.write(data)
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seek(self, place: int) -> None:
-        self._file.seek(place)
-
-
-class _Stopped(Exception):
-    """The conversion has failed in another thread, or was interrupted."""
 
 
 def _read_index(folder: Path) -> Any:
@@ -367,7 +292,7 @@ def _write_file(
     counts: Counter = Counter()
     places = {}
     with open(folder / name, "wb") as file:
-        writer = _Writer(file, stop)
+        writer = Writer(file, stop)
         for index in source.items[name]:
             offset, length = file.tell(), source.place(index).length
             try:
@@ -389,71 +314,26 @@ def _write_file(
 
 
 def _write_item(
-    source: _Source, index: Any, file: _Writer, settings: Settings, counts: Counter
+    source: _Source, index: Any, file: Writer, settings: Settings, counts: Counter
 ) -> None:
     if index in source.parsed:
         counts["objects"] += 1
         torch.save(transfer.convert_object(source.parsed[index], settings), file)
         return
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        counts[transfer.state_of(index.fqn)] += tensor.numel()
+        if not tensor.sum().isfinite():
+            counts["nonfinite"] += tensor.numel() - int(tensor.isfinite().sum())
+        return transfer.convert_tensor(index.fqn, tensor, settings)
+
     with source.open(index) as given:
         if source.is_tensor(index) and transfer.changes(index.fqn, settings):
             dtype = source.index.state_dict_metadata[index.fqn].properties.dtype
-            _rewrite(given, file, index.fqn, dtype, settings, counts)
+            items.rewrite(given, file, dtype, change)
         else:
             counts["copied"] += 1
-            _copy(given, file, source.place(index).length)
-
-
-def _copy(given: _Slice, file: _Writer, length: int) -> None:
-    for block in _blocks(given, length):
-        file.write(block)
-
-
-def _blocks(given: _Slice, length: int) -> Iterator[memoryview]:
-    """So many bytes from here on; each block is overwritten by the next.
-
-    Raises:
-        EOFError: there are fewer.
-    """
-    buffer = memoryview(bytearray(min(_BLOCK, length)))
-    while length:
-        block = buffer[:length]
-        filled = 0
-        while filled < len(block):
-            count = given.readinto(block[filled:])
-            if not count:
-                raise EOFError(f"{length - filled} bytes are missing")
-            filled += count
-        yield block
-        length -= len(block)
-
-
-def _rewrite(
-    given: _Slice,
-    file: _Writer,
-    name: str,
-    dtype: torch.dtype,
-    settings: Settings,
-    counts: Counter,
-) -> None:
-    """Writes a tensor's zip file with other elements, of the same dtype, and their checksum."""
-    (data,) = (entry for entry in given.entries() if entry.is_data)
-    begin, state, checksum = file.tell(), transfer.state_of(name), 0
-    _copy(given, file, data.start)
-    for block in _blocks(given, data.size):
-        tensor = torch.frombuffer(block, dtype=dtype)
-        counts[state] += tensor.numel()
-        if not tensor.sum().isfinite():
-            counts["nonfinite"] += tensor.numel() - int(tensor.isfinite().sum())
-        new = transfer.convert_tensor(name, tensor, settings).view(torch.uint8).numpy()
-        checksum = zlib.crc32(new, checksum)
-        file.write(new)
-    _copy(given, file, given.length - data.start - data.size)
-    end = file.tell()
-    for place in data.checksum_at:
-        file.seek(begin + place)
-        file.write(struct.pack("<L", checksum))
-    file.seek(end)
+            items.copy(given, file, given.length)
 
 
 def _index(old: Any, places: dict, to: str) -> Any:

@@ -234,7 +234,7 @@ def _check(folder: Path, args: Any, own_file: bool) -> None:
 
 
 def _check_own_file(folder: Path) -> None:
-    """In the format ``torch`` each rank reads its own file: Megatron ends with status 0 without."""
+    """In the format ``torch`` each rank reads its own file, and others would wait for it."""
     from megatron.training.checkpointing import get_checkpoint_name
 
     number = folder.name[5:]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_s3.checkpoints import convert, transfer
+from megatron_s3.checkpoints import convert, items, transfer
 from megatron_s3.optimizers import S3
 from megatron_s3.optimizers.description import FORMAT
 from tests.trainer import assert_bitwise_equal, brief, tensors, train
@@ -262,7 +262,7 @@ def test_what_reads_back_wrongly_is_not_left(name: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("call", [1, 5, 10])
 def test_a_full_disk_is_called_so(call: int, tmp_path: Path, monkeypatch) -> None:
     given = write(tmp_path / "adamw", states(), common())
-    honest, calls = convert._Writer.write, []
+    honest, calls = items.Writer.write, []
 
     def full(writer, data):
         calls.append(len(data))
@@ -272,7 +272,7 @@ def test_a_full_disk_is_called_so(call: int, tmp_path: Path, monkeypatch) -> Non
             patch.setattr(writer, "_file", file)
             return honest(writer, data)
 
-    monkeypatch.setattr(convert._Writer, "write", full)
+    monkeypatch.setattr(items.Writer, "write", full)
     assert "No space left on device" in error(given, tmp_path / "s3", "--to", "s3")
     assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
 
@@ -282,7 +282,7 @@ def test_one_file_that_fails_ends_them_all(tmp_path: Path, monkeypatch) -> None:
     given = write(tmp_path / "adamw", states(), common(), files=4)
     names = sorted(path.name for path in given.glob("*/*.distcp"))
     assert len(names) == 4
-    honest, running = convert._Writer.write, threading.Barrier(4)
+    honest, running = items.Writer.write, threading.Barrier(4)
     begun, stopped = set(), []
 
     def fails(writer, data):
@@ -295,7 +295,7 @@ def test_one_file_that_fails_ends_them_all(tmp_path: Path, monkeypatch) -> None:
         stopped.append(writer._stop.wait(60))
         return honest(writer, data)
 
-    monkeypatch.setattr(convert._Writer, "write", fails)
+    monkeypatch.setattr(items.Writer, "write", fails)
     monkeypatch.setattr(convert.weights, "threads", lambda: 4)
     assert "No space left on device" in error(given, tmp_path / "s3", "--to", "s3")
     assert stopped and all(stopped)

@@ -1,0 +1,169 @@
+"""Megatron's library without its trainer: a small model and its optimizer, built in a fork.
+
+    @on_ranks(1)
+    def test_something(case):
+        model, optimizer = build("s3")
+        step(model, optimizer)
+
+The function runs in forks of a process that has imported Megatron and registered the plugin
+(:mod:`megatron_s3.launch.forks`), so that nothing of it reaches pytest's own process.
+"""
+
+import base64
+import functools
+import importlib.util
+import inspect
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.releases import INSTALLED, unpacked
+from tests.trainer import forks
+
+__all__ = ["build", "inner", "on_ranks", "step", "wrap"]
+
+
+def on_ranks(ranks: int = 1, release: str = INSTALLED) -> Callable[[Callable], Callable]:
+    """Makes a test run on so many gloo ranks, with Megatron's parallel state initialized.
+
+    Its arguments (parameters and fixtures) have to be picklable.  It fails if a rank fails, with
+    what the ranks printed.  A parameter named ``release`` chooses the release of Megatron-Core.
+
+    Args:
+        ranks: number of processes, 8 at most.
+        release: of Megatron-Core, one of :data:`tests.releases.RELEASES`.
+    """
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def run(**arguments: Any) -> None:
+            chosen = arguments.get("release", release)
+            megatron = None if chosen == INSTALLED else unpacked(chosen)
+            packed = base64.b64encode(pickle.dumps(arguments)).decode()
+            argv = [inspect.getfile(test), test.__name__, packed]
+            with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+                status = forks(megatron).run(argv, ranks, log.name, program=__name__)
+                assert status == 0, log.read()[-8000:]
+
+        return run
+
+    return decorate
+
+
+def build(
+    name: str = "s3",
+    overrides: dict | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    sharded: bool = True,
+    model: torch.nn.Module | None = None,
+    ddp: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[torch.nn.Module, Any]:
+    """Two linear layers (0: 40 to 30, 1: 30 to 20) in Megatron's wrappers, and their optimizer.
+
+    Args:
+        name: of the optimizer.
+        overrides: ``config_overrides`` of get_megatron_optimizer.
+        dtype: of the model.
+        sharded: whether by the distributed optimizer.
+        model: another one; the same on every rank.
+        ddp: further fields of DistributedDataParallelConfig.
+        **settings: attributes of OptimizerConfig, those of the plugin's flags included.
+
+    Returns:
+        The model and the optimizer.
+    """
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    wrapped = wrap(model, dtype=dtype, sharded=sharded, ddp=ddp)
+    config = OptimizerConfig(
+        optimizer=name,
+        lr=0.1,
+        clip_grad=0.0,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        use_distributed_optimizer=sharded,
+    )
+    for key, value in settings.items():  # some of which its constructor allows to Adam alone
+        setattr(config, key, value)
+    chosen = {} if overrides is None else {"config_overrides": overrides}
+    return wrapped, get_megatron_optimizer(config, [wrapped], **chosen)
+
+
+def wrap(
+    model: torch.nn.Module | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    sharded: bool = True,
+    ddp: dict[str, Any] | None = None,
+) -> torch.nn.Module:
+    """The model of :func:`build`, in Megatron's wrappers, without an optimizer."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import Float16Module
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=40,
+        num_attention_heads=1,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+    )
+    if model is None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20))
+    model.config = config
+    if dtype != torch.float32:
+        model = Float16Module(config, model)
+    settings = {"use_distributed_optimizer": sharded, "grad_reduce_in_fp32": True} | (ddp or {})
+    return DistributedDataParallel(config, DistributedDataParallelConfig(**settings), model)
+
+
+def step(model: torch.nn.Module, optimizer: Any, seed: int = 0, scale: float = 1.0) -> Any:
+    """One step with normally distributed gradients, other ones on each rank.
+
+    Returns:
+        What the optimizer's step returns: success, gradient norm, number of zeros.
+    """
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    torch.manual_seed(100 * seed + torch.distributed.get_rank())
+    for param in model.parameters():
+        if param.requires_grad:
+            param.main_grad.copy_(torch.randn(param.shape) * scale)
+    model.finish_grad_sync()
+    return optimizer.step()
+
+
+def inner(optimizer: Any) -> Any:
+    """The torch optimizer in a Megatron optimizer of one part."""
+    (part,) = optimizer.chained_optimizers
+    return part.optimizer
+
+
+def _main() -> None:
+    """What a rank runs: argv holds the test's file, its name and its arguments."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    path, name, arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    specification = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module
+    specification.loader.exec_module(module)
+    getattr(module, name).__wrapped__(**pickle.loads(base64.b64decode(arguments)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main()

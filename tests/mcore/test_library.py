@@ -1,0 +1,29 @@
+"""What stands on the library alone, where no trainer is."""
+
+import pytest
+import torch
+
+from tests.mcore.library import build, inner, on_ranks, step
+from tests.releases import RELEASES
+
+
+@on_ranks(1)
+def fails(case):
+    raise RuntimeError(f"of case {case}")
+
+
+def test_a_failing_rank_fails_the_test():
+    with pytest.raises(AssertionError, match="RuntimeError: of case 3"):
+        fails(case=3)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("sharded", [True, False])
+@on_ranks(1)
+def test_a_small_model_is_stepped(release, sharded):
+    model, optimizer = build(sharded=sharded)
+    before = [param.detach().clone() for param in model.parameters()]
+    assert step(model, optimizer)[0]
+    assert inner(optimizer).description.name == "s3"
+    pairs = zip(before, model.parameters(), strict=True)
+    assert not any(torch.equal(old, new) for old, new in pairs)

@@ -137,9 +137,10 @@ def _fork(megatron: str | Path | None, ranks: int, argv: list[str], check: bool)
     return result
 
 
-def tensors(checkpoint: Path, iteration: int = ITERATIONS) -> dict[str, torch.Tensor]:
-    """Every tensor of a torch_dist checkpoint, by its name there."""
-    reader = dcp.FileSystemReader(checkpoint / f"iter_{iteration:07d}")
+def tensors(checkpoint: Path, iteration: int | None = ITERATIONS) -> dict[str, torch.Tensor]:
+    """Every tensor of a torch_dist checkpoint, by its name there; of the folder itself if None."""
+    folder = checkpoint if iteration is None else checkpoint / f"iter_{iteration:07d}"
+    reader = dcp.FileSystemReader(folder)
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()

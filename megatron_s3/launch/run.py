@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from megatron_s3.launch import lock, provenance, slurm
+from megatron_s3.launch import provenance, slurm
 from megatron_s3.launch.check import arithmetic, ask_megatron
 from megatron_s3.launch.config import Config, ConfigError, load, name_of
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         return _main(args)
-    except (ConfigError, slurm.SlurmError, lock.InUse) as error:
+    except (ConfigError, slurm.SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -240,20 +240,14 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") 
             print(f"export {name}={shlex.quote(value)}")
         print(shlex.join(command))
         return 0
-    with _alone(config, run_dir) as held:
-        saved = newest_checkpoint(run_dir)
-        if saved is not None:
-            say(f"going on from iteration {saved}")
-        provenance.record(run_dir, config, command)
-        # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
-        with subprocess.Popen(
-            command,
-            env=os.environ | config.launch.environment | held,
-            preexec_fn=lock.die_with_parent,
-        ) as process:
-            stop.pass_on_to(process)
-            status = process.wait()
-        reached = newest_checkpoint(run_dir)
+    if saved is not None:
+        say(f"going on from iteration {saved}")
+    provenance.record(run_dir, config, command)
+    # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
+    with subprocess.Popen(command, env=os.environ | config.launch.environment) as process:
+        stop.pass_on_to(process)
+        status = process.wait()
+    reached = newest_checkpoint(run_dir)
     if status:
         say(f"the ranks ended with status {status}; the newest checkpoint is {reached}")
         return status
@@ -262,17 +256,6 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") 
         say(f"stopped at iteration {reached} of {last} ({why}); the same command goes on")
         return STOPPED
     return 0
-
-
-def _alone(config: Config, run_dir: Path) -> contextlib.AbstractContextManager[dict[str, str]]:
-    """Holds the run's folder and that of its checkpoints, on the first node, for all of them."""
-    folders = [run_dir]
-    save = str(config.arguments.get("save", run_dir / "checkpoints"))
-    if "://" not in save:
-        folders.append(Path(save))
-    if os.environ.get("SLURM_NODEID", "0") != "0":
-        return contextlib.nullcontext(lock.variable(folders))
-    return lock.hold(folders)
 
 
 def _check_job(config: Config, dry_run: bool) -> None:

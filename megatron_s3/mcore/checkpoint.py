@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_s3.mcore import build, integrity, telemetry
+from megatron_s3.mcore import build, integrity, shard_files, telemetry
 from megatron_s3.mcore.arguments import destination, flag, say, state_dtypes
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT
@@ -70,21 +70,24 @@ def load_base_checkpoint(
     return result
 
 
-def load_checkpoint(original: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+def load_checkpoint(
+    original: Callable[..., Any], ddp_model: Any, optimizer: Any, *rest: Any, **kwargs: Any
+) -> Any:
     """Around Megatron's loading, which gives up with status 0 where it cannot read something.
 
     A scheduler would take that for the end of the training, and start what waits for it.
 
     Raises:
-        ValueError: it gave up; not where ``--exit-on-missing-checkpoint`` asks for that.
+        ValueError: it gave up; not where ``--exit-on-missing-checkpoint`` asks for that.  Or the
+            optimizer's part of the checkpoint is not of the model that is in it.
     """
     from megatron.training import checkpointing
 
     try:
-        return original(*rest, **kwargs)
+        result = original(ddp_model, optimizer, *rest, **kwargs)
     except SystemExit as end:
         args = checkpointing.get_args()
-        load_dir = getattr(args, kwargs.get("load_arg", rest[3] if len(rest) > 3 else "load"))
+        load_dir = getattr(args, kwargs.get("load_arg", rest[1] if len(rest) > 1 else "load"))
         missing = not Path(load_dir or "", TRACKER).is_file()
         if end.code or (args.exit_on_missing_checkpoint and missing):
             raise
@@ -93,6 +96,24 @@ def load_checkpoint(original: Callable[..., Any], *rest: Any, **kwargs: Any) -> 
             "iteration with --ckpt-step, or load the model's weights alone with --no-load-optim "
             "--no-load-rng."
         ) from None
+    _compare_with_weights(ddp_model, optimizer)
+    return result
+
+
+def _compare_with_weights(model: Any, optimizer: Any) -> None:
+    """Raises ValueError on all ranks where one has loaded main parameters of other weights."""
+    if optimizer is None:
+        return
+    unlike = shard_files.unlike_weights(optimizer, model if isinstance(model, list) else [model])
+    _agree(
+        f"the main parameters that were loaded of {unlike[0]} ({len(unlike)} in all on this rank) "
+        "are not those of its weights. Megatron-LM up to 0.19.2 saves them so with "
+        "--dist-ckpt-optim-fully-reshardable where buckets are padded: such a checkpoint holds "
+        "the right weights, and no whole state of the optimizer. Nothing was trained. Load the "
+        "weights alone with --no-load-optim, or another iteration with --ckpt-step."
+        if unlike
+        else None
+    )
 
 
 @contextlib.contextmanager

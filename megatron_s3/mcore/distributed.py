@@ -11,6 +11,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_s3.mcore import shard_files
 from megatron_s3.mcore.one_pass import OnePass, is_plain
 
 __all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
@@ -62,6 +63,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd guards
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict) -> None:
+        shard_files.note_unlike(self, model_param, tensors)
         for name, own in self._get_main_param_and_optimizer_states(model_param).items():
             if isinstance(tensors[name], Tensor):
                 own.copy_(tensors[name])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_s3.mcore import arguments, build, checkpoint, telemetry, torch_adamw
+from megatron_s3.mcore import arguments, build, checkpoint, shard_files, telemetry, torch_adamw
 
 __all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install", "table"]
 
@@ -107,7 +107,31 @@ SEAMS = (
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         ("self", "model_param", "tensors"),
         torch_adamw.set_main_param_and_optimizer_states,
-        "the same, for the checkpoint formats that do not hold AdamW's step beside its averages",
+        "the same, for the checkpoint formats that do not hold AdamW's step beside its averages; "
+        "and compares what is loaded as main parameters with the weights",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        ("self", "model_sharded_state_dict", "is_loading"),
+        shard_files.sharded_param_state_fully_reshardable,
+        "with --optimizer adam too: saves what the ranks hold where buckets are padded, of which "
+        "Megatron up to 0.19.2 saves other elements (--dist-ckpt-optim-fully-reshardable)",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.get_parameter_state_dp_reshardable",
+        ("self",),
+        shard_files.get_parameter_state_dp_reshardable,
+        "with --optimizer adam too: lets a rank save whose share of a bucket is padding alone; "
+        "zeros between parameters, where Megatron saves memory as it finds it",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.sharded_param_state_dp_reshardable",
+        ("self", "model_sharded_state_dict", "is_loading"),
+        shard_files.sharded_param_state_dp_reshardable,
+        "the same: lets that rank load",
     ),
     Seam(
         "megatron.core.dist_checkpointing.optimizer",

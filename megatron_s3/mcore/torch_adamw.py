@@ -11,19 +11,30 @@ from typing import Any
 import torch
 from megatron.core.optimizer import distrib_optimizer
 
+from megatron_s3.mcore import shard_files
+
 __all__ = ["load_state_dict", "set_main_param_and_optimizer_states", "state_dict"]
 
 
 def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
     """Around ``state_dict``, which reads every parameter's step: creates the state before a step.
 
-    torch creates it in the first step; a fresh process that loads, or saves at once, has none.
+    torch creates it in the first step; a fresh process that loads, or saves at once, has none.  A
+    rank of which no parameter has an element never has one: it says 0, and rank 0's is saved.
     """
-    if _needs_repair(optimizer) and not optimizer.optimizer.state:
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-        for state in optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(0.0)
-    return original(optimizer)
+    if not _needs_repair(optimizer) or optimizer.optimizer.state:
+        return original(optimizer)
+    state = optimizer.optimizer.state
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    for each in state.values():
+        each["step"] = torch.tensor(0.0)
+    if state:
+        return original(optimizer)
+    state["no parameter"] = {"step": torch.tensor(0.0)}
+    try:
+        return original(optimizer)
+    finally:
+        state.clear()
 
 
 def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[str, Any]) -> Any:
@@ -47,6 +58,7 @@ def set_main_param_and_optimizer_states(
         group, order = optimizer.model_param_group_index_map[model_param]
         main_param = optimizer.optimizer.param_groups[group]["params"][order]
         tensors = tensors | {"step": optimizer.optimizer.state[main_param]["step"]}
+    shard_files.note_unlike(optimizer, model_param, tensors)
     return original(optimizer, model_param, tensors)
 
 

@@ -32,7 +32,7 @@ def on_ranks(ranks: int = 1, release: str = INSTALLED) -> Callable[[Callable], C
     """Makes a test run on so many gloo ranks, with Megatron's parallel state initialized.
 
     Its arguments (parameters and fixtures) have to be picklable.  It fails if a rank fails, with
-    what the ranks printed.  A parameter named ``release`` chooses the release of Megatron-Core.
+    what the ranks printed.  Parameters named ``release`` and ``ranks`` win over both.
 
     Args:
         ranks: number of processes, 8 at most.
@@ -43,11 +43,12 @@ def on_ranks(ranks: int = 1, release: str = INSTALLED) -> Callable[[Callable], C
         @functools.wraps(test)
         def run(**arguments: Any) -> None:
             chosen = arguments.get("release", release)
+            count = arguments.get("ranks", ranks)
             megatron = None if chosen == INSTALLED else unpacked(chosen)
             packed = base64.b64encode(pickle.dumps(arguments)).decode()
             argv = [inspect.getfile(test), test.__name__, packed]
             with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-                status = forks(megatron).run(argv, ranks, log.name, program=__name__)
+                status = forks(megatron).run(argv, count, log.name, program=__name__)
                 assert status == 0, log.read()[-8000:]
 
         return run

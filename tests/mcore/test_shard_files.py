@@ -1,0 +1,239 @@
+"""What is saved of sharded state is what the ranks hold: paddings, buckets, ranks, formats."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_s3.mcore import shard_files
+from tests.mcore.library import build, on_ranks
+from tests.releases import INSTALLED, RELEASES
+from tests.trainer import brief, tensors
+
+#: Of DistributedDataParallelConfig; without overlap everything is in one bucket.
+LAYOUTS = {
+    "one bucket": {},
+    "small buckets": {"overlap_grad_reduce": True, "bucket_size": 600},
+    "a bucket a parameter": {"overlap_grad_reduce": True, "bucket_size": 1},
+    # To multiples of 65,536 elements: some ranks' shares are padding alone.
+    "padded for bandwidth": {
+        "overlap_grad_reduce": True,
+        "bucket_size": 600,
+        "pad_buckets_for_high_nccl_busbw": True,
+    },
+}
+FORMATS = ("fully_reshardable", "fully_reshardable, gloo", "dp_reshardable", "torch")
+STATES = {"s3": ("exp_avg", "exp_pnorm"), "adam": ("exp_avg", "exp_avg_sq")}
+
+
+def model(experts: bool = False, shared: bool = False) -> torch.nn.Module:
+    """Sizes that are no multiples of 64, so that there are gaps, and one of a few elements."""
+    torch.manual_seed(0)
+    made = torch.nn.Sequential(
+        torch.nn.Linear(13, 21), torch.nn.Linear(21, 5), torch.nn.Linear(5, 40, bias=False)
+    )
+    for param in made[1].parameters():
+        if experts:
+            param.allreduce = False  # another buffer, of the expert-parallel ranks
+    made[0].weight.shared_embedding = shared  # a bucket of its own
+    return made
+
+
+def make(name: str, layout: str, seed: int, *, release: str = INSTALLED, **kind: bool):
+    """A model, its optimizer with random state, and main parameters that bf16 rounds away."""
+    built, optimizer = build(name, model=model(**kind), ddp=LAYOUTS[layout])
+    torch.manual_seed(100 * seed + torch.distributed.get_rank())
+    with torch.no_grad():
+        for part in optimizer.chained_optimizers:
+            part.state_dict()  # makes the state, of torch's AdamW too
+            part.optimizer.state_dict()
+            for group in part.optimizer.param_groups:
+                group["step"] = 3
+                for param in group["params"]:
+                    param.add_(1e-4 * torch.rand_like(param) * param.abs())
+            for state in part.optimizer.state.values():
+                for tensor in state.values():
+                    if tensor.dim():
+                        tensor.copy_(torch.rand_like(tensor))
+    return built, optimizer
+
+
+def held(built: torch.nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """Main parameters and states of all ranks, whole and flat, by ``state.parameter``."""
+    names = {param: name for name, param in built.module.module.named_parameters()}
+    mine = []
+    for part in optimizer.chained_optimizers:
+        for param in part.model_param_gbuf_map:
+            place = part._get_model_param_range_map(param)["param"]
+            for key, tensor in part._get_main_param_and_optimizer_states(param).items():
+                if tensor.dim():
+                    name = f"{key}.{names[param]}"
+                    mine.append((name, place.start, tensor.detach().clone(), param.numel()))
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    found: dict[str, torch.Tensor] = {}
+    for name, start, tensor, size in (each for rank in everyone for each in rank):
+        whole = found.setdefault(name, torch.full((size,), torch.nan))
+        whole[start : start + tensor.numel()] = tensor
+    assert not any(tensor.isnan().any() for tensor in found.values())
+    return found
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"{len(different)} of {len(one)}: {different}"
+
+
+def sharded(built: torch.nn.Module) -> dict:
+    """The model's part of a sharded state dict."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    replica = (0, 0, torch.distributed.get_rank())
+    return {
+        name: ShardedTensor.from_rank_offsets(name, param, replica_id=replica)
+        for name, param in built.module.module.named_parameters()
+    }
+
+
+def metadata(form: str) -> dict:
+    return {
+        "distrib_optim_sharding_type": form.partition(",")[0],
+        "distrib_optim_fully_reshardable_mem_efficient": form.endswith("gloo"),
+    }
+
+
+def save(built: torch.nn.Module, optimizer, form: str, folder: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    if form == "torch":
+        optimizer.save_parameter_state(f"{folder}/distrib_optim.pt")
+        torch.distributed.barrier()
+        return
+    state = optimizer.sharded_state_dict(sharded(built), metadata=metadata(form))
+    dist_checkpointing.save(state, folder)
+
+
+def load(built: torch.nn.Module, optimizer, form: str, folder: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    if form == "torch":
+        optimizer.load_parameter_state(f"{folder}/distrib_optim.pt")
+        return
+    state = optimizer.sharded_state_dict(sharded(built), is_loading=True, metadata=metadata(form))
+    optimizer.load_state_dict(dist_checkpointing.load(state, folder))
+
+
+def shared_folder() -> str:
+    shared = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
+def remove(folder: str) -> None:
+    torch.distributed.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def check(name: str, layout: str, form: str, **kind: bool) -> None:
+    """Saves and loads: what is in the file, and what arrives, is what the ranks hold."""
+    built, optimizer = make(name, layout, 1, **kind)
+    want = held(built, optimizer)
+    keys = {name.partition(".")[0] for name in want}
+    assert keys == {"param", *STATES[name]}
+    folder = shared_folder()
+    save(built, optimizer, form, folder)
+    if form.startswith("fully_reshardable"):
+        found = {
+            name.partition("optimizer.state.")[2]: tensor.flatten()
+            for name, tensor in tensors(Path(folder), None).items()
+        }
+        assert_equal(want, found)
+    other_built, other = make(name, layout, 2, **kind)
+    assert not torch.equal(held(other_built, other)["param.0.weight"], want["param.0.weight"])
+    load(other_built, other, form, folder)
+    assert_equal(want, held(other_built, other))
+    assert shard_files.unlike_weights(other, [other_built]) == []
+    remove(folder)
+
+
+PAIRS = [f"{name}, {layout}" for name in STATES for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("release", brief(RELEASES, INSTALLED))
+@pytest.mark.parametrize("pair", brief(PAIRS, "s3, small buckets", "adam, padded for bandwidth"))
+@on_ranks(3)
+def test_three_ranks_save_what_they_hold(pair, release):
+    name, layout = pair.split(", ")
+    for form in FORMATS:
+        check(name, layout, form)
+
+
+thorough = pytest.mark.thorough
+RANKS = [3, *(pytest.param(ranks, marks=thorough) for ranks in (1, 2, 5, 8))]
+
+
+@pytest.mark.parametrize("kind", ["experts", "shared"])
+@pytest.mark.parametrize("name", brief(STATES, "s3"))
+@pytest.mark.parametrize("layout", brief(LAYOUTS, "small buckets"))
+@pytest.mark.parametrize("ranks", RANKS)
+@on_ranks()
+def test_other_buffers_and_a_bucket_of_one_parameter(ranks, layout, name, kind):
+    """Experts have a buffer of their own; an embedding that stages share ends a bucket early."""
+    for form in FORMATS:
+        check(name, layout, form, **{kind: True})
+
+
+@pytest.mark.parametrize("release", brief(RELEASES, INSTALLED))
+@on_ranks(3)
+def test_other_buckets_load_what_was_saved_reshardable(release):
+    built, optimizer = make("s3", "padded for bandwidth", 1)
+    want = held(built, optimizer)
+    folder = shared_folder()
+    save(built, optimizer, "fully_reshardable", folder)
+    for layout in LAYOUTS:
+        other_built, other = make("s3", layout, 2)
+        load(other_built, other, "fully_reshardable", folder)
+        assert_equal(want, held(other_built, other))
+    remove(folder)
+
+
+@on_ranks(2)
+def test_gaps_between_parameters_are_zeros():
+    """Megatron saves there what its memory holds: files of equal runs would differ."""
+    built, optimizer = make("s3", "small buckets", 1)
+    folder = shared_folder()
+    save(built, optimizer, "dp_reshardable", folder)
+    found = [t for name, t in tensors(Path(folder), None).items() if name.endswith(".exp_avg")]
+    # Random numbers of state are hardly ever 0.
+    gaps = sum(int((tensor == 0).sum()) for tensor in found)
+    assert gaps == sum(map(torch.numel, found)) - sum(p.numel() for p in built.parameters()) > 0
+    remove(folder)
+
+
+@on_ranks(3)
+def test_main_parameters_that_are_not_the_weights_are_noticed():
+    """As Megatron up to 0.19.2 has saved them: cut where padding is counted."""
+    from megatron.core import dist_checkpointing
+
+    for name in ("s3", "adam"):
+        built, optimizer = make(name, "small buckets", 1)
+        folder = shared_folder()
+        save(built, optimizer, "fully_reshardable", folder)
+        template = optimizer.sharded_state_dict(
+            sharded(built), is_loading=True, metadata=metadata("fully_reshardable")
+        )
+        loaded = dist_checkpointing.load(template, folder)
+        weight = next(
+            state["param"] for state in loaded["param_state"].values() if state["param"].dim() == 2
+        )
+        weight.copy_(weight.flatten().roll(3).reshape(weight.shape))
+        optimizer.load_state_dict(loaded)
+        unlike = [None] * 3
+        torch.distributed.all_gather_object(unlike, shard_files.unlike_weights(optimizer, [built]))
+        names = {n for n, p in built.named_parameters() if p.shape == weight.shape}
+        assert {name for found in unlike for name in found} == names and len(names) == 1
+        assert shard_files.unlike_weights(optimizer, [built]) == []  # said once
+        remove(folder)

@@ -21,6 +21,7 @@ case $* in
   *--print-run-dir*) echo "$RUN_DIR" ;;
   *preflight*) exit "${PREFLIGHT_STATUS:-0}" ;;
   *)
+    printf '%s ' "$MASTER_ADDR:$MASTER_PORT" >>"$SEEN.meet"
     trap 'caught=1' USR1
     touch "$SEEN.started"
     [ -z "${WAITS:-}" ] || until [ -n "$caught" ]; do sleep 0.05; done
@@ -30,7 +31,9 @@ case $* in
 esac
 """
 SCONTROL = """#!/bin/bash
-if [ "$1 $2" = "show hostnames" ]; then printf '%s\\n' first second; else echo "$*" >>"$SEEN"; fi
+if [ "$1 $2" = "show hostnames" ]; then printf '%s\\n' first second; exit 0; fi
+echo "$*" >>"$SEEN"
+[ -z "${REFUSES:-}" ] || { echo "$REFUSES" >&2; exit 1; }
 """
 
 
@@ -98,6 +101,8 @@ def job(tmp_path: Path):
             75,
             "2 times already, MAX_REQUEUES is 2",
         ),
+        # Another run in the folder has saved what this one could not.
+        ({"STATUS": "2", "SAVES": "20"}, None, False, 2, "not requeued: it cannot run, see above"),
     ],
 )
 def test_requeues(job, environment, send, requeued, status, why) -> None:
@@ -106,6 +111,42 @@ def test_requeues(job, environment, send, requeued, status, why) -> None:
     found = job("config", send=send and signal.Signals[f"SIG{send}"], **environment)
     assert (found[0], "requeue 12345" in found[2]) == (status, requeued), found[1]
     assert why in found[1].splitlines()[-1]
+
+
+def test_a_task_of_an_array_requeues_itself_alone(job) -> None:
+    """The array's id is that of one task too, and for scontrol it means all of them."""
+    array = {"SLURM_ARRAY_JOB_ID": "12345", "SLURM_ARRAY_TASK_ID": "2"}
+    status, printed, seen = job("config", STATUS="1", SAVES="20", **array)
+    assert status == 0
+    assert [line for line in seen if "requeue" in line] == ["requeue 12345_2"]
+    assert "job 12345_2, attempt 1 on first,second" in printed
+
+
+def test_a_requeue_that_slurm_refuses_is_none(job) -> None:
+    refusal = "Requested operation is presently disabled for job 12345"
+    status, printed, seen = job("config", STATUS="75", SAVES="20", REFUSES=refusal)
+    assert status == 75 and seen[-1] == "requeue 12345"
+    assert printed.splitlines()[-1].endswith(
+        f"stopped before the end, checkpoint 10 -> 20; not requeued: SLURM refused it ({refusal}); "
+        "submit the same again to go on"
+    )
+    assert "requeued, 1" not in printed
+
+
+def test_where_ranks_meet_is_the_sites_choice_if_it_makes_one(job, tmp_path: Path) -> None:
+    for given, meet in (
+        ({}, "first:22345"),
+        ({"MASTER_ADDR": "first-ib0"}, "first-ib0:22345"),
+        ({"MASTER_PORT": "5000"}, "first:5000"),
+    ):
+        job("config", **given)
+        assert (tmp_path / "seen.meet").read_text().split()[-1] == meet
+
+
+def test_steps_have_the_bodys_environment(job) -> None:
+    """With SBATCH_EXPORT=NONE SLURM would start them without."""
+    _, _, seen = job("config", SLURM_EXPORT_ENV="NONE")
+    assert len(seen) == 3 and all(" --export=ALL " in line for line in seen)
 
 
 def test_does_not_start_when_requeued_too_often(job) -> None:

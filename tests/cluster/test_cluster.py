@@ -47,6 +47,34 @@ def test_array_and_chain(cluster, short: list[str], tmp_path: Path) -> None:
         assert max(map(float, re.findall(r"learning rate: (\S+)", mine))) == pytest.approx(rate)
 
 
+def test_a_task_requeues_itself_and_no_other(cluster, tmp_path: Path) -> None:
+    """The one that has the array's id as its own; the others train on."""
+    words = ["tiny-s3", "overlays/seeds", "--set", "launch.nproc_per_node=1"]
+    words += [*SLOW, "--set", "train_iters=60", "--set", "save_interval=1000"]
+    array = cluster.submit(tmp_path, *words, options="--array=0-2", **QUICK)
+
+    def logs() -> dict[str, str]:
+        """What tasks have said, by their numbers."""
+        found = {}
+        for path in tmp_path.glob("slurm-*.out"):
+            text = path.read_text()
+            found |= dict.fromkeys(re.findall(rf"job {array.number}_(\d), attempt 1", text), text)
+        return found
+
+    def training() -> bool:
+        return len(logs()) == 3 and all("iteration        2/" in log for log in logs().values())
+
+    array.wait(training, "three tasks that train")
+    own = (tmp_path / f"slurm-{array.number}.out").read_text()
+    same = re.findall(rf"job {array.number}_(\d), ", own)[0]
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{array.number}_{same}")
+    array.wait(lambda: "requeued, 1 of at most 20 times" in logs()[same], "the requeue")
+    array.wait(lambda: cluster.run("squeue", "--noheader").strip() == "", "the end", 300)
+    for task, log in logs().items():
+        assert ("DUE TO JOB REQUEUE" in log) == ("attempt 2 on" in log) == (task == same)
+        assert log.rstrip().endswith("finished at checkpoint 60")
+
+
 def test_preflight_names_the_node_whose_disk_is_read_only(cluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_s3.launch.config import Config, ConfigError
 
-__all__ = ["arithmetic", "ask_megatron", "check", "megatron_is_here"]
+__all__ = ["arithmetic", "ask_megatron", "check", "megatron_is_here", "whole"]
 
 
 def megatron_is_here() -> bool:
@@ -74,7 +74,7 @@ def arithmetic(config: Config) -> dict[str, int]:
         ConfigError: something does not divide, naming the lines and what would.
     """
     tensor, pipeline, context = (
-        _whole(config, f"{kind}_parallel_size", 1)
+        whole(config, f"{kind}_parallel_size", 1)
         for kind in ("tensor_model", "pipeline_model", "context")
     )
     world = config.world_size
@@ -96,8 +96,8 @@ def arithmetic(config: Config) -> dict[str, int]:
             f"{model}; take a multiple of {model}, or another layout"
         )
     data = world // model
-    micro = _whole(config, "micro_batch_size", None)
-    batch = _whole(config, "global_batch_size", micro * data)
+    micro = whole(config, "micro_batch_size")
+    batch = whole(config, "global_batch_size", micro * data)
     if batch % (micro * data):
         fits = micro * data * max(1, round(batch / (micro * data)))
         ranks = [d for d in range(1, batch // micro + 1) if batch % (micro * d) == 0]
@@ -119,7 +119,17 @@ def arithmetic(config: Config) -> dict[str, int]:
     }
 
 
-def _whole(config: Config, name: str, default: int | None) -> int:
+def whole(config: Config, name: str, default: int | None = None) -> int:
+    """The value of an argument that counts something.
+
+    Args:
+        config: that gives it.
+        name: of the argument.
+        default: where it is not given; None if it has to be.
+
+    Raises:
+        ConfigError: it is not given, or is no whole number from 1.
+    """
     value = config.arguments.get(name)
     if value is None and default is not None:
         return default

@@ -82,12 +82,8 @@ class _Node:
 def main(argv: list[str] | None = None) -> int:
     """Runs the preflight on this node; see the module."""
     from megatron_s3.launch.config import ConfigError
-    from megatron_s3.launch.run import (
-        add_config_arguments,
-        add_run_arguments,
-        newest_checkpoint,
-        resolve,
-    )
+    from megatron_s3.launch.progress import progress
+    from megatron_s3.launch.run import add_config_arguments, add_run_arguments, resolve
 
     parser = argparse.ArgumentParser(
         prog="python -m megatron_s3.launch.preflight",
@@ -107,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of stack frames
     try:
         config, run_dir = resolve(args)
+        so_far = progress(config, run_dir)
         node = _Node(
             rank=int(os.environ["SLURM_NODEID"]),
             names=args.nodes.split(","),
@@ -120,9 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyError as error:
         print(f"error: {error.args[0]} is not set: run this in a SLURM step", file=sys.stderr)
         return 2
-    last = int(str(config.arguments.get("train_iters", 0)))
-    if last and (newest_checkpoint(run_dir) or 0) >= last:
-        _say(node, f"trained to iteration {last} already, so no node is looked at")
+    if so_far.finished:
+        _say(node, f"trained to iteration {so_far.last} already, so no node is looked at")
         return 0
     # Children are forked before any thread of torch's works or holds a lock.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -283,9 +279,10 @@ def _multiply(_: int, devices: int) -> str | None:
         )
     for index in range(max(devices, 1)):
         device = torch.device("cuda", index) if devices else torch.device("cpu")
+        side = 1024 if devices else 128  # a busy CPU takes seconds for more
         try:
-            ones = torch.ones(1024, 1024, dtype=torch.bfloat16, device=device)
-            right = bool(((ones @ ones) == 1024).all())
+            ones = torch.ones(side, side, dtype=torch.bfloat16, device=device)
+            right = bool(((ones @ ones) == side).all())
         except RuntimeError as error:
             return f"{device} fails: {_first_line(error)}"
         if not right:

@@ -24,6 +24,14 @@ from types import FrameType
 from megatron_s3.launch import provenance, slurm
 from megatron_s3.launch.check import arithmetic, ask_megatron
 from megatron_s3.launch.config import Config, ConfigError, load, name_of
+from megatron_s3.launch.progress import (
+    Progress,
+    continued,
+    load_folder,
+    progress,
+    refuse_another,
+    save_folder,
+)
 
 __all__ = ["STOPPED", "add_config_arguments", "add_run_arguments", "main", "resolve"]
 
@@ -44,6 +52,11 @@ def main(argv: list[str]) -> int:
     mode.add_argument("--slurm", action="store_true", help="submit with sbatch")
     mode.add_argument(
         "--print-run-dir", action="store_true", help="print the run directory, and do nothing"
+    )
+    mode.add_argument(
+        "--print-checkpoint",
+        action="store_true",
+        help="print the iteration of the newest complete checkpoint (0: none), and do nothing",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the commands, and start nothing"
@@ -97,6 +110,9 @@ def _main(args: argparse.Namespace) -> int:
     config, run_dir = resolve(args)
     if args.print_run_dir:
         print(run_dir)
+        return 0
+    if args.print_checkpoint:
+        print(progress(config, run_dir).saved or 0)
         return 0
     stop = _StopRequest()
     with contextlib.nullcontext() if args.dry_run else stop:
@@ -172,13 +188,13 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
             "data` wrote (or data_path=PREFIX a dataset of Megatron's, or mock_data=true)"
         )
     for name, folder in {
-        "save": "checkpoints",
-        "load": "checkpoints",
-        "tensorboard_dir": "tensorboard",
-        "data_cache_path": "data-cache",
+        "save": save_folder(config, run_dir),
+        "load": load_folder(config, run_dir),
+        "tensorboard_dir": run_dir.absolute() / "tensorboard",
+        "data_cache_path": run_dir.absolute() / "data-cache",
     }.items():
         if name not in given:
-            words += ["--" + name.replace("_", "-"), str(run_dir.absolute() / folder)]
+            words += ["--" + name.replace("_", "-"), str(folder)]
     return words
 
 
@@ -219,14 +235,16 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
 def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") -> int:
     _check_job(config, dry_run)
     shape = arithmetic(config)
-    last = int(str(config.arguments.get("train_iters", 0)))
-    saved = newest_checkpoint(run_dir)
-    if last and saved is not None and saved >= last and not dry_run:
-        say(f"trained to iteration {saved} of {last} already; nothing to do")
+    before = progress(config, run_dir)
+    if before.finished and not dry_run:
+        compared = refuse_another(config, run_dir)
+        unknown = "" if compared else f" (with which configuration {run_dir} does not say)"
+        say(f"trained to iteration {before.saved} of {before.last} already{unknown}; nothing to do")
         return 0
-    words = megatron_words(config, run_dir)
+    told, left_out = continued(config, run_dir)
+    words = megatron_words(told, run_dir)
     if os.environ.get("SLURM_NODEID", "0") == "0":  # once is enough
-        ask_megatron(config, words[len(config.words()) :])
+        ask_megatron(told, words[len(told.words()) :])
     command = torchrun(config, words)
     say(
         f"{config.name}: {shape['world_size']} ranks on {config.launch.nodes} nodes = data "
@@ -240,22 +258,35 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") 
             print(f"export {name}={shlex.quote(value)}")
         print(shlex.join(command))
         return 0
-    if saved is not None:
-        say(f"going on from iteration {saved}")
+    if before.saved is not None:
+        say(f"going on from iteration {before.saved} in {before.folder}")
+        if left_out:
+            say(f"not in force any more, since they are for the start: {', '.join(left_out)}")
     provenance.record(run_dir, config, command)
     # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
     with subprocess.Popen(command, env=os.environ | config.launch.environment) as process:
         stop.pass_on_to(process)
         status = process.wait()
-    reached = newest_checkpoint(run_dir)
-    if status:
-        say(f"the ranks ended with status {status}; the newest checkpoint is {reached}")
+    return _ended(status, before, progress(config, run_dir), stop.asked_by)
+
+
+def _ended(status: int, before: Progress, after: Progress, asked_by: str | None) -> int:
+    """Says how the ranks ended, and returns the launcher's status; see the module."""
+    saved = (after.saved or 0) > (before.saved or 0)
+    if status and not (asked_by and saved):
+        say(f"the ranks ended with status {status}; the newest checkpoint is {after.saved}")
         return status
-    if last and (reached or 0) < last:
-        why = f"asked to by {stop.asked_by}" if stop.asked_by else "Megatron ended early"
-        say(f"stopped at iteration {reached} of {last} ({why}); the same command goes on")
+    if after.finished or after.last is None:
+        return 0
+    why = f"asked to by {asked_by}" if asked_by else "Megatron ended early"
+    if saved:
+        say(f"stopped at iteration {after.saved} of {after.last} ({why}); the same command goes on")
         return STOPPED
-    return 0
+    say(
+        f"the ranks ended ({why}) and saved nothing: the newest checkpoint in {after.folder} is "
+        f"{after.saved}, and training ends at {after.last}"
+    )
+    return 1
 
 
 def _check_job(config: Config, dry_run: bool) -> None:
@@ -273,14 +304,6 @@ def _check_job(config: Config, dry_run: bool) -> None:
                 f"{config.launch.nodes} nodes, but {', '.join(missing)} is not set: submit with "
                 "--slurm, or set them on each node and run this there"
             )
-
-
-def newest_checkpoint(run_dir: Path) -> int | None:
-    """Iteration of the newest complete checkpoint: Megatron writes this file after all else."""
-    try:
-        return int((run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 class _StopRequest:

@@ -19,6 +19,7 @@ SRUN = """#!/bin/bash
 printf '%s\\n' "$*" >>"$SEEN"
 case $* in
   *--print-run-dir*) echo "$RUN_DIR" ;;
+  *--print-checkpoint*) cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" ;;
   *preflight*) exit "${PREFLIGHT_STATUS:-0}" ;;
   *)
     printf '%s ' "$MASTER_ADDR:$MASTER_PORT" >>"$SEEN.meet"
@@ -152,21 +153,23 @@ def test_steps_have_the_bodys_environment(job) -> None:
 def test_does_not_start_when_requeued_too_often(job) -> None:
     status, printed, seen = job("config", SLURM_RESTART_COUNT="3", MAX_REQUEUES="2")
     assert status == 1 and "not started: requeued 3 times" in printed
-    assert len(seen) == 1
+    assert [line.split()[-1] for line in seen] == ["--print-run-dir", "--print-checkpoint"]
 
 
 def test_trains_nothing_after_a_bad_preflight(job) -> None:
     status, printed, seen = job("config", PREFLIGHT_STATUS="1")
     assert status == 1 and "nothing trained" in printed
-    assert not any("launch config" in line for line in seen[1:])
+    assert not any(line.endswith("launch config") for line in seen)
 
 
 def test_words_reach_the_launcher_on_every_node(job) -> None:
     _, _, seen = job("config", "over.yaml", "--set", "lr=1e-3")
-    folder, preflight, launch = seen
+    folder, before, preflight, launch, after = seen
     words = "config over.yaml --set lr=1e-3"
     python = f"{sys.prefix}/bin/python -m megatron_s3."
     assert "--nodes=1 " in folder and folder.endswith(f"{words} --print-run-dir")
+    for asks in (before, after):
+        assert "--nodes=1 " in asks and asks.endswith(f"{words} --print-checkpoint")
     assert "--nodes=2 --ntasks=2" in preflight and "--nodes=2 --ntasks=2" in launch
     assert f"{python}launch.preflight {words} --nodes first,second --timeout 300" in preflight
     assert launch.endswith(f"{python}cli launch {words}")

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_s3.launch import provenance, run, slurm
 from megatron_s3.launch.config import ConfigError, load
+from megatron_s3.launch.progress import progress
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def test_a_run_keeps_everything_in_its_folder(tmp_path):
     words = run.megatron_words(load(["tiny-s3"], ["save=elsewhere"]), tmp_path)
     assert words[words.index("--save") + 1] == "elsewhere"
     assert words.count("--save") == 1
-    assert words[words.index("--load") + 1] == str(tmp_path / "checkpoints")
+    assert words[words.index("--load") + 1] == "elsewhere"
     assert words[words.index("--tensorboard-dir") + 1] == str(tmp_path / "tensorboard")
 
 
@@ -164,7 +165,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
             time.sleep(0.01)
         process.terminate()
         assert process.wait() == run.STOPPED, log.read_text()[-4000:]
-    stopped = run.newest_checkpoint(tmp_path)
+    stopped = progress(load(["tiny-s3"]), tmp_path).saved
     assert 0 < stopped < 100
     said = log.read_text()
     assert said.index("SIGTERM: the ranks are asked") < said.index("2 ranks on 1 nodes")
@@ -173,7 +174,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     assert again.returncode == 0, again.stdout[-4000:]
     assert f"going on from iteration {stopped}" in again.stdout
     assert min(losses(again.stdout)) == stopped + 1
-    assert run.newest_checkpoint(tmp_path) == 100
+    assert progress(load(["tiny-s3"]), tmp_path).saved == 100
     third = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "trained to iteration 100 of 100 already; nothing to do" in third.stdout
     assert third.returncode == 0

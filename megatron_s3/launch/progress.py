@@ -1,0 +1,231 @@
+"""How far a run is: where it saves, its newest complete checkpoint, and whether it is finished.
+
+The launcher, the preflight and the job's body all ask here. Neither torch nor Megatron is imported.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_s3.launch.check import arithmetic, whole
+from megatron_s3.launch.config import Config, ConfigError, load
+from megatron_s3.mcore import integrity
+
+__all__ = [
+    "TRACKER",
+    "Progress",
+    "continued",
+    "load_folder",
+    "progress",
+    "refuse_another",
+    "save_folder",
+]
+
+#: Megatron writes the iteration into it after all else of a checkpoint.
+TRACKER = "latest_checkpointed_iteration.txt"
+
+#: What says how a run starts, and what makes it right for going on from the run's own checkpoints:
+#: without that, the same command would do the start again.
+_START = {
+    "finetune": None,
+    "ckpt_step": None,
+    "no_load_optim": "no_save_optim",
+    "no_load_rng": "no_save_rng",
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        folder: where its checkpoints are written.
+        saved: iteration of the newest complete checkpoint there; None if there is none.
+        last: iteration at which training is finished; None if nothing trains (``skip_train``).
+    """
+
+    folder: Path
+    saved: int | None
+    last: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has reached its end, and has saved that."""
+        return self.last is not None and (self.saved or 0) >= self.last
+
+
+def progress(config: Config, run_dir: Path) -> Progress:
+    """How far the run of a configuration is.
+
+    Args:
+        config: what it trains.
+        run_dir: its folder.
+
+    Raises:
+        ConfigError: the configuration does not say how long it trains, its checkpoints are where
+            the launcher cannot look, or what says which one is complete is damaged.
+    """
+    folder = save_folder(config, run_dir)
+    saved = _newest(folder, config)
+    if config.arguments.get("non_persistent_ckpt_type") == "global":
+        own = config.arguments.get("non_persistent_global_ckpt_dir")
+        other = _newest(Path(str(own)) if own else folder / "non_persistent", config)
+        saved = max((n for n in (saved, other) if n is not None), default=None)
+    return Progress(folder, saved, _last(config))
+
+
+def save_folder(config: Config, run_dir: Path) -> Path:
+    """Where a run's checkpoints are written.
+
+    Raises:
+        ConfigError: that is no folder of a file system.
+    """
+    given = str(config.arguments.get("save", run_dir.absolute() / "checkpoints"))
+    if "://" in given:
+        raise ConfigError(
+            f"{config.where('save')}: save is {given}, where the launcher cannot see how far "
+            "training is: name a folder"
+        )
+    return Path(given)
+
+
+def load_folder(config: Config, run_dir: Path) -> Path:
+    """Where a run starts from if it has not saved anything: where it saves, unless ``load`` says.
+
+    Raises:
+        ConfigError: as :func:`save_folder`.
+    """
+    given = config.arguments.get("load")
+    return Path(str(given)) if given else save_folder(config, run_dir)
+
+
+def continued(config: Config, run_dir: Path) -> tuple[Config, list[str]]:
+    """What the ranks are told, so that the same command always goes on.
+
+    ``load`` of another folder, and what belongs to it, is for a run that has saved nothing: once
+    it has, it loads what it saved.
+
+    Returns:
+        The configuration for the ranks, and the names of the arguments that are in force no more.
+
+    Raises:
+        ConfigError: an argument would do the start again at each start, and nothing tells the
+            start from going on.
+    """
+    given = config.arguments
+    start = [n for n, unless in _START.items() if n in given and not given.get(unless or "")]
+    folder = save_folder(config, run_dir)
+    if load_folder(config, run_dir).absolute() == folder.absolute():
+        if start:
+            raise ConfigError(_again(config, start[0], folder))
+        return config, []
+    if _newest(folder, config) is None:
+        return config, []
+    left_out = ["load", *start]
+    kept = {name: value for name, value in given.items() if name not in left_out}
+    return replace(config, arguments=kept), left_out
+
+
+def _again(config: Config, name: str, folder: Path) -> str:
+    instead = {
+        "finetune": "name the checkpoint to start from with pretrained_checkpoint=DIR and leave "
+        "finetune out, or name it with load=DIR, another folder than that",
+        "ckpt_step": f"write the iteration into {folder / TRACKER} instead, once",
+    }.get(name, f"start once from there in another folder: --run-dir NEW, load={folder}")
+    return (
+        f"{config.where(name)}: {name} would be in force at every start, also at those that go on "
+        f"from what this run has saved to {folder}: {instead}"
+    )
+
+
+def refuse_another(config: Config, run_dir: Path) -> bool:
+    """Compares a finished run's ``config.yaml`` with what is asked for now.
+
+    Returns:
+        Whether there was something to compare with.
+
+    Raises:
+        ConfigError: the run in the folder was another one.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return False
+    other = "take another --run-dir for another run"
+    try:
+        then = load([str(path)])
+    except ConfigError as error:
+        raise ConfigError(
+            f"training in {run_dir} is finished, and what was trained cannot be read: {error}; "
+            + other
+        ) from error
+    old, new = ({**each.arguments, "dataset": each.dataset} for each in (then, config))
+    changed = [
+        f"{name}: {_text(old.get(name))} -> {_text(new.get(name))}"
+        for name in (old | new)
+        if _value(old.get(name)) != _value(new.get(name))
+    ]
+    if changed:
+        raise ConfigError(
+            f"training in {run_dir} is finished, with another configuration than this: "
+            f"{', '.join(changed)}; {other}"
+        )
+    return True
+
+
+def _text(value: str | bool | list[str] | None) -> str:
+    return "not given" if value is None else str(value)
+
+
+def _value(value: str | bool | list[str] | None) -> object:
+    """3e-3 and 0.003 are the same."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _newest(folder: Path, config: Config) -> int | None:
+    """Iteration of the newest complete checkpoint in a folder, as the ranks will find it."""
+    tracker = folder / TRACKER
+    there = sorted(
+        int(path.name[5:]) for path in folder.glob("iter_*") if path.name[5:].isdecimal()
+    )
+    try:
+        named = tracker.read_bytes().decode(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        # Killed between the end of the first save and the file that names it.
+        own = config.arguments.get("ckpt_format") not in ("torch_dcp", "fsdp_dtensor")
+        complete = [n for n in there if integrity.is_complete(folder / f"iter_{n:07d}", config=own)]
+        return complete[0] if len(complete) == 1 else None
+    except OSError as error:
+        raise ConfigError(f"{tracker} cannot be read: {error.strerror}") from error
+    if named == "release":
+        return None
+    choose = f"write one of those that are there into it: {', '.join(map(str, there)) or 'none'}"
+    if not (named.isascii() and named.isdecimal()):
+        raise ConfigError(f"{tracker} names no iteration, but {named[:20]!r}; {choose}")
+    if int(named) not in there:
+        raise ConfigError(
+            f"{tracker} names iteration {named}, and there is no "
+            f"{folder / f'iter_{int(named):07d}'}; {choose}"
+        )
+    return int(named)
+
+
+def _last(config: Config) -> int | None:
+    given = config.arguments
+    if given.get("skip_train"):
+        return None
+    if "train_samples" not in given or "train_iters" in given:  # both: Megatron refuses it
+        if "train_iters" not in given:
+            raise ConfigError(
+                f"{config.name}: neither train_iters nor train_samples says how long to train; add "
+                "one of them under arguments"
+            )
+        return whole(config, "train_iters")
+    for name in ("rampup_batch_size", "step_batch_size_schedule"):
+        if name in given:
+            raise ConfigError(
+                f"{config.where(name)}: with {name}, train_samples does not say at which iteration "
+                "training is finished: give train_iters instead"
+            )
+    return whole(config, "train_samples") // arithmetic(config)["global_batch_size"]

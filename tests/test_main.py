@@ -52,6 +52,28 @@ def test_missing_script_is_one_clear_line(registered, capsys) -> None:
     assert not registered
 
 
+def test_runs_a_module_as_python_would(script, registered, capsys, monkeypatch) -> None:
+    package = script.parent / "trainer"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "run.py").write_text(script.read_text())
+    monkeypatch.chdir(script.parent)
+    with pytest.raises(SystemExit) as left:
+        entry.main(["-m", "trainer.run", "--optimizer", "s3", "3"])
+    assert left.value.code == 3
+    assert capsys.readouterr().out.startswith("__main__ ['")
+    assert registered == [["trainer.run", "--optimizer", "s3", "3"]]
+    assert sys.path[0] == str(script.parent)
+
+
+def test_missing_module_is_one_clear_line(registered, capsys) -> None:
+    for name in ("nowhere", "nowhere.at.all"):
+        assert entry.main(["-m", name, "--optimizer", "s3"]) == 2
+        assert capsys.readouterr().err == f"[megatron_s3] no such module: {name}\n"
+    assert entry.main(["-m"]) == 2
+    assert not registered
+
+
 def test_no_arguments_show_the_usage(registered, capsys) -> None:
     assert entry.main([]) == 2
     assert capsys.readouterr().err.startswith("usage: torchrun [...] -m megatron_s3 SCRIPT")

@@ -1,45 +1,41 @@
 """``megatron-s3 args``: an AdamW launch as the S3 launch that the paper's rules make of it.
 
-What is read is a shell line, a script or the arguments alone.  Only what changes is replaced;
-quotes, comments, continued lines and everything else stay as they are.
+What is read is a shell line, a script or the arguments alone.  Each launch of the trainer is
+followed to where its arguments stand: in variables, arrays, functions, quoted commands and
+here-documents.  Only what changes is replaced; quotes, comments, continued lines and everything
+else stay as they are.  The result is followed in the same way and compared with what the launches
+have to become before any of it is given out; what cannot be followed is refused.
 """
 
 import argparse
-import itertools
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from megatron_s3.launch.edits import Edits, Mismatch, compare, line
+from megatron_s3.launch.launches import FLAGS, Launch, LaunchError, find, shown, unused
+from megatron_s3.launch.rules import OVER, TIMES, Rules, number
+from megatron_s3.launch.shell import UNKNOWN, ShellError, value
+from megatron_s3.launch.trace import Trace, trace
+
 __all__ = ["LaunchError", "Translation", "main", "translate"]
 
 LR_FACTOR = "10"
 
-_TIMES = ("--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr", "--lr-warmup-init")
-_OVER = ("--weight-decay", "--start-weight-decay", "--end-weight-decay")
-_DEFAULT_WEIGHT_DECAY = "0.01"  # Megatron's
-_ADAMS = ("--adam-beta1", "--adam-beta2", "--adam-eps")
 _ADAM = ("adam", "adamw")
 _STATES = ("--exp-avg-dtype", "--exp-avg-sq-dtype")
-_WORD = re.compile(r"""(?:\\\n|\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\;&|()<>]|\\$)+""", re.DOTALL)
-_FLAGS_INSIDE = re.compile(r"(?:^|\s)--[a-z][\w-]+(?:\s|=|$)")
-_COMMENT = re.compile(r"#[^\n]*")
-
-
-class LaunchError(ValueError):
-    """The launch cannot be translated; the message says why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of the shell's: its place in the text, and its value without quotes."""
-
-    start: int
-    end: int
-    value: str
+_WATCHED = re.compile(
+    rf"(?<![\w-])(?:{'|'.join(FLAGS)})(?![\w-])(?:[ =]\S+)?|\S+\.py\b|\btorchrun\b|\bpython[\d.]*\b"
+    r"|(?<![\w-])-m\s+\S+"
+)
+_REFUSED = re.compile(r"^--\S+( \S+)? is refused with")
+_AFTER_FLAG = re.compile(rf"(?:{'|'.join((*FLAGS, '-m'))})[ =][\"']?\$\{{?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,11 @@ class Translation:
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Of the warnings, those of flags with which S3 does not start."""
+        return tuple(each for each in self.warnings if _REFUSED.search(each))
+
 
 def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
     """The launch for S3.
@@ -65,254 +66,197 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
         lr_factor: S3's learning rate over AdamW's, a decimal number.
 
     Raises:
-        LaunchError: it is no launch of AdamW's.
+        LaunchError: it is no launch of AdamW's, or one that cannot be followed.
     """
-    words = list(_words(text))
-    edits = _Edits(text, words)
-    factor = Decimal(lr_factor)
-    _optimizer(edits)
-    for flag in _TIMES:
-        edits.scale(flag, factor, f"x {lr_factor}: the paper's rate for S3 over AdamW's")
-    why = "so that lr * weight_decay stays as it was"
-    decays = [edits.scale(flag, 1 / factor, f"/ {lr_factor}, {why}", factor) for flag in _OVER]
-    if not decays[0] and not all(decays[1:]):
-        new = _number(_DEFAULT_WEIGHT_DECAY, 1 / factor, factor)
-        edits.add(
-            f"--weight-decay {new}", f"Megatron's default {_DEFAULT_WEIGHT_DECAY} / {factor}, {why}"
-        )
-    for flag in _ADAMS:
-        edits.drop(flag, "AdamW's; S3 has --s3-beta 0.95 and --s3-p 3 by default, and no eps")
-    edits.value(
-        "--clip-grad", "0", "S3 is not clipped: no element of its update exceeds lr, by Theorem 2"
-    )
-    _script(edits)
-    _warn(edits)
-    return Translation(edits.result(), tuple(edits.changes), tuple(edits.warnings))
-
-
-def _words(text: str, start: int = 0, end: int | None = None) -> Iterator[Word]:
-    """The words of a text; of a quoted string that holds flags, the words inside."""
-    end = len(text) if end is None else end
-    at = start
-    while at < end:
-        if text[at] == "#" and (at == start or text[at - 1].isspace()):
-            at = _COMMENT.match(text, at, end).end()
-            continue
-        if text.startswith("\\\n", at):
-            at += 2
-            continue
-        found = _WORD.match(text, at, end)
-        if not found:
-            at += 1
-            continue
-        at = found.end()
-        quoted = re.search(r"""(["'])(.*)\1$""", found[0], re.DOTALL)
-        if quoted and _FLAGS_INSIDE.search(quoted[2]):
-            inside = found.start() + quoted.start(2)
-            yield from _words(text, inside, inside + len(quoted[2]))
-            continue
+    before = _follow(text)
+    launches = _launches(text, before)
+    rules = Rules(lr_factor)
+    attempts = [
+        Edits(text, rules, where_set, beside_lr, outermost)
+        for where_set in (True, False)
+        for beside_lr in (True, False)
+        for outermost in (True, False)
+    ]
+    reason, tried = "", set()
+    for edits in attempts:
         try:
-            value = "".join(shlex.split(found[0], posix=True))
-        except ValueError:
-            value = found[0]
-        yield Word(found.start(), found.end(), value)
-
-
-class _Edits:
-    """Changes to a text, each with its reason."""
-
-    def __init__(self, text: str, words: list[Word]) -> None:
-        self.text, self.words = text, words
-        self.changes: list[str] = []
-        self.warnings: list[str] = []
-        self._replaced: list[tuple[int, int, str]] = []
-        self._added: list[str] = []
-
-    def found(self, flag: str) -> list[tuple[Word, Word | None, str]]:
-        """Every ``--flag VALUE`` and ``--flag=VALUE``: first word, second if any, value."""
-        found = []
-        for number, word in enumerate(self.words):
-            if word.value.startswith(flag + "="):
-                found.append((word, None, word.value[len(flag) + 1 :]))
-            elif word.value == flag:
-                following = self.words[number + 1 : number + 2]
-                found.append((word, *following, following[0].value if following else ""))
-        return [each if len(each) == 3 else (each[0], None, each[1]) for each in found]
-
-    def has(self, flag: str) -> bool:
-        return any(w.value == flag or w.value.startswith(flag + "=") for w in self.words)
-
-    def value(self, flag: str, new: str, reason: str) -> bool:
-        """Replaces the flag's value wherever it is given; whether it is."""
-        found = self.found(flag)
-        for word, second, old in found:
-            if old == new:
+            for launch in launches:
+                edits.launch(launch)
+            result = edits.result()
+            if result in tried:
                 continue
-            place = second or Word(word.start + len(flag) + 1, word.end, old)
-            self._replaced.append((place.start, place.end, new))
-            self.changes.append(f"{flag} {old} -> {new}: {reason}")
-        return bool(found)
-
-    def scale(self, flag: str, factor: Decimal, reason: str, over: Decimal | None = None) -> bool:
-        found = self.found(flag)
-        for word, second, old in found:
-            try:
-                new = _number(old, factor, over)
-            except InvalidOperation:
-                self.warnings.append(
-                    f"{flag} {old} is no number here: change it where it is set, {reason}"
-                )
-                continue
-            if Decimal(old) == 0:
-                continue
-            place = second or Word(word.start + len(flag) + 1, word.end, old)
-            self._replaced.append((place.start, place.end, new))
-            self.changes.append(f"{flag} {old} -> {new}: {reason}")
-        return bool(found)
-
-    def drop(self, flag: str, reason: str) -> None:
-        for word, second, value in self.found(flag):
-            start, end = word.start, (second or word).end
-            line = self.text.rfind("\n", 0, start) + 1
-            after = re.compile(r"[ \t]*\\?\n").match(self.text, end)
-            if not self.text[line:start].strip() and after:
-                start, end = line, after.end()  # the whole line
-            else:
-                while start > 0 and self.text[start - 1] in " \t":
-                    start -= 1
-            self._replaced.append((start, end, ""))
-            self.changes.append(f"{flag} {value} left out: {reason}")
-
-    def insert(self, at: int, new: str, change: str) -> None:
-        self._replaced.append((at, at, new))
-        self.changes.append(change)
-
-    def add(self, new: str, reason: str) -> None:
-        """Adds a flag beside ``--lr``, or at the end."""
-        self._added.append(new)
-        self.changes.append(f"{new} added: {reason}")
-
-    def result(self) -> str:
-        if self._added:
-            place = [second or word for word, second, _ in self.found("--lr")]
-            at = place[-1].end if place else len(self.text.rstrip())
-            self._replaced.append((at, at, "".join(f" {new}" for new in self._added)))
-        text = self.text
-        # From the end, so that the places before stay right; of two at one place, the replacement
-        # of what ends there comes after what is put in.
-        for start, end, new in sorted(self._replaced, reverse=True):
-            text = text[:start] + new + text[end:]
-        return text
+            tried.add(result)
+            notes = compare(before, _follow(result), rules)
+        except Mismatch as error:
+            reason = reason or str(error)
+            continue
+        warnings = _warnings(text, launches)
+        return Translation(result, (*edits.changes, *notes), tuple(warnings))
+    raise LaunchError(
+        f"what has to change cannot be changed here without changing something else ({reason}): "
+        "write the launch out with its own flags"
+    )
 
 
-def _number(old: str, factor: Decimal, over: Decimal | None = None) -> str:
-    """``old`` times the factor (or, exactly, over ``over``), written as it was."""
-    value = Decimal(old)
-    if not value.is_finite():
-        raise InvalidOperation(old)
-    # Through the number that Megatron reads, for what the division does not end with.
-    new = value / over if over else value * factor
-    new = new.normalize()
-    if len(new.as_tuple().digits) > 17:
-        return repr(float(new))
-    if "e" not in old.lower():
-        return f"{new:f}"
-    _, digits, exponent = new.as_tuple()
-    mantissa = str(digits[0]) + ("." + "".join(map(str, digits[1:])) if digits[1:] else "")
-    sign = "-" if new < 0 else ""
-    return f"{sign}{mantissa}e{exponent + len(digits) - 1}"
+def _follow(text: str) -> Trace:
+    try:
+        names = frozenset(_AFTER_FLAG.findall(text))
+        return trace(text, lambda part: tuple(_WATCHED.findall(part)), names)
+    except ShellError as error:
+        raise LaunchError(f"{line(text, error.place)}{error}") from error
 
 
-def _optimizer(edits: _Edits) -> None:
-    found = edits.found("--optimizer")
-    for _, _, name in found:
-        if name == "s3":
-            raise LaunchError("it is a launch of S3's already (--optimizer s3)")
-        if name not in _ADAM:
-            raise LaunchError(
-                f"--optimizer {name}: the rules are for launches of AdamW's (--optimizer adam), "
-                "which the paper compares with"
-            )
-    if found:
-        edits.value("--optimizer", "s3", "S3 for every parameter, sharded as Adam is")
-    elif edits.has("--lr") or any(edits.has(flag) for flag in (*_TIMES, *_ADAMS, *_OVER)):
-        edits.add("--optimizer s3", "Megatron's default is adam")
-    else:
+def _launches(text: str, found: Trace) -> list[Launch]:
+    """The launches of AdamW's in the text, each once for each way on which it differs."""
+    try:
+        launches = find(found)
+    except LaunchError as error:
+        raise LaunchError(f"{line(text, error.place)}{error}") from error
+    left = unused(text, found, launches)
+    if left is not None:
+        raise LaunchError(
+            f"{line(text, left)}nothing that can be followed from here takes this --lr: call what "
+            "it belongs to in the same script, write the launch out, or remove it"
+        )
+    if not any(launch.flags() for launch in launches):
         raise LaunchError(
             "no arguments of Megatron's in it (--optimizer, --lr, ...): give a launch of its "
             "trainer, or the arguments alone"
         )
+    for launch in launches:
+        try:
+            _check(launch)
+        except LaunchError as error:
+            raise LaunchError(f"{line(text, launch.place)}{error}") from error
+    return launches
 
 
-def _script(edits: _Edits) -> None:
-    words = edits.words
-    if any(
-        word.value == "-m" and following.value.startswith("megatron_s3")
-        for word, following in itertools.pairwise(words)
-    ):
-        return
-    scripts = [word for word in words if re.search(r"\.py$", word.value)]
-    named = [word for word in scripts if "train" in Path(word.value).name]
-    if not scripts:
-        edits.warnings.append(
-            "no script in it: put -m megatron_s3 before the one that you start (torchrun ... -m "
-            "megatron_s3 pretrain_gpt.py ...), or apply the patch of patches/ to Megatron-LM"
-        )
-        return
-    script = (named or scripts)[0]
-    edits.insert(
-        script.start,
-        "-m megatron_s3 ",
-        f"-m megatron_s3 before {script.value}: registers S3 in Megatron-LM, which stays unedited "
-        "(the patch of patches/ does the same)",
-    )
+def _check(launch: Launch) -> None:
+    for flag in launch.flags():
+        old = value(flag.value)
+        if flag.name == "--optimizer":
+            if UNKNOWN in old:
+                raise LaunchError(
+                    f"--optimizer {shown(flag.value)} is known only when the script runs: write "
+                    "its name out"
+                )
+            if old == "s3":
+                raise LaunchError("it is a launch of S3's already (--optimizer s3)")
+            if old not in _ADAM:
+                raise LaunchError(
+                    f"--optimizer {old}: the rules are for launches of AdamW's (--optimizer "
+                    "adam), which the paper compares with"
+                )
+        elif flag.name in (*TIMES, *OVER):
+            try:
+                number(old, Decimal(1))
+            except InvalidOperation:
+                raise LaunchError(
+                    f"{flag.name} {shown(flag.value)} is no number here: write the number out, or "
+                    "set it in the script"
+                ) from None
 
 
-def _warn(edits: _Edits) -> None:
+def _warnings(text: str, launches: Sequence[Launch]) -> list[str]:
+    """What has to be seen to by hand."""
     from megatron_s3.mcore.arguments import UNSUPPORTED
 
-    for _, flag, reason in UNSUPPORTED:
-        if edits.has(flag):
-            edits.warnings.append(f"{flag} is refused with S3: {reason}")
-    for flag in _STATES:
-        for _, _, dtype in edits.found(flag):
-            if dtype not in ("fp32", "bf16"):
-                edits.warnings.append(
-                    f"{flag} {dtype} is refused with S3, which keeps its states in fp32 or bf16"
+    found: dict[str, None] = {}
+    say = lambda what: found.setdefault(what)
+    for launch in launches:
+        texts = [value(word) for word in launch.words[max(launch.arguments, 0) :]]
+        has = lambda flag, texts=texts: any(t == flag or t.startswith(flag + "=") for t in texts)
+        given = lambda flag, launch=launch: _values(launch, flag)
+        if launch.trainer < 0:
+            say(
+                "no script in it: put -m megatron_s3 before the one that you start (torchrun ... "
+                "-m megatron_s3 pretrain_gpt.py ...), or apply the patch of patches/ to Megatron-LM"
+            )
+        elif UNKNOWN in value(launch.words[launch.trainer - 1]):
+            say(
+                f"{shown(launch.words[launch.trainer - 1])} is set elsewhere: it has to end with "
+                "python, torchrun, or options of theirs"
+            )
+        for _, flag, reason in UNSUPPORTED:
+            if has(flag):
+                say(f"{flag} is refused with S3: {reason}")
+        for flag in _STATES:
+            for dtype in given(flag):
+                if dtype not in ("fp32", "bf16"):
+                    say(
+                        f"{flag} {dtype} is refused with S3, which keeps its states in fp32 or bf16"
+                    )
+        for dtype in given("--main-params-dtype"):
+            if dtype != "fp32":
+                say(f"--main-params-dtype {dtype} is refused with S3: leave it out")
+        if has("--use-precision-aware-optimizer") and not has("--use-distributed-optimizer"):
+            say(
+                "--use-precision-aware-optimizer is refused with S3 without "
+                "--use-distributed-optimizer"
+            )
+        for folder in given("--load"):
+            if not has("--no-load-optim") and not has("--finetune"):
+                say(
+                    f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert "
+                    f"{folder} NEW --to s3` makes a checkpoint that S3 resumes from (--load NEW), "
+                    "and --no-load-optim takes the weights alone"
                 )
-    for _, _, dtype in edits.found("--main-params-dtype"):
-        if dtype != "fp32":
-            edits.warnings.append(f"--main-params-dtype {dtype} is refused with S3: leave it out")
-    if edits.has("--use-precision-aware-optimizer") and not edits.has(
-        "--use-distributed-optimizer"
-    ):
-        edits.warnings.append(
-            "--use-precision-aware-optimizer is refused without --use-distributed-optimizer"
-        )
-    for _, _, folder in edits.found("--load"):
-        if not edits.has("--no-load-optim") and not edits.has("--finetune"):
-            edits.warnings.append(
-                f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert {folder} "
-                "NEW --to s3` makes a checkpoint that S3 resumes from (--load NEW), and "
-                "--no-load-optim takes the weights alone"
+        for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
+            if has(flag):
+                say(
+                    f"{flag}: what the checkpoint was saved with is taken, and not what stands here"
+                )
+        if launch.bare:
+            say(
+                f"{line(text, launch.place)}flags of AdamW's that come from elsewhere (a variable "
+                "of the environment, a file that is read) stay as they are"
             )
-    for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
-        if edits.has(flag):
-            edits.warnings.append(
-                f"{flag}: what the checkpoint was saved with is taken, and not what stands here"
-            )
-    if not edits.has("--lr"):
-        edits.warnings.append(f"no --lr in it: S3's is {LR_FACTOR} times AdamW's")
-    for flag in ("--config", "--yaml-cfg"):
-        if edits.has(flag) and flag != "--yaml-cfg":
-            edits.warnings.append(f"{flag}: what that file holds was not read")
+        elif not has("--lr"):
+            say(f"no --lr in it: S3's is {LR_FACTOR} times AdamW's")
+        if has("--config"):
+            say("--config: what that file holds was not read")
+        for word in launch.words[launch.arguments :]:
+            name = shown(word)
+            if value(word) == UNKNOWN and re.search(r"^\$.*(@|ARG|OPT|FLAG|EXTRA)", name.upper()):
+                say(f"{name} is not known here: flags of AdamW's that it may hold stay as they are")
+    return list(found)
+
+
+def _values(launch: Launch, flag: str) -> Iterator[str]:
+    words = launch.words[launch.arguments :]
+    for word, following in zip(words, (*words[1:], ()), strict=True):
+        if value(word) == flag:
+            yield shown(following)
+        elif value(word).startswith(flag + "="):
+            yield shown(word[len(flag) + 1 :])
+
+
+def _factor(text: str) -> Decimal:
+    try:
+        factor = Decimal(text)
+    except InvalidOperation:
+        factor = Decimal("nan")
+    if not (factor.is_finite() and factor > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return factor
+
+
+def _check_syntax(text: str) -> None:
+    """Lets bash read the text, where there is one, and run none of it."""
+    bash = shutil.which("bash")
+    if not bash:
+        return
+    done = subprocess.run([bash, "-n"], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.splitlines() or [f"status {done.returncode}"]
+        raise LaunchError(f"it is no shell script that bash can read ({lines[0]})")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        0; 2 after one line on stderr if the launch cannot be translated.
+        0; 2 after one line on stderr if the launch cannot be translated, or has what S3 refuses.
     """
     argv = list(argv)
     after = argv[argv.index("--") + 1 :] if "--" in argv else None
@@ -328,7 +272,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--lr-factor",
-        type=Decimal,
+        type=_factor,
         default=Decimal(LR_FACTOR),
         metavar="X",
         help="S3's learning rate over AdamW's (%(default)s, the paper's)",
@@ -336,14 +280,16 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv[: argv.index("--")] if after is not None else argv)
     if (args.file is None) == (after is None):
         parser.error("give either a file (- for stdin), or a command after --")
-    if not (args.lr_factor.is_finite() and args.lr_factor > 0):
-        parser.error(f"--lr-factor must be a positive number, not {args.lr_factor}")
     try:
         if after is not None:
             text = shlex.join(after) + "\n"
         else:
             text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text()
+        _check_syntax(text)
         found = translate(text, str(args.lr_factor))
+        _check_syntax(found.text)
+        if found.refused:
+            raise LaunchError("; ".join(found.refused))
     except (LaunchError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

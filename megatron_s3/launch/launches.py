@@ -1,0 +1,326 @@
+"""The launches of Megatron's trainer among the commands of a script, and the places in its text."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_s3.launch import grammar, shell
+from megatron_s3.launch.shell import UNKNOWN, Argument, Char, value
+from megatron_s3.launch.trace import Command, State, Trace
+
+__all__ = ["Flag", "Launch", "LaunchError", "find", "place", "shown"]
+
+#: The flags of Megatron's that a launch is known by, all with a value.
+FLAGS = (
+    "--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr", "--lr-warmup-init",
+    "--weight-decay", "--start-weight-decay", "--end-weight-decay", "--adam-beta1",
+    "--adam-beta2", "--adam-eps", "--optimizer", "--clip-grad",
+)  # fmt: skip
+
+_PRINTS = {"echo", "printf", "logger", "print"}
+_PYTHON = re.compile(r"(.*/)?(python[\d.]*|pypy3?)")
+_TORCHRUN = re.compile(r"(.*/)?(torchrun|debugpy-run)")
+_DISTRIBUTED = re.compile(r"torch\.distributed\.(run|launch)")
+# Modules that run the script which follows.
+_RUNNERS = {
+    "debugpy", "cProfile", "profile", "pdb", "trace", "coverage", "kernprof", "line_profiler",
+    "scalene", "viztracer", "torch.utils.bottleneck", "memray", "accelerate.commands.launch",
+}  # fmt: skip
+_WITHOUT_VALUE = {
+    "--standalone", "--no-python", "--no_python", "--run-path", "--run_path", "--use-env",
+    "--use_env",
+}  # fmt: skip
+_PYTHON_WITH_VALUE = {"-X", "-W", "--check-hash-based-pycs"}
+
+
+class LaunchError(ValueError):
+    """The launch cannot be translated; the message says why, and what to do.
+
+    Args:
+        place: where in the text, if that is known.
+    """
+
+    def __init__(self, what: str, place: int | None = None) -> None:
+        super().__init__(what)
+        self.place = place
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag in a launch.
+
+    Attributes:
+        name: ``--lr``.
+        word: the index of its word in the launch.
+        key: its own characters.
+        value: those of its value.
+        joined: whether it is ``--lr=VALUE``, one word.
+    """
+
+    name: str
+    word: int
+    key: Argument
+    value: Argument
+    joined: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of the trainer.
+
+    Attributes:
+        words: the command after expansion.
+        trainer: the index of the first word that names the program (``x.py``, or ``-m``); -1 where
+            only arguments are there.
+        arguments: the index of the first word behind the program.
+        registered: whether the plugin is started already (``-m megatron_s3``).
+        place: where it stands in the text.
+        bare: whether, on this way through the script, it has none of `FLAGS`.
+    """
+
+    words: tuple[Argument, ...]
+    trainer: int
+    arguments: int
+    registered: bool
+    place: int
+    bare: bool = False
+
+    def flags(self) -> list[Flag]:
+        """Those of `FLAGS` that are there, in order.
+
+        Raises:
+            LaunchError: one has no value.
+        """
+        found = []
+        for number, word in enumerate(self.words[self.arguments :], self.arguments):
+            name, equals, _ = value(word).partition("=")
+            if name not in FLAGS:
+                continue
+            if equals:
+                found.append(Flag(name, number, word[: len(name)], word[len(name) + 1 :], True))
+                continue
+            following = self.words[number + 1] if number + 1 < len(self.words) else ()
+            if not following or value(following).startswith("--"):
+                raise LaunchError(f"{name} has no value")
+            found.append(Flag(name, number, word, following, False))
+        return found
+
+
+def shown(word: Argument) -> str:
+    """A word as it stands in the text, where it is not known."""
+    return "".join(char.name if char.c == UNKNOWN else char.c for char in word)
+
+
+def find(found: Trace) -> list[Launch]:
+    """The launches of a script; its arguments alone where it starts nothing with arguments.
+
+    Raises:
+        LaunchError: a command has Megatron's flags, and it cannot be said what it starts.
+    """
+    commands = [command for command in found.commands if _has_flags(command.words)]
+    started = [command for command in commands if not value(command.words[0]).startswith("-")]
+    if started:
+        launches = [_launch(command) for command in started if not _prints(command)]
+        if launches:
+            return [*launches, *_bare(found, launches)]
+    alone = [command for command in found.commands if value(command.words[0]).startswith("-")]
+    if alone and len(alone) == len(found.commands):
+        words = tuple(word for command in alone for word in command.words)
+        return [Launch(words, -1, 0, False, alone[0].place)]
+    if any(_starts_python(command) for command in found.commands):
+        return []  # variables that a script holds are no launch, where it starts something
+    ends = [Launch(words, -1, 0, False, 0) for words in map(_held, found.ends) if words]
+    return [each for each in ends if each.flags()]
+
+
+def _bare(found: Trace, launches: Sequence[Launch]) -> list[Launch]:
+    """The same launches on the ways on which their flags come from elsewhere."""
+    programs = {launch.words[launch.arguments - 1]: launch for launch in launches}
+    bare = []
+    for command in found.commands:
+        if _prints(command) or _has_flags(command.words):
+            continue
+        for number, word in enumerate(command.words):
+            same = programs.get(word)
+            if same:
+                start = number - (same.arguments - 1 - same.trainer)
+                bare.append(
+                    replace(
+                        same,
+                        words=command.words,
+                        trainer=start,
+                        arguments=number + 1,
+                        place=command.place,
+                        bare=True,
+                    )
+                )
+                break
+    return bare
+
+
+def _prints(command: Command) -> bool:
+    return value(command.words[0]).rpartition("/")[2] in _PRINTS
+
+
+def _starts_python(command: Command) -> bool:
+    return not _prints(command) and any(
+        _PYTHON.fullmatch(value(word)) or _TORCHRUN.fullmatch(value(word)) for word in command.words
+    )
+
+
+def _has_flags(words: Sequence[Argument]) -> bool:
+    return any(value(word).partition("=")[0] in FLAGS for word in words)
+
+
+def _held(state: State) -> tuple[Argument, ...]:
+    """The words in all variables that hold flags."""
+    words = []
+    for items in state.variables.values():
+        split: list[Argument] = []
+        for item in items:
+            current: list[Char] = []
+            for char in (*item, Char(" ", 0, 0)):
+                if not char.c.isspace():
+                    current.append(char)
+                elif current:
+                    split.append(tuple(current))
+                    current = []
+        if _has_flags(split):
+            words += split
+    return tuple(words)
+
+
+def _launch(command: Command) -> Launch:
+    try:
+        return _described(command)
+    except LaunchError as error:
+        raise LaunchError(str(error), command.place) from error
+
+
+def _described(command: Command) -> Launch:
+    texts = [value(word) for word in command.words]
+    limit = next(i for i, text in enumerate(texts) if text.partition("=")[0] in FLAGS)
+    launcher = trainer = None
+    torchrun = False
+    at = 0
+    while at < limit:
+        text = texts[at]
+        if launcher is None and at and texts[at - 1] == UNKNOWN:
+            launcher = at - 1  # a variable that is set elsewhere
+        if _PYTHON.fullmatch(text) or _TORCHRUN.fullmatch(text):
+            launcher, trainer, torchrun = at, None, bool(_TORCHRUN.fullmatch(text))
+        elif text == "launch" and at and texts[at - 1].endswith("accelerate"):
+            launcher, trainer, torchrun = at, None, True
+        elif trainer is not None:
+            pass
+        elif text in ("-m", "--module") and launcher is not None and at + 1 < limit:
+            module = texts[at + 1]
+            if _DISTRIBUTED.fullmatch(module) or module in _RUNNERS:
+                torchrun, launcher = torchrun or bool(_DISTRIBUTED.fullmatch(module)), at + 1
+            else:
+                trainer = at
+            at += 1
+        elif text.endswith(".py") and not text.startswith("-"):
+            trainer = at
+            if launcher is None:
+                raise LaunchError(
+                    f"{shown(command.words[at])} is started by {shown(command.words[0])}, not by "
+                    "python or torchrun: -m megatron_s3 cannot be put before it; start it with "
+                    "python or torchrun"
+                )
+        at += 1
+    if trainer is None and launcher is not None and texts[launcher] != UNKNOWN:
+        trainer = _first_positional(command, texts, launcher + 1, limit, torchrun)
+    if trainer is None:
+        raise LaunchError(
+            f"{shown(command.words[0])} is given {texts[limit].partition('=')[0]}, and which "
+            "program it starts with it cannot be seen here: translate the script that starts the "
+            "trainer, or write the launch out"
+        )
+    module = texts[trainer] in ("-m", "--module")
+    name = texts[trainer + 1] if module else ""
+    return Launch(
+        command.words,
+        trainer,
+        trainer + 1 + module,
+        name == "megatron_s3" or name.startswith("megatron_s3."),
+        command.place,
+    )
+
+
+def _first_positional(
+    command: Command, texts: list[str], start: int, limit: int, torchrun: bool
+) -> int | None:
+    """The program where its name is not known: what python or torchrun takes for it."""
+    at = start
+    while at < limit:
+        text = texts[at]
+        if text == "--":
+            at += 1
+            continue
+        if not text.startswith("-"):
+            name = shown(command.words[at])
+            if UNKNOWN in text and re.search(r"ARG|OPT|CONF|DIST|FLAG", name.upper()):
+                return None  # as likely more options
+            return at
+        takes = text not in _WITHOUT_VALUE if torchrun else text in _PYTHON_WITH_VALUE
+        at += 2 if takes and "=" not in text else 1
+    return None
+
+
+def place(chars: Sequence[Char], beside: Char) -> tuple[int, int]:
+    """Where characters stand at the level of the text at which another stands beside them.
+
+    Of ``--lr $LR`` that is ``$LR`` and not the number where LR is set.
+
+    Args:
+        chars: characters of one word.
+        beside: a character of another word, or of the same.
+    """
+    common = min(_common(char, beside) for char in (chars[0], chars[-1]))
+    level = lambda char: [(char.start, char.end), *char.via][len(char.via) - common]
+    return level(chars[0])[0], level(chars[-1])[1]
+
+
+def _common(char: Char, other: Char) -> int:
+    """How many places of expansion two characters share, from the outermost."""
+    common = 0
+    while (
+        common < min(len(char.via), len(other.via))
+        and char.via[-1 - common] == other.via[-1 - common]
+    ):
+        common += 1
+    return common
+
+
+def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
+    """The place of an ``--lr`` that no command and no launch has; None if there is none."""
+    used = {
+        char.start for command in (*found.commands, *launches) for w in command.words for char in w
+    }
+    there = {char.start for char in _written(grammar.parse(shell.characters(text)))}
+    for flag in re.finditer(r"(?<![\w-])--lr(?=[\s=\"'])", text):
+        if flag.start() in there and flag.start() not in used:
+            return flag.start()
+    return None
+
+
+def _written(node: object) -> list[Char]:
+    """All characters that stand in a tree's words, without its comments."""
+    if isinstance(node, shell.Literal):
+        return node.chars
+    if isinstance(node, Char):
+        return [node]
+    if isinstance(node, list | tuple):
+        return [char for each in node for char in _written(each)]
+    if isinstance(node, shell.Node):
+        inside = (node.children, node.words, node.assignments, node.here)
+    elif isinstance(node, shell.Assignment):
+        inside = (node.value,)
+    elif isinstance(node, shell.Variable):
+        inside = (node.rest,)
+    elif isinstance(node, shell.Substitution):
+        inside = (node.body,)
+    else:
+        return []
+    return [char for each in inside for char in _written(each)]

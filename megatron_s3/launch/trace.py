@@ -1,0 +1,491 @@
+"""The commands that a shell script starts, on every way through it, without running any of it.
+
+Branches are taken and not taken, loops run once, functions are followed into.  A word of a command
+is given as its characters after expansion, each with the places that it came from.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_s3.launch import grammar, shell
+from megatron_s3.launch.shell import (
+    UNKNOWN,
+    Argument,
+    Char,
+    Literal,
+    Node,
+    ShellError,
+    Variable,
+    Word,
+    value,
+)
+
+__all__ = ["Command", "State", "Trace", "trace"]
+
+
+_STATES = 64
+_COMMANDS = 20_000
+_DEPTH = 12
+_ITEMS = 16
+_SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
+_PRINTS = {"echo", "printf", "logger", "print"}
+_WRITES = {"cat", "tee"}
+_READS = {"sh", "bash", "dash", "zsh", "ksh", "sbatch", "srun", "ssh", "qsub", "bsub", "salloc"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is started.
+
+    Attributes:
+        words: after expansion.
+        place: where it stands.
+        scripts: the indices of words that hold commands, which are followed too.
+    """
+
+    words: tuple[Argument, ...]
+    place: int
+    scripts: frozenset[int]
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known at a point of the script.
+
+    Attributes:
+        variables: name -> arguments; a plain variable has exactly one.
+        arrays: the names of those that are arrays.
+        exported: the names that programs see.
+        functions: name -> body.
+        parameters: ``$1`` and on; None if they are the script's own, which are not known.
+        decided: text of a condition -> whether it holds on this way.
+    """
+
+    variables: dict[str, tuple[Argument, ...]] = field(default_factory=dict)
+    arrays: frozenset[str] = frozenset()
+    exported: frozenset[str] = frozenset()
+    functions: dict[str, Node] = field(default_factory=dict)
+    parameters: tuple[Argument, ...] | None = None
+    decided: dict[str, bool] = field(default_factory=dict)
+
+    def put(self, name: str, found: tuple[Argument, ...], array: bool) -> "State":
+        """The state after an assignment."""
+        arrays = self.arrays | {name} if array else self.arrays - {name}
+        variables = {**self.variables, name: found}
+        return replace(self, variables=variables, arrays=arrays, decided=self._still(name))
+
+    def without(self, name: str) -> "State":
+        """The state in which a variable is not known."""
+        kept = {k: v for k, v in self.variables.items() if k != name}
+        arrays = self.arrays - {name}
+        return replace(self, variables=kept, arrays=arrays, decided=self._still(name))
+
+    def _still(self, name: str) -> dict[str, bool]:
+        """What stays decided when a variable changes."""
+        return {text: holds for text, holds in self.decided.items() if name not in _names(text)}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a script does.
+
+    Attributes:
+        commands: what it starts, in the order of its text, on each way through it.
+        ends: what is known at each of its ends.
+    """
+
+    commands: tuple[Command, ...]
+    ends: tuple[State, ...]
+
+
+def trace(text: str, watched: Callable[[str], object], names: frozenset[str]) -> Trace:
+    """Follows a script.
+
+    Args:
+        text: the script.
+        watched: of a variable's value, what has to be told apart; ways through the script that
+            differ in nothing else count as one where there are many.
+        names: variables whose whole values have to be told apart.
+
+    Raises:
+        ShellError: the text cannot be read, or has too many ways through it.
+    """
+    tracer = _Tracer(watched, names)
+    ends = tracer.run(grammar.parse(shell.characters(text)), [State()])
+    return Trace(tuple(tracer.commands), (*tracer.exits, *ends))
+
+
+class _Tracer:
+    def __init__(self, watched: Callable[[str], object], names: frozenset[str]) -> None:
+        self.watched, self.names = watched, names
+        self.commands: list[Command] = []
+        self.exits: list[State] = []
+        self.depth = 0
+
+    # Constructs.
+
+    def run(self, node: Node, states: list[State]) -> list[State]:
+        """The states after a node; a way that ends inside (exit) is not among them."""
+        if not states:
+            return []
+        return self.fewer(getattr(self, f"_{node.kind}")(node, states), node)
+
+    def fewer(self, states: list[State], node: Node) -> list[State]:
+        """The states without those that are alike; what these have not in common is undecided."""
+        looks = (
+            self._looks if len(states) > _STATES // 8 else lambda state: replace(state, decided={})
+        )
+        unique: list[tuple[object, State]] = []
+        for state in states:
+            look = looks(state)
+            for number, (other, kept) in enumerate(unique):
+                if look == other:
+                    both = dict(kept.decided.items() & state.decided.items())
+                    unique[number] = (other, replace(kept, decided=both))
+                    break
+            else:
+                unique.append((look, state))
+        if len(unique) > _STATES:
+            raise ShellError("there are too many ways through the script", node.at)
+        return [state for _, state in unique]
+
+    def _looks(self, state: State) -> object:
+        texts = [
+            (name, " ".join(map(value, found))) for name, found in sorted(state.variables.items())
+        ]
+        return (
+            tuple((n, t if n in self.names else self.watched(t)) for n, t in texts),
+            tuple(sorted(state.functions)),
+            None if state.parameters is None else tuple(map(value, state.parameters)),
+        )
+
+    def _sequence(self, node: Node, states: list[State]) -> list[State]:
+        for child in node.children:
+            states = self.run(child, states)
+        return states
+
+    _group = _sequence
+
+    def _maybe(self, node: Node, states: list[State]) -> list[State]:
+        return [*states, *self._sequence(node, states)]
+
+    def _subshell(self, node: Node, states: list[State]) -> list[State]:
+        exits = len(self.exits)
+        self._sequence(node, states)
+        del self.exits[exits:]
+        return states
+
+    def _pipeline(self, node: Node, states: list[State]) -> list[State]:
+        for child in node.children:
+            self._subshell(Node("sequence", [child]), states)
+        return states
+
+    def _if(self, node: Node, states: list[State]) -> list[State]:
+        ended: list[State] = []
+        bodies = list(node.children)
+        while len(bodies) > 1:
+            condition = bodies.pop(0)
+            text = condition.name
+            states = self.run(condition, states)
+            if not text:
+                ended += self.run(bodies.pop(0), states)
+                continue
+            holds = [s for s in states if s.decided.get(text, True)]
+            states = [s for s in states if not s.decided.get(text, False)]
+            decide = lambda s, yes, text=text: replace(s, decided={**s.decided, text: yes})
+            ended += self.run(bodies.pop(0), [decide(s, True) for s in holds])
+            states = [decide(s, False) for s in states]
+        return [*ended, *(self.run(bodies[0], states) if bodies else states)]
+
+    def _loop(self, node: Node, states: list[State]) -> list[State]:
+        states = self.run(node.children[0], states)
+        return [*states, *self.run(node.children[1], states)]
+
+    def _for(self, node: Node, states: list[State]) -> list[State]:
+        ended: list[State] = []
+        for state in states:
+            items = [item for word in node.words for item in self.expand(word, state)]
+            ways = [state]
+            for item in items[:_ITEMS] if node.name else [()]:
+                if node.name:
+                    ways = [way.put(node.name, (item,), False) for way in ways]
+                ways = self.run(node.children[0], ways)
+            ended += ways or ([state] if not items else [])
+        return ended
+
+    def _case(self, node: Node, states: list[State]) -> list[State]:
+        other = any(child.name == "*" for child in node.children)
+        ended = [] if other else list(states)
+        for child in node.children:
+            ended += self.run(child, states)
+        return ended
+
+    def _function(self, node: Node, states: list[State]) -> list[State]:
+        return [
+            replace(state, functions={**state.functions, node.name: node.children[0]})
+            for state in states
+        ]
+
+    # Commands.
+
+    def _command(self, node: Node, states: list[State]) -> list[State]:
+        return [after for state in states for after in self._simple(node, state)]
+
+    def _simple(self, node: Node, state: State) -> list[State]:
+        words = [word for each in node.words for word in self.expand(each, state)]
+        name = value(words[0]) if words else ""
+        with_them = state
+        for given in node.assignments:
+            with_them = self._assign(given, with_them)
+        if not words:
+            return [with_them]
+        if name in ("export", "declare", "typeset", "local", "readonly"):
+            names = {given.name for given in node.assignments}
+            names |= {value(word) for word in words[1:] if not value(word).startswith("-")}
+            flags = {value(word) for word in words[1:]}
+            exports = name == "export" or any(re.match(r"-\w*x", flag) for flag in flags)
+            return [replace(with_them, exported=with_them.exported | (names if exports else set()))]
+        prefix = {given.name for given in node.assignments}
+        seen = replace(with_them, exported=state.exported | prefix)
+        if name in state.functions:
+            after = self._call(node, state.functions[name], words[1:], seen)
+            return [replace(each, exported=each.exported - prefix) for each in after]
+        builtin = getattr(self, f"_do_{name}", None) if name.isalpha() else None
+        if builtin:
+            return builtin(node, words, state)
+        self._start(node, words, seen)
+        return [state]
+
+    def _assign(self, given: shell.Assignment, state: State) -> State:
+        old = state.variables.get(given.name, ())
+        if given.array and given.value and isinstance(given.value[0], list):
+            found = tuple(item for word in given.value for item in self.expand(word, state))
+        elif given.array:
+            found = tuple(self.expand(given.value, state))
+        else:
+            found = (self.join(given.value, state),)
+            if given.append and old:
+                # To an array's first element, as the shell does it.
+                return state.put(
+                    given.name, (old[0] + found[0], *old[1:]), given.name in state.arrays
+                )
+        if given.append:
+            found = old + found
+        return state.put(given.name, found, given.array)
+
+    def _call(
+        self, node: Node, body: Node, arguments: Sequence[Argument], state: State
+    ) -> list[State]:
+        self.depth += 1
+        if self.depth > _DEPTH:
+            raise ShellError("functions call one another too deeply", node.at)
+        exits = len(self.exits)
+        ended = self.run(body, [replace(state, parameters=tuple(arguments))])
+        returned = [each for each in self.exits[exits:] if each.variables.get("?return")]
+        self.exits[exits:] = [e for e in self.exits[exits:] if not e.variables.get("?return")]
+        self.depth -= 1
+        after = [*ended, *(each.without("?return") for each in returned)]
+        return [replace(each, parameters=state.parameters) for each in after]
+
+    def _start(self, node: Node, words: list[Argument], state: State) -> None:
+        texts = [value(word) for word in words]
+        names = [text.rpartition("/")[2] for text in texts]
+        scripts = {}
+        for number, text in enumerate(texts) if names[0] not in _PRINTS else ():
+            before = names[number - 1] if number else ""
+            if re.fullmatch(r"-[a-z]*c", before) and _SHELLS & set(names[:number]):
+                scripts[number] = words[number]
+            elif self.watched(text) and re.search(r"\s", text):
+                option = re.match(r"--[\w-]+=", text)
+                scripts[number] = words[number][option.end() if option else 0 :]
+        self.commands.append(Command(tuple(words), node.at, frozenset(scripts)))
+        if len(self.commands) > _COMMANDS:
+            raise ShellError("the script starts too many commands", node.at)
+        if names[0] in _PRINTS:
+            return
+        seen = state.exported - state.arrays
+        child = State(
+            {name: found for name, found in state.variables.items() if name in seen},
+            exported=state.exported,
+        )
+        for word in scripts.values():
+            self._inner(word, child, node)
+        for chars, raw in node.here:
+            text = value(chars)
+            if not self.watched(text) and "$" not in text:
+                continue
+            written = names[0] in _WRITES and (node.redirected or names[0] == "tee")
+            if written or _READS & set(names):
+                body = tuple(chars) if raw else self.join(grammar.here_document(chars), state)
+                self._inner(body, child, node)
+
+    def _inner(self, text: Sequence[Char], state: State, node: Node) -> None:
+        """A script inside a word or a here-document."""
+        self.depth += 1
+        if self.depth > _DEPTH:
+            raise ShellError("scripts stand in one another too deeply", node.at)
+        exits = len(self.exits)
+        try:
+            self.run(grammar.parse(text), [replace(state, parameters=None)])
+        except ShellError as error:
+            if self.watched(value(text)):
+                raise ShellError(
+                    f"the commands in this text cannot be read ({error})", node.at
+                ) from (error)
+        del self.exits[exits:]
+        self.depth -= 1
+
+    # Builtins.
+
+    def _do_exit(self, node: Node, words: list[Argument], state: State) -> list[State]:
+        self.exits.append(state)
+        return []
+
+    def _do_return(self, node: Node, words: list[Argument], state: State) -> list[State]:
+        self.exits.append(state.put("?return", ((Char("1", 0, 0),),), False))
+        return []
+
+    def _do_exec(self, node: Node, words: list[Argument], state: State) -> list[State]:
+        if len(words) < 2:
+            return [state]
+        self._start(node, words[1:], state)
+        return self._do_exit(node, words, state)
+
+    def _do_eval(self, node: Node, words: list[Argument], state: State) -> list[State]:
+        text: list[Char] = []
+        for word in words[1:]:
+            last = word[-1] if word else Char(" ", 0, 0)
+            text += [*word, Char(" ", last.end, last.end, last.via)]
+        self.depth += 1
+        if self.depth > _DEPTH:
+            raise ShellError("eval calls itself too deeply", node.at)
+        try:
+            after = self.run(grammar.parse(text), [state])
+        except ShellError as error:
+            if self.watched(value(text)):
+                raise ShellError(
+                    f"the commands of eval cannot be read ({error})", node.at
+                ) from error
+            after = [state]
+        self.depth -= 1
+        return after
+
+    def _do_set(self, node: Node, words: list[Argument], state: State) -> list[State]:
+        given = [value(word) for word in words]
+        if "--" not in given:
+            return [state]
+        return [replace(state, parameters=tuple(words[given.index("--") + 1 :]))]
+
+    def _do_shift(self, node: Node, words: list[Argument], state: State) -> list[State]:
+        if state.parameters is None:
+            return [state]
+        many = value(words[1]) if len(words) > 1 else "1"
+        many = int(many) if many.isdecimal() else 1
+        return [replace(state, parameters=state.parameters[many:])]
+
+    def _do_unset(self, node: Node, words: list[Argument], state: State) -> list[State]:
+        for word in words[1:]:
+            state = state.without(value(word))
+        return [state]
+
+    _do_read = _do_mapfile = _do_readarray = _do_getopts = _do_unset
+
+    # Expansion.
+
+    def join(self, word: Word, state: State) -> Argument:
+        """A word as one argument, as in an assignment."""
+        chars: list[Char] = []
+        for field_ in self._fields(word, state, split=False):
+            chars += [Char(" ", field_[0].start, field_[0].start)] if chars and field_ else []
+            chars += field_
+        return tuple(chars)
+
+    def expand(self, word: Word, state: State) -> list[Argument]:
+        """A word as the arguments that become of it."""
+        return self._fields(word, state, split=True)
+
+    def _fields(self, word: Word, state: State, split: bool) -> list[Argument]:
+        fields: list[list[Char]] = [[]]
+        quoted = False
+        for part in word:
+            if isinstance(part, Literal):
+                fields[-1] += part.chars
+                quoted |= part.quoted
+                continue
+            if isinstance(part, shell.Substitution):
+                if part.body:
+                    self._subshell(part.body, [state])
+                fields[-1].append(_unknown(part, part.text))
+                continue
+            found, separate = self._value(part, state)
+            quoted |= part.quoted and not separate
+            if separate and part.quoted:
+                if not found and len(word) == 1:
+                    return []
+                for number, item in enumerate(found):
+                    if number:
+                        fields.append([])
+                    fields[-1] += item
+                    quoted = True
+            else:
+                for number, item in enumerate(found):
+                    if number:
+                        fields.append([]) if split else fields[-1].append(Char(" ", *part.span))
+                    self._append(fields, item, split and not part.quoted)
+        kept = [tuple(each) for each in fields if each]
+        return kept or ([()] if quoted or not split else [])
+
+    def _append(self, fields: list[list[Char]], item: Argument, split: bool) -> None:
+        for char in item:
+            if not split or not char.c.isspace():
+                fields[-1].append(char)
+            elif fields[-1]:
+                fields.append([])
+
+    def _value(self, part: Variable, state: State) -> tuple[list[Argument], bool]:
+        """What a variable holds, with this place in each character; whether it is a list."""
+        via = (part.span, *part.at.via)
+        found: tuple[Argument, ...] | None
+        separate = part.index in ("@", "*")
+        if part.name == "@":
+            found, separate = state.parameters, True
+        elif part.name.isdecimal() and part.name != "0":
+            number = int(part.name) - 1
+            given = state.parameters
+            found = None if given is None else given[number : number + 1]
+        else:
+            found = state.variables.get(part.name)
+            if found is not None and not separate:
+                number = int(part.index) if part.index.isdecimal() else 0
+                found = found[number : number + 1]
+                if part.index and not part.index.isdecimal():
+                    found = None
+        operator = part.operator
+        if operator == "?":
+            found = None
+        elif "+" in operator or (operator and (found is None or not any(found))):
+            return self._rest(part, via, state), False
+        if found is None:
+            return [(_unknown(part, _written(part)),)], separate
+        return [
+            tuple(char._replace(via=char.via + via) for char in item) for item in found
+        ], separate
+
+    def _rest(
+        self, part: Variable, via: tuple[tuple[int, int], ...], state: State
+    ) -> list[Argument]:
+        found = self.join(part.rest or [], state)
+        return [tuple(char._replace(via=char.via + via) for char in found)]
+
+
+def _names(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def _unknown(part: Variable | shell.Substitution, text: str) -> Char:
+    return Char(UNKNOWN, *part.span, part.at.via, text)
+
+
+def _written(part: Variable) -> str:
+    return f"${part.name}" if not part.operator and not part.index else f"${{{part.name}...}}"

@@ -9,6 +9,7 @@ import runpy
 import sys
 
 from megatron_s3 import register
+from megatron_s3.launch import lock
 
 USAGE = """\
 usage: torchrun [...] -m megatron_s3 SCRIPT [ARGS ...]
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         return 2
     sys.argv = argv
     sys.path[0] = os.path.dirname(os.path.abspath(script))
+    lock.join()
     register()
     runpy.run_path(script, run_name="__main__")
     return 0

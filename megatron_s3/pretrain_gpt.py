@@ -261,6 +261,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     from megatron_s3 import register
+    from megatron_s3.launch import lock
 
+    lock.join()
     register()
     main()

@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from megatron_s3.launch import provenance, slurm
+from megatron_s3.launch import lock, provenance, slurm
 from megatron_s3.launch.check import arithmetic, ask_megatron
 from megatron_s3.launch.config import Config, ConfigError, load, name_of
 from megatron_s3.launch.progress import (
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         return _main(args)
-    except (ConfigError, slurm.SlurmError) as error:
+    except (ConfigError, slurm.SlurmError, lock.InUse) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -258,16 +258,23 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") 
             print(f"export {name}={shlex.quote(value)}")
         print(shlex.join(command))
         return 0
-    if before.saved is not None:
-        say(f"going on from iteration {before.saved} in {before.folder}")
-        if left_out:
-            say(f"not in force any more, since they are for the start: {', '.join(left_out)}")
-    provenance.record(run_dir, config, command)
-    # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
-    with subprocess.Popen(command, env=os.environ | config.launch.environment) as process:
-        stop.pass_on_to(process)
-        status = process.wait()
-    return _ended(status, before, progress(config, run_dir), stop.asked_by)
+    with _alone(config, run_dir) as held:
+        before = progress(config, run_dir)
+        if before.saved is not None:
+            say(f"going on from iteration {before.saved} in {before.folder}")
+            if left_out:
+                say(f"not in force any more, since they are for the start: {', '.join(left_out)}")
+        provenance.record(run_dir, config, command)
+        # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
+        with subprocess.Popen(
+            command,
+            env=os.environ | config.launch.environment | held,
+            preexec_fn=lock.die_with_parent,
+        ) as process:
+            stop.pass_on_to(process)
+            status = process.wait()
+        after = progress(config, run_dir)
+    return _ended(status, before, after, stop.asked_by)
 
 
 def _ended(status: int, before: Progress, after: Progress, asked_by: str | None) -> int:
@@ -287,6 +294,14 @@ def _ended(status: int, before: Progress, after: Progress, asked_by: str | None)
         f"{after.saved}, and training ends at {after.last}"
     )
     return 1
+
+
+def _alone(config: Config, run_dir: Path) -> contextlib.AbstractContextManager[dict[str, str]]:
+    """Holds the run's folder and that of its checkpoints, on the first node, for all of them."""
+    folders = [run_dir, save_folder(config, run_dir)]
+    if os.environ.get("SLURM_NODEID", "0") != "0":
+        return contextlib.nullcontext(lock.variable(folders))
+    return lock.hold(folders)
 
 
 def _check_job(config: Config, dry_run: bool) -> None:

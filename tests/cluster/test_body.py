@@ -147,7 +147,7 @@ def test_where_ranks_meet_is_the_sites_choice_if_it_makes_one(job, tmp_path: Pat
 def test_steps_have_the_bodys_environment(job) -> None:
     """With SBATCH_EXPORT=NONE SLURM would start them without."""
     _, _, seen = job("config", SLURM_EXPORT_ENV="NONE")
-    assert len(seen) == 3 and all(" --export=ALL " in line for line in seen)
+    assert len(seen) == 5 and all(" --export=ALL " in line for line in seen)
 
 
 def test_does_not_start_when_requeued_too_often(job) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import provenance, run, slurm
+from megatron_s3.launch import lock, provenance, run, slurm
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import progress
 
@@ -138,6 +138,32 @@ def test_an_attempt_is_recorded_and_secrets_are_not(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     provenance.record(tmp_path, load(["tiny-s3"]), [])
     assert [p.name[:5] for p in (tmp_path / "provenance/job-17-2").iterdir()] == ["node-"]
+
+
+@pytest.mark.parametrize("held", ["run", "run/checkpoints", "elsewhere"])
+def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, capsys, held):
+    monkeypatch.setattr(run, "ask_megatron", lambda *args: None)
+    words = ["tiny-s3", "--run-dir", str(tmp_path / "run")]
+    if held == "elsewhere":
+        words += ["--set", f"save={tmp_path}/elsewhere"]
+    with lock.hold([tmp_path / held]):
+        assert run.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {tmp_path / held} is in use by another launch: process {os.getpid()} on "
+    )
+    assert not (tmp_path / "run/provenance").exists()
+
+
+def test_other_nodes_of_a_job_share_its_folder(tmp_path, monkeypatch):
+    """Only the first takes the lock; ranks of all nodes hold it."""
+    config = load(["tiny-s3"])
+    with run._alone(config, tmp_path) as first:
+        monkeypatch.setenv("SLURM_NODEID", "1")
+        with run._alone(config, tmp_path) as second:
+            assert first == second
+            files = json.loads(second[lock.VARIABLE])[1:]
+    assert files == [f"{tmp_path}/lock", f"{tmp_path}/checkpoints/lock"]
 
 
 def losses(log: str) -> dict[int, str]:

@@ -1,0 +1,323 @@
+"""A run's folders, written by one launch at a time, until the last process of it has ended.
+
+The lock is ``flock`` on the file ``lock`` of a folder: the kernel lets go of it when its holders
+die. The launcher takes it alone and then shares it with its ranks, each of which holds it for as
+long as it lives (:func:`join`), so that ranks which outlive their launcher keep the next one out.
+They do not do so for long: the kernel kills torchrun with its launcher, and ranks with torchrun.
+
+Some shared disks keep ``flock`` to one machine, or have none. The file therefore says who holds the
+lock, with a number that grows every few seconds. Where a launch that did not end well has left such
+a record on another machine, the next one looks whether the number still grows.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import errno
+import fcntl
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["VARIABLE", "InUse", "die_with_parent", "hold", "join", "variable"]
+
+#: Tells the ranks the launcher's process id and the files, as a JSON list.
+VARIABLE = "MEGATRON_S3_LOCK"
+
+_SIZE = 1024  # of a record, always, so that no reader sees the half of one
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+class InUse(Exception):
+    """Another launch writes to the folder; the message says which and what to do."""
+
+
+@contextlib.contextmanager
+def hold(
+    folders: Sequence[Path], beat: float = 10.0, patience: float = 100.0
+) -> Iterator[dict[str, str]]:
+    """Holds folders for this process and the ranks that it starts.
+
+    Args:
+        folders: are made if they are missing.
+        beat: seconds between two signs of life; the same for all launches.
+        patience: seconds that processes of a launch which is dead have for ending, before the
+            folder counts as in use. NFS keeps a dead machine's locks for 90.
+
+    Yields:
+        The environment variable that the ranks need for :func:`join`.
+
+    Raises:
+        InUse: another launch holds one of them, or ranks of a dead one do.
+        OSError: a folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_held(folder / "lock", beat, patience))
+        yield variable(folders)
+
+
+def variable(folders: Sequence[Path]) -> dict[str, str]:
+    """The environment variable that ranks need for :func:`join`, on the other nodes of a job too.
+
+    Args:
+        folders: which the job's first node holds, or will hold before there are ranks.
+    """
+    paths = [os.path.join(os.path.realpath(folder), "lock") for folder in folders]
+    return {VARIABLE: json.dumps([os.getpid(), *dict.fromkeys(paths)])}
+
+
+def join() -> None:
+    """Lets a rank hold its run's folders while it lives, and end when its launcher does.
+
+    Does nothing in a process that no launcher started.
+
+    Raises:
+        InUse: the launcher is gone, and another has taken the folder.
+    """
+    if VARIABLE not in os.environ:
+        return
+    launcher, *paths = json.loads(os.environ[VARIABLE])
+    die_with_parent()
+    if launcher not in _ancestors():  # died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
+    files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"{path}: another launch has taken the folder") from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+    _bind_forks(files)
+
+
+def _bind_forks(files: list[int]) -> None:
+    """Lets what a rank forks, to write a checkpoint, say, hold its locks and end with it.
+
+    Megatron's own would stay for ever where a rank is killed. The kernel looks at the thread that
+    forks, and another than the first may end early: a child of such a one holds no lock.
+    """
+    by_first_thread = [True]
+
+    def before() -> None:
+        by_first_thread[0] = threading.get_native_id() == os.getpid()
+
+    def in_child() -> None:
+        if by_first_thread[0]:
+            die_with_parent()
+            return
+        for file in files:
+            os.close(file)
+        files.clear()
+
+    os.register_at_fork(before=before, after_in_child=in_child)
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when the thread that started it ends."""
+    _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+@contextlib.contextmanager
+def _held(path: Path, beat: float, patience: float) -> Iterator[None]:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        locks = _take(file, path, patience)
+        left = _read(path)
+        if left and not _is_dead(left, locks) and _beats(path, left, beat):
+            raise InUse(_in_use(path, left))
+        mine = _me()
+        _write(file, mine)
+        if locks:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (
+                BlockingIOError
+            ):  # taken by another in between: it has seen this process's record
+                raise InUse(_in_use(path, _read(path))) from None
+        else:
+            time.sleep(min(beat, 1.0))
+            found = _read(path)
+            if found and found["pid"] != mine["pid"]:
+                raise InUse(_in_use(path, found))
+        end = threading.Event()
+        thread = threading.Thread(target=_live, args=(file, mine, beat, end), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, 0)
+    finally:
+        os.close(file)
+
+
+def _take(file: int, path: Path, patience: float) -> bool:
+    """Locks the file for this process alone; False where the disk has no flock."""
+    began = time.monotonic()
+    said = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            holder = _read(path)
+            if holder and not _is_dead(holder, locks=False):
+                raise InUse(_in_use(path, holder)) from None
+            if time.monotonic() > began + patience:
+                raise InUse(_left_over(path, holder)) from None
+        except OSError as error:
+            if error.errno in _NO_FLOCK:
+                return False
+            raise
+        if not said and time.monotonic() > began + 1:
+            said = True
+            print(f"[megatron-s3] {path.parent}: waiting for the last launch's ranks", flush=True)
+        time.sleep(0.1)
+
+
+def _is_dead(holder: dict[str, Any], locks: bool) -> bool:
+    """Whether the launcher that a record names is known to be gone.
+
+    Args:
+        holder: the record.
+        locks: whether this process has just been given the lock.
+    """
+    me = _me()
+    if holder["job"] and holder["job"] == me["job"] and holder["attempt"] != me["attempt"]:
+        return True  # SLURM ends an attempt before it begins the next
+    if holder["boot"] != me["boot"]:
+        return False
+    if locks:
+        return True  # one kernel has given it, and would not have, were the other alive
+    return holder["pids"] == me["pids"] and _started(holder["pid"]) != holder["started"]
+
+
+def _beats(path: Path, seen: dict[str, Any], beat: float) -> bool:
+    """Whether the holder shows that it lives, within three beats."""
+    print(
+        f"[megatron-s3] {path.parent}: {_who(seen)} has left it locked; looking for "
+        f"{3 * beat:.0f} s whether that is alive",
+        flush=True,
+    )
+    deadline = time.monotonic() + 3 * beat
+    while time.monotonic() < deadline:
+        time.sleep(beat / 10)
+        if _read(path) != seen:
+            return True
+    return False
+
+
+def _live(file: int, record: dict[str, Any], beat: float, end: threading.Event) -> None:
+    while not end.wait(beat):
+        record["beat"] += 1
+        with contextlib.suppress(OSError):  # a full or ailing disk ends no training
+            _write(file, record)
+
+
+def _me() -> dict[str, Any]:
+    """What is written down about this process."""
+    environment = os.environ
+    job = environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID")
+    if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return {
+        "host": platform.node(),
+        "boot": _boot(),
+        "pids": os.readlink("/proc/self/ns/pid"),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "job": job or environment.get("LSB_JOBID") or "",
+        "attempt": environment.get("SLURM_RESTART_COUNT", "0"),
+        "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "beat": 0,
+    }
+
+
+def _boot() -> str:
+    """What a machine is called from one start to the next; containers have its name for it too."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def _write(file: int, record: dict[str, Any]) -> None:
+    os.pwrite(file, json.dumps(record).encode().ljust(_SIZE), 0)
+    os.fsync(file)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The record; None if the last launch has ended well, or has written none yet."""
+    try:
+        return json.loads(path.read_bytes() or b"null")
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on, which is number 3 in proc(5)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks since the machine did; None if there is none."""
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in "ZX" else None
+
+
+def _ancestors() -> Iterator[int]:
+    pid = os.getppid()
+    while pid > 0:
+        yield pid
+        fields = _stat(pid)
+        pid = int(fields[1]) if fields else 0
+
+
+def _who(holder: dict[str, Any]) -> str:
+    job = f", job {holder['job']}" if holder["job"] else ""
+    return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
+
+
+def _in_use(path: Path, holder: dict[str, Any] | None) -> str:
+    who = f": {_who(holder)}" if holder else ""
+    return (
+        f"{path.parent} is in use by another launch{who}; wait until it has ended, stop it, or "
+        "give this run a folder of its own (--run-dir). If that machine is gone for good, remove "
+        f"{path}"
+    )
+
+
+def _left_over(path: Path, holder: dict[str, Any] | None) -> str:
+    who = f" ({_who(holder)})" if holder else ""
+    here = _holders(path)
+    which = f": processes {', '.join(map(str, here))} of this machine" if here else ""
+    return (
+        f"{path.parent} is in use: its last launch{who} has ended, but not the ranks that it "
+        f"started{which}; end them. If their machine is gone for good, remove {path}"
+    )
+
+
+def _holders(path: Path) -> list[int]:
+    """The processes of this machine that hold the lock, as far as /proc/locks tells."""
+    inode = str(path.stat().st_ino)
+    with contextlib.suppress(OSError):
+        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return sorted({int(r[4]) for r in rows if r[1] == "FLOCK" and r[5].endswith(":" + inode)})
+    return []

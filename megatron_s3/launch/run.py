@@ -1,12 +1,12 @@
 """`megatron-s3 launch`: starts the ranks of a configuration on this node, or submits it to SLURM.
 
 In a SLURM job, one task of a step runs this on each node; node rank and the first node's address
-are taken from SLURM_NODEID, MASTER_ADDR and MASTER_PORT. SIGUSR1 and SIGTERM are passed on to the
-ranks as SIGTERM, for which Megatron saves a checkpoint and ends (--exit-signal-handler); torchrun
-itself is left alone, since it would kill them after 30 seconds.
+are taken from SLURM_NODEID, MASTER_ADDR and MASTER_PORT. At SIGTERM, SIGINT, SIGHUP, SIGUSR1,
+SIGUSR2 and SIGXCPU the ranks save a checkpoint and end (:mod:`megatron_s3.launch.stopping`).
 
 Exit status: 0, trained to the end (at once if it was already); 75, stopped before the end with a
-checkpoint saved, and the same command goes on from it; 2, cannot run; else the ranks failed.
+checkpoint saved, and the same command goes on from it; 2, cannot run; 130, interrupted without
+saving; else the ranks failed.
 """
 
 import argparse
@@ -14,16 +14,13 @@ import contextlib
 import itertools
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
-from types import FrameType
 
 from megatron_s3.launch import lock, provenance, slurm
 from megatron_s3.launch.check import arithmetic, ask_megatron
 from megatron_s3.launch.config import Config, ConfigError, load, name_of
+from megatron_s3.launch.output import first_node, say
 from megatron_s3.launch.progress import (
     Progress,
     continued,
@@ -32,6 +29,7 @@ from megatron_s3.launch.progress import (
     refuse_another,
     save_folder,
 )
+from megatron_s3.launch.stopping import StopRequest, exit_signal
 
 __all__ = ["STOPPED", "add_config_arguments", "add_run_arguments", "main", "resolve"]
 
@@ -105,6 +103,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _main(args: argparse.Namespace) -> int:
     if args.slurm:
         config = load([args.config, *args.overlay], args.sets)
+        exit_signal(config)
         tasks = len(array_tasks(config)) if config.array else 0
         return slurm.submit(config, args, _run_dir(args), tasks)
     config, run_dir = resolve(args)
@@ -114,7 +113,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.print_checkpoint:
         print(progress(config, run_dir).saved or 0)
         return 0
-    stop = _StopRequest()
+    stop = StopRequest(exit_signal(config))
     with contextlib.nullcontext() if args.dry_run else stop:
         return _launch(config, run_dir, args.dry_run, stop)
 
@@ -232,7 +231,7 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
     return [*command, *program, *words]
 
 
-def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") -> int:
+def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> int:
     _check_job(config, dry_run)
     shape = arithmetic(config)
     before = progress(config, run_dir)
@@ -243,7 +242,7 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") 
         return 0
     told, left_out = continued(config, run_dir)
     words = megatron_words(told, run_dir)
-    if os.environ.get("SLURM_NODEID", "0") == "0":  # once is enough
+    if first_node():  # once is enough
         ask_megatron(told, words[len(told.words()) :])
     command = torchrun(config, words)
     say(
@@ -266,14 +265,12 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: "_StopRequest") 
                 say(f"not in force any more, since they are for the start: {', '.join(left_out)}")
         provenance.record(run_dir, config, command)
         # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
-        with subprocess.Popen(
-            command,
-            env=os.environ | config.launch.environment | held,
-            preexec_fn=lock.die_with_parent,
-        ) as process:
-            stop.pass_on_to(process)
+        with stop.start(command, os.environ | config.launch.environment | held) as process:
             status = process.wait()
         after = progress(config, run_dir)
+    if stop.killed:
+        say(f"interrupted twice, the second time without saving: at checkpoint {after.saved}")
+        return 130
     return _ended(status, before, after, stop.asked_by)
 
 
@@ -282,7 +279,7 @@ def _ended(status: int, before: Progress, after: Progress, asked_by: str | None)
     saved = (after.saved or 0) > (before.saved or 0)
     if status and not (asked_by and saved):
         say(f"the ranks ended with status {status}; the newest checkpoint is {after.saved}")
-        return status
+        return status if status > 0 else 128 - status  # as a shell says it of a signal
     if after.finished or after.last is None:
         return 0
     why = f"asked to by {asked_by}" if asked_by else "Megatron ended early"
@@ -299,7 +296,7 @@ def _ended(status: int, before: Progress, after: Progress, asked_by: str | None)
 def _alone(config: Config, run_dir: Path) -> contextlib.AbstractContextManager[dict[str, str]]:
     """Holds the run's folder and that of its checkpoints, on the first node, for all of them."""
     folders = [run_dir, save_folder(config, run_dir)]
-    if os.environ.get("SLURM_NODEID", "0") != "0":
+    if not first_node():
         return contextlib.nullcontext(lock.variable(folders))
     return lock.hold(folders)
 
@@ -319,74 +316,3 @@ def _check_job(config: Config, dry_run: bool) -> None:
                 f"{config.launch.nodes} nodes, but {', '.join(missing)} is not set: submit with "
                 "--slurm, or set them on each node and run this there"
             )
-
-
-class _StopRequest:
-    """SIGUSR1 and SIGTERM, from before the ranks start (checks take seconds) until they have ended.
-
-    Attributes:
-        asked_by: name of the first signal that came, if any.
-    """
-
-    def __init__(self) -> None:
-        self.asked_by: str | None = None
-        self._process: subprocess.Popen | None = None
-
-    def __enter__(self) -> None:
-        self._previous = {n: signal.signal(n, self._ask) for n in (signal.SIGUSR1, signal.SIGTERM)}
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def pass_on_to(self, process: subprocess.Popen) -> None:
-        """From now on, or at once if a signal has come already, asks torchrun's ranks to end."""
-        self._process = process
-        if self.asked_by:
-            self._tell()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked_by:
-            return
-        self.asked_by = signal.Signals(number).name
-        say(f"{self.asked_by}: the ranks are asked to save and end")
-        if self._process:
-            self._tell()
-
-    def _tell(self) -> None:
-        threading.Thread(target=_stop_ranks, args=(self._process,), daemon=True).start()
-
-
-def _stop_ranks(process: subprocess.Popen) -> None:
-    """Sends each rank one SIGTERM, as soon as it is ready to take it."""
-    told: set[int] = set()
-    while process.poll() is None:
-        for pid in _ranks(process.pid) - told:
-            if _catches(pid, signal.SIGTERM):
-                os.kill(pid, signal.SIGTERM)
-                told.add(pid)
-        threading.Event().wait(0.5)
-
-
-def _ranks(agent: int) -> set[int]:
-    """The processes that torchrun started."""
-    try:
-        return set(map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split()))
-    except FileNotFoundError:
-        return set()
-
-
-def _catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for the signal; without one it would just die."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-    mask = int(status.partition("SigCgt:")[2].split()[0], 16)
-    return bool(mask >> (number - 1) & 1)
-
-
-def say(message: str) -> None:
-    """One line, from the first node alone."""
-    if os.environ.get("SLURM_NODEID", "0") == "0":
-        print(f"[megatron-s3] {message}", flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import lock, provenance, run, slurm
+from megatron_s3.launch import lock, provenance, run, slurm, stopping
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import progress
 
@@ -187,7 +187,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        while not run._catches(process.pid, signal.SIGTERM) and process.poll() is None:
+        while not stopping.catches(process.pid, signal.SIGTERM) and process.poll() is None:
             time.sleep(0.01)
         process.terminate()
         assert process.wait() == run.STOPPED, log.read_text()[-4000:]

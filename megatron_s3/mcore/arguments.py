@@ -17,6 +17,7 @@ __all__ = [
     "DEVICES",
     "add_megatron_arguments",
     "as_adam",
+    "check_config",
     "destination",
     "flag",
     "hyperparameters",
@@ -199,9 +200,7 @@ def validate_args(
                 f"{unsupported} out, or train with --optimizer adam."
             )
     _check_metrics(args)
-    _check_precision(args, cls)
-    _check_offload(args, cls)
-    _check_cuda_graph(args, cls)
+    _check_memory(args, cls)
     own = {destination(description, h) for h in description.hyperparameters}
     for name, default in defaults.items():
         if name not in own and getattr(args, name, default) != default:
@@ -209,6 +208,10 @@ def validate_args(
                 f"{_flag(name)} {getattr(args, name)} has no effect with --optimizer "
                 f"{description.name}"
             )
+    for name in _STATE_DTYPES[len(description.state) :]:
+        dtype = _dtype(getattr(args, name, torch.float32))
+        if args.use_precision_aware_optimizer and dtype != torch.float32:
+            say(f"{_flag(name)} {_named(dtype)} has no effect with --optimizer {description.name}")
     if not clip_grad_given:
         args.clip_grad = description.clip_grad
     elif args.clip_grad != description.clip_grad:
@@ -266,9 +269,36 @@ def _dtype(value: str | torch.dtype) -> torch.dtype:
     return _DTYPES.get(value, value)
 
 
-def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) -> None:
+    """For callers without a command line, what :func:`validate_args` refuses of these.
+
+    Args:
+        config: Megatron's OptimizerConfig.
+        ddp_config: the model's DistributedDataParallelConfig, or None.
+        cls: the optimizer.
+
+    Raises:
+        ValueError: naming a field as the flag of the same name.
+    """
+    of_ddp = {} if ddp_config is None else vars(ddp_config)
+    holder = argparse.Namespace(**of_ddp | vars(config))
+    holder.accumulate_allreduce_grads_in_fp32 = of_ddp.get("grad_reduce_in_fp32", True)
+    _check_memory(holder, cls)
+
+
+def _check_memory(args: Any, cls: type[ElementwiseOptimizer]) -> None:
+    """Raises ValueError for what cannot be kept, or stepped, where and how it is asked for."""
+    _check_precision(args, cls)
+    _check_offload(args, cls)
+    _check_cuda_graph(args, cls)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))
+
+
+def _check_precision(args: Any, cls: type[ElementwiseOptimizer]) -> None:
     """Raises ValueError for dtypes that the optimizer, or what is around it, cannot keep."""
-    names = {dtype: name for name, dtype in _DTYPES.items()}
     asked = {
         name: _dtype(getattr(args, name, torch.float32))
         for name in ("main_grads_dtype", "main_params_dtype", *_STATE_DTYPES)
@@ -278,7 +308,7 @@ def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) 
         for name, dtype in asked.items():
             if dtype != torch.float32:
                 raise ValueError(
-                    f"{_flag(name)} {names[dtype]} is a flag of --use-precision-aware-optimizer, "
+                    f"{_flag(name)} {_named(dtype)} is a flag of --use-precision-aware-optimizer, "
                     "which is not given: everything would be fp32. Add it, or leave "
                     f"{_flag(name)} out."
                 )
@@ -286,7 +316,7 @@ def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) 
     if getattr(args, "use_megatron_fsdp", False):
         if asked["main_grads_dtype"] != torch.float32:
             raise ValueError(
-                f"--main-grads-dtype {names[asked['main_grads_dtype']]} has no effect with "
+                f"--main-grads-dtype {_named(asked['main_grads_dtype'])} has no effect with "
                 "--use-megatron-fsdp. Give --megatron-fsdp-main-grads-dtype instead."
             )
     elif not args.use_distributed_optimizer:
@@ -302,8 +332,9 @@ def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) 
             )
     if asked["main_params_dtype"] != torch.float32:
         raise ValueError(
-            f"--main-params-dtype {names[asked['main_params_dtype']]} is not supported by {label}: "
-            "an update is smaller than what fp16 resolves of a parameter. Leave it out (fp32)."
+            f"--main-params-dtype {_named(asked['main_params_dtype'])} is not supported by "
+            f"{label}: an update is smaller than what fp16 resolves of a parameter. Leave it out "
+            "(fp32)."
         )
     if args.fp16 and not args.accumulate_allreduce_grads_in_fp32:
         raise ValueError(
@@ -316,13 +347,10 @@ def _check_precision(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) 
         try:
             cls.check_state_dtype(state, asked[name], values)
         except ValueError as error:
-            raise ValueError(f"{_flag(name)} {names[asked[name]]}: {error}") from None
-    for name in _STATE_DTYPES[len(cls.description.state) :]:
-        if asked[name] != torch.float32:
-            say(f"{_flag(name)} {names[asked[name]]} has no effect with {label}")
+            raise ValueError(f"{_flag(name)} {_named(asked[name])}: {error}") from None
 
 
-def _check_offload(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+def _check_offload(args: Any, cls: type[ElementwiseOptimizer]) -> None:
     """Raises ValueError for what an optimizer that is partly in the CPU's memory cannot do."""
     if not getattr(args, "optimizer_cpu_offload", False):
         return
@@ -338,31 +366,14 @@ def _check_offload(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) ->
             "which part of the optimizer's states the CPU keeps and updates. Change it, or leave "
             "--optimizer-cpu-offload out."
         )
-    for name, flag, reason in (
-        (
-            "optimizer_cuda_graph",
-            "--optimizer-cuda-graph",
-            "a graph does not replay the CPU's part",
-        ),
-        (
-            "async_save",
-            "--async-save",
-            "the writer would read memory of the CPU's that training goes on changing",
-        ),
-        (
-            "use_megatron_fsdp",
-            "--use-megatron-fsdp",
-            "its main parameters are Megatron-FSDP's, on the GPU",
-        ),
-        (
-            "rl_offload_optimizer_during_inference",
-            "--rl-offload-optimizer-during-inference",
-            "what it moves back to the GPU would be all of the states",
-        ),
+    for name, reason in (
+        ("optimizer_cuda_graph", "a graph does not replay the CPU's part"),
+        ("async_save", "the writer would read memory of the CPU's that training goes on changing"),
+        ("use_megatron_fsdp", "its main parameters are Megatron-FSDP's, on the GPU"),
     ):
         if getattr(args, name, False):
             raise ValueError(
-                f"{label} does not support {flag}: {reason}. Leave one of the two out."
+                f"{label} does not support {_flag(name)}: {reason}. Leave one of the two out."
             )
 
 
@@ -392,19 +403,21 @@ def _check_megatron_fsdp(args: argparse.Namespace) -> None:
         )
 
 
-def _check_cuda_graph(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+def _check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer]) -> None:
     """Raises ValueError for what a step that is replayed from a CUDA graph cannot do."""
     if not getattr(args, "optimizer_cuda_graph", False):
         return
     why_not = None
     if cpu_device.active():
         why_not = "there are no CUDA graphs where it trains on the CPU"
-    elif args.s3_no_fused:
+    elif switches(args)["s3_no_fused"]:
         why_not = "with --s3-no-fused there is no kernel to record"
-    elif args.s3_log_updates:
+    elif switches(args)["s3_log_updates"]:
         why_not = "nothing would count for --s3-log-updates: a replay runs no Python"
     elif args.fp16 or getattr(args, "loss_scale", None):
         why_not = "under a loss scale the host reads whether gradients overflowed"
+    elif getattr(args, "rl_offload_optimizer_during_inference", False):
+        why_not = "--rl-offload-optimizer-during-inference moves what a graph goes on writing to"
     elif getattr(args, "use_megatron_fsdp", False):
         why_not = "Megatron-FSDP's gradients lie elsewhere from step to step"
     elif getattr(args, "weight_decay_incr_style", "constant") != "constant":

@@ -18,6 +18,7 @@ from megatron_s3.kernels.operands import local
 from megatron_s3.mcore import param_groups, telemetry
 from megatron_s3.mcore.arguments import (
     as_adam,
+    check_config,
     destination,
     hyperparameters,
     needs_grad_norm,
@@ -116,6 +117,8 @@ def get_megatron_optimizer(
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
+    chunks = args[0] if args else kwargs["model_chunks"]
+    check_config(config, getattr(chunks[0], "ddp_config", None), cls)
     _prepare(config)
     # Or Adam is given FusedAdam's arguments, or is one on two devices.
     for_adam: dict[str, Any] = {
@@ -138,7 +141,6 @@ def get_megatron_optimizer(
     built.__class__ = ElementwiseChainedOptimizer
     built.update_log = None
     if getattr(config, "s3_log_updates", False):
-        chunks = args[0] if args else kwargs["model_chunks"]
         built.update_log = telemetry.UpdateLog(parts, chunks)
     telemetry.watch(built.update_log)
     _latest = weakref.ref(built)
@@ -202,6 +204,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     if isinstance(part, DistributedOptimizer):
         base = ElementwiseFSDPOptimizer if in_fsdp else ElementwiseDistributedOptimizer
         part.__class__ = sharded_class(cls.description.state, base)
+        part.name_main_params()
     elif isinstance(part, Float16OptimizerWithFloat16Params):
         part.__class__ = ElementwiseFloat16Optimizer
 

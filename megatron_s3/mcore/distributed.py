@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_s3.mcore import shard_files
-from megatron_s3.mcore.one_pass import OnePass, is_plain
+from megatron_s3.mcore.one_pass import OnePass, Place, is_plain, place, require_memory
 
 __all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
 
@@ -53,6 +53,75 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         """As upstream, into state that is there already: it would allocate Adam's names."""
         self.optimizer.init_state()
         super().load_state_dict(state_dict)
+        self.name_main_params()
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """As upstream; the main parameters that are the optimizer's state are there by then."""
+        if self._holds_master_params():
+            self.optimizer.init_state()
+            self.name_main_params()
+        return super().prepare_grads()
+
+    def offload_to_cpu(self) -> None:
+        """As upstream, for what the CPU does not keep anyway.
+
+        Raises:
+            RuntimeError: a CUDA graph may hold the addresses of what would be moved.
+        """
+        if getattr(self.config, "optimizer_cuda_graph", False):
+            raise RuntimeError(
+                "offload_to_cpu would move what the CUDA graph of optimizer_cuda_graph goes on "
+                "writing to. Leave one of the two out. Nothing was moved."
+            )
+        with self._without_the_cpus_states():
+            super().offload_to_cpu()
+        self.name_main_params()
+
+    def restore_from_cpu(self) -> None:
+        """As upstream; what the CPU keeps and updates stays there."""
+        with self._without_the_cpus_states():
+            super().restore_from_cpu()
+        self.name_main_params()
+
+    @contextlib.contextmanager
+    def _without_the_cpus_states(self) -> Iterator[None]:
+        offload, state = self.optimizer.offload, self.optimizer.state
+        kept = {}
+        if offload is not None:
+            kept = {param: state.pop(param) for param in offload.params if param in state}
+        try:
+            yield
+        finally:
+            state.update(kept)
+
+    def name_main_params(self) -> None:
+        """Sets ``main_param`` of half-precision parameters to the optimizer's ``master_param``.
+
+        Upstream does so with main parameters of its own, for the norm of all parameters for
+        instance.  Before there is any, the attribute is missing on every rank, and the parameter
+        itself is taken.
+        """
+        if not self._holds_master_params():
+            return
+        state = self.optimizer.state
+        mains = {
+            model: state[shard].get("master_param") if shard in state else None
+            for models, shards in zip(
+                self.model_float16_groups, self.shard_float16_groups, strict=True
+            )
+            for model, shard in zip(models, shards, strict=True)
+        }
+        made = not mains or None not in mains.values()
+        for param in (param for buffer in self.buffers for param in buffer.params):
+            if made and param in mains:
+                param.main_param = mains[param]
+            elif getattr(param, "main_param", None) is None and hasattr(
+                param, "main_param_sharded"
+            ):
+                param.main_param = None  # of one that other ranks keep
+                if not made:
+                    del param.main_param
 
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
         group, order = self.model_param_group_index_map[model_param]
@@ -78,6 +147,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
             super()._copy_model_params_to_main_params(*args, **kwargs)
             return
         with self._master_params_as_main_params():
+            self.name_main_params()
             super()._copy_model_params_to_main_params(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -98,11 +168,13 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
             self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
             self.shard_fp32_from_float16_groups, self.shard_fp32_groups = kept
 
-    def _pointers(self) -> tuple[int, ...]:
+    def _places(self) -> tuple[Place, ...]:
         memory = [b.param_data for buffer in self.buffers for b in buffer.buckets]
-        memory += [shard for group in self.shard_fp32_groups for shard in group]
-        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in memory)
+        for pair in self._model_and_own_params():
+            memory += pair
+        return tuple(place(tensor) for tensor in memory if tensor is not None)
 
+    @torch.no_grad()
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
         ddp, config = self.ddp_config, self.config
         if (
@@ -112,35 +184,57 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         ):
             return None
         found = {}
-        for model, main in self._model_and_main_params():
-            place = self._get_model_param_range_map(model)["gbuf_world_in_bucket"]
+        for model, own in self._model_and_own_params():
+            ranges = self._get_model_param_range_map(model)
+            inside, shard = ranges["gbuf_world_in_bucket"], ranges["param"]
             buffer, _, bucket = self.model_param_gbuf_map[model]
             memory = self.buffers[buffer].buckets[bucket].param_data
             if memory is None or not is_plain(memory) or not is_plain(model):
                 return None
-            shard = memory.view(-1)[place.start : place.end]
-            # fp32 main parameters are the model's memory, unless one of the two has been moved.
-            if shard.data_ptr() != main.data_ptr():
-                found[main] = shard
+            require_memory(memory, "parameters", "reload_from_cpu")
+            memory, first = memory.view(-1), inside.start - shard.start
+            if place(model) != place(memory[first:]):
+                raise RuntimeError(
+                    f"the model's parameter of shape {tuple(model.shape)} has left the buffer that "
+                    "Megatron gathers parameters in, so that no update would reach it (model.to, "
+                    "or another assignment to its data). Move the buffers instead, by their "
+                    "offload_to_cpu and reload_from_cpu, or build DistributedDataParallel and the "
+                    "optimizer after the move. No parameter was changed."
+                )
+            memory = memory[inside.start : inside.end]
+            if place(own) == place(memory):  # of fp32 ones, and of those that are but an image
+                continue
+            if not self._holds_master_params():
+                found[own] = memory
+                continue
+            if "master_param" not in self.optimizer.state[own] and own.dtype == torch.float32:
+                memory.copy_(own)  # it is the main parameter itself
+            own.data = memory
         return found
 
     def _find_grads(self) -> list[tuple[Tensor, Tensor | None]] | None:
         if all(buffer.grad_data.dtype == torch.float32 for buffer in self.buffers):
             return None
         pairs = []
-        for model, main in self._model_and_main_params():
+        for model, main in self._model_and_own_params():
             place = self._get_model_param_range_map(model)["param"]
             pairs.append((main, model.main_grad.view(-1)[place.start : place.end]))
         return pairs
 
-    def _model_and_main_params(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every model parameter that this rank has elements of, and its shard of the main one."""
-        for all_models, all_mains in (
-            (self.model_float16_groups, self.shard_fp32_from_float16_groups),
+    def _grad_memory(self) -> Iterable[Tensor]:
+        return (buffer.grad_data for buffer in self.buffers)
+
+    def _model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every model parameter that this rank has elements of, and the optimizer's of these."""
+        halves = self.shard_fp32_from_float16_groups
+        if self._holds_master_params():
+            halves = self.shard_float16_groups
+        for all_models, all_own in (
+            (self.model_float16_groups, halves),
             (self.model_fp32_groups, self.shard_fp32_groups),
         ):
-            for models, mains in zip(all_models, all_mains, strict=True):
-                yield from zip(models, mains, strict=True)
+            for models, own in zip(all_models, all_own, strict=True):
+                yield from zip(models, own, strict=True)
 
 
 _ADAMS = ("param", "exp_avg", "exp_avg_sq")

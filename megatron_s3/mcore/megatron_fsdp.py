@@ -1,6 +1,6 @@
 """An element-wise optimizer's state under Megatron-FSDP, whose parameters are DTensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer
-from megatron_s3.mcore.one_pass import is_plain
+from megatron_s3.mcore.one_pass import Place, is_plain, place, require_memory
 
 __all__ = ["ElementwiseFSDPOptimizer"]
 
@@ -41,13 +41,13 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
         Upstream raises NotImplementedError: no half-precision model could be loaded alone.
         """
 
-    def _pointers(self) -> tuple[int, ...]:
+    def _places(self) -> tuple[Place, ...]:
         memory = []
-        for _, group in self._weight_groups():
+        for params, group in self._weight_groups():
             models = group.model_weight_buffer
-            memory.append(group.main_weight_buffer.data)
-            memory += map(local, group.params) if models is None else [models.data]
-        return tuple(tensor.data_ptr() for tensor in memory)
+            memory += [group.main_weight_buffer.data, *(params[model] for model in group.params)]
+            memory += group.params if models is None else [models.data]
+        return tuple(map(place, memory))
 
     @torch.no_grad()
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
@@ -60,9 +60,13 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
                     memory = local(model).detach().view(-1)
                 else:
                     shard = models.is_data_distributed or mains.is_data_distributed
+                    require_memory(models.data, "parameters", "reload_from_cpu")
                     memory = models.get_item(mains.param_idx[model], only_shard=shard)
                 found[params[model]] = memory
         return found if all(map(is_plain, found.values())) else None
+
+    def _grad_memory(self) -> Iterable[Tensor]:
+        return ()  # Megatron-FSDP allocates it in each backward pass
 
     def _find_grads(self) -> None:
         return None  # the parameters have them

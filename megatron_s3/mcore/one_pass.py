@@ -5,6 +5,9 @@ gradients, the optimizer steps the main parameters, and those are copied to the 
 optimizer is given the tensors at both ends.
 """
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
@@ -16,7 +19,10 @@ from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.arguments import needs_grad_norm
 from megatron_s3.optimizers import ElementwiseOptimizer
 
-__all__ = ["ElementwiseFloat16Optimizer", "OnePass", "is_plain"]
+__all__ = ["ElementwiseFloat16Optimizer", "OnePass", "Place", "is_plain", "place", "require_memory"]
+
+#: A storage, an address in it and the storage's size.
+Place = tuple[int, int, int]
 
 
 class OnePass(MixedPrecisionOptimizer):
@@ -33,18 +39,31 @@ class OnePass(MixedPrecisionOptimizer):
     #: Whether the optimizer was last given Megatron's own gradients.
     _grads_in_place = False
     #: What :attr:`_found` depends on.
-    _found_for: tuple[int, ...] | None = None
+    _found_for: tuple[Place, ...] | None = None
     _found: dict[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """As upstream, after a look at where the model's parameters and gradients are by now.
+
+        Raises:
+            RuntimeError: they have been moved to where a step does not reach the model.  No
+                parameter was changed.
+        """
+        self._locate()
+        for grad in self._grad_memory():
+            require_memory(grad, "gradients", "restore_grad_buffers")
+        return super().prepare_grads()
 
     def step_with_ready_grads(self) -> bool:
         """As upstream, in one pass where that is possible."""
-        model_params = self._model_params()
+        model_params = None if self.optimizer.fused is False else self._found
         self.optimizer.model_params = model_params or {}
         self._writing = model_params is not None
         try:
             return super().step_with_ready_grads()
         finally:
-            self._writing = False
+            self._writing, self.optimizer.model_params = False, {}
 
     def _copy_main_params_to_model_params(self) -> None:
         if not self._writing:
@@ -83,24 +102,30 @@ class OnePass(MixedPrecisionOptimizer):
                 param.decoupled_grad = None
             self._grads_in_place = False
 
-    def _model_params(self) -> dict[Tensor, Tensor] | None:
-        """For each main parameter the model's memory of it; None where upstream's way is taken."""
-        if self.optimizer.fused is False or self._holds_master_params():
-            return None
-        pointers = self._pointers()
-        if pointers != self._found_for:
-            self._found_for, self._found = pointers, self._find_model_params()
-        return self._found
+    def _locate(self) -> None:
+        """Finds the model's parameters anew if one of them, or of the optimizer's, was moved."""
+        if self._places() != self._found_for:
+            self._found = self._find_model_params()
+            self._found_for = self._places()  # after the search, which may put a shard back
 
     def _holds_master_params(self) -> bool:
         """Whether the optimizer's parameters are the model's, and the main ones its state."""
         return bool(self.optimizer.master_params)
 
-    def _pointers(self) -> tuple[int, ...]:
-        """Addresses that change when the model's parameters move."""
+    def _places(self) -> tuple[Place, ...]:
+        """What changes when one of the tensors that a step writes to is moved."""
         raise NotImplementedError
 
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
+        """For each main parameter the model's memory of it; None where upstream's way is taken.
+
+        Raises:
+            RuntimeError: there is no memory, or the model does not read it.
+        """
+        raise NotImplementedError
+
+    def _grad_memory(self) -> Iterable[Tensor]:
+        """Tensors in whose memory all of the model's gradients are."""
         raise NotImplementedError
 
     def _find_grads(self) -> list[tuple[Tensor, Tensor | None]] | None:
@@ -111,8 +136,8 @@ class OnePass(MixedPrecisionOptimizer):
 class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):
     """Megatron's optimizer of half-precision models without sharding, in one pass."""
 
-    def _pointers(self) -> tuple[int, ...]:
-        return tuple(local(p.detach()).data_ptr() for group in self.float16_groups for p in group)
+    def _places(self) -> tuple[Place, ...]:
+        return tuple(place(param) for group in self.float16_groups for param in group)
 
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
         found = {
@@ -122,7 +147,13 @@ class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):
             )
             for model, main in zip(models, mains, strict=True)
         }
+        for memory in filter(is_plain, found.values()):
+            require_memory(memory, "parameters", "reload_from_cpu")
         return found if all(map(is_plain, found.values())) else None
+
+    def _grad_memory(self) -> Iterable[Tensor]:
+        groups = itertools.chain(self.float16_groups, self.fp32_from_fp32_groups)
+        return (grad for group in groups for param in group if (grad := _grad(param)) is not None)
 
     def _find_grads(self) -> list[tuple[Tensor, Tensor | None]] | None:
         pairs = []
@@ -145,3 +176,32 @@ def is_plain(tensor: Tensor) -> bool:
         torch.bfloat16,
         torch.float16,
     )
+
+
+def place(tensor: Tensor) -> Place:
+    """Where a tensor's elements (a DTensor's on this rank) are.
+
+    An address alone does not say it: a storage that is given up and grown again keeps its views,
+    and its old address may be another tensor's by then.
+    """
+    tensor = local(tensor)
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.data_ptr(), storage.nbytes()
+
+
+def require_memory(tensor: Tensor, what: str, remedy: str) -> None:
+    """Raises RuntimeError if the tensor's storage has been given up.
+
+    Args:
+        tensor: a plain or distributed one.
+        what: its elements are, of the model.
+        remedy: the method that allocates them again.
+    """
+    tensor = local(tensor)
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+        raise RuntimeError(
+            f"the model's {what} of shape {tuple(tensor.shape)} have no memory now: it was given "
+            f"up, as offloading does. Allocate it again ({remedy}) before the step. No parameter "
+            "was changed."
+        )

@@ -241,7 +241,7 @@ for fp32_bias in (False, True):
                 assert {t.dtype for t in state.values()} == {torch.float32}
             continue
         pairs = (
-            list(part._model_and_main_params())
+            list(part._model_and_own_params())
             if sharded
             else [
                 (p, m)

@@ -1,0 +1,263 @@
+"""Parameters, states and buffers that were moved between steps: the bits of a run without that."""
+
+import itertools
+from argparse import Namespace
+
+import numpy
+import pytest
+import torch
+
+from tests.mcore.library import build, inner, on_ranks, step
+from tests.releases import RELEASES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HOW = {
+    "whole": {"sharded": False},
+    "sharded": {},
+    "aware": {"use_precision_aware_optimizer": True},
+    "aware, not fused": {"use_precision_aware_optimizer": True, "s3_no_fused": True},
+    "aware, offloaded": {
+        "use_precision_aware_optimizer": True,
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": 0.5,
+    },
+}
+
+
+def built(dtype="bf16", how="aware", **more):
+    return build(dtype=DTYPES[dtype], loss_scale=1.0, **(HOW[how] | more))
+
+
+def read(model):
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def away_and_back(optimizer):
+    """As where there is a GPU: upstream's methods give every tensor that they move new memory."""
+    torch.Tensor.cuda = lambda tensor: tensor.clone()  # in a forked rank
+    optimizer.offload_to_cpu()
+    optimizer.restore_from_cpu()
+
+
+def states(optimizer):
+    return [t for state in inner(optimizer).state.values() for t in state.values()]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@on_ranks(2)
+def test_the_same_bits_with_states_moved_away_and_back(release):
+    for how, dtype in itertools.product(HOW, DTYPES):
+        (plain, its), (moved, other) = built(dtype, how), built(dtype, how)
+        for i in range(5):
+            if i in (0, 2, 3):
+                old = states(other)
+                away_and_back(other)
+                if how != "aware, offloaded":
+                    assert not {id(state) for state in old} & {id(s) for s in states(other)}
+            before = read(moved)
+            assert step(plain, its, i)[0] and step(moved, other, i)[0]
+            assert not any(map(torch.equal, before, read(moved))), (how, dtype, i)
+            assert equal(read(plain), read(moved)), (how, dtype, i)
+
+
+@on_ranks(1)
+def test_what_the_cpu_keeps_stays_there():
+    model, optimizer = built(how="aware, offloaded")
+    step(model, optimizer)
+    kept = inner(optimizer).offload.params
+    before = {id(t) for p in kept for t in inner(optimizer).state[p].values()}
+    away_and_back(optimizer)
+    after = {id(t) for p in kept for t in inner(optimizer).state[p].values()}
+    assert kept and before == after
+
+
+@on_ranks(1)
+def test_a_shard_that_was_moved_is_the_models_memory_again():
+    """Or a second copy of the model would stay on the device."""
+    for dtype in DTYPES:
+        model, optimizer = built(dtype)
+        step(model, optimizer)
+        away_and_back(optimizer)
+        step(model, optimizer, 1)
+        model_memory = {param.untyped_storage()._cdata for param in model.parameters()}
+        params = [param for group in inner(optimizer).param_groups for param in group["params"]]
+        assert {param.untyped_storage()._cdata for param in params} == model_memory
+
+
+@on_ranks(1)
+def test_model_weights_that_were_loaded_meanwhile_are_kept():
+    """By way of reload_model_params, as after loading a model alone."""
+    for how, dtype in itertools.product(HOW, DTYPES):
+        results = []
+        for moved in (False, True):
+            model, optimizer = built(dtype, how)
+            step(model, optimizer)
+            if moved:
+                away_and_back(optimizer)
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.copy_(torch.linspace(-1, 1, param.numel()).view(param.shape))
+            optimizer.reload_model_params()
+            step(model, optimizer, 1)
+            results.append(read(model))
+        assert equal(*results), (how, dtype)
+
+
+@on_ranks(1)
+def test_buffers_given_up():
+    """A step on them is refused before it changes anything; restored, it is as if nothing was."""
+    for how, dtype in itertools.product(HOW, DTYPES):
+        (plain, its), (moved, other) = built(dtype, how), built(dtype, how)
+        step(plain, its), step(moved, other)
+        saved = [group["step"] for group in inner(other).param_groups]
+        before = read(moved)
+        if moved.buffers[0].param_data is None:  # the model's own memory
+            memory = list(moved.parameters())
+        else:
+            memory = [buffer.param_data for buffer in moved.buffers]
+        sizes = [tensor.untyped_storage().nbytes() for tensor in memory]
+        contents = [tensor.detach().clone() for tensor in memory]
+        for tensor in memory:
+            tensor.untyped_storage().resize_(0)
+        hold = [torch.full_like(tensor, 7) for tensor in contents]  # where they were, maybe
+        if dtype != "fp32" or how != "whole":  # Megatron's class, whose parameters are the model's
+            with pytest.raises(RuntimeError, match=r"have no memory now.*\(reload_from_cpu\)"):
+                step(moved, other, 1)
+        assert all(bool((tensor == 7).all()) for tensor in hold)
+        for tensor, size, content in zip(memory, sizes, contents, strict=True):
+            tensor.untyped_storage().resize_(size)
+            tensor.data.copy_(content)
+        assert equal(read(moved), before)
+        assert [group["step"] for group in inner(other).param_groups] == saved
+        step(plain, its, 1), step(moved, other, 1)
+        assert equal(read(plain), read(moved)), (how, dtype)
+
+
+@on_ranks(1)
+def test_gradients_given_up():
+    for how, dtype in itertools.product(HOW, ("bf16", "fp16")):
+        model, optimizer = built(dtype, how)
+        step(model, optimizer)
+        before = read(model)
+        model.offload_grad_buffers(synchronize=False, empty_cache=False)
+        with pytest.raises(RuntimeError, match=r"gradients of shape .* have no memory now"):
+            optimizer.step()
+        assert equal(read(model), before)
+        model.restore_grad_buffers(synchronize=False)
+        step(model, optimizer, 1)
+        assert not any(map(torch.equal, read(model), before)), (how, dtype)
+
+
+@on_ranks(2)
+def test_a_model_that_left_its_buffers():
+    """No update would reach it: Megatron writes to the buffers, and gathers them."""
+    for how, dtype in itertools.product(HOW, DTYPES):
+        if how == "whole" and dtype == "fp32":
+            continue  # the optimizer's parameters are the model's
+        (plain, its), (moved, other) = built(dtype, how), built(dtype, how)
+        step(plain, its), step(moved, other)
+        for param in moved.parameters():
+            param.data = param.data.clone()
+        before = read(moved)
+        if how != "whole":
+            with pytest.raises(RuntimeError, match=r"has left the buffer .* No parameter was"):
+                step(moved, other, 1)
+            assert equal(read(moved), before)
+        else:
+            step(plain, its, 1), step(moved, other, 1)
+            assert equal(read(plain), read(moved))
+
+
+@on_ranks(1)
+def test_an_address_that_is_anothers_by_now():
+    from megatron_s3.mcore.one_pass import place
+
+    memory = numpy.zeros(8, dtype=numpy.float32)
+    one, other = torch.from_numpy(memory), torch.from_numpy(memory)
+    assert one.data_ptr() == other.data_ptr() and place(one) != place(other)
+    whole = torch.zeros(8)
+    part = whole[2:]
+    before = place(part)
+    assert before == place(part.detach()) != place(part[1:])
+    whole.untyped_storage().resize_(0)
+    assert place(part) != before
+
+
+@on_ranks(1)
+def test_a_captured_step_is_not_moved():
+    _, optimizer = built()
+    optimizer.config.optimizer_cuda_graph = True
+    with pytest.raises(RuntimeError, match="CUDA graph of optimizer_cuda_graph goes on"):
+        optimizer.offload_to_cpu()
+
+
+def norm(model):
+    utils = pytest.importorskip("megatron.training.utils.common_utils")
+    utils.get_args = lambda: Namespace(bf16=True, use_megatron_fsdp=False)
+    return utils.calc_params_l2_norm(model)
+
+
+@pytest.mark.parametrize("release", RELEASES[1:])
+@on_ranks(2)
+def test_the_norm_of_all_parameters(release):
+    """What upstream asks main_param for: before a step, after it, moved, loaded."""
+    models = {how: built(how=how) for how in ("sharded", "aware", "aware, offloaded")}
+
+    def check():
+        norms = {how: norm(model) for how, (model, _) in models.items()}
+        assert norms["sharded"] > 3
+        assert norms == pytest.approx(dict.fromkeys(norms, norms["sharded"]), rel=1e-6), norms
+
+    check()
+    for i in range(2):
+        for model, optimizer in models.values():
+            step(model, optimizer, i)
+        check()
+    for _, optimizer in models.values():
+        away_and_back(optimizer)
+    check()
+    for model, optimizer in models.values():
+        step(model, optimizer, 2)
+        for param in model.parameters():
+            param.data.mul_(2)
+        optimizer.reload_model_params()
+    check()
+    model, optimizer = models["aware"]
+    owned = [p.main_param for p in model.parameters() if p.main_param is not None]
+    masters = [state["master_param"] for state in inner(optimizer).state.values()]
+    assert {id(tensor) for tensor in owned} == {id(tensor) for tensor in masters}
+
+
+REFUSED = {
+    # what the error says: settings of build().
+    "--optimizer-cpu-offload needs --use-precision-aware-optimizer": {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": 1.0,
+    },
+    "--optimizer-offload-fraction 0.0 must be in": HOW["aware, offloaded"]
+    | {"optimizer_offload_fraction": 0.0},
+    "--use-precision-aware-optimizer needs --use-distributed-optimizer": HOW["aware"]
+    | {"sharded": False},
+    "fp8-param-gather with --use-precision-aware-optimizer": HOW["aware"]
+    | {"ddp": {"fp8_param_gather": True}},
+    "--exp-avg-dtype bf16 is a flag of --use-precision-aware-optimizer": {
+        "exp_avg_dtype": torch.bfloat16
+    },
+    "--main-params-dtype fp16 is not supported": HOW["aware"]
+    | {"main_params_dtype": torch.float16},
+    "does not support --optimizer-cuda-graph here: there are no CUDA graphs": {
+        "optimizer_cuda_graph": True
+    },
+}
+
+
+@on_ranks(1)
+def test_refused_at_construction():
+    """As from the command line; else it would train, wrongly or not at all."""
+    for (reason, settings), dtype in itertools.product(REFUSED.items(), DTYPES.values()):
+        with pytest.raises(ValueError, match=reason):
+            build(dtype=dtype, loss_scale=1.0, **settings)

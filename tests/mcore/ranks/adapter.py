@@ -224,7 +224,7 @@ for fp32_bias in (False, True):
             assert step(model, optimizer, seed)[0]
         portable = "s3_no_fused" in settings
         assert part.optimizer.path == ("portable: fused=False" if portable else "C++ kernel")
-        assert len(entered) == (3 if settings else 0), (settings, len(entered))
+        assert len(entered) == (3 if portable else 0), (settings, len(entered))
         params = dict(model.named_parameters())
         assert {p.dtype for p in params.values() if p.requires_grad} == {
             torch.bfloat16,

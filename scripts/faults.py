@@ -667,7 +667,7 @@ def flips(bench: Bench) -> list[Row]:
             try:
                 with contextlib.redirect_stdout(io.StringIO()) as said:
                     checkpoint._say_once.cache_clear()
-                    (chosen, _) = checkpoint._choose(work, argparse.Namespace(ckpt_step=None))
+                    chosen = checkpoint._choose(work, argparse.Namespace(ckpt_step=None)).folder
                 how = f"another complete iteration ({chosen.name}), and it is said"
                 ok = (
                     chosen.name != "iter_0000006" and "newer ones are complete: " in said.getvalue()

@@ -1,6 +1,7 @@
 """Checkpoints: what may be loaded into what, decided before anything is, and whole saves."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import os
@@ -25,6 +26,7 @@ __all__ = [
     "maybe_finalize_async_save",
     "open_file",
     "optim_param_to_id_map",
+    "read_metadata",
     "save",
     "save_checkpoint",
     "save_config",
@@ -57,7 +59,9 @@ def load_base_checkpoint(
             optimizer.  On all ranks alike, nothing was loaded.
     """
     rank0 = kwargs.get("rank0", rest[0] if rest else False)
-    with _whole(load_dir, args, rank0):
+    context = kwargs.get("checkpointing_context", rest[2] if len(rest) > 2 else None)
+    with _chosen(load_dir, args, context) as choice:
+        _check_choice(choice, load_dir, args, rank0)
         result = original(load_dir, args, *rest, **kwargs)
     state_dict, _, release, *_ = result
     saved = (state_dict or {}).get("args")
@@ -73,21 +77,24 @@ def load_base_checkpoint(
 def load_checkpoint(
     original: Callable[..., Any], ddp_model: Any, optimizer: Any, *rest: Any, **kwargs: Any
 ) -> Any:
-    """Around Megatron's loading, which gives up with status 0 where it cannot read something.
+    """Around Megatron's loading: chooses the iteration once, for all that is read of it.
 
-    A scheduler would take that for the end of the training, and start what waits for it.
+    And Megatron gives up with status 0 where it cannot read something.  A scheduler would take that
+    for the end of the training, and start what waits for it.
 
     Raises:
-        ValueError: it gave up; not where ``--exit-on-missing-checkpoint`` asks for that.  Or the
-            optimizer's part of the checkpoint is not of the model that is in it.
+        ValueError: no iteration can be chosen.  Megatron gave up; not where
+            ``--exit-on-missing-checkpoint`` asks for that.  The optimizer's part of the checkpoint
+            is not of the model that is in it.
     """
     from megatron.training import checkpointing
 
+    args = checkpointing.get_args()
+    load_dir = _load_dir(args, kwargs.get("load_arg", rest[1] if len(rest) > 1 else "load"))
     try:
-        result = original(ddp_model, optimizer, *rest, **kwargs)
+        with _chosen(load_dir, args, kwargs.get("checkpointing_context")):
+            result = original(ddp_model, optimizer, *rest, **kwargs)
     except SystemExit as end:
-        args = checkpointing.get_args()
-        load_dir = getattr(args, kwargs.get("load_arg", rest[1] if len(rest) > 1 else "load"))
         missing = not Path(load_dir or "", TRACKER).is_file()
         if end.code or (args.exit_on_missing_checkpoint and missing):
             raise
@@ -116,54 +123,140 @@ def _compare_with_weights(model: Any, optimizer: Any) -> None:
     )
 
 
-@contextlib.contextmanager
-def _whole(load_dir: str | None, args: Any, first: bool) -> Iterator[None]:
-    """Inside, the iteration that is read has been found undamaged.
+def _load_dir(args: Any, load_arg: str) -> str | None:
+    """The folder that Megatron will load from.
 
-    Left to Megatron: checkpoints of ``--non-persistent-ckpt-type`` and object stores.
+    Raises:
+        ValueError: ``--pretrained-checkpoint`` would pass over checkpoints of the run itself.
     """
-    if (
-        load_dir is None
-        or "://" in str(load_dir)
-        or getattr(args, "non_persistent_ckpt_type", None) is not None
-    ):
-        yield
+    from megatron.training import checkpointing
+
+    load_dir, pretrained = getattr(args, load_arg), getattr(args, "pretrained_checkpoint", None)
+    if pretrained is None or checkpointing.checkpoint_exists(load_dir):
+        return load_dir
+    there = _complete(Path(load_dir), args) if load_dir else []
+    _agree(
+        f"{Path(load_dir, TRACKER)} is missing, and --pretrained-checkpoint would pass over the "
+        f"complete checkpoints beside it: {', '.join(map(str, there))}. Nothing was loaded. Write "
+        "the one to resume from into that file, or give another folder."
+        if there
+        else None
+    )
+    return pretrained
+
+
+def read_metadata(original: Callable[..., Any], tracker_filename: str) -> Any:
+    """Around the reading of a tracker file: the iteration that was chosen, where one was.
+
+    Megatron reads the file again for the optimizer's state in the format torch, whatever
+    ``--ckpt-step`` says; and takes a file that says "release" for more than that.
+    """
+    from megatron.training import global_vars
+
+    step = getattr(global_vars._GLOBAL_ARGS, "ckpt_step", None)
+    return (step, False) if step else original(tracker_filename)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """The iteration that is read.
+
+    Attributes:
+        folder: of it; None where Megatron's own checks are all (``--non-persistent-ckpt-type
+            local``, object stores).
+        iteration: its number, None of a release.
+        persistent: whether it is under ``--load``.
+    """
+
+    folder: Path | None
+    iteration: int | None
+    persistent: bool = True
+
+
+@contextlib.contextmanager
+def _chosen(load_dir: str | None, args: Any, context: Any) -> Iterator[_Choice | None]:
+    """Inside, Megatron reads the iteration that is yielded, or says that it starts from nothing.
+
+    So it does where this is entered once more, inside.
+    """
+    if load_dir is None or "://" in str(load_dir):
+        yield None
         return
-    chosen, error = None, None
+    choice, error = None, None
+    kind = getattr(args, "non_persistent_ckpt_type", None)
     try:
-        chosen = _choose(Path(load_dir), args)
+        # First, because its ranks talk to each other.
+        local = _local_iteration(context) if kind == "local" else -1
+        choice = _choose(Path(load_dir), args, local)
     except (integrity.Damaged, OSError) as caught:
         error = str(caught)
     _agree(error)
-    if chosen is None:  # Megatron says that it starts from nothing
-        yield
-        return
-    folder, instead = chosen
-    legacy = bool(list(folder.glob("mp_rank_*")))  # --ckpt-format torch
-    once = legacy or getattr(args, "ckpt_format", None) == "torch_dcp"
-    if first or once:
-        _check(folder, args, own_file=legacy and not first)
     step = getattr(args, "ckpt_step", None)
-    args.ckpt_step = instead or step
+    if choice is not None:
+        args.ckpt_step = choice.iteration
+        args.non_persistent_ckpt_type = None if choice.persistent else kind
     try:
-        yield
+        yield choice
     finally:
         args.ckpt_step = step
+        args.non_persistent_ckpt_type = kind
 
 
-def _choose(load_dir: Path, args: Any) -> tuple[Path, int | None] | None:
-    """The folder that will be read, and its iteration where the tracker file does not say it.
+def _local_iteration(context: Any) -> int:
+    """The newest of ``--non-persistent-ckpt-type local``, -1 without any; for all ranks at once."""
+    manager = (context or {}).get("local_checkpoint_manager")
+    return -1 if manager is None else manager.find_latest()
+
+
+def _check_choice(choice: _Choice | None, load_dir: Any, args: Any, first: bool) -> None:
+    """Raises ValueError on all ranks unless the iteration has been found undamaged."""
+    if choice is None:
+        return
+    if choice.folder is None:
+        _say_once(f"the local checkpoint of iteration {choice.iteration} is loaded unchecked")
+        return
+    legacy = bool(list(choice.folder.glob("mp_rank_*")))  # --ckpt-format torch
+    once = legacy or getattr(args, "ckpt_format", None) == "torch_dcp"
+    if first or once:
+        _check(choice.folder, Path(load_dir), args, own_file=legacy and not first)
+
+
+def _choose(load_dir: Path, args: Any, local: int = -1) -> _Choice | None:
+    """The iteration that will be read: as Megatron chooses, and what --ckpt-step names before all.
+
+    Args:
+        load_dir: of ``--load``.
+        args: Megatron's.
+        local: the newest one of ``--non-persistent-ckpt-type local``, or -1.
 
     Raises:
         integrity.Damaged: the tracker file is, or names what is not there.
     """
-    tracker = load_dir / TRACKER
-    instead = None
-    if getattr(args, "ckpt_step", None):
-        named, source = str(args.ckpt_step), "--ckpt-step"
-    elif tracker.is_file():
-        named, source = tracker.read_bytes().decode(errors="replace").strip(), str(tracker)
+    step = getattr(args, "ckpt_step", None)
+    elsewhere = Path(
+        getattr(args, "non_persistent_global_ckpt_dir", None) or load_dir / "non_persistent"
+    )
+    newest, tracker = local, elsewhere / TRACKER
+    if getattr(args, "non_persistent_ckpt_type", None) == "global" and tracker.is_file():
+        named = tracker.read_bytes().decode(errors="replace").strip()
+        newest = _number(tracker, named, load_dir, args)
+    if step:
+        persistent = None if newest == step else _named(load_dir, step, "--ckpt-step", args)
     else:
+        persistent = _persistent(load_dir, args)
+    if newest == -1 or (persistent is not None and newest < (persistent.iteration or 0)):
+        return persistent
+    if step and newest != step:
+        return persistent
+    if local != -1:
+        return _Choice(None, newest, persistent=False)
+    return dataclasses.replace(_named(elsewhere, newest, str(tracker), args), persistent=False)
+
+
+def _persistent(load_dir: Path, args: Any) -> _Choice | None:
+    """What the tracker file names, or the one complete iteration if there is no such file."""
+    tracker = load_dir / TRACKER
+    if not tracker.is_file():
         there = _complete(load_dir, args)
         if not there:
             return None
@@ -173,24 +266,33 @@ def _choose(load_dir: Path, args: Any) -> tuple[Path, int | None] | None:
                 + _instead(load_dir, args)
             )
         # Killed between the end of the first save and the file that names it.
-        (instead,), source = there, ""
-        named = str(instead)
-        _say_once(f"{tracker} is missing: iteration {named}, the only one there, is complete")
+        _say_once(f"{tracker} is missing: iteration {there[0]}, the only one there, is complete")
+        return _named(load_dir, there[0], "", args)
+    named = tracker.read_bytes().decode(errors="replace").strip()
     if named == "release":
-        return load_dir / "release", None
+        return _Choice(load_dir / "release", None)
+    choice = _named(load_dir, _number(tracker, named, load_dir, args), str(tracker), args)
+    if os.environ.get("RANK", "0") == "0":
+        _say_newer(tracker, int(named), args)
+    return choice
+
+
+def _number(tracker: Path, named: str, load_dir: Path, args: Any) -> int:
     if not (named.isascii() and named.isdecimal()):
         raise integrity.Damaged(
             f"{tracker} names no iteration, but {named[:20]!r}. {_instead(load_dir, args)}"
         )
-    folder = load_dir / f"iter_{int(named):07d}"
+    return int(named)
+
+
+def _named(load_dir: Path, iteration: int, source: str, args: Any) -> _Choice:
+    folder = load_dir / f"iter_{iteration:07d}"
     if not folder.is_dir():
         raise integrity.Damaged(
-            f"{source} names iteration {named}, and there is no {folder}. "
+            f"{source} names iteration {iteration}, and there is no {folder}. "
             + _instead(load_dir, args)
         )
-    if source == str(tracker) and os.environ.get("RANK", "0") == "0":
-        _say_newer(tracker, int(named), args)
-    return folder, instead
+    return _Choice(folder, iteration)
 
 
 def _say_newer(tracker: Path, named: int, args: Any) -> None:
@@ -218,15 +320,16 @@ def _has_config(args: Any) -> bool:
     return getattr(args, "ckpt_format", None) not in ("torch_dcp", "fsdp_dtensor")
 
 
-def _instead(load_dir: Path, args: Any, but: int | None = None) -> str:
+def _instead(load_dir: Path, args: Any, but: Path | None = None) -> str:
     """What to do, at the end of an error."""
-    there = ", ".join(str(i) for i in _complete(load_dir, args) if i != but)
+    complete = (i for i in _complete(load_dir, args) if load_dir / f"iter_{i:07d}" != but)
+    there = ", ".join(map(str, complete))
     if not there:
         return "Nothing was loaded, and no other iteration is complete."
     return f"Nothing was loaded. Choose an iteration with --ckpt-step; complete: {there}."
 
 
-def _check(folder: Path, args: Any, own_file: bool) -> None:
+def _check(folder: Path, load_dir: Path, args: Any, own_file: bool) -> None:
     """Raises ValueError on all ranks if one finds the checkpoint damaged."""
     rank, ranks = 0, 1
     if torch.distributed.is_initialized():
@@ -243,8 +346,7 @@ def _check(folder: Path, args: Any, own_file: bool) -> None:
         if not left_out and torch.distributed.is_initialized():
             count = integrity.verify(folder, rank, ranks)
     except (integrity.Damaged, OSError) as caught:
-        number = int(folder.name[5:]) if folder.name[5:].isdecimal() else None
-        error = f"{caught}. {_instead(folder.parent, args, but=number)}"
+        error = f"{caught}. {_instead(load_dir, args, but=folder)}"
     _agree(error)
     if count:
         seconds = time.monotonic() - began
@@ -353,7 +455,18 @@ def _replaced(path: Path) -> Iterator[io.TextIOBase]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+    _seal_named(path.parent, part.read_text().strip())
     part.replace(path)
+
+
+def _seal_named(save_dir: Path, named: str) -> None:
+    """What :func:`save_config` does, in formats without that file: a save has ended here.
+
+    The index of an asynchronous one has not been written any earlier.
+    """
+    folder = save_dir / (f"iter_{int(named):07d}" if named.isdecimal() else named)
+    if (folder / integrity.INDEX).is_file() and not (folder / integrity.SEAL).is_file():
+        integrity.seal(folder)
 
 
 def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
@@ -362,32 +475,23 @@ def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **
     Raises:
         SaveFailed: the disk did not take it.
     """
-    elsewhere = kwargs.get("non_persistent_ckpt") or kwargs.get("release")
-    sealed = contextlib.nullcontext() if elsewhere else _sealed(iteration)
-    with _saying_why(f"iteration {iteration}"), sealed:
+    if not (kwargs.get("non_persistent_ckpt") or kwargs.get("release")):
+        _reopen(iteration)
+    with _saying_why(f"iteration {iteration}"):
         return telemetry.save_checkpoint(original, iteration, *rest, **kwargs)
 
 
-@contextlib.contextmanager
-def _sealed(iteration: int) -> Iterator[None]:
-    """What :func:`save` and :func:`save_config` do, where Megatron calls torch's saving itself.
+def _reopen(iteration: int) -> None:
+    """What :func:`save` does, where Megatron calls torch's saving itself.
 
     Torch writes nothing before rank 0 has made the plan, and this is done before that.
     """
     from megatron.training import checkpointing
 
     args = checkpointing.get_args()
-    folder = Path(args.save or "", f"iter_{iteration:07d}")
-    here = not _has_config(args) and "://" not in str(args.save) and _is_first()
-    if here:
-        integrity.reopen(folder, config=False)
-    yield
-    if here and folder.is_dir():
-        integrity.seal(folder)
-
-
-def _is_first() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if first and not _has_config(args) and "://" not in str(args.save):
+        integrity.reopen(Path(args.save or "", f"iter_{iteration:07d}"), config=False)
 
 
 def maybe_finalize_async_save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "INDEX",
     "SEAL",
     "Damaged",
     "Entry",
@@ -169,7 +170,8 @@ def check(folder: Path, share: int = 0, of: int = 1, *, config: bool = True) -> 
 def _check_small(folder: Path, config: bool) -> None:
     if not (folder / INDEX).is_file():
         raise Damaged(f"{folder / INDEX} is missing")
-    if config:
+    # Megatron goes by that file where it detects the format; its own indices say whose they are.
+    if config or (folder / CONFIG).is_file() or hasattr(_index(folder), "mcore_data"):
         _check_config(folder / CONFIG)
     sealed = folder / SEAL
     if not sealed.is_file():

@@ -179,8 +179,16 @@ SEAMS = (
         "load_checkpoint",
         ("ddp_model", "optimizer", "opt_param_scheduler"),
         checkpoint.load_checkpoint,
-        "with --optimizer adam too: a checkpoint that cannot be read ends the run with status 1, "
-        "where Megatron ends it with 0",
+        "with --optimizer adam too: chooses the iteration once, for all that is read of it; a "
+        "checkpoint that cannot be read ends the run with status 1, where Megatron ends it with 0",
+    ),
+    Seam(
+        "megatron.training.checkpointing",
+        "read_metadata",
+        ("tracker_filename",),
+        checkpoint.read_metadata,
+        "with --optimizer adam too: the optimizer's state is of the iteration that was chosen and "
+        "checked, where Megatron in the format torch reads the tracker file again",
     ),
     Seam(
         "megatron.training.checkpointing",
@@ -188,7 +196,7 @@ SEAMS = (
         ("iteration", "model", "optimizer", "opt_param_scheduler"),
         checkpoint.save_checkpoint,
         "with --optimizer adam too: says where and why a checkpoint could not be saved, and does "
-        "for torch_dcp and fsdp_dtensor what the next ones do; with --s3-metrics the spikes so far "
+        "for torch_dcp and fsdp_dtensor what save does; with --s3-metrics the spikes so far "
         "are in it",
     ),
     Seam(
@@ -218,7 +226,8 @@ SEAMS = (
         ("file", "mode"),
         checkpoint.open_file,
         "with --optimizer adam too: replaces latest_checkpointed_iteration.txt whole, so that no "
-        "kill and no full disk leaves it empty",
+        "kill and no full disk leaves it empty, and for torch_dcp and fsdp_dtensor does what "
+        "save_config does",
     ),
 )
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.trainer import ITERATIONS, Run, assert_bitwise_equal, tensors, train
+from tests.trainer import ITERATIONS, Run, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 
@@ -72,13 +73,33 @@ def test_same_layout_resumes_bitwise(layout: str, tmp_path: Path) -> None:
     assert after_resume(one) == after_resume(two)
 
 
-def test_torch_format_resumes_with_the_same_losses(tmp_path: Path) -> None:
-    """The legacy `--ckpt-format torch`, where data-parallel rank 0 gathers the state."""
-    flags = [*S3, *BF16, "--ckpt-format", "torch", *SAVE]
+@pytest.mark.parametrize("name", brief(("s3", "adam"), "s3"))
+def test_torch_format_resumes_what_was_verified(name: str, tmp_path: Path) -> None:
+    """The legacy `--ckpt-format torch`, where data-parallel rank 0 gathers the state.
+
+    Bitwise: all that is in the files of a run that stops after 3 steps and one that does not.
+    """
+    flags = ["--optimizer", name, *BF16, "--ckpt-format", "torch", *SAVE]
+    resumed, six = tmp_path / "resumed", "iter_0000006/mp_rank_00/distrib_optim.pt"
     one = train(*flags, "--save", tmp_path, ranks=2)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    two = train(*flags, "--load", tmp_path, ranks=2)
+    state = torch.load(tmp_path / six, weights_only=False)
+    content = bytearray((tmp_path / six).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / six).write_bytes(content)
+    refused = train(*flags, "--load", tmp_path, ranks=2, check=False)
+    assert "distrib_optim.pt is not what was written" in refused.error
+    assert refused.error.endswith("Choose an iteration with --ckpt-step; complete: 3.")
+    two = train(*flags, "--load", tmp_path, "--ckpt-step", 3, "--save", resumed, ranks=2)
     assert after_resume(one) == after_resume(two)
+    (dtypes,) = (found for key, found in state.items() if key != "buckets_coalesced")
+    (again,) = (
+        found
+        for key, found in torch.load(resumed / six, weights_only=False).items()
+        if key != "buckets_coalesced"
+    )
+    for dtype, tensors_ in dtypes.items():
+        for key, tensor in tensors_.items():
+            assert tensor.equal(again[dtype][key]) if key != "numel_unpadded" else True
 
 
 #: Megatron's conversion between checkpoint formats: loads, saves and exits without a step.

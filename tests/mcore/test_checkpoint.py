@@ -1,0 +1,235 @@
+"""What is verified of a checkpoint is what is read: from the flags to the files."""
+
+import contextlib
+import json
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.mcore.library import on_ranks
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def flags(**other: object) -> Namespace:
+    """Megatron's, as far as they say what is loaded."""
+    values = {
+        "ckpt_step": None,
+        "ckpt_format": "torch_dist",
+        "auto_detect_ckpt_format": False,
+        "non_persistent_ckpt_type": None,
+        "non_persistent_global_ckpt_dir": None,
+        "pretrained_checkpoint": None,
+        "exit_on_missing_checkpoint": False,
+        "finetune": False,
+        "no_load_optim": True,
+    }
+    return Namespace(**values | other)
+
+
+def write(folder: Path, *iterations: int, tracker: str | None = None) -> Path:
+    """Checkpoints of the format torch_dist, sealed as a save does."""
+    from megatron_s3.mcore import integrity
+
+    for iteration in iterations:
+        path = folder / f"iter_{iteration:07d}"
+        dcp.save({"weight": torch.full((70,), iteration)}, checkpoint_id=path, no_dist=True)
+        (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+        integrity.seal(path)
+    if tracker:
+        (folder / TRACKER).write_text(tracker)
+    return folder
+
+
+def damage(path: Path) -> None:
+    (data,) = path.glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    at = content.rindex(torch.full((70,), int(path.name[5:])).numpy().tobytes())
+    content[at] ^= 1
+    data.write_bytes(content)
+
+
+def read(folder: Path | None, args: Namespace, context: object = None) -> tuple:
+    """What Megatron would read: iteration, and whether a non-persistent one may come before it."""
+    from megatron_s3.mcore import checkpoint
+
+    found = []
+
+    def original(load_dir, args, rank0=False, sharded=None, checkpointing_context=None):
+        found.append((args.ckpt_step, args.non_persistent_ckpt_type))
+        return {}, "", False, None
+
+    before = dict(vars(args))
+    for rank0 in (True, False):
+        checkpoint.load_base_checkpoint(original, folder, args, rank0, None, context)
+    assert vars(args) == before
+    assert found[0] == found[1]
+    return found[0]
+
+
+def refusal(folder: Path, args: Namespace) -> str:
+    with pytest.raises(ValueError) as error:
+        read(folder, args)
+    return str(error.value)
+
+
+@on_ranks(1)
+def test_the_iteration_that_is_read_is_the_one_that_was_verified(tmp_path):
+    load = write(tmp_path, 3, 6, tracker="6")
+    assert read(load, flags()) == (6, None)
+    assert read(load, flags(ckpt_step=3)) == (3, None)
+    damage(load / "iter_0000006")
+    said = refusal(load, flags())
+    assert "iter_0000006/__0_0.distcp is not what was written" in said
+    assert "Choose an iteration with --ckpt-step; complete: 3." in said
+    assert read(load, flags(ckpt_step=3)) == (3, None)
+    # The tracker file is not needed to read what is named.
+    (load / TRACKER).unlink()
+    assert read(load, flags(ckpt_step=3)) == (3, None)
+    assert "complete: 3, 6" in refusal(load, flags())
+    assert f"there is no {load}/iter_0000005" in refusal(load, flags(ckpt_step=5))
+
+
+GLOBAL = {"non_persistent_ckpt_type": "global"}
+
+
+@on_ranks(1)
+def test_of_non_persistent_checkpoints_what_is_read_is_verified(tmp_path):
+    load = write(tmp_path, 3, 6, tracker="6")
+    # There is none: the persistent one is read, and verified.
+    assert read(load, flags(**GLOBAL)) == (6, None)
+    damage(load / "iter_0000006")
+    assert "iter_0000006/__0_0.distcp is not what was written" in refusal(load, flags(**GLOBAL))
+    # A newer one comes before it, and is verified.
+    elsewhere = write(load / "non_persistent", 8, tracker="8")
+    assert read(load, flags(**GLOBAL)) == (8, "global")
+    assert read(load, flags(ckpt_step=8, **GLOBAL)) == (8, "global")
+    # What is named comes before a newer one.
+    assert read(load, flags(ckpt_step=3, **GLOBAL)) == (3, None)
+    damage(elsewhere / "iter_0000008")
+    said = refusal(load, flags(**GLOBAL))
+    assert f"{elsewhere}/iter_0000008/__0_0.distcp is not what was written" in said
+    assert "complete: 3, 6" in said
+    (elsewhere / TRACKER).write_text("9")
+    assert f"names iteration 9, and there is no {elsewhere}" in refusal(load, flags(**GLOBAL))
+    (elsewhere / TRACKER).write_text("?")
+    assert "names no iteration, but '?'" in refusal(load, flags(**GLOBAL))
+    # An older one does not.
+    write(elsewhere, 5, tracker="5")
+    write(load, 6)
+    assert read(load, flags(**GLOBAL)) == (6, None)
+    # Another place for them.
+    other = write(load / "other", 9, tracker="9")
+    args = flags(non_persistent_global_ckpt_dir=str(other), **GLOBAL)
+    assert read(load, args) == (9, "global")
+    damage(other / "iter_0000009")
+    assert f"{other}/iter_0000009" in refusal(load, args)
+
+
+@on_ranks(1)
+def test_beside_local_checkpoints_the_persistent_one_is_verified(tmp_path):
+    load = write(tmp_path, 6, tracker="6")
+    damage(load / "iter_0000006")
+    args = flags(non_persistent_ckpt_type="local")
+    for newest, chosen in ((-1, None), (5, None), (6, 6), (8, 8)):
+        context = {"local_checkpoint_manager": Namespace(find_latest=lambda newest=newest: newest)}
+        if chosen:
+            assert read(load, args, context) == (chosen, "local")
+        else:
+            with pytest.raises(ValueError, match=r"iter_0000006/__0_0\.distcp is not what was"):
+                read(load, args, context)
+
+
+@on_ranks(1)
+def test_a_detected_format_is_the_files(tmp_path):
+    """An unfinished torch_dist checkpoint has an index, as a finished torch_dcp one."""
+    load = write(tmp_path, 6, tracker="6")
+    args = flags(auto_detect_ckpt_format=True)
+    assert read(load, args) == (6, None)
+    folder = load / "iter_0000006"
+    index = dcp.FileSystemReader(folder).read_metadata()
+    for name in ("metadata.json", "checksums.sha256"):
+        (folder / name).unlink()
+    assert read(load, args) == (6, None)  # torch_dcp's
+    index.mcore_data = {}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert "metadata.json is missing: the save was not finished" in refusal(load, args)
+
+
+@contextlib.contextmanager
+def globally(args: Namespace):
+    """Inside, these are Megatron's arguments."""
+    from megatron.training import global_vars
+
+    global_vars._GLOBAL_ARGS = args
+    try:
+        yield
+    finally:
+        global_vars._GLOBAL_ARGS = None
+
+
+@on_ranks(1)
+def test_all_that_is_read_of_an_iteration_is_of_the_same(tmp_path):
+    """Where Megatron looks the iteration up again, too: of the optimizer in the format torch."""
+    from megatron.training import checkpointing
+
+    from megatron_s3.mcore import checkpoint
+
+    load, found = write(tmp_path, 3, 6, tracker="6"), []
+    tracker = str(load / TRACKER)
+
+    def original(model, optimizer, scheduler, load_arg="load", **kwargs):
+        found.append(checkpointing.read_metadata(tracker))
+        found.append((args.ckpt_step, args.non_persistent_ckpt_type))
+
+    def loaded(**other):
+        nonlocal args
+        args = flags(load=str(load), **other)
+        before = dict(vars(args))
+        found.clear()
+        with globally(args):
+            checkpoint.load_checkpoint(original, [], None, None)
+        assert vars(args) == before, "what was chosen stays in the arguments, and is saved"
+        return found[0]
+
+    args = None
+    assert loaded() == (6, False)
+    assert loaded(ckpt_step=3) == (3, False)
+    (load / TRACKER).write_text("release")
+    (load / "release").mkdir()
+    assert loaded() == (0, True)
+    assert loaded(ckpt_step=3) == (3, False)
+    # Killed between the end of its first save and the tracker file.
+    (load / TRACKER).unlink()
+    (load / "iter_0000006" / "metadata.json").unlink()
+    assert loaded() == (3, False)
+    # Which --pretrained-checkpoint would pass over.
+    with pytest.raises(ValueError, match=r"--pretrained-checkpoint would .*: 3\. Nothing"):
+        loaded(pretrained_checkpoint=str(load))
+    pretrained = write(load / "pretrained", 9, tracker="9")
+    (load / TRACKER).write_text("3")
+    assert loaded(pretrained_checkpoint=str(pretrained)) == (3, False)
+
+
+@pytest.mark.parametrize("form", ["torch_dcp", "fsdp_dtensor"])
+@on_ranks(1)
+def test_an_asynchronous_save_is_sealed_when_it_has_ended(form, tmp_path):
+    from megatron_s3.mcore import checkpoint, integrity
+
+    folder = tmp_path / "iter_0000006"
+    args = flags(save=str(tmp_path), ckpt_format=form)
+    state = {"weight": torch.ones(70)}
+    for _ in range(2):  # written over, the second time
+        with globally(args):
+            checkpoint.save_checkpoint(lambda iteration: None, 6)  # scheduled
+        assert not (folder / integrity.SEAL).exists()
+        assert not (folder / integrity.INDEX).exists()
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        with checkpoint.open_file(open, str(tmp_path / TRACKER), "w") as file:
+            file.write("6")
+        assert (folder / integrity.SEAL).read_text().split()[1:] == [integrity.INDEX]
+        assert read(tmp_path, flags(ckpt_format=form)) == (6, None)

@@ -1,10 +1,9 @@
-"""What the launcher says, and its small files: neither may end a training."""
+"""What the launcher says."""
 
 import contextlib
 import os
-from pathlib import Path
 
-__all__ = ["first_node", "replace", "say"]
+__all__ = ["first_node", "say"]
 
 
 def first_node() -> bool:
@@ -17,29 +16,3 @@ def say(message: str) -> None:
     if first_node():
         with contextlib.suppress(OSError):
             print(f"[megatron-s3] {message}", flush=True)
-
-
-def replace(path: Path, text: str, mode: int = 0o600) -> None:
-    """Writes a file whole, or leaves it as it was.
-
-    Args:
-        path: of the file.
-        text: all of it.
-        mode: its permissions, whatever the umask is.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    part = path.with_name(f".{path.name}.part.{os.getpid()}")
-    try:
-        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with open(file, "w", encoding="utf-8") as out:
-            os.fchmod(file, mode)
-            out.write(text)
-            out.flush()
-            os.fsync(file)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise

@@ -263,7 +263,10 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
             say(f"going on from iteration {before.saved} in {before.folder}")
             if left_out:
                 say(f"not in force any more, since they are for the start: {', '.join(left_out)}")
-        provenance.record(run_dir, config, command)
+        try:
+            provenance.record(run_dir, config, command)
+        except OSError as error:
+            say(f"what this attempt runs is not written down: {error}; it trains all the same")
         # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
         with stop.start(command, os.environ | config.launch.environment | held) as process:
             status = process.wait()

@@ -142,6 +142,14 @@ SEAMS = (
         "where torch from 2.13 on gives a new one each time",
     ),
     Seam(
+        "megatron.training.global_vars",
+        "_set_tensorboard_writer",
+        ("args",),
+        telemetry.set_tensorboard_writer,
+        "with --optimizer adam too: goes on without TensorBoard's log where the disk does not take "
+        "it, and says so",
+    ),
+    Seam(
         "megatron.training.training",
         "training_log",
         (

@@ -25,6 +25,7 @@ from megatron_s3.telemetry.buckets import Layout
 from megatron_s3.telemetry.runlog import RunLog, finite
 from megatron_s3.telemetry.updates import summary, tags
 from megatron_s3.telemetry.watch import SpikeWatch
+from megatron_s3.telemetry.writers import Careful, say_without
 
 __all__ = [
     "UpdateLog",
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate_and_print_results",
     "resume",
     "save_checkpoint",
+    "set_tensorboard_writer",
     "training_log",
     "watch",
 ]
@@ -283,6 +285,22 @@ def resume(saved: Any) -> None:
     """Takes the spikes so far from the arguments in a checkpoint, if they are there."""
     global _spikes
     _spikes = getattr(saved, "s3_spikes", None)
+
+
+def set_tensorboard_writer(original: Callable[..., Any], args: Any) -> Any:
+    """Around the opening of TensorBoard's log: no disk that takes nothing of it ends a training."""
+    from megatron.training import global_vars
+
+    name = f"TensorBoard's log in {args.tensorboard_dir}"
+    try:
+        result = original(args)
+    except OSError as error:
+        say_without(name, error)
+        return None
+    writer = global_vars._GLOBAL_TENSORBOARD_WRITER
+    if writer is not None:
+        global_vars._GLOBAL_TENSORBOARD_WRITER = Careful(writer, name)
+    return result
 
 
 def training_log(

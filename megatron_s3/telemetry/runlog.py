@@ -1,44 +1,87 @@
 """`metrics.jsonl`: what a run logged, one JSON object a line."""
 
+import contextlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["NAME", "RunLog", "read"]
+__all__ = ["KEPT", "NAME", "RunLog", "read"]
 
 NAME = "metrics.jsonl"
 
+#: Lines that wait for a disk which takes nothing, at most: a few megabytes.
+KEPT = 1000
+
 
 class RunLog:
-    """Appends to the log of a run.
+    """Appends to the log of a run, which a disk that takes nothing does not end.
+
+    Lines that could not be written are kept, the newest :data:`KEPT` of them, and written as soon
+    as the disk takes them; that it does not, and that it does again, is printed once each.
 
     Args:
         folder: made if need be.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / NAME
-        # A line that a kill has cut off must not take the next one with it.
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = self.path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
+        self.path = Path(folder) / NAME
+        self._waiting: deque[bytes] = deque()
+        self._lost = 0
+        self._failed = False
+        self._write_waiting()
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """One line, in the hands of the operating system when this returns."""
+        """One line, in the hands of the operating system when this returns, if it takes it."""
         line = json.dumps({"kind": kind} | dict(record), allow_nan=False, default=_number)
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._waiting.append(line.encode() + b"\n")
+        if len(self._waiting) > KEPT:
+            self._waiting.popleft()
+            self._lost += 1
+        self._write_waiting()
 
     def close(self) -> None:
-        """Writes to the disk, and closes."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Writes to the disk."""
+        self._write_waiting(sync=True)
+
+    def _write_waiting(self, sync: bool = False) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened anew, since a handle is worth nothing after ESTALE.
+            with open(self.path, "a+b", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                # A line that a kill or a full disk has cut off must not take the next one with it.
+                if size:
+                    file.seek(size - 1)
+                    if file.read(1) != b"\n":
+                        _write_all(file, b"\n")
+                while self._waiting:
+                    _write_all(file, self._waiting[0])
+                    self._waiting.popleft()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            if not self._failed:
+                _say(f"{self.path} cannot be written: {error.strerror or error}; training goes on")
+            self._failed = True
+            return
+        if self._failed:
+            lost = f"; {self._lost} lines are lost" if self._lost else ", and no line is lost"
+            _say(f"{self.path} is written again{lost}")
+        self._failed, self._lost = False, 0
+
+
+def _write_all(file: IO[bytes], line: bytes) -> None:
+    while line:  # a disk that is nearly full takes a part
+        line = line[file.write(line) or 0 :]
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # the output may be on the same disk
+        print(f"[megatron_s3] {message}", flush=True)
 
 
 def finite(value: Any) -> Any:

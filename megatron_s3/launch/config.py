@@ -17,7 +17,7 @@ A file is a mapping of these keys, all optional::
       script: pretrain_gpt.py       # of a Megatron-LM checkout; else megatron_s3.pretrain_gpt
       time: "24:00:00"              # SLURM's time limit
       environment: {NAME: value}    # for every rank
-      sbatch: {partition: batch}    # further options of sbatch
+      sbatch: {partition: batch}    # further options of sbatch; null takes a default one away
     array:                          # as many runs, each in a folder of its own
       lr: [1e-3, 3e-3]              # (several keys: all combinations)
     dataset: PREFIX                 # what `megatron-s3 data` wrote, instead of --data-path
@@ -26,10 +26,9 @@ Later files win over earlier ones, key by key, and ``--set`` wins over all files
 """
 
 import difflib
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -37,18 +36,41 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Config", "ConfigError", "Launch", "Origin", "load", "name_of", "shipped"]
+from megatron_s3.launch.redact import is_secret, redact, redact_word
+
+__all__ = [
+    "COPY",
+    "Config",
+    "ConfigError",
+    "Launch",
+    "Origin",
+    "load",
+    "name_of",
+    "refuse_credentials",
+    "shipped",
+]
+
+#: First line of a copy that :meth:`Config.yaml` has made for a job: the comment behind a value is
+#: the place that it was given at, which errors and records then name.
+COPY = "# A copy for a job; behind each value, where it was given."
 
 Value = str | bool | None | list[str]
 
 _SECTIONS = ("arguments", "derived", "launch", "array")
-_DERIVED = ("lr_times_weight_decay", "min_lr_over_lr")
+#: What is derived, and the argument that it gives.
+_DERIVED = {"lr_times_weight_decay": "weight_decay", "min_lr_over_lr": "min_lr"}
 _LAUNCH = ("nodes", "nproc_per_node", "script", "time", "environment", "sbatch")
 _TABLES = ("environment", "sbatch")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names file, line, reason and remedy."""
+    """A configuration that cannot be run; the message names file, line, reason and remedy.
+
+    What looks like a credential in it is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,8 @@ class Origin:
     line: int = 0
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.line}" if self.line else f"--set {self.source}"
+        text = f"{self.source}:{self.line}" if self.line else f"--set {redact_word(self.source)}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass
@@ -77,7 +100,8 @@ class Launch:
         script: a training script of Megatron-LM's; None for :mod:`megatron_s3.pretrain_gpt`.
         time: SLURM's time limit, as sbatch takes it; None for the partition's own.
         environment: variables set for every rank.
-        sbatch: further long options of sbatch, without dashes; "" for one without a value.
+        sbatch: further long options of sbatch, without dashes; "" for one without a value, None
+            for a default one that is not wanted.
     """
 
     nodes: int = 1
@@ -85,7 +109,7 @@ class Launch:
     script: str | None = None
     time: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
-    sbatch: dict[str, str] = field(default_factory=dict)
+    sbatch: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,6 +121,7 @@ class Config:
         arguments: Megatron's, by the names of their flags with underscores; flags without a value
             are True. Derived ones included, those that the dataset brings not.
         launch: nodes, ranks, environment.
+        derived: the factors that some of the arguments were computed from.
         array: values of arguments for as many runs; empty for one run.
         dataset: prefix of what ``megatron-s3 data`` wrote, or None.
         origins: where each value was given, by ``section.key``.
@@ -105,6 +130,7 @@ class Config:
     name: str
     arguments: dict[str, str | bool | list[str]]
     launch: Launch
+    derived: dict[str, str]
     array: dict[str, list[str]]
     dataset: str | None
     origins: dict[str, Origin]
@@ -130,38 +156,83 @@ class Config:
         origin = self.origins.get(f"arguments.{name}")
         return str(origin) if origin else "a default"
 
-    def yaml(self) -> str:
-        """The resolved configuration as YAML, each value with the place it came from."""
-        lines = []
+    def yaml(self, whole: bool = False) -> str:
+        """The resolved configuration as YAML, each value with the place it came from.
 
-        def add(key: str, value: Any, indent: str, origin: Origin | None) -> None:
-            text = _text(value)
-            lines.append(f"{indent}{key}: {text}" + (f"  # {origin}" if origin else ""))
+        In place of a credential there is a comment, and the ranks have to get it from the
+        environment.
 
-        lines.append("arguments:")
-        for name, value in self.arguments.items():
-            add(name, value, "  ", self.origins.get(f"arguments.{name}"))
-        lines.append("launch:")
-        for name in _LAUNCH:
-            value = getattr(self.launch, name)
-            if value:
-                add(name, value, "  ", self.origins.get(f"launch.{name}"))
+        Args:
+            whole: the array too, and in place of what is derived the factors: what a job of all
+                these runs is made from.
+        """
+        derived = {_DERIVED[key] for key in self.derived} if whole else set()
+        sections: dict[str, dict[str, Any]] = {
+            "arguments": {k: v for k, v in self.arguments.items() if k not in derived},
+            "derived": self.derived if whole else {},
+            "launch": {name: getattr(self.launch, name) for name in _LAUNCH},
+            "array": self.array if whole else {},
+        }
         if self.dataset:
-            add("dataset", self.dataset, "", self.origins["dataset"])
-        return "\n".join(lines) + "\n"
+            sections["dataset"] = self.dataset
+        return "\n".join(self._lines("", sections, "")) + "\n"
+
+    def _lines(self, within: str, values: dict[str, Any], indent: str) -> list[str]:
+        lines = []
+        for name, value in values.items():
+            key = f"{within}.{name}".lstrip(".")
+            if isinstance(value, dict):
+                inner = self._lines(key, value, indent + "  ")
+                if any(not line.lstrip().startswith("#") for line in inner):
+                    lines.append(f"{indent}{name}:")
+                lines += inner
+            elif value is not None or within == "launch.sbatch":
+                if self._is_secret(key, name, value):
+                    lines.append(f"{indent}# {name}: a credential, which is not written down")
+                    continue
+                origin = self.origins.get(key)
+                place = f"  # {origin}" if origin else ""
+                lines.append(f"{indent}{_text(name)}: {_text(value)}{place}")
+        return lines
+
+    @staticmethod
+    def _is_secret(key: str, name: str, value: Any) -> bool:
+        if key.startswith("launch.environment."):
+            return is_secret(name, value)
+        texts = value if isinstance(value, list) else [value]
+        return any(isinstance(text, str) and redact_word(text) != text for text in texts)
+
+
+def refuse_credentials(config: Config) -> None:
+    """Refuses a credential where it cannot be kept out of files.
+
+    Raises:
+        ConfigError: an argument of Megatron's looks like one.
+    """
+    for name, value in config.arguments.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and redact(text) != text:
+                raise ConfigError(
+                    f"{config.where(name)}: {name} looks like a credential, or like a URL with one "
+                    f"({redact(text)}): Megatron prints its arguments and saves them in each "
+                    "checkpoint; give it to the ranks by launch.environment or by a file"
+                )
 
 
 def _text(value: Any) -> str:
-    """A value in YAML, so that :func:`load` reads the same one."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    """A value in YAML, on one line and without #, so that :func:`load` reads the same one."""
     if isinstance(value, list):
         return "[" + ", ".join(_text(item) for item in value) + "]"
+    if value is None:
+        return "null"
     if value is True:
         return "true"
     plain = re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*", str(value))
     spoken_for = str(value).lower() in ("true", "false", "yes", "no", "on", "off", "null", "~")
-    return str(value) if plain and not spoken_for else json.dumps(str(value))
+    if plain and not spoken_for:
+        return str(value)
+    quoted = yaml.safe_dump(str(value), default_style='"', width=float("inf")).rstrip("\n")
+    return quoted.replace("#", "\\x23")
 
 
 def _flag(name: str) -> str:
@@ -246,7 +317,8 @@ def _read(
     if real in within:
         raise ConfigError(f"{shown}: extends itself by way of {within[-1].name}")
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown}: cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
@@ -269,9 +341,23 @@ def _read(
                     raise ConfigError(f"{origin}: {key}: {error}") from None
                 # What an overlay is meant for may have that same overlay in it.
                 _read(target, name, merged, within if key == "over" else (*within, real))
+    read: dict[str, tuple[Value, Origin]] = {}
     for key, node, origin in entries:
         if key not in ("extends", "over"):
-            _add(key, node, origin, merged)
+            _add(key, node, origin, read)
+    if text.startswith(COPY):
+        lines = text.split("\n")
+        read = {k: (v, _given_at(lines[o.line - 1], o)) for k, (v, o) in read.items()}
+    merged |= read
+
+
+def _given_at(line: str, origin: Origin) -> Origin:
+    """The place that stands behind a value in a copy."""
+    place = line.partition("  # ")[2]
+    if place.startswith("--set "):
+        return Origin(place.removeprefix("--set "))
+    source, colon, number = place.rpartition(":")
+    return Origin(source, int(number)) if colon and number.isdecimal() else origin
 
 
 def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml.Node, Origin]]:
@@ -310,10 +396,10 @@ def _value(node: yaml.Node, origin: Origin, key: str) -> Value:
     return node.value
 
 
-def _known(key: str, known: Sequence[str], origin: Origin, what: str) -> None:
+def _known(key: str, known: Iterable[str], origin: Origin, what: str) -> None:
     if key in known:
         return
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key, list(known), n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
     raise ConfigError(f"{origin}: unknown {what} {key!r}; {hint}")
 
@@ -349,11 +435,11 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
     key, equals, text = word.partition("=")
     origin = Origin(word)
     if not equals or not key:
-        raise ConfigError(f"--set {word}: write KEY=VALUE")
+        raise ConfigError(f"{origin}: write KEY=VALUE")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {word}: {text!r} is not a YAML value: {error}") from error
+        raise ConfigError(f"{origin}: this is not a YAML value: {_problem(error)}") from error
     value = None if node is None else _value(node, origin, key)
     section, dot, name = key.partition(".")
     if key == "dataset":
@@ -361,15 +447,18 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
     elif not dot:
         _put("arguments", key, value, origin, merged)
     elif section not in _SECTIONS:
-        raise ConfigError(
-            f"--set {word}: unknown section {section!r}; known: {', '.join(_SECTIONS)}"
-        )
+        raise ConfigError(f"{origin}: unknown section {section!r}; known: {', '.join(_SECTIONS)}")
     elif section == "launch" and name.split(".")[0] in _TABLES:
         if "." not in name:
-            raise ConfigError(f"--set {word}: write launch.{name}.NAME=VALUE")
+            raise ConfigError(f"{origin}: write launch.{name}.NAME=VALUE")
         merged[key] = (value, origin)
     else:
         _put(section, name, value, origin, merged)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, without the text that it is wrong in."""
+    return str(getattr(error, "problem", None) or type(error).__name__)
 
 
 def _resolve(name: str, merged: dict[str, tuple[Value, Origin]]) -> Config:
@@ -380,6 +469,11 @@ def _resolve(name: str, merged: dict[str, tuple[Value, Origin]]) -> Config:
     dataset = None
     for key, (value, origin) in merged.items():
         section, _, rest = key.partition(".")
+        table, _, option = rest.partition(".")
+        if section == "launch" and table == "sbatch" and value in (None, False):
+            launch.sbatch[option] = None
+            origins[key] = origin
+            continue
         if value is None or (value is False and section == "arguments"):
             continue
         if section == "arguments":
@@ -395,8 +489,8 @@ def _resolve(name: str, merged: dict[str, tuple[Value, Origin]]) -> Config:
                 )
             dataset = value
         origins[key] = origin
-    _derive(arguments, merged, origins)
-    return Config(name, arguments, launch, array, dataset, origins)
+    derived = _derive(arguments, merged, origins)
+    return Config(name, arguments, launch, derived, array, dataset, origins)
 
 
 def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
@@ -404,7 +498,8 @@ def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
     if dot:
         if isinstance(value, list):
             raise ConfigError(f"{origin}: {key} must be one value")
-        text = "" if value is True and table == "sbatch" else str(value)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        text = "" if value is True and table == "sbatch" else text
         getattr(launch, table)[name] = text
     elif key in ("time", "script"):
         setattr(launch, key, str(value))
@@ -420,11 +515,14 @@ def _derive(
     arguments: dict[str, Any],
     merged: dict[str, tuple[Value, Origin]],
     origins: dict[str, Origin],
-) -> None:
-    for key, target, compute in (
-        ("lr_times_weight_decay", "weight_decay", lambda x, lr: x / lr),
-        ("min_lr_over_lr", "min_lr", lambda x, lr: x * lr),
+) -> dict[str, str]:
+    """Adds the derived arguments; returns the factors of those that were not given."""
+    used = {}
+    for key, compute in (
+        ("lr_times_weight_decay", lambda x, lr: x / lr),
+        ("min_lr_over_lr", lambda x, lr: x * lr),
     ):
+        target = _DERIVED[key]
         value, origin = merged.get(f"derived.{key}", (None, None))
         if value is None or target in arguments:
             continue
@@ -437,6 +535,8 @@ def _derive(
         # Decimal, so that 3e-5 / 3e-4 is 0.1 and not 0.09999999999999999.
         arguments[target] = f"{float(compute(factor, lr)):.12g}"
         origins[f"arguments.{target}"] = origin
+        used[key] = str(value)
+    return used
 
 
 def _number(value: Value, key: str, origin: Origin) -> Decimal:

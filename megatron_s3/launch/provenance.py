@@ -5,21 +5,22 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import megatron_s3
+from megatron_s3.launch import private
 from megatron_s3.launch.config import Config
+from megatron_s3.launch.redact import environment, redact, redact_word
 
 __all__ = ["record"]
-
-# Whose values are not written down.
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE", re.IGNORECASE)
 
 
 def record(run_dir: Path, config: Config, command: list[str]) -> None:
@@ -27,35 +28,37 @@ def record(run_dir: Path, config: Config, command: list[str]) -> None:
 
     ``RUN/config.yaml`` is the newest attempt's configuration; what differs from the one before is
     printed. ``RUN/provenance/ATTEMPT/`` keeps ``command.txt``, ``config.yaml``, ``packages.txt``,
-    ``environment.txt`` (secrets left out), ``code.txt``, ``code.diff`` and ``node-HOST.json``.
+    ``environment.txt``, ``code.txt``, ``code.diff`` and ``node-HOST.json``. The user alone can
+    read them, and what may be a credential is in none of them.
+
+    Raises:
+        OSError: they cannot be written.
     """
     attempt = run_dir / "provenance" / _attempt()
     attempt.mkdir(parents=True, exist_ok=True)
     host = platform.node()
-    (attempt / f"node-{host}.json").write_text(json.dumps(_node(), indent=2) + "\n")
+    private.write(attempt / f"node-{host}.json", json.dumps(_node(), indent=2) + "\n")
     if os.environ.get("SLURM_NODEID", "0") != "0":
         return
     resolved = config.yaml()
     _say_changes(run_dir / "config.yaml", resolved)
-    for folder in (run_dir, attempt):
-        (folder / "config.yaml").write_text(resolved)
-    (attempt / "command.txt").write_text(shlex.join(command) + "\n")
     # A package whose metadata are broken has no name.
     packages = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
-    (attempt / "packages.txt").write_text(
-        "".join(f"{name}=={version}\n" for name, version in sorted(packages.items()))
-    )
-    environment = {
-        name: "(not written down)" if _SECRET.search(name) else value
-        for name, value in sorted(os.environ.items())
-    }
-    (attempt / "environment.txt").write_text(
-        "".join(f"{name}={value}\n" for name, value in environment.items())
-    )
     code, difference = _code()
-    (attempt / "code.txt").write_text(code)
+    files = {
+        "config.yaml": resolved,
+        "command.txt": shlex.join(map(redact_word, command)) + "\n",
+        "packages.txt": "".join(
+            f"{name}=={version}\n" for name, version in sorted(packages.items())
+        ),
+        "environment.txt": environment(),
+        "code.txt": code,
+    }
     if difference:
-        (attempt / "code.diff").write_text(difference)
+        files["code.diff"] = redact(difference)
+    for name, text in files.items():
+        private.write(attempt / name, text)
+    private.write(run_dir / "config.yaml", resolved)
 
 
 def _attempt() -> str:
@@ -70,13 +73,28 @@ def _say_changes(path: Path, resolved: str) -> None:
     if not path.is_file():
         return
 
-    def values(text: str) -> set[str]:
-        return {line.partition("  #")[0].strip() for line in text.splitlines()}
-
-    before, now = values(path.read_text()), values(resolved)
+    before, now = _values(path.read_text(encoding="utf-8")), _values(resolved)
     if before != now:
         gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
         print(f"[megatron-s3] the configuration changed since the last attempt: {gone} -> {new}")
+
+
+def _values(text: str) -> set[str]:
+    """The settings of a configuration in YAML, as ``name: value``."""
+    try:
+        # Every value as it is written.
+        sections = yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return set()
+
+    def flat(values: Any) -> Iterator[str]:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, dict):
+                yield from flat(value)
+            else:
+                yield f"{name}: {value}"
+
+    return set(flat(sections))
 
 
 def _code() -> tuple[str, str]:
@@ -112,7 +130,9 @@ def _node() -> dict[str, Any]:
 def _output(*command: str) -> str:
     """What a command prints; empty if it cannot run or fails."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        run = subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return run.stdout.strip() if run.returncode == 0 else ""

@@ -16,10 +16,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 from megatron_s3.launch import lock, provenance, slurm
 from megatron_s3.launch.check import arithmetic, ask_megatron
-from megatron_s3.launch.config import Config, ConfigError, load, name_of
+from megatron_s3.launch.config import Config, ConfigError, load, name_of, refuse_credentials
 from megatron_s3.launch.output import first_node, say
 from megatron_s3.launch.progress import (
     Progress,
@@ -29,12 +30,16 @@ from megatron_s3.launch.progress import (
     refuse_another,
     save_folder,
 )
+from megatron_s3.launch.redact import HIDDEN, is_secret
 from megatron_s3.launch.stopping import StopRequest, exit_signal
 
 __all__ = ["STOPPED", "add_config_arguments", "add_run_arguments", "main", "resolve"]
 
 #: EX_TEMPFAIL: stopped before the end, to be run again.
 STOPPED = 75
+
+#: What stands as it is in the name of a run of an array, beside letters, digits and ``_.-~``.
+_IN_A_NAME = "+,=:@"
 
 
 def main(argv: list[str]) -> int:
@@ -103,9 +108,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _main(args: argparse.Namespace) -> int:
     if args.slurm:
         config = load([args.config, *args.overlay], args.sets)
-        exit_signal(config)
-        tasks = len(array_tasks(config)) if config.array else 0
-        return slurm.submit(config, args, _run_dir(args), tasks)
+        tasks = array_tasks(config) if config.array else {}
+        for name, sets in (tasks or {"": []}).items():
+            one = load([args.config, *args.overlay], [*args.sets, *sets])
+            _check(one, _run_dir(args) / name, in_container=bool(os.environ.get("CONTAINER")))
+        return slurm.submit(config, _run_dir(args), len(tasks), args.dry_run)
     config, run_dir = resolve(args)
     if args.print_run_dir:
         print(run_dir)
@@ -148,13 +155,28 @@ def _run_dir(args: argparse.Namespace) -> Path:
 
 
 def array_tasks(config: Config) -> dict[str, list[str]]:
-    """The runs of an array: name -> overrides; all combinations of its values."""
-    return {
-        "-".join(f"{key}-{value}" for key, value in zip(config.array, values, strict=True)): [
-            f"{key}={value}" for key, value in zip(config.array, values, strict=True)
-        ]
-        for values in itertools.product(*config.array.values())
-    }
+    """The runs of an array: name -> overrides; all combinations of its values.
+
+    A name is that of one folder in the run's own: what a path would take for more is written as in
+    URLs.
+
+    Raises:
+        ConfigError: two runs would have one folder, or a name is longer than a folder's may be.
+    """
+    tasks: dict[str, list[str]] = {}
+    for values in itertools.product(*config.array.values()):
+        pairs = list(zip(config.array, values, strict=True))
+        name = "-".join(quote(f"{key}-{value}", safe=_IN_A_NAME) for key, value in pairs)
+        where = ", ".join(str(config.origins[f"array.{key}"]) for key in config.array)
+        if name in tasks:
+            raise ConfigError(f"{where}: the array has the run {name} twice; remove one")
+        if len(name) > 255:
+            raise ConfigError(
+                f"{where}: the folder of a run of the array would be called {name}, and a file "
+                "system takes names of at most 255 bytes: give shorter values, or each run a file"
+            )
+        tasks[name] = [f"{key}={value}" for key, value in pairs]
+    return tasks
 
 
 def megatron_words(config: Config, run_dir: Path) -> list[str]:
@@ -231,6 +253,38 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
     return [*command, *program, *words]
 
 
+def _check(
+    config: Config, run_dir: Path, in_container: bool = False
+) -> tuple[list[str], list[str]]:
+    """Refuses what cannot run, for a launch here and for one that is submitted alike.
+
+    Args:
+        config: the configuration of one run.
+        run_dir: its folder.
+        in_container: whether the ranks see other folders than this process.
+
+    Returns:
+        Megatron's command line, and the arguments that are for the start only and in force no more.
+
+    Raises:
+        ConfigError: naming file, line and reason.
+    """
+    refuse_credentials(config)
+    exit_signal(config)
+    arithmetic(config)
+    told, left_out = continued(config, run_dir)
+    try:
+        words = megatron_words(told, run_dir)
+    except ConfigError as error:
+        if not in_container or not config.dataset:
+            raise
+        say(f"{error}; left to the job, which looks for it in its container")
+        words = told.words()
+    if first_node():  # once is enough
+        ask_megatron(told, words[len(told.words()) :])
+    return words, left_out
+
+
 def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> int:
     _check_job(config, dry_run)
     shape = arithmetic(config)
@@ -240,10 +294,7 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
         unknown = "" if compared else f" (with which configuration {run_dir} does not say)"
         say(f"trained to iteration {before.saved} of {before.last} already{unknown}; nothing to do")
         return 0
-    told, left_out = continued(config, run_dir)
-    words = megatron_words(told, run_dir)
-    if first_node():  # once is enough
-        ask_megatron(told, words[len(told.words()) :])
+    words, left_out = _check(config, run_dir)
     command = torchrun(config, words)
     say(
         f"{config.name}: {shape['world_size']} ranks on {config.launch.nodes} nodes = data "
@@ -254,7 +305,8 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
     if dry_run:
         print(config.yaml())
         for name, value in config.launch.environment.items():
-            print(f"export {name}={shlex.quote(value)}")
+            hidden = HIDDEN if is_secret(name, value) else ""
+            print(f"export {name}={hidden or shlex.quote(value)}")
         print(shlex.join(command))
         return 0
     with _alone(config, run_dir) as held:

@@ -1,17 +1,33 @@
-"""Submits a configuration: sbatch's options from it, and the job's body from scripts/."""
+"""Submits a configuration: sbatch's options from it, and the job's body from scripts/.
 
-import argparse
+What was checked here, chosen or written down is what the job runs, whenever it starts and however
+often: it gets a copy of the configuration, and a copy of its body that holds the settings.
+"""
+
+import datetime
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from megatron_s3.launch.check import arithmetic, ask_megatron
-from megatron_s3.launch.config import Config, shipped
+from megatron_s3.launch import private
+from megatron_s3.launch.config import COPY, Config, shipped
+from megatron_s3.launch.redact import is_secret, redact_word
 
 __all__ = ["SlurmError", "command", "submit"]
+
+#: What the body takes from its environment (see its head).
+_SETTINGS = (
+    "CONTAINER",
+    "MOUNTS",
+    "MAX_REQUEUES",
+    "PREFLIGHT",
+    "PREFLIGHT_TIMEOUT",
+    "MIN_FREE_GIB",
+)
 
 
 class SlurmError(Exception):
@@ -33,11 +49,12 @@ def command(config: Config, words: list[str], run_dir: Path, tasks: int) -> list
         tasks: number of runs in the array, or 0 for a single job.
     """
     folder = run_dir.absolute()
-    options = {
+    options: dict[str, str | None] = {
         "job-name": config.name,
         "nodes": str(config.launch.nodes),
         "output": str(folder / ("slurm-%A_%a.out" if tasks else "slurm-%j.out")),
         "open-mode": "append",
+        "chdir": os.getcwd(),
     }
     if config.launch.time:
         options["time"] = config.launch.time
@@ -47,34 +64,96 @@ def command(config: Config, words: list[str], run_dir: Path, tasks: int) -> list
     if tasks:
         options["array"] = f"0-{tasks - 1}"
     options |= config.launch.sbatch
-    given = [f"--{name}={value}" if value else f"--{name}" for name, value in options.items()]
+    given = [
+        f"--{name}={value}" if value else f"--{name}"
+        for name, value in options.items()
+        if value is not None
+    ]
     return ["sbatch", *given, str(folder / body().name), *words]
 
 
-def submit(config: Config, args: argparse.Namespace, run_dir: Path, tasks: int) -> int:
-    """Checks, then submits, or with ``--dry-run`` prints what it would.
+def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
+    """Submits a configuration that has been checked.
+
+    Args:
+        config: of all runs of an array.
+        run_dir: where the job writes.
+        tasks: number of runs in the array, or 0 for a single job.
+        dry_run: print the command, and do nothing.
 
     Raises:
-        ConfigError: the configuration cannot run.
-        SlurmError: there is no sbatch, or it refused.
+        SlurmError: there is no sbatch, it refused, or a credential would not reach the job.
+        OSError: the run's folder cannot be written.
     """
-    arithmetic(config)
-    ask_megatron(config)
-    words = [args.config, *args.overlay]
-    for override in args.sets:
-        words += ["--set", override]
-    line = command(config, words, run_dir, tasks)
-    print(f"RUN_DIR={shlex.quote(str(run_dir.absolute()))} {shlex.join(line)}")
-    if args.dry_run:
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+    copy = run_dir.absolute() / "submitted" / now / f"{config.name}.yaml"
+    line = command(config, [str(copy)], run_dir, tasks)
+    shown = shlex.join(map(redact_word, line))
+    settings = _settings(run_dir)
+    secrets = _secrets(config)
+    print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), shown]))
+    if dry_run:
         return 0
     if not shutil.which("sbatch"):
         raise SlurmError("there is no sbatch on this machine: submit from a login node")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copy(body(), run_dir / body().name)
-    with open(run_dir / "submitted.txt", "a") as file:
-        file.write(shlex.join(line) + "\n")
-    run = subprocess.run(line, env=os.environ | {"RUN_DIR": str(run_dir.absolute())})
+    copy.parent.mkdir(parents=True)
+    private.write(copy, f"{COPY}\n{config.yaml(whole=True)}")
+    private.write(run_dir / body().name, _script(config, settings))
+    private.append(run_dir / "submitted.txt", shown + "\n")
+    # Of another job, where this is called in one.
+    foreign = ("MASTER_ADDR", "MASTER_PORT") if "SLURM_JOB_ID" in os.environ else ()
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
+    run = subprocess.run(line, env=environment | settings | secrets)
     if run.returncode:
         raise SlurmError(f"sbatch refused it (status {run.returncode}); what it says is above")
     sys.stdout.flush()
     return 0
+
+
+def _settings(run_dir: Path) -> dict[str, str]:
+    """The variables that the body needs, as they are here."""
+    settings = {"RUN_DIR": str(run_dir.absolute())}
+    settings |= {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
+    if not settings.get("CONTAINER"):
+        settings["VENV"] = os.path.abspath(os.environ.get("VENV") or sys.prefix)
+        if not any(
+            os.access(f"{settings['VENV']}/bin/{p}", os.X_OK) for p in ("python", "python3")
+        ):
+            raise SlurmError(
+                f"VENV={settings['VENV']} holds no bin/python: name the virtual environment of the "
+                "job, or leave VENV unset for the one that runs this"
+            )
+    if os.environ.get("PYTHONPATH") and "CONTAINER" not in settings:
+        settings["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    return settings
+
+
+def _secrets(config: Config) -> dict[str, str]:
+    """Credentials of the ranks' environment, which reach the job as variables and by no file."""
+    environment = config.launch.environment
+    secrets = {name: value for name, value in environment.items() if is_secret(name, value)}
+    export = config.launch.sbatch.get("export") or os.environ.get("SBATCH_EXPORT") or "ALL"
+    passed = export.split(",")
+    lost = [name for name in secrets if name not in passed and "ALL" not in map(str.upper, passed)]
+    if lost:
+        raise SlurmError(
+            f"{', '.join(lost)}: credentials are not written into the job's files, and "
+            f"--export={redact_word(export)} keeps them from the job; add them to it, separated by "
+            "commas (launch.sbatch.export, or SBATCH_EXPORT), or let the node set them"
+        )
+    return secrets
+
+
+def _script(config: Config, settings: dict[str, str]) -> str:
+    """The body with the settings in it, and without the options that are not wanted."""
+    text = body().read_text(encoding="utf-8")
+    for name, value in config.launch.sbatch.items():
+        if value is None:
+            text = re.sub(
+                rf"^#SBATCH --{re.escape(name)}(?=[=\s]).*\n", "", text, flags=re.MULTILINE
+            )
+    begin = "\nset -euo pipefail\n"
+    assert text.count(begin) == 1
+    given = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
+    head = "\n# What was chosen where the job was submitted; it wins over the environment.\n"
+    return text.replace(begin, head + given + begin)

@@ -7,8 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
-from megatron_s3.launch.config import ConfigError, load, shipped
+from megatron_s3.launch.config import COPY, ConfigError, load, shipped
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -162,3 +163,34 @@ def test_configurations_and_job_script_are_in_the_wheel(tmp_path):
         str(p.parent.relative_to(REPOSITORY)) for p in REPOSITORY.glob("megatron_s3/**/*.py")
     }
     assert packages <= {str(Path(name).parent) for name in inside}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a\nb", "a\n  # b", "\u2028", "\x85", "\U0001f600", "'", '"', "null", "a  # b:3", "- a", ""],
+)
+def test_what_is_written_reads_as_the_same(tmp_path, value):
+    """Whatever a value holds, and the word or file that it came by."""
+    quoted = yaml.safe_dump(value, default_style='"', width=1000).strip()
+    before = load(
+        ["tiny-s3"], [f"{key}={quoted}" for key in ("wandb_exp_name", "launch.environment.A")]
+    )
+    assert before.arguments["wandb_exp_name"] == value
+    path = tmp_path / "tiny-s3.yaml"
+    path.write_text(before.yaml())
+    after = load([str(path)])
+    assert (after.arguments, after.launch) == (before.arguments, before.launch)
+    path.write_text(f"{COPY}\n{before.yaml(whole=True)}")
+    assert load([str(path)]) == before
+
+
+def test_an_error_shows_no_credential():
+    for word in (
+        "launch.environment.WANDB_API_KEY=[hush]",
+        "launch.environment.WANDB_API_KEY='hush",
+        "launch.nodes=https://me:hush@host",
+        "nothing.WANDB_API_KEY=hush",
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load(["tiny-s3"], [word])
+        assert "hush" not in str(refused.value)

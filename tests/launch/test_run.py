@@ -104,8 +104,8 @@ def test_sbatch_is_asked_for_what_the_configuration_says(tmp_path):
     )
     assert slurm.command(config, ["layouts/gpt2-7b/64gpu"], tmp_path, 0) == [
         "sbatch", "--job-name=gpt2-7b-64gpu", "--nodes=8",
-        f"--output={tmp_path}/slurm-%j.out", "--open-mode=append", "--time=12:00:00",
-        "--gpus-per-node=8", "--partition=big", f"{tmp_path}/pretrain.sbatch",
+        f"--output={tmp_path}/slurm-%j.out", "--open-mode=append", f"--chdir={os.getcwd()}",
+        "--time=12:00:00", "--gpus-per-node=8", "--partition=big", f"{tmp_path}/pretrain.sbatch",
         "layouts/gpt2-7b/64gpu",
     ]  # fmt: skip
     tiny = slurm.command(load(["tiny-s3"], ["launch.sbatch.exclusive=true"]), [], tmp_path, 4)
@@ -114,6 +114,210 @@ def test_sbatch_is_asked_for_what_the_configuration_says(tmp_path):
     gres = slurm.command(load(["gpt2-7b-s3"], ["launch.sbatch.gres=gpu:8"]), [], tmp_path, 0)
     assert "--gres=gpu:8" in gres
     assert not any("gpus" in word for word in gres)
+
+
+def test_null_takes_a_default_option_away(tmp_path):
+    """Also one of the body's own, which sbatch would read there."""
+    sets = ["gpus-per-node=null", "open-mode=null", "mem=null", "exclusive=false", "partition=null"]
+    config = load(["gpt2-7b-s3"], [f"launch.sbatch.{word}" for word in sets])
+    assert slurm.command(config, [], tmp_path, 0) == [
+        "sbatch", "--job-name=gpt2-7b-s3", "--nodes=1", f"--output={tmp_path}/slurm-%j.out",
+        f"--chdir={os.getcwd()}", f"{tmp_path}/pretrain.sbatch",
+    ]  # fmt: skip
+    options = re.findall(r"^#SBATCH (\S+)", slurm._script(config, {}), re.MULTILINE)
+    assert options == [
+        "--job-name=megatron-s3", "--ntasks-per-node=1", "--requeue", "--signal=B:USR1@180",
+    ]  # fmt: skip
+    assert load(["tiny-s3"], ["launch.environment.A=true"]).launch.environment["A"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ("[/data/a, ../../b]", ["data_path-%2Fdata%2Fa", "data_path-..%2F..%2Fb"]),
+        ("['..', 'a b%']", ["data_path-..", "data_path-a%20b%25"]),
+        ('["a\\nb", "1e-3,2"]', ["data_path-a%0Ab", "data_path-1e-3,2"]),
+    ],
+)
+def test_a_run_of_an_array_stays_in_the_folder(tmp_path, values, names):
+    words = ["tiny-s3", "--set", f"array.data_path={values}", "--run-dir", str(tmp_path)]
+    config = load(words[:1], words[2:3])
+    assert list(run.array_tasks(config)) == names
+    for task, name in enumerate(names):
+        if "\n" not in config.array["data_path"][task]:
+            _, folder = run.resolve(arguments(*words, "--task", str(task)))
+            assert folder == tmp_path / name and folder.parent == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [("[1, 1]", "the array has the run seed-1 twice"), (f"[{'1' * 260}]", "at most 255 bytes")],
+)
+def test_an_array_whose_runs_have_no_folders_is_refused(values, why):
+    with pytest.raises(ConfigError, match=f"--set array.seed=.*{why}"):
+        run.array_tasks(load(["tiny-s3"], [f"array.seed={values}"]))
+
+
+SBATCH = """#!/bin/bash
+printf '%s\\n' "$@" >"$SEEN"
+env >"$SEEN.env"
+"""
+
+
+@pytest.fixture
+def submit(tmp_path, monkeypatch):
+    """Submits to a stand-in for sbatch; returns what it was called with: words, and environment."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text(SBATCH)
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.setattr(run, "ask_megatron", lambda *args: None)
+    for name in ("SBATCH_EXPORT", "CONTAINER", "VENV"):
+        monkeypatch.delenv(name, raising=False)
+
+    def submit(*words: str, status: int = 0) -> tuple[list[str], dict[str, str]]:
+        folder = str(tmp_path / "run")
+        assert run.main([*words, "--slurm", "--run-dir", folder]) == status
+        if status:
+            assert not (tmp_path / "run").exists() and not (tmp_path / "seen").exists()
+            return [], {}
+        lines = (tmp_path / "seen.env").read_text().splitlines()
+        environment = dict(line.split("=", 1) for line in lines if "=" in line)
+        return (tmp_path / "seen").read_text().splitlines(), environment
+
+    return submit
+
+
+def test_a_job_runs_what_was_submitted(submit, tmp_path):
+    """The file is edited while the job waits; its copy is not, and names the same places."""
+    file = tmp_path / "my.yaml"
+    file.write_text("extends: tiny-s3\narguments:\n  lr: 1e-3\n  seed: 5\n")
+    sets = ["launch.environment.A=b c", 'log_interval="7"']
+    before = load([str(file)], sets)
+    *_, script, copy = submit(str(file), *(word for s in sets for word in ("--set", s)))[0]
+    file.write_text("extends: nothing\n")
+    after = load([copy])
+    assert script == f"{tmp_path}/run/pretrain.sbatch"
+    assert Path(copy).parents[1] == tmp_path / "run/submitted" and Path(copy).name == "my.yaml"
+    assert after.origins == before.origins
+    assert after == before
+    assert str(after.origins["arguments.lr"]) == f"{file}:3"
+
+
+def test_the_copy_of_an_array_derives_for_each_run(submit, tmp_path):
+    words = ["tiny-s3", "--set", "array.lr=[1e-3, 3e-3]"]
+    line, _ = submit(*words)
+    assert "--array=0-1" in line
+    given = arguments(line[-1], "--run-dir", str(tmp_path / "run"), "--task", "1")
+    config, folder = run.resolve(given)
+    assert folder == tmp_path / "run/lr-3e-3"
+    assert config.arguments["weight_decay"] == "0.01"
+    assert config.arguments["min_lr"] == "0.0003"
+
+
+def test_a_job_has_the_submitters_settings(submit, tmp_path, monkeypatch):
+    """In the script that sbatch takes away, whatever it is told about the environment."""
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    monkeypatch.setenv("MIN_FREE_GIB", "7 8")
+    monkeypatch.setenv("PYTHONPATH", "/a b")
+    *_, script, copy = submit("tiny-s3")[0]
+    text = Path(script).read_text()
+    begin, settings = text.index("\nexport RUN_DIR="), {}
+    for name in ("RUN_DIR", "VENV", "MIN_FREE_GIB", "PYTHONPATH"):
+        shown = subprocess.run(
+            ["bash", "-c", f"{text[begin : text.index('set -euo')]}\necho \"${name}\""],
+            capture_output=True, text=True, env={"PATH": os.environ["PATH"], "RUN_DIR": "/other"},
+        )  # fmt: skip
+        settings[name] = shown.stdout.strip()
+    assert settings == {
+        "RUN_DIR": f"{tmp_path}/run", "VENV": sys.prefix, "MIN_FREE_GIB": "7 8",
+        "PYTHONPATH": "/a b",
+    }  # fmt: skip
+    assert text.index("#SBATCH --signal") < begin < text.index("say()")
+    assert Path(copy).stat().st_mode & 0o777 == 0o600
+
+
+def test_another_jobs_meeting_place_is_not_taken_along(submit, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    assert submit("tiny-s3")[1]["MASTER_ADDR"] == "here"
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    assert "MASTER_ADDR" not in submit("tiny-s3")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "why"),
+    [
+        (["gpt2-7b-s3"], {}, "nothing to train on"),
+        (["tiny-s3", "--set", "dataset=/no/such"], {}, "--set dataset=/no/such: dataset: /no/such"),
+        (
+            ["tiny-s3", "--set", "array.global_batch_size=[8, 7]"],
+            {},
+            "global_batch_size 7 does not",
+        ),
+        (["tiny-s3"], {"VENV": "/no/such"}, "VENV=/no/such holds no bin/python"),
+        (
+            ["tiny-s3", "--set", "launch.environment.WANDB_API_KEY=hush"],
+            {"SBATCH_EXPORT": "NONE"},
+            "WANDB_API_KEY: credentials are not written into the job's files, and --export=NONE",
+        ),
+        (
+            ["tiny-s3", "--set", "data_path=https://me:hush@host/x"],
+            {},
+            "data_path looks like a credential",
+        ),
+    ],
+)
+def test_what_cannot_run_is_not_submitted(submit, monkeypatch, capsys, words, environment, why):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    submit(*words, status=2)
+    said = capsys.readouterr()
+    assert why in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert "hush" not in said.err + said.out
+
+
+def test_credentials_reach_the_job_and_no_file(submit, tmp_path, monkeypatch, capsys):
+    words = ["tiny-s3", "--set", "launch.environment.WANDB_API_KEY=hush"]
+    words += ["--set", "launch.environment.PROXY=http://me:hush@host", "--set", "seed=3"]
+    words += ["--set", "launch.sbatch.export=ALL,OTHER_TOKEN=hush", "--dry-run"]
+    submit_line, environment = submit(*words[:-1])
+    assert environment["WANDB_API_KEY"] == "hush"
+    assert environment["PROXY"] == "http://me:hush@host"
+    assert "--export=ALL,OTHER_TOKEN=hush" in submit_line
+    assert run.main([*words, "--slurm", "--run-dir", str(tmp_path / "run")]) == 0
+    assert run.main([*words, "--run-dir", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr()
+    assert "hush" not in printed.out + printed.err
+    assert "export WANDB_API_KEY=(not written down)" in printed.out
+    monkeypatch.setattr(provenance, "_code", lambda: ("commit 1\n", ""))
+    provenance.record(tmp_path / "run", load(["tiny-s3"], words[2:-1:2]), ["a", *words])
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"submitted.txt", "pretrain.sbatch", "tiny-s3.yaml", "config.yaml", "command.txt"} <= {
+        path.name for path in files
+    }
+    for path in files:
+        assert "hush" not in path.read_text(), path
+        assert path.stat().st_mode & 0o777 == 0o600, path
+    again = load([str(tmp_path / "run/config.yaml")])
+    assert "WANDB_API_KEY" not in again.launch.environment and again.arguments["seed"] == "3"
+
+
+def test_what_git_has_not_seen_holds_no_credential(tmp_path, monkeypatch):
+    difference = "+++ b/x.py\n+API_KEY = 'hush-hush'\n+lr = 3\n+URL = 'http://me:hush@host'\n"
+    monkeypatch.setattr(provenance, "_code", lambda: ("commit 1\n", difference))
+    provenance.record(tmp_path, load(["tiny-s3"]), [])
+    (path,) = tmp_path.rglob("code.diff")
+    text = path.read_text()
+    assert "hush" not in text and "+lr = 3\n" in text and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_record_that_was_open_to_all_is_not_any_more(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("arguments:\n  seed: 1\n")
+    path.chmod(0o644)
+    provenance.record(tmp_path, load(["tiny-s3"]), [])
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_an_attempt_is_recorded_and_secrets_are_not(tmp_path, monkeypatch, capsys):
@@ -130,7 +334,7 @@ def test_an_attempt_is_recorded_and_secrets_are_not(tmp_path, monkeypatch, capsy
     assert "torch==" in (first / "packages.txt").read_text()
     environment = (first / "environment.txt").read_text()
     assert "HF_TOKEN=(not written down)" in environment
-    assert "hush" not in environment
+    assert "hush" not in environment and f"PATH={os.environ['PATH']}\n" in environment
     (node,) = first.glob("node-*.json")
     assert json.loads(node.read_text())["memory_bytes"] > 0
     assert load([str(tmp_path / "config.yaml")]).arguments["seed"] == "5"

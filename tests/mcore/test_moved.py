@@ -249,8 +249,9 @@ REFUSED = {
     },
     "--main-params-dtype fp16 is not supported": HOW["aware"]
     | {"main_params_dtype": torch.float16},
-    "does not support --optimizer-cuda-graph here: there are no CUDA graphs": {
-        "optimizer_cuda_graph": True
+    "does not support --optimizer-cuda-graph here: with --s3-no-fused": {
+        "optimizer_cuda_graph": True,
+        "s3_no_fused": True,
     },
 }
 

@@ -344,19 +344,29 @@ model, optimizer = build(torch.bfloat16, True)
 (part,) = optimizer.chained_optimizers
 assert step(model, optimizer, 0)[0]
 (bucket,) = (bucket for buffer in part.buffers for bucket in buffer.buckets)
-first = part._model_params()
-assert part._model_params() is first
+part.prepare_grads()
+first = part._found
+assert first
+part.prepare_grads()
+assert part._found is first
 bucket.param_data = bucket.param_data.clone()
-storages = {v.untyped_storage().data_ptr() for v in part._model_params().values()}
+with pytest.raises(RuntimeError, match="has left the buffer"):
+    part.prepare_grads()
+for param, (start, end, _) in part.buffers[0].param_index_map.items():
+    param.data = bucket.param_data[start:end].view(param.shape)
+part.prepare_grads()
+storages = {v.untyped_storage().data_ptr() for v in part._found.values()}
 assert storages == {bucket.param_data.untyped_storage().data_ptr()}
 for name in ("fp8_param_gather", "fp4_param_gather"):
     had = getattr(part.ddp_config, name, False)
     setattr(part.ddp_config, name, True)
     part._found_for = None
-    assert part._model_params() is None, name
+    part.prepare_grads()
+    assert part._found is None, name
     setattr(part.ddp_config, name, had)
 part._found_for = None
-assert part._model_params()
+part.prepare_grads()
+assert part._found
 
 # lr on the device, as a CUDA graph needs it; numbers in what is saved.
 results = []

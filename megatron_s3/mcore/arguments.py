@@ -200,7 +200,7 @@ def validate_args(
                 f"{unsupported} out, or train with --optimizer adam."
             )
     _check_metrics(args)
-    _check_memory(args, cls, may_capture=not cpu_device.active())
+    _check_memory(args, cls)
     own = {destination(description, h) for h in description.hyperparameters}
     for name, default in defaults.items():
         if name not in own and getattr(args, name, default) != default:
@@ -283,14 +283,14 @@ def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) 
     of_ddp = {} if ddp_config is None else vars(ddp_config)
     holder = argparse.Namespace(**of_ddp | vars(config))
     holder.accumulate_allreduce_grads_in_fp32 = of_ddp.get("grad_reduce_in_fp32", True)
-    _check_memory(holder, cls, may_capture=True)
+    _check_memory(holder, cls, anywhere=True)
 
 
-def _check_memory(args: Any, cls: type[ElementwiseOptimizer], may_capture: bool) -> None:
+def _check_memory(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:
     """Raises ValueError for what cannot be kept, or stepped, where and how it is asked for."""
     _check_precision(args, cls)
     _check_offload(args, cls)
-    _check_cuda_graph(args, cls, may_capture)
+    _check_cuda_graph(args, cls, anywhere)
 
 
 def _named(dtype: torch.dtype) -> str:
@@ -403,12 +403,12 @@ def _check_megatron_fsdp(args: argparse.Namespace) -> None:
         )
 
 
-def _check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], may_capture: bool) -> None:
+def _check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:
     """Raises ValueError for what a step that is replayed from a CUDA graph cannot do."""
     if not getattr(args, "optimizer_cuda_graph", False):
         return
     why_not = None
-    if not may_capture:
+    if cpu_device.active() and not anywhere:
         why_not = "there are no CUDA graphs where it trains on the CPU"
     elif switches(args)["s3_no_fused"]:
         why_not = "with --s3-no-fused there is no kernel to record"

@@ -1,14 +1,28 @@
 """Whether a configuration can run: its arithmetic, and Megatron's own parser and validation."""
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
+import os
 import re
+import sys
 from typing import Any
+from unittest import mock
 
 from megatron_s3.launch.config import Config, ConfigError
 
-__all__ = ["arithmetic", "ask_megatron", "check", "megatron_is_here", "whole"]
+__all__ = [
+    "arithmetic",
+    "ask_megatron",
+    "check",
+    "environment",
+    "megatron_is_here",
+    "refuse_missing_gpus",
+    "schedule",
+    "tell",
+    "whole",
+]
 
 
 def megatron_is_here() -> bool:
@@ -22,6 +36,7 @@ def megatron_is_here() -> bool:
 def ask_megatron(config: Config, more: list[str] | None = None) -> None:
     """As :func:`check`; where there is no Megatron, says so and leaves it to the job's nodes."""
     if megatron_is_here():
+        tell("asking Megatron whether it takes this; importing it takes a while")
         check(config, more)
     else:
         print("Megatron is not installed here: its own checks are left to the nodes of the job")
@@ -41,10 +56,28 @@ def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:
         ConfigError: naming file, line and reason.
         ImportError: there is no Megatron to ask; :func:`arithmetic` can be asked without.
     """
-    from megatron_s3.mcore import parse
-
     words = [*config.words(), *(more or [])]
     arithmetic(config)
+    schedule(config)
+    _own_values(config)
+    with environment(config):
+        return _check(config, words)
+
+
+def environment(config: Config) -> contextlib.AbstractContextManager:
+    """Inside, this process has the environment that the ranks will have."""
+    return mock.patch.dict(os.environ, config.launch.environment)
+
+
+def tell(message: str) -> None:
+    """Says what is being done that takes time, beside the output."""
+    with contextlib.suppress(OSError):
+        print(f"[megatron-s3] {message}", file=sys.stderr, flush=True)
+
+
+def _check(config: Config, words: list[str]) -> argparse.Namespace:
+    from megatron_s3.mcore import parse
+
     parse.prepare(words)
     _names_and_values(config, parse.parser())
     try:
@@ -54,6 +87,11 @@ def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:
             f"{name} ({config.where(name)})"
             for name in config.arguments
             if re.search(rf"(?<![\w-])(--)?{_pattern(name)}(?![\w-])", str(error))
+        ]
+        named += [
+            f"{name}={value} ({config.origins.get(f'launch.environment.{name}', 'a default')})"
+            for name, value in config.launch.environment.items()
+            if name in str(error)
         ]
         place = f"; given: {', '.join(named)}" if named else ""
         raise ConfigError(f"{config.name}: Megatron refuses it: {error}{place}") from error
@@ -119,25 +157,96 @@ def arithmetic(config: Config) -> dict[str, int]:
     }
 
 
-def whole(config: Config, name: str, default: int | None = None) -> int:
+def schedule(config: Config) -> None:
+    """Refuses a warmup that the schedule of the learning rate has no room for.
+
+    Raises:
+        ConfigError: naming the lines of both.
+    """
+    given = config.arguments
+    kind = "iters" if "train_iters" in given else "samples"
+    if f"train_{kind}" not in given:
+        return
+    end = f"lr_decay_{kind}" if f"lr_decay_{kind}" in given else f"train_{kind}"
+    steps = whole(config, end)
+    if "lr_warmup_fraction" in given:
+        name = "lr_warmup_fraction"
+        try:
+            warmup = float(str(given[name])) * steps
+        except ValueError:
+            return  # Megatron's parser names it
+    else:
+        name = f"lr_warmup_{kind}"
+        warmup = whole(config, name, 0, least=0)
+    if warmup >= steps:
+        raise ConfigError(
+            f"{config.where(name)}: {name} {given[name]} leaves nothing of {end} {steps} "
+            f"({config.where(end)}) for the learning rate to fall in; take a shorter warmup "
+            f"(--set {name}={0.1 if 'fraction' in name else steps // 10})"
+        )
+
+
+def refuse_missing_gpus(config: Config) -> None:
+    """Refuses ranks on GPUs that this node does not have.
+
+    Raises:
+        ConfigError: with the two numbers.
+    """
+    if config.arguments.get("s3_device") != "cuda" or not importlib.util.find_spec("torch"):
+        return
+    import torch
+
+    with environment(config):
+        there = torch.cuda.device_count()
+    if there < config.launch.nproc_per_node:
+        raise ConfigError(
+            f"this node has {there} GPUs for torch, and the configuration wants "
+            f"{config.launch.nproc_per_node} (launch.nproc_per_node, "
+            f"{config.origins.get('launch.nproc_per_node', 'a default')}; s3_device cuda, "
+            f"{config.where('s3_device')}); s3_device=cpu trains without"
+        )
+
+
+def _own_values(config: Config) -> None:
+    """Hyperparameters of the plugin's optimizers, which need no Megatron to be judged."""
+    from megatron_s3.optimizers import OPTIMIZERS
+
+    cls = OPTIMIZERS.get(str(config.arguments.get("optimizer")))
+    for h in cls.description.hyperparameters if cls else ():
+        name = f"{cls.description.name}_{h.name}".replace("-", "_")
+        value = config.arguments.get(name)
+        if h.is_switch or not isinstance(value, str):
+            continue
+        try:
+            number = float(value)
+        except ValueError:
+            continue  # Megatron's parser names it
+        try:
+            h.check(number, name)
+        except ValueError as error:
+            raise ConfigError(f"{config.where(name)}: {error}") from None
+
+
+def whole(config: Config, name: str, default: int | None = None, least: int = 1) -> int:
     """The value of an argument that counts something.
 
     Args:
         config: that gives it.
         name: of the argument.
         default: where it is not given; None if it has to be.
+        least: that it may be.
 
     Raises:
-        ConfigError: it is not given, or is no whole number from 1.
+        ConfigError: it is not given, or is no whole number from ``least``.
     """
     value = config.arguments.get(name)
     if value is None and default is not None:
         return default
     if value is None:
         raise ConfigError(f"{config.name}: {name} is given by no file; add it under arguments")
-    if not isinstance(value, str) or not value.isdecimal() or int(value) < 1:
+    if not isinstance(value, str) or not value.isdecimal() or int(value) < least:
         raise ConfigError(
-            f"{config.where(name)}: {name} must be a whole number from 1, not {value!r}"
+            f"{config.where(name)}: {name} must be a whole number from {least}, not {value!r}"
         )
     return int(value)
 

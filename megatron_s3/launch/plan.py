@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.launch.check import arithmetic, check, environment, schedule, tell
 from megatron_s3.launch.config import Config, ConfigError, load
 
 __all__ = ["Plan", "main", "make", "text"]
@@ -86,8 +87,6 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
     Raises:
         ConfigError: it cannot run, or cannot be planned.
     """
-    from megatron_s3.launch.check import arithmetic, check
-
     if gpus is not None:
         per_node = config.launch.nproc_per_node
         nodes, rest = divmod(gpus, per_node)
@@ -100,9 +99,16 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
             "is counted alike. Leave it out (--set rampup_batch_size=null)"
         )
     arithmetic(config)  # before the imports that take seconds
+    schedule(config)
+    more, source = _vocabulary(config)
+    tell("asking Megatron for the sizes; importing it takes a while")
+    with environment(config):
+        return _make(config, more, source, mfu, peak)
+
+
+def _make(config: Config, more: list[str], source: str, mfu: float, peak: float) -> Plan:
     from megatron_s3.mcore import sizes
 
-    more, source = _vocabulary(config)
     args = check(config, more)
     batch = args.global_batch_size
     steps = args.train_iters or -(-(args.train_samples or 0) // batch)

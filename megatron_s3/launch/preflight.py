@@ -5,8 +5,11 @@ NAME,NAME`` runs this once on each node of a job. It looks at
 
 1. the disk: the run directory can be written, is the same on all nodes, and has room; and the
    devices: as many as the configuration wants ranks, and each computes correctly;
-2. the network: an all-reduce over all devices of all nodes, NCCL's for GPUs and else gloo's. Where
-   that fails, all-reduces within pairs of nodes tell which node is to blame.
+2. the network: an all-reduce over all devices of all nodes, with NCCL for GPUs, and with gloo, of
+   which Megatron makes groups too. Where that fails, all-reduces within pairs of nodes tell which
+   node is to blame, and the reasons are printed.
+
+All of it in the environment that the ranks will have (``launch.environment``).
 
 Nodes report to the first one, at MASTER_ADDR:MASTER_PORT, which is where training will meet too. A
 node that does not report in time is bad as well: that a node is slow is judged by nothing but the
@@ -26,7 +29,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -53,6 +56,7 @@ class _Node:
         names: host names of all nodes, by rank.
         address: TCP address of the first node, as NAME:PORT.
         devices: number of GPUs that every node has to have; 0 for the CPU.
+        backends: of torch.distributed, which the ranks will use.
         timeout: seconds within which the slowest node has to report, for each look.
     """
 
@@ -60,6 +64,7 @@ class _Node:
     names: list[str]
     address: str
     devices: int
+    backends: tuple[str, ...]
     timeout: float
 
     @property
@@ -82,7 +87,7 @@ class _Node:
 def main(argv: list[str] | None = None) -> int:
     """Runs the preflight on this node; see the module."""
     from megatron_s3.launch.config import ConfigError
-    from megatron_s3.launch.progress import progress
+    from megatron_s3.launch.progress import progress, save_folder
     from megatron_s3.launch.run import add_config_arguments, add_run_arguments, resolve
 
     parser = argparse.ArgumentParser(
@@ -99,16 +104,20 @@ def main(argv: list[str] | None = None) -> int:
         "--min-free", type=float, default=0, help="GiB of room in the run directory (default: 0)"
     )
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the job's time is up: it is for the trainer
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_IGN)  # the job's time is up: it is for the trainer
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of stack frames
     try:
         config, run_dir = resolve(args)
+        os.environ |= config.launch.environment
         so_far = progress(config, run_dir)
+        devices = _devices(config.arguments.get("s3_device"), config.launch.nproc_per_node)
         node = _Node(
             rank=int(os.environ["SLURM_NODEID"]),
             names=args.nodes.split(","),
             address=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            devices=_devices(config.arguments.get("s3_device"), config.launch.nproc_per_node),
+            devices=devices,
+            backends=_backends(devices, bool(config.arguments.get("disable_gloo_process_groups"))),
             timeout=args.timeout,
         )
     except ConfigError as error:
@@ -122,7 +131,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Children are forked before any thread of torch's works or holds a lock.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    return _look(node, run_dir, args.min_free)
+    folders = [run_dir]
+    if "save" in config.arguments:
+        folders.append(save_folder(config, run_dir))
+    return _look(node, folders, args.min_free)
+
+
+def _backends(devices: int, without_gloo: bool) -> tuple[str, ...]:
+    """What the ranks' process groups are of."""
+    if not devices:
+        return ("gloo",)
+    return ("nccl",) if without_gloo else ("nccl", "gloo")
 
 
 def _devices(s3_device: object, per_node: int) -> int:
@@ -134,30 +153,32 @@ def _devices(s3_device: object, per_node: int) -> int:
     return per_node
 
 
-def _look(node: _Node, run_dir: Path, min_free: float) -> int:
+def _look(node: _Node, folders: Sequence[Path], min_free: float) -> int:
     started = time.monotonic()
     try:
         store = node.connect(first=node.rank == 0)
     except Exception as error:  # torch raises several kinds
-        what = f"cannot reach {node.address} within {node.timeout:g} s"
+        what = f"cannot reach {node.address} within {node.timeout:g} s: {_first_line(error)}"
         if node.rank == 0:
             what = f"cannot listen at {node.address}: {_first_line(error)}"
         print(f"preflight: {node.name}: {what}", file=sys.stderr, flush=True)
         return 1
     try:
         meeting = _Meeting(node, store)
-        disk, devices = _disk(run_dir, node.name, min_free), _computes(node)
-        own = "; ".join(filter(None, [disk, devices])) or None
-        seen = partial(_not_shared, run_dir, node.names)
+        disks = [_disk(folder, node.name, min_free) for folder in folders]
+        own = "; ".join(filter(None, [*disks, _computes(node)])) or None
+        seen = partial(_not_shared, folders, node.names)
         bad = meeting.verdict("own", own, started, also=seen)
-        with contextlib.suppress(OSError):
-            _mark(run_dir, node.name).unlink(missing_ok=True)
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                _mark(folder, node.name).unlink(missing_ok=True)
         if not bad and len(node.names) * max(node.devices, 1) > 1:
             everyone = range(len(node.names))
             started = time.monotonic()
             problem = _all_reduce(node, "all", everyone)
-            if meeting.verdict("all", problem, started):
-                bad = _ask_pairs(node, meeting)
+            reasons = meeting.verdict("all", problem, started)
+            if reasons:
+                bad = _ask_pairs(node, meeting, reasons)
         if not bad:
             device = f"{node.devices} GPUs each" if node.devices else "on CPUs"
             _say(node, f"{len(node.names)} nodes, {device}: all well; {meeting.slowest}")
@@ -258,10 +279,15 @@ def _disk(run_dir: Path, name: str, min_free: float) -> str | None:
     return None
 
 
-def _not_shared(run_dir: Path, names: Iterable[str]) -> dict[str, str]:
-    """Nodes whose file this node does not see."""
-    what = f"{run_dir} is another disk there than on the first node; it has to be shared"
-    return {name: what for name in names if not _mark(run_dir, name).exists()}
+def _not_shared(folders: Iterable[Path], names: Iterable[str]) -> dict[str, str]:
+    """Nodes whose files this node does not see."""
+    names = list(names)
+    return {
+        name: f"{folder} is another disk there than on the first node; it has to be shared"
+        for folder in folders
+        for name in names
+        if not _mark(folder, name).exists()
+    }
 
 
 def _computes(node: _Node) -> str | None:
@@ -305,20 +331,25 @@ def _reduce_one(index: int, node: _Node, stage: str, ranks: list[int]) -> str | 
     device = torch.device("cuda", index) if node.devices else torch.device("cpu")
     if node.devices:
         torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "nccl" if node.devices else "gloo",
-            store=dist.PrefixStore(stage, node.connect()),
-            rank=ranks.index(node.rank) * each + index,
-            world_size=world,
-            timeout=timedelta(seconds=0.8 * node.timeout),
-        )
-        numbers = torch.ones(2**22, device=device)
-        dist.all_reduce(numbers)
-        right = bool((numbers == world).all())
-    except Exception as error:  # torch raises several kinds
-        return f"no all-reduce: {_first_line(error)}"
-    return None if right else f"the all-reduce gives a wrong sum on {device}"
+    for number, backend in enumerate(node.backends):
+        where = device if backend == "nccl" else torch.device("cpu")
+        try:
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(f"{stage}/{number}", node.connect()),
+                rank=ranks.index(node.rank) * each + index,
+                world_size=world,
+                timeout=timedelta(seconds=0.8 * node.timeout),
+            )
+            numbers = torch.ones(2**22, device=where)
+            dist.all_reduce(numbers)
+            right = bool((numbers == world).all())
+            dist.destroy_process_group()
+        except Exception as error:  # torch raises several kinds
+            return f"no all-reduce with {backend}: {_first_line(error)}"
+        if not right:
+            return f"the all-reduce with {backend} gives a wrong sum on {where}"
+    return None
 
 
 def _in_children(node: _Node, count: int, task: Callable, *args) -> str | None:
@@ -350,23 +381,28 @@ def _in_children(node: _Node, count: int, task: Callable, *args) -> str | None:
     for child, _ in children:
         child.kill()
         child.join()
-    return next(filter(None, problems), None)
+    return "; ".join(dict.fromkeys(filter(None, problems))) or None
 
 
 def _report(pipe: Connection, task: Callable, *args) -> None:
     pipe.send(task(*args))
 
 
-def _ask_pairs(node: _Node, meeting: _Meeting) -> dict[int | str, str]:
-    failed = []
+def _ask_pairs(
+    node: _Node, meeting: _Meeting, reasons: dict[int | str, str]
+) -> dict[int | str, str]:
+    """The lines that name who is to blame, then what each node has said."""
+    failed, said = [], list(reasons.values())
     for number, pairs in enumerate(rounds(len(node.names))):
         mine = next((pair for pair in pairs if node.rank in pair), None)
         started = time.monotonic()
         problem = _all_reduce(node, f"pairs/{number}", mine) if mine else None
         bad = meeting.verdict(f"pair/{number}", problem, started)
         failed += [pair for pair in pairs if set(pair) & bad.keys()]
+        said += bad.values()
     whole = "all nodes: the all-reduce over all of them fails, though not within pairs"
-    return blame(node.names, failed) or {0: whole}
+    lines: dict[int | str, str] = {**blame(node.names, failed)} or {0: whole}
+    return lines | {f"reason {n}": f"  {line}" for n, line in enumerate(dict.fromkeys(said))}
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,11 +15,17 @@ import itertools
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 from megatron_s3.launch import lock, provenance, slurm
-from megatron_s3.launch.check import arithmetic, ask_megatron
+from megatron_s3.launch.check import (
+    arithmetic,
+    ask_megatron,
+    refuse_missing_gpus,
+    schedule,
+)
 from megatron_s3.launch.config import Config, ConfigError, load, name_of, refuse_credentials
 from megatron_s3.launch.output import first_node, say
 from megatron_s3.launch.progress import (
@@ -99,7 +105,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         type=int,
         metavar="K",
-        default=os.environ.get("SLURM_ARRAY_TASK_ID"),
         help="the K-th run, from 0, of a configuration with an array (default: "
         "$SLURM_ARRAY_TASK_ID)",
     )
@@ -108,6 +113,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _main(args: argparse.Namespace) -> int:
     if args.slurm:
         config = load([args.config, *args.overlay], args.sets)
+        if args.task is not None:
+            raise ConfigError(f"--task {args.task} is for a run on this node: leave out --slurm")
         tasks = array_tasks(config) if config.array else {}
         for name, sets in (tasks or {"": []}).items():
             one = load([args.config, *args.overlay], [*args.sets, *sets])
@@ -136,17 +143,30 @@ def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
     """
     config = load([args.config, *args.overlay], args.sets)
     if not config.array:
+        _refuse_task(config, args)
         return config, _run_dir(args)
     tasks = array_tasks(config)
-    if args.task is None:
+    task = args.task
+    if task is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        task = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    if task is None:
         raise ConfigError(
             f"{config.name} is an array of {len(tasks)} runs ({', '.join(tasks)}): submit it "
             "with --slurm, or run one of them with --task K"
         )
-    if not 0 <= args.task < len(tasks):
-        raise ConfigError(f"--task {args.task}: the array has the runs 0 to {len(tasks) - 1}")
-    name, sets = list(tasks.items())[args.task]
+    if not 0 <= task < len(tasks):
+        raise ConfigError(f"--task {task}: the array has the runs 0 to {len(tasks) - 1}")
+    name, sets = list(tasks.items())[task]
     return load([args.config, *args.overlay], [*args.sets, *sets]), _run_dir(args) / name
+
+
+def _refuse_task(config: Config, args: argparse.Namespace) -> None:
+    # $SLURM_ARRAY_TASK_ID alone says nothing: jobs that follow one another can be an array too.
+    if args.task is not None:
+        raise ConfigError(
+            f"--task {args.task}: {config.name} is one run, since no file gives an array; leave "
+            "--task out, or add what differs between the runs (--set array.seed=[1,2])"
+        )
 
 
 def _run_dir(args: argparse.Namespace) -> Path:
@@ -272,6 +292,9 @@ def _check(
     refuse_credentials(config)
     exit_signal(config)
     arithmetic(config)
+    schedule(config)
+    _refuse_folder(run_dir, "--run-dir")
+    _refuse_folder(progress(config, run_dir).folder, config.where("save"))
     told, left_out = continued(config, run_dir)
     try:
         words = megatron_words(told, run_dir)
@@ -285,6 +308,17 @@ def _check(
     return words, left_out
 
 
+def _refuse_folder(folder: Path, given: str) -> None:
+    """Refuses a folder that cannot be made or written."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"{given}: {there} is no folder, and {folder} has to be one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{given}: {there} cannot be written to")
+
+
 def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> int:
     _check_job(config, dry_run)
     shape = arithmetic(config)
@@ -294,6 +328,8 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
         unknown = "" if compared else f" (with which configuration {run_dir} does not say)"
         say(f"trained to iteration {before.saved} of {before.last} already{unknown}; nothing to do")
         return 0
+    if not dry_run:
+        refuse_missing_gpus(config)
     words, left_out = _check(config, run_dir)
     command = torchrun(config, words)
     say(
@@ -353,7 +389,19 @@ def _alone(config: Config, run_dir: Path) -> contextlib.AbstractContextManager[d
     folders = [run_dir, save_folder(config, run_dir)]
     if not first_node():
         return contextlib.nullcontext(lock.variable(folders))
-    return lock.hold(folders)
+    return _held(folders)
+
+
+@contextlib.contextmanager
+def _held(folders: list[Path]) -> Iterator[dict[str, str]]:
+    with contextlib.ExitStack() as stack:
+        try:
+            held = stack.enter_context(lock.hold(folders))
+        except OSError as error:  # no checkpoint could be written there
+            raise ConfigError(f"cannot write to {' and '.join(map(str, folders))}: {error}") from (
+                error
+            )
+        yield held
 
 
 def _check_job(config: Config, dry_run: bool) -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_s3.launch.check import arithmetic, check, megatron_is_here
+from megatron_s3.launch.check import arithmetic, check, megatron_is_here, schedule, tell
 from megatron_s3.launch.config import Config, ConfigError, load, shipped
 
 __all__ = ["main", "names"]
@@ -36,18 +36,27 @@ def main(argv: list[str]) -> int:
     configs, errors = [], []
     for name in args.files or names():
         try:
-            configs.append((name, load([name])))
+            config = load([name])
+            arithmetic(config)
+            schedule(config)
+            configs.append((name, config))
         except ConfigError as error:
             errors.append(str(error))
+            _say(error)
+    if not configs:
+        return 2
+    tell(f"asking Megatron about {len(configs)} configurations; importing it takes a while")
     rows = _rows(configs, errors)
     _print([_COLUMNS, *rows])
     from megatron.core.package_info import __version__ as release
 
     # What follows a "+" is the commit of whatever repository the environment lies in.
     print(f"megatron-core {release.partition('+')[0]}: {len(rows)} accepted, {len(errors)} refused")
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
     return 2 if errors else 0
+
+
+def _say(error: ConfigError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[str, ...]]:
@@ -59,6 +68,7 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
             checked.append((name, config, arithmetic(config), check(config)))
         except ConfigError as error:
             errors.append(str(error))
+            _say(error)
     from megatron_s3.mcore import sizes
 
     parameters: dict[tuple, int] = {}  # padding of the vocabulary depends on tensor parallelism

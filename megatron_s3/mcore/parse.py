@@ -5,6 +5,7 @@ Nothing here trains: a job for GPUs can be checked on a machine that has none.
 
 import argparse
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
 def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
     """Megatron's arguments, validated, as rank 0 of ``world_size`` would see them.
 
+    In this process's environment, where the ranks have that too.
+
     Args:
         words: the command line, without the program.
         world_size: number of ranks.
@@ -73,8 +76,6 @@ def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
     from megatron.training import arguments
 
     environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
-    # What Megatron demands of the environment is the launcher's to set, and set it does.
-    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     errors = io.StringIO()
     with (
         mock.patch.dict(os.environ, environment),
@@ -89,12 +90,23 @@ def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
             args.tensorboard_dir = folder or "."  # a launch has its own folders
             arguments.validate_args(args, {})
             args.tensorboard_dir = folder  # and nothing is written into this one
+            _schedule(copy.copy(args))
         except SystemExit as error:  # argparse's way
             lines = errors.getvalue().strip().splitlines() or [str(error)]
             raise ValueError(lines[-1].partition("error: ")[2] or lines[-1]) from None
         except Exception as error:  # assertions, and whatever a release stumbles over
             raise ValueError(_words_of(error)) from error
     return args
+
+
+def _schedule(args: argparse.Namespace) -> None:
+    """Makes the schedule of the learning rate, which has demands of its own."""
+    from megatron.training import training
+
+    if args.skip_train or not (args.train_iters or args.train_samples):
+        return
+    with mock.patch.object(training, "get_args", return_value=args):
+        training.get_optimizer_param_scheduler(types.SimpleNamespace(param_groups=[]))
 
 
 def _words_of(error: Exception) -> str:

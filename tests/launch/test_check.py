@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch.check import arithmetic
+from megatron_s3.launch import check
+from megatron_s3.launch.check import arithmetic, schedule
 from megatron_s3.launch.config import ConfigError, load
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,8 +77,13 @@ def test_megatron_is_asked_and_its_refusals_name_the_lines():
         "seed=[1, 2]": "--set seed=[1, 2]: seed takes one value, not a list",
         "seed=true": "--set seed=true: seed needs a value",
         "optimizer=adamw2": "--set optimizer=adamw2: optimizer: invalid choice: 'adamw2'",
-        "s3_p=0.5": "Megatron refuses it: --s3-p must be in [1, inf), not 0.5; given: s3_p (--set "
-        "s3_p=0.5)",
+        "s3_p=0.5": "--set s3_p=0.5: s3_p must be in [1, inf), not 0.5",
+        "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=8": "CUDA_DEVICE_MAX_CONNECTIONS=8 (--set "
+        "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=8)",
+        "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=null": "Megatron refuses it: Using "
+        "tensor model parallelism",
+        "min_lr=1": "assert args.min_lr <= args.lr",
+        "lr_decay_style=WSD": "wsd_decay_steps is not None",
         "num_attention_heads=33": "hidden_size % args.num_attention_heads == 0",
         "optimizer=adam": "--s3-beta is a flag of --optimizer s3, but this is --optimizer adam",
         "fp16=true": "given: bf16 (configs/base.yaml:",
@@ -91,3 +97,92 @@ def test_megatron_is_asked_and_its_refusals_name_the_lines():
     assert run.returncode == 0, run.stderr
     for (word, wanted), said in zip(cases.items(), run.stdout.splitlines(), strict=True):
         assert wanted in said, word
+
+
+# What CUDA_DEVICE_MAX_CONNECTIONS must not be 1 for.
+FSDP = """
+from megatron_s3.launch.check import check
+from megatron_s3.launch.config import ConfigError, load
+sets = ["use_megatron_fsdp=true", "ckpt_format=fsdp_dtensor", "tensor_model_parallel_size=null",
+        "sequence_parallel=null", "dist_ckpt_optim_fully_reshardable=null", "micro_batch_size=1",
+        "untie_embeddings_and_output_weights=true", "gradient_accumulation_fusion=false"]
+for value in ("1", "8", "null"):
+    word = "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=" + value
+    try:
+        check(load(["gpt2-7b-s3"], [*sets, word]))
+        print("accepted")
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_megatron_is_asked_in_the_environment_of_the_ranks():
+    run = subprocess.run(
+        [sys.executable, "-c", FSDP],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )
+    one, several, none = run.stdout.splitlines()
+    assert "FSDP requires CUDA_DEVICE_MAX_CONNECTIONS > 1 or unset" in one
+    assert (several, none) == ("accepted", "accepted")
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            ["train_iters=100"],
+            "configs/base.yaml:7: lr_warmup_iters 5000 leaves nothing of train_iters 100 (--set "
+            "train_iters=100) for the learning rate to fall in; take a shorter warmup (--set "
+            "lr_warmup_iters=10)",
+        ),
+        (["lr_decay_iters=5000"], "leaves nothing of lr_decay_iters 5000 (--set"),
+        (
+            ["lr_warmup_iters=null", "lr_warmup_fraction=1.0"],
+            "--set lr_warmup_fraction=1.0: lr_warmup_fraction 1.0 leaves nothing of train_iters",
+        ),
+        (
+            [
+                *("train_iters=null", "lr_warmup_iters=null"),
+                *("train_samples=1000", "lr_warmup_samples=1000"),
+            ],
+            "lr_warmup_samples 1000 leaves nothing of train_samples 1000",
+        ),
+        (["lr_warmup_iters=-1"], "lr_warmup_iters must be a whole number from 0, not '-1'"),
+    ],
+)
+def test_a_warmup_as_long_as_the_schedule_is_refused(sets, message):
+    with pytest.raises(ConfigError) as error:
+        schedule(load(["gpt2-345m-s3"], sets))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        ["train_iters=5001"],
+        ["lr_warmup_iters=0", "train_iters=1"],
+        ["lr_warmup_iters=null", "train_iters=1"],
+        ["train_iters=null", "train_samples=9", "lr_warmup_samples=8"],
+    ],
+)
+def test_a_warmup_within_the_schedule_is_accepted(sets):
+    schedule(load(["gpt2-345m-s3"], sets))
+
+
+def test_missing_gpus_are_counted(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ConfigError) as error:
+        check.refuse_missing_gpus(load(["gpt2-7b-s3"]))
+    assert str(error.value) == (
+        "this node has 4 GPUs for torch, and the configuration wants 8 (launch.nproc_per_node, "
+        "configs/layouts/gpt2-7b/8gpu.yaml:9; s3_device cuda, configs/base.yaml:29); "
+        "s3_device=cpu trains without"
+    )
+    check.refuse_missing_gpus(load(["gpt2-7b-s3"], ["launch.nproc_per_node=4"]))
+    check.refuse_missing_gpus(load(["tiny-s3"]))

@@ -88,11 +88,18 @@ def test_another_disk(nodes, tmp_path: Path) -> None:
     def elsewhere(rank: int) -> None:
         if rank == 1:
             look = preflight._look
-            preflight._look = lambda node, _, free: look(node, tmp_path / "local", free)
+            preflight._look = lambda node, _, free: look(node, [tmp_path / "local"], free)
 
     statuses, lines = nodes(break_it=elsewhere)
     assert statuses == [1, 1]
     assert len(lines) == 1 and lines[0].startswith("preflight: b: ") and "shared" in lines[0]
+
+
+def test_checkpoints_elsewhere(nodes, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    statuses, lines = nodes("--set", f"save={tmp_path}/file/checkpoints")
+    assert statuses == [1, 1]
+    assert lines[0] == f"preflight: a: cannot write to {tmp_path}/file/checkpoints: Not a directory"
 
 
 def test_wrong_arithmetic(nodes) -> None:
@@ -116,7 +123,29 @@ def test_dead_network_is_the_node_s_that_reaches_none(nodes) -> None:
 
     statuses, lines = nodes(names="a,b,c", started=3, timeout=8, break_it=deaf)
     assert statuses == [1, 1, 1]
-    assert lines == ["preflight: c: no all-reduce with any other node"]
+    assert lines[0] == "preflight: c: no all-reduce with any other node"
+    assert "preflight:   c: no all-reduce with gloo: division by zero" in lines[1:]
+    assert all(line.startswith("preflight:   ") for line in lines[1:])
+
+
+def test_the_ranks_environment_is_in_force(nodes) -> None:
+    """Gloo finds the interface that is asked for, or says why not."""
+    statuses, lines = nodes("--set", "launch.environment.GLOO_SOCKET_IFNAME=nosuch0")
+    assert statuses == [1, 1]
+    assert any("nosuch0" in line for line in lines), lines
+
+
+def test_gloo_is_tried_too_where_the_ranks_use_nccl(nodes) -> None:
+    assert preflight._backends(0, False) == ("gloo",)
+    assert preflight._backends(8, False) == ("nccl", "gloo")
+    assert preflight._backends(8, True) == ("nccl",)
+
+    def two(_: int) -> None:
+        preflight._backends = lambda *_: ("gloo", "no such backend")
+
+    statuses, lines = nodes(break_it=two)
+    assert statuses == [1, 1]
+    assert any("a: no all-reduce with no such backend: " in line for line in lines), lines
 
 
 def test_finished_run_is_not_looked_at(nodes, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import importlib
+import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_s3.kernels.operands import local
-from megatron_s3.mcore import param_groups, telemetry
+from megatron_s3.mcore import overrides, telemetry
 from megatron_s3.mcore.arguments import (
     as_adam,
     check_config,
@@ -29,6 +30,7 @@ from megatron_s3.mcore.arguments import (
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
 from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
+from megatron_s3.mcore.parts import check, collected
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.offload import Offload
 
@@ -86,6 +88,8 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
     own = {destination(cls.description, h) for h in cls.description.hyperparameters}
     for name, value in {**asked, **{n: getattr(args, n) for n in own}, **switches(args)}.items():
         setattr(config, name, value)
+    # From which --use-mup derives the one of hidden layers, as it does Adam's.
+    config.adam_eps = hyperparameters(cls, config).get("eps", config.adam_eps)
     return result
 
 
@@ -108,17 +112,27 @@ def get_megatron_optimizer(
     """Around Megatron's builder: every part of what it built as Adam gets the asked-for rule.
 
     The exchange comes after the building, so that parameter groups, main parameters, shards and
-    loss scaling are Megatron's own in every release; Adam has allocated nothing by then.
+    loss scaling are Megatron's own in every release; Adam has allocated nothing by then. What
+    Megatron built may be one chain of parts or hold several (``MimoModel``).
 
     Hyperparameters are attributes of ``config`` named as the flags' destinations (``s3_beta``);
-    missing ones take the optimizer's defaults.
+    missing ones take the optimizer's defaults. ``config_overrides`` may set them for single
+    parameters (:func:`megatron_s3.mcore.overrides.translated`).
+
+    Raises:
+        ValueError: before training, on all ranks: an override that would not be in force, or a
+            trainable parameter that is not stepped by one optimizer.
     """
     global _latest
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
-    chunks = args[0] if args else kwargs["model_chunks"]
+    call = inspect.signature(original).bind(config, *args, **kwargs)
+    chunks = call.arguments["model_chunks"]
     check_config(config, getattr(chunks[0], "ddp_config", None), cls)
+    asked = call.arguments.get("config_overrides") or {}
+    if asked:
+        asked = call.arguments["config_overrides"] = overrides.translated(asked, cls, config)
     _prepare(config)
     # Or Adam is given FusedAdam's arguments, or is one on two devices.
     for_adam: dict[str, Any] = {
@@ -128,23 +142,33 @@ def get_megatron_optimizer(
     no_rate = float("0")  # an object of its own
     if config.lr is None:  # to be set in the groups later; torch's AdamW takes numbers alone
         for_adam["lr"] = no_rate
-    with as_adam(config), _replaced(config, for_adam):
-        built = original(config, *args, **kwargs)
-    if not isinstance(built, ChainedOptimizer):  # a release that returns a single part as it is
-        built = ChainedOptimizer([built])
-    parts = [part for part in built.chained_optimizers if part.optimizer is not None]
-    for part in parts:
+    with collected() as found, as_adam(config), _replaced(config, for_adam):
+        built = original(*call.args, **call.kwargs)
+    check(found, built, chunks, asked)
+    stepping = [part.optimizer for part in found if part.optimizer.optimizer is not None]
+    for part in stepping:
+        if isinstance(part.optimizer, ElementwiseOptimizer):
+            continue  # by a builder around Megatron's, which has called this one
         for group in part.optimizer.param_groups:
             group.update({name: None for name, value in group.items() if value is no_rate})
         _exchange(part, cls, config)
-    param_groups.tell_apart(part.optimizer.param_groups for part in parts)
-    built.__class__ = ElementwiseChainedOptimizer
-    built.update_log = None
-    if getattr(config, "s3_log_updates", False):
-        built.update_log = telemetry.UpdateLog(parts, chunks)
-    telemetry.watch(built.update_log)
-    _latest = weakref.ref(built)
-    _announce(parts, cls, config)
+    log_updates = bool(getattr(config, "s3_log_updates", False))
+    if any(built is part.optimizer for part in found):  # a release that returns it as it is
+        built = ChainedOptimizer([built])
+    update_log = None
+    if isinstance(built, ChainedOptimizer):
+        built.__class__ = ElementwiseChainedOptimizer
+        if log_updates:
+            update_log = telemetry.UpdateLog(stepping, chunks)
+        built.update_log = update_log
+        _latest = weakref.ref(built)
+    elif log_updates:
+        raise ValueError(
+            f"--s3-log-updates does not know the parts of a {type(built).__name__}, which Megatron "
+            "builds for this kind of model. Leave it out."
+        )
+    telemetry.watch(update_log)
+    _announce(stepping, cls, config)
     return built
 
 
@@ -165,7 +189,8 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     # What Adam added to its groups (betas, eps, ...) would read as settings of the new optimizer.
     adams_own = set(adam.defaults) - {"lr", "weight_decay"}
     groups = [
-        {k: v for k, v in group.items() if k not in adams_own} | {"params": []}
+        overrides.take_own({k: v for k, v in group.items() if k not in adams_own}, cls)
+        | {"params": []}
         for group in adam.param_groups
     ]
     in_graph = getattr(config, "optimizer_cuda_graph", False)
@@ -233,15 +258,19 @@ def _init_state(optimizer: ElementwiseOptimizer, config: Any = None) -> None:
 class ElementwiseChainedOptimizer(ChainedOptimizer):
     """The whole optimizer of a trainer.
 
-    Upstream's computes the global gradient norm each step, also where neither clipping nor a skip
-    threshold needs it: 4 bytes a parameter, an all-reduce and a host synchronisation.  Here it is
-    computed where something needs it, and else reported as None.
+    Upstream's :meth:`step` computes the global gradient norm each time, also where neither clipping
+    nor a skip threshold needs it: 4 bytes a parameter, an all-reduce and a host synchronisation.
+    Here it computes it where something needs it (:func:`~megatron_s3.mcore.arguments.\
+needs_grad_norm`).
     """
 
-    update_log: telemetry.UpdateLog | None
+    update_log: telemetry.UpdateLog | None = None
 
     #: Whether rank 0 has said which path its first update took.
     said_path = False
+
+    #: Whether :meth:`step` is running and has no use for the norm.
+    _without_grad_norm = False
 
     def state_dict(self, is_loading: bool = False) -> Any:
         """As upstream, which lacks what torch_dcp asks with; the state is there in either case."""
@@ -249,21 +278,36 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):
 
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
-        """As upstream; 0 (a number, which 0.18 compares with a threshold) where not needed."""
-        return super().get_grad_norm() if self._needs_grad_norm() else 0.0
+        """As upstream: the norm of the prepared gradients over all ranks, whoever asks for it."""
+        return 0.0 if self._without_grad_norm else super().get_grad_norm()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Any, Any]:
-        """As upstream: whether the parameters were updated, gradient norm, number of zeros."""
-        success, grad_norm, zeros = super().step()
+        """As upstream.
+
+        Returns:
+            Whether the parameters were updated; the gradient norm, 0.0 where it was not computed
+            (``config.s3_log_grad_norm = True`` has it computed); the number of zeros, None unless
+            ``config.log_num_zeros_in_grad``. Both are None where a gradient overflowed, as
+            upstream's.
+        """
+        self._without_grad_norm = not (self.chained_optimizers and needs_grad_norm(self.config))
+        try:
+            result = super().step()
+        finally:
+            self._without_grad_norm = False
         if not self.said_path:
             self._say_path()
-        if self.update_log is not None and success:
-            self.update_log.steps += 1
-        return success, grad_norm if self._needs_grad_norm() else None, zeros
+        return result
 
-    def _needs_grad_norm(self) -> bool:
-        return bool(self.chained_optimizers) and needs_grad_norm(self.config)
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """As upstream; counted where updates are logged."""
+        rates = None if self.update_log is None else self.update_log.rates()
+        success = super().step_with_ready_grads()
+        if rates is not None and success:
+            self.update_log.count(rates)
+        return success
 
     def _say_path(self) -> None:
         optimizers = [p.optimizer for p in self.chained_optimizers if p.optimizer is not None]
@@ -280,8 +324,12 @@ def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], c
     """One line: what was built, over how much, how."""
     params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
     sharding = set(map(_sharding, parts))
-    group = parts[0].optimizer.param_groups[0] if parts else {}
-    settings = " ".join(f"{name}={group.get(name)}" for name in hyperparameters(cls, config))
+    groups = [group for part in parts for group in part.optimizer.param_groups]
+    asked = hyperparameters(cls, config) | {"weight_decay": config.weight_decay}
+    settings = " ".join(
+        f"{name}={_either(value, (group[name] for group in groups))}"
+        for name, value in asked.items()
+    )
     main = {
         torch.float32 if part.optimizer.master_params else p.dtype
         for part in parts
@@ -298,13 +346,19 @@ def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], c
         offloaded = f"{count:,} of them kept and updated by the CPU, "
         devices.add("cpu")
     say(
-        f"{cls.description.label} with {settings} weight_decay={config.weight_decay}: "
+        f"{cls.description.label} with {settings}: "
         f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
         f"{', '.join(sorted(map(_name, main)))}, state ({states}) "
         f"{' and '.join(sorted(sharding))}, {offloaded}"
         f"{', '.join(sorted(_path(cls, device, config) for device in devices))}, "
         + (f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping")
     )
+
+
+def _either(value: Any, found: Iterable[Any]) -> str:
+    """The configuration's value and, where param groups have others, those."""
+    others = [other for other in dict.fromkeys(found) if other != value]
+    return " or ".join(map(str, [value, *others]))
 
 
 def _in_megatron_fsdp(part: MegatronOptimizer) -> bool:

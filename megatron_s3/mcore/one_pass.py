@@ -7,6 +7,7 @@ optimizer is given the tensors at both ends.
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import (
@@ -90,6 +91,21 @@ class OnePass(MixedPrecisionOptimizer):
         for main_param, grad in pairs:
             main_param.grad = None
             main_param.decoupled_grad = grad
+
+    def get_grads_for_grad_norm(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """As upstream; whoever asks for a norm that the step does not need is given all of it."""
+        self._give_main_grads()
+        return super().get_grads_for_grad_norm(*args, **kwargs)
+
+    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
+        """The same, as it is called before 0.19."""
+        self._give_main_grads()
+        return super().get_main_grads_for_grad_norm()
+
+    def _give_main_grads(self) -> None:
+        if self._grads_in_place:
+            self._clear_decoupled_grads()
+            super()._copy_model_grads_to_main_grads()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As upstream; gradients that are Megatron's own buffers are let go of."""

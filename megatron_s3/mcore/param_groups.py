@@ -1,31 +1,134 @@
-"""Param groups that differ in their rates alone, where Megatron takes them for one another."""
+"""Param groups of a checkpoint, and which of this optimizer's is which of them."""
 
-from collections.abc import Iterable
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
-__all__ = ["tell_apart"]
+__all__ = ["load_state_dict", "pairs"]
 
-_RATES = ("max_lr", "min_lr")
-_known_by: tuple[str, ...] = optimizer.param_group_identifier_keys
+#: By which Megatron finds the saved group.
+_KNOWN_BY: tuple[str, ...] = optimizer.param_group_identifier_keys
+
+#: In both while a checkpoint is loaded, in place of the above.
+_MARK = "megatron_s3_group"
 
 
-def tell_apart(parts: Iterable[list[dict[str, Any]]]) -> None:
-    """Lets Megatron give every param group back what was saved of it.
+def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, Any]) -> Any:
+    """Around ``load_state_dict`` of a Megatron optimizer: each group gets back its own values.
 
-    Before 0.19 it finds a saved group by multipliers and two marks, which ``--decoupled-lr`` and
-    ``--use-mup`` leave equal: resumed, both groups have one's rates, with Adam too. Since then the
-    rates are among what it goes by; here they are added where groups cannot be told apart, because
-    others may be resumed with another rate.
-
-    Args:
-        parts: for each optimizer that Megatron has built, its param groups.
+    Megatron finds the saved group by some of its values; what else may differ between groups
+    (``weight_decay``, ``eps``, before 0.19 the rates) it does not compare, so that all groups that
+    agree in those it does would be given the values of one.
     """
-    keys = _known_by
-    for groups in parts:
-        found = {tuple(str(group.get(key)) for key in _known_by) for group in groups}
-        if len(found) < len(groups) and all(rate in g for g in groups for rate in _RATES):
-            keys = tuple(dict.fromkeys((*_known_by, *_RATES)))
+    holder = next((saved[k] for k in ("optimizer", "optimizer_state_dict") if k in saved), saved)
+    current = [] if part.optimizer is None else part.optimizer.param_groups
+    found = pairs(current, holder.get("param_groups", []))
+    if found is None:
+        return original(part, saved)
+    marks = {place: mark for mark, place in enumerate(found)}
+    groups = [
+        group | ({_MARK: marks[place]} if place in marks else {_MARK: None})
+        for place, group in enumerate(holder["param_groups"])
+    ]
+    marked = holder | {"param_groups": groups}
+    if holder is not saved:
+        name = "optimizer" if "optimizer" in saved else "optimizer_state_dict"
+        marked = saved | {name: marked}
+    with _marked(part.optimizer):
+        return original(part, marked)
+
+
+@contextlib.contextmanager
+def _marked(inner: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, Megatron knows the groups by their mark, which is their number."""
+    for mark, group in enumerate(inner.param_groups):
+        group[_MARK] = mark
     for module in (optimizer, distrib_optimizer):
-        module.param_group_identifier_keys = keys
+        module.param_group_identifier_keys = (_MARK,)
+    try:
+        yield
+    finally:
+        for module in (optimizer, distrib_optimizer):
+            module.param_group_identifier_keys = _KNOWN_BY
+        # Where a part of the parameters is offloaded, Adam's is several.
+        for each in (inner, *getattr(inner, "sub_optimizers", ())):
+            for group in each.param_groups:
+                group.pop(_MARK, None)
+
+
+def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[int] | None:
+    """The place of each current group's counterpart among the saved ones.
+
+    Groups that agree in what Megatron compares are told apart by every value that was kept: such
+    that the current ones hold as often as the saved ones. What is the same then is taken in order.
+
+    Returns:
+        None where Megatron's own comparison decides, or finds no counterpart, which it says itself.
+
+    Raises:
+        ValueError: groups that Megatron takes for one another cannot be told apart.
+    """
+    classes: dict[Any, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for which, groups in enumerate((current, saved)):
+        for place, group in enumerate(groups):
+            classes[_values(group, _KNOWN_BY)][which].append(place)
+    needed = [(own, theirs) for own, theirs in classes.values() if own]
+    if not all(theirs for _, theirs in needed):
+        return None
+    if all(len(own) == len(theirs) == 1 for own, theirs in needed):
+        return None
+    found = [0] * len(current)
+    for own, theirs in needed:
+        if len(own) != len(theirs):
+            raise ValueError(_ambiguous(current, own, saved, theirs))
+        names = {name for i in own for name in current[i]} | {n for i in theirs for n in saved[i]}
+        kept = [
+            name
+            for name in sorted(names - {"params"})
+            if Counter(_values(current[i], (name,)) for i in own)
+            == Counter(_values(saved[i], (name,)) for i in theirs)
+        ]
+        places = defaultdict(list)
+        for place in theirs:
+            places[_values(saved[place], kept)].append(place)
+        for i in own:
+            candidates = places[_values(current[i], kept)]
+            if not candidates:
+                raise ValueError(_ambiguous(current, own, saved, theirs))
+            found[i] = candidates.pop(0)
+    return found
+
+
+def _values(group: dict[str, Any], names: Any) -> tuple[Any, ...]:
+    # NeMo calls lr_mult and wd_mult pre_lr_mult and pre_wd_mult.
+    return tuple(_comparable(group.get(name, group.get(f"pre_{name}"))) for name in names)
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(map(_comparable, value))
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def _ambiguous(
+    current: list[dict[str, Any]], own: list[int], saved: list[dict[str, Any]], theirs: list[int]
+) -> str:
+    def differing(groups: list[dict[str, Any]]) -> str:
+        names = sorted({name for group in groups for name in group} - {"params"})
+        names = [n for n in names if len({_values(group, (n,)) for group in groups}) > 1]
+        return "; ".join(
+            " ".join(f"{n}={group.get(n)}" for n in names) or "all alike" for group in groups
+        )
+
+    return (
+        f"the checkpoint has {len(theirs)} param groups ({differing([saved[i] for i in theirs])}) "
+        f"for {len(own)} of this optimizer ({differing([current[i] for i in own])}), and which is "
+        "which cannot be told. Resume with the config_overrides that it was saved with, or load "
+        "the model's weights alone."
+    )

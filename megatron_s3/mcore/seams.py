@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_s3.mcore import arguments, build, checkpoint, shard_files, telemetry, torch_adamw
+from megatron_s3.mcore import (
+    arguments,
+    build,
+    checkpoint,
+    param_groups,
+    parts,
+    shard_files,
+    telemetry,
+    torch_adamw,
+)
 
 __all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install", "table"]
 
@@ -88,6 +97,14 @@ SEAMS = (
         "builds the optimizer over Megatron's main parameters, whole-model and sharded",
     ),
     Seam(
+        "megatron.core.optimizer",
+        "_get_megatron_optimizer_based_on_param_groups",
+        ("config", "model_chunks", "param_groups"),
+        parts.build_part,
+        "counts every optimizer that Megatron builds there, however deep, so that each trainable "
+        "parameter is known to be stepped by one",
+    ),
+    Seam(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.state_dict",
         ("self",),
@@ -100,7 +117,22 @@ SEAMS = (
         "DistributedOptimizer.load_state_dict",
         ("self", "state_dict"),
         torch_adamw.load_state_dict,
-        "the same: keeps the resumed AdamW from counting a step once for each parameter",
+        "the same: keeps the resumed AdamW from counting a step once for each parameter; and gives "
+        "each param group back its own values, also where Megatron takes several for one another",
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer",
+        "Float16OptimizerWithFloat16Params.load_state_dict",
+        ("self", "state_dict"),
+        param_groups.load_state_dict,
+        "with --optimizer adam too: the same for param groups",
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer",
+        "FP32Optimizer.load_state_dict",
+        ("self", "state_dict"),
+        param_groups.load_state_dict,
+        "the same for models in fp32",
     ),
     Seam(
         "megatron.core.optimizer.distrib_optimizer",

@@ -17,8 +17,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_s3.kernels.operands import local
-from megatron_s3.kernels.statistics import LARGEST, Statistics
-from megatron_s3.mcore.arguments import hyperparameters
+from megatron_s3.kernels.statistics import FIELDS, LARGEST, Statistics
+from megatron_s3.mcore.arguments import hyperparameters, needs_grad_norm
 from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.telemetry.buckets import Layout
@@ -59,25 +59,60 @@ class UpdateLog:
     ) -> None:
         self.layout = Layout(_unwrapped(model_chunks[0]).config.num_layers)
         self.steps = 0
+        self._optimizers = [part.optimizer for part in parts]
         device = torch.cuda.current_device()
-        self._statistics = Statistics(device, self.layout.rows)
+        # One set of rows for each param group, which has its own learning rate.
+        groups = max(1, len(self._groups()))
+        self._statistics = Statistics(device, groups * self.layout.rows)
+        self._squared_rates = [0.0] * groups
+        group_of = {p: i for i, group in enumerate(self._groups()) for p in group["params"]}
         rows = _rows(self.layout, model_chunks)
         numel = torch.zeros(self.layout.rows, dtype=torch.float64)
         for part in parts:
             part.optimizer.statistics = self._statistics
             for param, model_param in _pairs(part):
                 row = rows[model_param] if _counts(part, model_param) else self.layout.uncounted
-                self._statistics.rows[param] = row
+                self._statistics.rows[param] = group_of[param] * self.layout.rows + row
                 numel[row] += local(param.detach()).numel()
         numel = numel.to(device)
         torch.distributed.all_reduce(numel)
         self._numel = numel.tolist()
 
-    def take(self, lr: float) -> dict[str, dict]:
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def rates(self) -> list[float]:
+        """The learning rate of each param group now."""
+        return [float(group["lr"] or 0.0) for group in self._groups()]
+
+    def count(self, rates: Sequence[float]) -> None:
+        """Counts an update that was made with these :meth:`rates`."""
+        self.steps += 1
+        for i, rate in enumerate(rates):
+            self._squared_rates[i] += rate**2
+
+    def bound(self) -> float | None:
+        """What no group's updates exceed; None where one has no bound."""
+        bounds = [
+            optimizer.description.bound(
+                **{h.name: group[h.name] for h in optimizer.description.hyperparameters}
+            )
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+        ]
+        return None if None in bounds else max(bounds, default=None)
+
+    def take(self) -> dict[str, dict]:
         """The interval's :func:`~megatron_s3.telemetry.updates.summary`; collective."""
-        totals = self._statistics.values.clone()
+        by_group = self._statistics.values.view(-1, self.layout.rows, len(FIELDS))
+        largest = by_group[:, :, LARGEST].amax(0)
+        # The square of each group's learning rate, by its mean over the interval.
+        mean_squares = by_group.new_tensor(self._squared_rates) / max(1, self.steps)
+        squares = by_group[:, :, FIELDS.index("sum_sq_update")]
+        moved = (squares * mean_squares[:, None]).sum(0)
+        totals = torch.cat([by_group.sum(0), moved[:, None]], dim=1)
         self._statistics.values.zero_()
-        largest = totals[:, LARGEST].clone()
+        self._squared_rates = [0.0] * len(self._squared_rates)
         handles = [
             torch.distributed.all_reduce(totals, async_op=True),
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, async_op=True),
@@ -86,7 +121,7 @@ class UpdateLog:
             handle.wait()
         totals[:, LARGEST] = largest
         steps, self.steps = self.steps, 0
-        return summary(self.layout, totals.tolist(), self._numel, steps, lr)
+        return summary(self.layout, totals.tolist(), self._numel, steps)
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
@@ -165,12 +200,17 @@ class _Log:
             self.file.write("start", _start(args, iteration))
 
     def interval(
-        self, args: Any, iteration: int, lr: float, grad_norm: Any, update_log: UpdateLog | None
+        self,
+        args: Any,
+        iteration: int,
+        lr: float | None,
+        grad_norm: Any,
+        update_log: UpdateLog | None,
     ) -> None:
         """Writes a line, and TensorBoard's scalars."""
         from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-        updates = None if update_log is None else update_log.take(lr)
+        updates = None if update_log is None else update_log.take()
         losses, self.losses = self.losses, []
         now = time.perf_counter()
         seconds, self.begun = now - self.begun, now
@@ -193,7 +233,7 @@ class _Log:
         if updates is not None:
             record["updates"] = _finite(updates)
             scalars = tags(updates)
-            bound = _bound(args)
+            bound = update_log.bound()
             if bound is not None:
                 scalars["update/bound"] = bound
             if writer := get_tensorboard_writer():
@@ -234,7 +274,7 @@ def _start(args: Any, iteration: int) -> dict[str, Any]:
         "label": cls.description.label if cls else args.optimizer,
         "hyperparameters": own
         | {"lr": args.lr, "weight_decay": args.weight_decay, "clip_grad": args.clip_grad},
-        "bound": _bound(args),
+        "bound": _bound(args) if _update_log is None else _update_log.bound(),
         "seed": args.seed,
         "world_size": args.world_size,
         "global_batch_size": args.global_batch_size,
@@ -316,11 +356,16 @@ def training_log(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """Around Megatron's log of an iteration, which is called on every rank."""
+    """Around Megatron's log of an iteration, which is called on every rank.
+
+    A gradient norm that was not computed is left out: the optimizer's step says 0.0 of it.
+    """
     global _log
     from megatron.training import get_args
 
     args = get_args()
+    if args.optimizer in OPTIMIZERS and not needs_grad_norm(args):
+        grad_norm = None
     wanted = getattr(args, "s3_metrics", False)
     if wanted:
         if _log is None:
@@ -338,7 +383,7 @@ def training_log(
         **kwargs,
     )
     if wanted and iteration % args.log_interval == 0:
-        _log.interval(args, iteration, learning_rate or 0.0, grad_norm, _update_log)
+        _log.interval(args, iteration, learning_rate, grad_norm, _update_log)
     return result
 
 

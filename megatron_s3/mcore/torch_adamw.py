@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_s3.mcore import shard_files
+from megatron_s3.mcore import param_groups, shard_files
 
 __all__ = ["load_state_dict", "set_main_param_and_optimizer_states", "state_dict"]
 
@@ -38,8 +38,12 @@ def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
 
 
 def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[str, Any]) -> Any:
-    """Around ``load_state_dict``, which gives all parameters one step tensor that each counts."""
-    result = original(optimizer, saved)
+    """Around ``load_state_dict``, which gives all parameters one step tensor that each counts.
+
+    For every optimizer each param group gets back its own values
+    (:func:`megatron_s3.mcore.param_groups.load_state_dict`).
+    """
+    result = param_groups.load_state_dict(original, optimizer, saved)
     if _needs_repair(optimizer):
         for state in optimizer.optimizer.state.values():
             state["step"] = state["step"].clone()

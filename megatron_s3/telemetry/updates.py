@@ -11,37 +11,40 @@ __all__ = ["rising", "sizes", "summary", "tags"]
 
 
 def summary(
-    layout: Layout, totals: Sequence[Sequence[float]], numel: Sequence[float], steps: int, lr: float
+    layout: Layout, totals: Sequence[Sequence[float]], numel: Sequence[float], steps: int
 ) -> dict[str, dict]:
     """Of the whole model, each kind and each layer that has parameters.
 
     Args:
         layout: of the rows.
-        totals: of each row, summed (the maximum: the largest) over ranks and the interval's steps.
+        totals: of each row :data:`~megatron_s3.kernels.statistics.FIELDS`, then the sum of the
+            squares of what the parameters were moved by, learning rate times u; summed (the
+            maximum: the largest) over ranks and the interval's steps.
         numel: parameters of each row, over all ranks.
         steps: updates in the interval.
-        lr: learning rate.
 
     Returns:
         ``{"all": S, "kinds": {kind: S}, "layers": {number: S}}``, where S holds ``numel``; of the
         updates u ``mean_abs``, ``max_abs``, ``share_large`` (|u| > 0.9) and ``rms``;
-        ``weight_ratio``, lr times that over the parameters' RMS; ``grad_rms``; ``zero_grads`` and
-        ``nonfinite_grads``, how many in the interval.  Rates are per element and step.
+        ``weight_ratio``, the RMS of what the parameters were moved by over their own; ``grad_rms``;
+        ``zero_grads`` and ``nonfinite_grads``, how many in the interval.  Rates are per element and
+        step.
     """
+    names = (*FIELDS, "sum_sq_move")
 
     def of(rows: Sequence[int]) -> dict[str, float]:
-        columns = dict(zip(FIELDS, zip(*(totals[r] for r in rows), strict=True), strict=True))
+        columns = dict(zip(names, zip(*(totals[r] for r in rows), strict=True), strict=True))
         count = sum(numel[r] for r in rows)
         each = max(1.0, count * steps)
-        rms_update = math.sqrt(sum(columns["sum_sq_update"]) / each)
+        rms_move = math.sqrt(sum(columns["sum_sq_move"]) / each)
         rms_param = math.sqrt(sum(columns["sum_sq_param"]) / each)
         return {
             "numel": int(count),
             "mean_abs": sum(columns["sum_abs_update"]) / each,
             "max_abs": max(columns["max_abs_update"]),
             "share_large": sum(columns["large_updates"]) / each,
-            "rms": rms_update,
-            "weight_ratio": lr * rms_update / rms_param if rms_param else 0.0,
+            "rms": math.sqrt(sum(columns["sum_sq_update"]) / each),
+            "weight_ratio": rms_move / rms_param if rms_param else 0.0,
             "grad_rms": math.sqrt(sum(columns["sum_sq_grad"]) / each),
             "zero_grads": int(sum(columns["zero_grads"])),
             "nonfinite_grads": int(sum(columns["nonfinite_grads"])),

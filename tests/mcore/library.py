@@ -13,6 +13,7 @@ import base64
 import functools
 import importlib.util
 import inspect
+import logging
 import pickle
 import sys
 import tempfile
@@ -155,6 +156,7 @@ def _main() -> None:
 
     path, name, arguments = sys.argv[1:]
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # Megatron's: every setting of every object
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)

@@ -46,13 +46,13 @@ def test_rows_are_a_partition() -> None:
 
 def test_sums_become_means_per_element_and_step() -> None:
     layout = Layout(1)
-    totals, numel = [[0.0] * 8 for _ in range(layout.rows)], [0] * layout.rows
+    totals, numel = [[0.0] * 9 for _ in range(layout.rows)], [0] * layout.rows
     fc1 = layout.row("layers.0.mlp.linear_fc1.weight", 0)
     norm = layout.row("final_layernorm.weight", None)
-    totals[fc1], numel[fc1] = [8.0, 1.0, 16.0, 2.0, 64.0, 4.0, 1.0, 0.0], 8
-    totals[norm], numel[norm] = [1.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 3.0], 2
-    totals[-1] = [9.0] * 8  # another rank's to count
-    found = summary(layout, totals, numel, steps=2, lr=0.1)
+    totals[fc1], numel[fc1] = [8.0, 1.0, 16.0, 2.0, 64.0, 4.0, 1.0, 0.0, 0.16], 8
+    totals[norm], numel[norm] = [1.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 3.0, 1.0], 2
+    totals[-1] = [9.0] * 9  # another rank's to count
+    found = summary(layout, totals, numel, steps=2)
     assert list(found["kinds"]) == ["norm", "mlp.fc1"] and list(found["layers"]) == ["0"]
     assert found["layers"]["0"] == found["kinds"]["mlp.fc1"] == {
         "numel": 8, "mean_abs": 0.5, "max_abs": 1.0, "share_large": 0.125, "rms": 1.0,

@@ -1,0 +1,166 @@
+"""Every optimizer that Megatron builds, counted: what it steps is every parameter, once."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megatron_s3.mcore.arguments import say
+from megatron_s3.mcore.overrides import described
+
+__all__ = ["Part", "build_part", "check", "collected"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An optimizer that Megatron built of param groups.
+
+    Attributes:
+        optimizer: what was built.
+        groups: the model's parameters of each group, which the optimizer may have replaced by main
+            parameters or shards since then.
+        settings: the values of each group beside its parameters, as they were before building.
+    """
+
+    optimizer: MegatronOptimizer
+    groups: list[list[Tensor]]
+    settings: list[dict[str, Any]]
+
+
+_building: ContextVar[list[Part] | None] = ContextVar("building", default=None)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[Part]]:
+    """Yields a list to which all parts are added that are built inside, however deep."""
+    parts: list[Part] = []
+    outer = _building.get()
+    token = _building.set(parts)
+    try:
+        yield parts
+    finally:
+        _building.reset(token)
+        if outer is not None:
+            outer.extend(parts)
+
+
+def build_part(
+    original: Callable[..., Any],
+    config: Any,
+    model_chunks: Any,
+    param_groups: list[dict[str, Any]],
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    """Around Megatron's building of one optimizer of param groups: takes note of it."""
+    groups = [list(group["params"]) for group in param_groups]
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in param_groups]
+    built = original(config, model_chunks, param_groups, *rest, **kwargs)
+    parts = _building.get()
+    if parts is not None and isinstance(built, MegatronOptimizer):
+        parts.append(Part(built, groups, settings))
+    return built
+
+
+def check(
+    parts: Sequence[Part],
+    built: MegatronOptimizer,
+    model_chunks: Sequence[torch.nn.Module],
+    overrides: Mapping[Any, Mapping[str, Any]],
+) -> None:
+    """Compares what was built with the model and with what was asked of single parameters.
+
+    Collective over all ranks: an error of one is raised on all.
+
+    Args:
+        parts: all that were built.
+        built: what the caller is given.
+        model_chunks: of this rank.
+        overrides: the ``config_overrides`` that Megatron's builder was given.
+
+    Raises:
+        ValueError: a trainable parameter is in no part or in two, a part is not stepped by what was
+            built, or an override is not in force.
+    """
+    named = [
+        (name, param)
+        for chunk in model_chunks
+        for name, param in chunk.named_parameters()
+        if param.requires_grad
+    ]
+    fault = (
+        _uncounted(parts, named) or _unreached(parts, built) or _ignored(parts, named, overrides)
+    )
+    matched = [any(key.matches(p, name) for name, p in named) for key in overrides]
+    found = [(fault, matched)]
+    if torch.distributed.is_initialized():
+        found = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (fault, matched))
+    if fault := fault or next((other for other, _ in found if other), None):
+        raise ValueError(fault)
+    for key, *everywhere in zip(overrides, *(ranks for _, ranks in found), strict=True):
+        if not any(everywhere):
+            say(f"{described(key)} matches no parameter, and overrides nothing")
+
+
+def _uncounted(parts: Sequence[Part], named: Sequence[tuple[str, Tensor]]) -> str | None:
+    count = Counter(
+        id(param)
+        for part in parts
+        if part.optimizer.optimizer is not None
+        for group in part.groups
+        for param in group
+    )
+    for number, what in ((0, "no optimizer was built for"), (2, "several optimizers step")):
+        names = [name for name, param in named if min(count[id(param)], 2) == number]
+        if names:
+            return (
+                f"{what} {len(names)} of {len(named)} trainable parameters, the first {names[0]}: "
+                "each has to be stepped by one. Freeze it (requires_grad=False), or build the "
+                "optimizer of a model whose parameters Megatron knows one by one."
+            )
+    return None
+
+
+def _unreached(parts: Sequence[Part], built: MegatronOptimizer) -> str | None:
+    reached = Counter(id(group) for group in built.param_groups)
+    for part in parts:
+        groups = [] if part.optimizer.optimizer is None else part.optimizer.param_groups
+        if any(reached[id(group)] != 1 for group in groups):
+            return (
+                f"a {type(part.optimizer).__name__} was built that the {type(built).__name__} "
+                "around it does not step once. Build the optimizer with Megatron's own "
+                "get_megatron_optimizer."
+            )
+    return None
+
+
+def _ignored(
+    parts: Sequence[Part],
+    named: Sequence[tuple[str, Tensor]],
+    overrides: Mapping[Any, Mapping[str, Any]],
+) -> str | None:
+    settings = {
+        id(param): values
+        for part in parts
+        for group, values in zip(part.groups, part.settings, strict=True)
+        for param in group
+    }
+    for key, override in overrides.items():
+        for name, param in named:
+            if not key.matches(param, name):
+                continue
+            for setting, value in override.items():
+                if settings[id(param)].get(setting) != value:
+                    return (
+                        f"{described(key)} sets {setting}={value!r}, but Megatron built the "
+                        f"optimizer of {name} without it: config_overrides do not reach this kind "
+                        "of model. Leave them out."
+                    )
+    return None

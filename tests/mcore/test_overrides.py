@@ -1,0 +1,253 @@
+"""What config_overrides ask for single parameters is in force, or an error."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from tests.mcore.library import build, inner, on_ranks, step, wrap
+from tests.releases import RELEASES
+
+WEIGHT = "*1.weight"
+
+
+def override(_name=WEIGHT, **values):
+    from megatron.core.optimizer import ParamKey
+
+    return {ParamKey(name=_name): values}
+
+
+def group_of(model, optimizer, name=WEIGHT):
+    """The param group of a parameter, by a pattern of its name: the one with as many elements."""
+    (numel,) = (p.numel() for n, p in model.named_parameters() if n.endswith(name.strip("*")))
+    (group,) = (
+        group
+        for group in inner(optimizer).param_groups
+        if [p.numel() for p in group["params"]] == [numel]
+    )
+    return group
+
+
+OWN = [
+    ("s3", {"s3_beta": 0.5}, {"beta": 0.5}),
+    ("s3", {"beta": 0.5, "nesterov": False}, {"beta": 0.5, "nesterov": False}),
+    ("s3", {"p": 2.0}, {"p": 2.0}),
+    ("s3", {"optimizer": "s3", "wd_mult": 0.0}, {"wd_mult": 0.0}),
+    ("s3", {"s3_grad_bound": 10.0}, {"grad_bound": 10.0}),
+    ("adamw", {"eps": 1e-3}, {"eps": 1e-3}),
+    ("nadam", {"nadam_eps": 1e-3}, {"eps": 1e-3}),
+    ("adan", {"beta3": 0.5}, {"beta3": 0.5}),
+    ("s3", {"lr": 0.02}, {"lr": 0.02, "max_lr": 0.02, "min_lr": 0.002}),
+    ("s3", {"lr_mult": 0.2}, {"lr": 0.02, "max_lr": 0.02, "min_lr": 0.002, "lr_mult": 1.0}),
+    ("s3", {"max_lr": 0.5, "min_lr": 0.1}, {"lr": 0.1, "max_lr": 0.5, "min_lr": 0.1}),
+    ("s3", {"weight_decay": 0.7}, {"weight_decay": 0.7, "start_wd": 0.7, "end_wd": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("name", "asked", "right"), OWN)
+@on_ranks(1)
+def test_a_group_holds_what_was_asked_for_it(name, asked, right):
+    model, optimizer = build(name, override(**asked), min_lr=0.01)
+    plain = group_of(*build(name, override(wd_mult=1.0), min_lr=0.01))
+    group = group_of(model, optimizer)
+    differing = {n: value for n, value in group.items() if n != "params" and plain.get(n) != value}
+    changed = {n: value for n, value in right.items() if n not in plain or plain[n] != value}
+    assert {n: group[n] for n in right} == pytest.approx(right)
+    assert differing.keys() - {"default_config"} == changed.keys()
+    (other,) = (g for g in inner(optimizer).param_groups if g is not group)
+    assert {n: other.get(n) for n in changed} == {n: plain.get(n) for n in changed}
+
+
+@on_ranks(1)
+def test_a_groups_own_beta_is_the_one_it_is_stepped_with():
+    model, optimizer = build(overrides=override(s3_beta=0.5))
+    step(model, optimizer)
+    group = group_of(model, optimizer)
+    (main,) = group["params"]
+    torch.manual_seed(0)
+    grads = {n: torch.randn(p.shape) for n, p in model.named_parameters()}
+    (grad,) = (grad for n, grad in grads.items() if n.endswith("1.weight"))
+    torch.testing.assert_close(inner(optimizer).state[main]["exp_avg"], 0.5 * grad.view(-1))
+
+
+@on_ranks(1)
+def test_the_schedule_keeps_a_groups_own_rate_and_decay():
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    model, optimizer = build(overrides=override(lr_mult=0.2, weight_decay=0.7), min_lr=0.01)
+    scheduler = OptimizerParamScheduler(
+        *(optimizer, 0.0, 0.1, 0.01, 2, 10, "linear", 0.03, 0.03, 10, "constant")
+    )
+    scheduler.step(6)
+    group = group_of(model, optimizer)
+    (other,) = (g for g in inner(optimizer).param_groups if g is not group)
+    assert group["lr"] == pytest.approx(0.2 * other["lr"])
+    assert other["lr"] == pytest.approx(0.055)
+    assert (group["weight_decay"], other["weight_decay"]) == (0.7, 0.03)
+
+
+@pytest.mark.parametrize("name", ["adamw", "nadam"])
+@on_ranks(1)
+def test_mup_scales_eps_as_adams(name):
+    from megatron.core.optimizer import OptimizerConfig, get_mup_config_overrides
+
+    config = OptimizerConfig(optimizer=name, lr=0.1, min_lr=0.01, adam_eps=1e-6)
+    overrides = get_mup_config_overrides(config, 4.0, name)
+    settings = {"min_lr": 0.01, f"{name}_eps": 1e-6}
+    _, optimizer = build(name, overrides, **settings)
+    _, adam = build("adam", overrides, min_lr=0.01, adam_eps=1e-6)
+    eps, right = ([g["eps"] for g in inner(o).param_groups] for o in (optimizer, adam))
+    assert eps == right == [1e-6, 2.5e-7]
+
+
+@on_ranks(1)
+def test_mup_starts_from_the_optimizers_own_eps():
+    import sys
+
+    from megatron.core.optimizer import get_mup_config_overrides
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.training import get_megatron_optimizer_config
+
+    from tests.trainer import TINY
+
+    sys.argv = ["pretrain", *TINY, "--train-iters", "6", "--optimizer", "adamw"]
+    sys.argv += ["--adamw-eps", "1e-4", "--micro-batch-size", "8"]
+    args = parse_args()
+    validate_args(args, {"tokenizer_type": "NullTokenizer"})
+    config, _ = get_megatron_optimizer_config(args)
+    (values,) = get_mup_config_overrides(config, 4.0, config.optimizer).values()
+    assert values["eps"] == pytest.approx(2.5e-5)
+
+
+REFUSED = [
+    ({"optimizer": "adam"}, r"name='\*1.weight'\] sets optimizer='adam', and the .*='s3'"),
+    ({"optimizer_cpu_offload": True}, "sets optimizer_cpu_offload=True"),
+    ({"s3_bta": 0.5}, r"s3_bta=0.5, which nothing would read.* has beta, beta2, .*, and Megatron"),
+    ({"eps": 1e-6}, "sets eps=1e-06, which nothing"),
+    ({"betas": (0.9, 0.95)}, "sets betas"),
+    ({"amsgrad": False}, "sets amsgrad=False, which nothing"),
+    ({"is_expert_parallel": True}, "sets is_expert_parallel"),
+    ({"s3_beta": 1.5}, r"sets s3_beta=1.5: .*must be in \[0, 1\)"),
+    ({"beta": 0.5, "s3_beta": 0.6}, "to another value"),
+    ({"weight_decay": -1.0}, "sets weight_decay=-1.0: a finite number"),
+    ({"lr": math.inf}, "sets lr=inf"),
+    ({"max_lr": None}, "sets max_lr=None"),
+]
+
+
+@pytest.mark.parametrize(("asked", "why"), REFUSED)
+@on_ranks(1)
+def test_what_nothing_would_read_is_an_error(asked, why):
+    with pytest.raises(ValueError, match=why):
+        build(overrides=override(**asked))
+
+
+@on_ranks(1)
+def test_without_a_rate_there_is_none_to_multiply():
+    with pytest.raises(ValueError, match="no lr to multiply"):
+        build(overrides=override(lr_mult=0.5), lr=None)
+
+
+@on_ranks(2)
+def test_a_pattern_that_matches_nothing_is_said():
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        build(overrides=override("*2.weight", p=2.0) | override(p=2.0))
+    lines = [line for line in said.getvalue().splitlines() if "matches no parameter" in line]
+    lines = [line.removeprefix("[megatron_s3] ") for line in lines]
+    right = ["config_overrides[name='*2.weight'] matches no parameter, and overrides nothing"]
+    assert lines == (right if torch.distributed.get_rank() == 0 else [])
+
+
+@on_ranks(1)
+def test_what_is_announced_is_what_the_groups_hold():
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        build(overrides=override(s3_beta=0.5, weight_decay=0.7), weight_decay=0.25)
+    assert "with beta=0.95 or 0.5 p=3.0 " in said.getvalue()
+    assert "weight_decay=0.25 or 0.7: 1,850 parameters" in said.getvalue()
+
+
+# ---- what a checkpoint gives back ----------------------------------------------------------------
+
+
+def held(optimizer):
+    return [
+        {n: value for n, value in group.items() if n not in ("params", "step")}
+        for group in inner(optimizer).param_groups
+    ]
+
+
+KINDS = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)]
+VALUES = [
+    ("s3", {"p": 2.0}),
+    ("s3", {"s3_beta": 0.5}),
+    ("s3", {"weight_decay": 0.7}),
+    ("s3", {"start_wd": 0.7, "end_wd": 0.7}),
+    ("adamw", {"eps": 1e-3}),
+    ("adam", {"weight_decay": 0.7}),
+    ("adam", {"eps": 1e-3}),
+    ("adam", {"max_lr": 0.7, "min_lr": 0.1}),
+]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(("dtype", "sharded"), KINDS)
+@on_ranks(1)
+def test_each_group_is_given_back_its_own(release, dtype, sharded):
+    for name, values in VALUES:
+        # Three groups, of which Megatron takes two or three for one another.
+        overrides = override(**values) | override("*0.bias", wd_mult=0.5)
+        model, optimizer = build(name, overrides, dtype=dtype, sharded=sharded, weight_decay=0.01)
+        step(model, optimizer)
+        for group in inner(optimizer).param_groups:
+            group["lr"] = 0.3  # as a schedule would have changed it
+        saved = copy.deepcopy(optimizer.state_dict())
+        other_model, other = build(name, overrides, dtype=dtype, sharded=sharded, weight_decay=0.01)
+        other.load_state_dict(copy.deepcopy(saved))
+        assert held(other) == held(optimizer), (name, values)
+        numel = [sum(p.numel() for p in g["params"]) for g in inner(other).param_groups]
+        assert numel == [sum(p.numel() for p in g["params"]) for g in inner(optimizer).param_groups]
+        step(other_model, other)
+        # In another order, as other overrides would have built them.
+        if name == "s3" and sharded:
+            shuffled = copy.deepcopy(saved)
+            shuffled["optimizer"]["param_groups"].reverse()
+            other.load_state_dict(shuffled)
+            assert held(other) == held(optimizer), (name, values)
+
+
+@on_ranks(1)
+def test_changed_hyperparameters_are_this_runs():
+    _, optimizer = build(overrides=override(s3_beta=0.5, max_lr=0.7, min_lr=0.1))
+    _, other = build(overrides=override(s3_beta=0.6, max_lr=0.7, min_lr=0.1), s3_beta=0.9)
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["beta"] for group in held(other)] == [0.9, 0.6]
+
+
+@on_ranks(1)
+def test_groups_that_cannot_be_told_apart_are_an_error():
+    _, optimizer = build(overrides=override(s3_beta=0.5))
+    _, other = build()
+    _, plain = build(overrides={})
+    with pytest.raises(ValueError, match=r"has 2 param groups \(beta=0.95; beta=0.5\) for 1 of"):
+        plain.load_state_dict(optimizer.state_dict())
+    # Megatron's own comparison, and its own error.
+    with pytest.raises((KeyError, ValueError)):
+        build(overrides=override(max_lr=0.7))[1].load_state_dict(other.state_dict())
+
+
+@on_ranks(2)
+def test_ranks_without_a_part_of_a_group_load_it_too():
+    linear = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(2)))
+    model = wrap(linear)
+    assert sum(p.numel() for p in model.parameters()) == 2 * 1640
+    _, optimizer = build(overrides=override(s3_beta=0.5), model=linear)
+    before = held(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert held(optimizer) == before

@@ -51,7 +51,7 @@ SWITCHES = (
     (
         "s3_log_grad_norm",
         "compute and log the gradient norm although nothing needs it: a pass over the gradients, "
-        "an all-reduce and a host synchronisation each step",
+        "an all-reduce and a host synchronisation each step; else the step returns 0.0 for it",
     ),
     (
         "s3_log_updates",

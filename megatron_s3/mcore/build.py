@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -127,12 +126,14 @@ def get_megatron_optimizer(
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
-    call = inspect.signature(original).bind(config, *args, **kwargs)
-    chunks = call.arguments["model_chunks"]
+    call = dict(zip(("model_chunks", "config_overrides"), args, strict=False)) | kwargs
+    chunks = call["model_chunks"]
     check_config(config, getattr(chunks[0], "ddp_config", None), cls)
-    asked = call.arguments.get("config_overrides") or {}
-    if asked:
-        asked = call.arguments["config_overrides"] = overrides.translated(asked, cls, config)
+    asked = overrides.translated(call.get("config_overrides") or {}, cls, config)
+    if asked and len(args) > 1:
+        args = (chunks, asked, *args[2:])
+    elif asked:
+        kwargs["config_overrides"] = asked
     _prepare(config)
     # Or Adam is given FusedAdam's arguments, or is one on two devices.
     for_adam: dict[str, Any] = {
@@ -143,7 +144,7 @@ def get_megatron_optimizer(
     if config.lr is None:  # to be set in the groups later; torch's AdamW takes numbers alone
         for_adam["lr"] = no_rate
     with collected() as found, as_adam(config), _replaced(config, for_adam):
-        built = original(*call.args, **call.kwargs)
+        built = original(config, *args, **kwargs)
     check(found, built, chunks, asked)
     stepping = [part.optimizer for part in found if part.optimizer.optimizer is not None]
     for part in stepping:

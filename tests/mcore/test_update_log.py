@@ -1,0 +1,110 @@
+"""What the log of updates says of parameters that have a learning rate of their own."""
+
+import math
+
+import pytest
+import torch
+
+from tests.mcore.library import build, on_ranks, step
+
+
+def mains(optimizer):
+    """The optimizer's parameters of this rank, by what they are part of."""
+    from megatron_s3.mcore import telemetry
+
+    (part,) = optimizer.chained_optimizers
+    return list(telemetry._pairs(part))
+
+
+def measured(before, after):
+    """RMS of the changes over that of the new parameters, over all ranks."""
+    sums = torch.tensor(
+        [
+            sum((a - b).double().square().sum() for a, b in zip(after, before, strict=True)),
+            sum(a.double().square().sum() for a in after),
+        ],
+        dtype=torch.float64,
+    )
+    torch.distributed.all_reduce(sums)
+    return math.sqrt(sums[0] / sums[1])
+
+
+def overrides_of(case):
+    from megatron.core.optimizer import OptimizerConfig, ParamKey, get_mup_config_overrides
+
+    if case == "mup":
+        config = OptimizerConfig(optimizer="s3", lr=0.1, min_lr=0.01)
+        return get_mup_config_overrides(config, 100.0, "s3")
+    if case == "none":
+        return {}
+    asked = {
+        "lr": {"lr": 1e-3},
+        "lr_mult": {"lr_mult": 0.01},
+        "scheduled": {"max_lr": 1e-3, "min_lr": 1e-4},
+        "beta": {"s3_beta": 0.5},
+    }
+    return {ParamKey(name="*1.weight"): asked[case]}
+
+
+@pytest.mark.parametrize("case", ["none", "lr", "lr_mult", "scheduled", "mup", "beta"])
+@on_ranks(2)
+def test_the_weight_ratio_is_that_of_the_parameters(case):
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    model, optimizer = build(
+        overrides=overrides_of(case), min_lr=0.01, weight_decay=0.0, s3_log_updates=True
+    )
+    scheduler = OptimizerParamScheduler(
+        *(optimizer, 0.0, 0.1, 0.01, 2, 10, "linear", 0.0, 0.0, 10, "constant")
+    )
+    scheduler.step(2)
+    for seed in range(2):
+        pairs = mains(optimizer)
+        before = [main.clone() for main, _ in pairs]
+        assert step(model, optimizer, seed)[0]
+        after = [main for main, _ in pairs]
+        scheduler.step(4)  # as the trainer does before it logs
+        log = optimizer.update_log.take()
+        assert log["all"]["weight_ratio"] == pytest.approx(measured(before, after), rel=1e-4)
+        for kind, ndim in (("other", 2), ("bias", 1)):
+            ratio = measured(
+                *([p for p, (_, m) in zip(ps, pairs, strict=True) if m.ndim == ndim]
+                  for ps in (before, after))
+            )  # fmt: skip
+            assert log["kinds"][kind]["weight_ratio"] == pytest.approx(ratio, rel=1e-4)
+        assert log["all"]["numel"] == 1850
+        # The first update's size, whatever the rate, and with a group's own beta the larger.
+        beta = 0.5 if case == "beta" else 0.95
+        if seed == 0:
+            first = (1 - beta**2) ** (2 / 3)
+            assert log["all"]["max_abs"] == pytest.approx(first, rel=1e-5)
+
+
+@on_ranks(1)
+def test_an_interval_of_several_rates_is_their_mean():
+    """With updates of one size in each step the mean square of the rates is what counts."""
+    model, optimizer = build("signsgd", weight_decay=0.0, s3_log_updates=True)
+    squares = 0.0
+    for rate in (0.3, 0.4):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        step(model, optimizer)
+        squares += sum(main.double().square().sum().item() for main, _ in mains(optimizer))
+    log = optimizer.update_log.take()["all"]
+    assert log["rms"] == pytest.approx(1, rel=1e-6)
+    right = math.sqrt((0.3**2 + 0.4**2) / 2) / math.sqrt(squares / (2 * 1850))
+    assert log["weight_ratio"] == pytest.approx(right, rel=1e-6)
+    assert optimizer.update_log.take()["all"]["weight_ratio"] == 0
+
+
+@on_ranks(1)
+def test_the_bound_is_that_of_every_group():
+    from megatron.core.optimizer import ParamKey
+
+    for asked, right in (({"s3_beta": 0.5}, 1.0), ({"bias_correction": True}, 1.0)):
+        _, optimizer = build(overrides={ParamKey(name="*1.weight"): asked}, s3_log_updates=True)
+        assert optimizer.update_log.bound() == right
+    _, optimizer = build(
+        overrides={ParamKey(name="*1.weight"): {"beta2": 0.99}}, s3_log_updates=True
+    )
+    assert optimizer.update_log.bound() > 1

@@ -54,6 +54,7 @@ def _module(argv: list[str]) -> int:
         print(f"[megatron_s3] no such module: {' '.join(argv[:1])}", file=sys.stderr)
         return 2
     sys.argv = argv
+    lock.join()
     register()
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
     return 0

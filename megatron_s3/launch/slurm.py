@@ -91,7 +91,8 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
     shown = shlex.join(map(redact_word, line))
     settings = _settings(run_dir)
     secrets = _secrets(config)
-    print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), shown]))
+    given = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    print(" ".join([*given, shown]), flush=True)  # before sbatch's own line
     if dry_run:
         return 0
     if not shutil.which("sbatch"):
@@ -106,7 +107,6 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
     run = subprocess.run(line, env=environment | settings | secrets)
     if run.returncode:
         raise SlurmError(f"sbatch refused it (status {run.returncode}); what it says is above")
-    sys.stdout.flush()
     return 0
 
 

@@ -1,9 +1,12 @@
 """The shipped job body in a real SLURM cluster of three nodes."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cluster.conftest import Job
 
 pytestmark = pytest.mark.cluster
 
@@ -73,6 +76,38 @@ def test_a_task_requeues_itself_and_no_other(cluster, tmp_path: Path) -> None:
     for task, log in logs().items():
         assert ("DUE TO JOB REQUEUE" in log) == ("attempt 2 on" in log) == (task == same)
         assert log.rstrip().endswith("finished at checkpoint 60")
+
+
+def test_a_job_runs_what_was_submitted(cluster, tmp_path: Path) -> None:
+    """Whatever becomes of the file, and without the submitter's environment on the nodes.
+
+    SLURM may not requeue this one, and the body says so.
+    """
+    file, run_dir = tmp_path / "my.yaml", tmp_path / "run"
+    file.write_text(
+        "extends: tiny-s3\narguments: {lr: 2e-3, train_iters: 400, global_batch_size: 32}\n"
+        "launch: {nodes: 2, nproc_per_node: 1, sbatch: {no-requeue: true, hold: true}}\n"
+    )
+    words = ["launch", file, "--slurm", "--run-dir", run_dir, "--set", "launch.environment.A_KEY=x"]
+    given = {"SBATCH_EXPORT": "NONE", "VENV": "", "PREFLIGHT": "0"}
+    megatron_s3 = [sys.executable, "-m", "megatron_s3.cli"]
+    refused = cluster.run(*megatron_s3, *words, check=False, **given)
+    assert "A_KEY: credentials are not written into the job's files" in refused
+    number = cluster.run(*megatron_s3, *words[:-2], **given).split()[-1]
+    file.write_text("extends: tiny-s3\n")
+    cluster.run("scontrol", "release", number)
+    job = Job(cluster, number, run_dir / f"slurm-{number}.out")
+    job.wait_for("iteration +4/")
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    assert job.wait_for_end() == "FAILED"
+    assert re.match(
+        r"stopped before the end, checkpoint 0 -> \d+; not requeued: SLURM refused it "
+        r"\(.*disabled.*\); submit the same again to go on",
+        job.said[-1],
+    )
+    assert "learning rate: 2.000000E-03" in job.log  # the last warmup iteration's
+    origin = re.escape(f"  lr: 2e-3  # {file}:2")
+    assert re.search(f"^{origin}$", (run_dir / "config.yaml").read_text(), re.MULTILINE)
 
 
 def test_preflight_names_the_node_whose_disk_is_read_only(cluster, tmp_path: Path) -> None:

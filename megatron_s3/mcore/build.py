@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_s3.kernels.operands import local
-from megatron_s3.mcore import overrides, telemetry
+from megatron_s3.mcore import overrides, param_groups, telemetry
 from megatron_s3.mcore.arguments import (
     as_adam,
     check_config,
@@ -72,6 +72,7 @@ def restore_step(saved: dict[str, Any]) -> None:
         if part.optimizer is not None:
             for group in part.optimizer.param_groups:
                 group["step"] = step
+            param_groups.restore_scheduled(part.optimizer.param_groups, groups)
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:

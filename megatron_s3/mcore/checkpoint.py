@@ -68,6 +68,7 @@ def load_base_checkpoint(
     if saved is not None and not release and not args.finetune:
         telemetry.resume(saved)
         if not args.no_load_optim:
+            _compare_rates(load_dir, args, saved)
             _compare(load_dir, args, saved)
             if getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist":
                 build.restore_step(state_dict)
@@ -102,6 +103,15 @@ def load_checkpoint(
             f"{load_dir} could not be loaded, for the reason that Megatron prints above. Choose an "
             "iteration with --ckpt-step, or load the model's weights alone with --no-load-optim "
             "--no-load-rng."
+        ) from None
+    except AssertionError as error:
+        if not str(error).startswith("OptimizerParamScheduler: "):
+            raise
+        raise ValueError(
+            f"{load_dir} was saved with another schedule ({error}). Nothing was trained. Give the "
+            "same, or say which is to be in force: this run's with "
+            "--override-opt_param-scheduler, or the checkpoint's with "
+            "--use-checkpoint-opt_param-scheduler."
         ) from None
     _compare_with_weights(ddp_model, optimizer)
     return result
@@ -376,6 +386,31 @@ def _agree(error: str | None) -> None:
         error = next(filter(None, errors), None)
     if error:
         raise ValueError(error)
+
+
+def _compare_rates(load_dir: str, args: Any, saved: Any) -> None:
+    """Megatron compares the schedules too, after all is read, and says what it compares alone."""
+    names = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+    differing = [
+        (f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name))
+        for name in names
+        if hasattr(saved, name) and getattr(saved, name) != getattr(args, name, None)
+    ]
+    if not differing or getattr(saved, "no_save_optim", False):
+        return
+    then = " ".join(f"{flag} {value}" for flag, value, _ in differing)
+    now = " ".join(f"{flag} {value}" for flag, _, value in differing)
+    if getattr(args, "override_opt_param_scheduler", False):
+        _say_once(f"{load_dir} was saved with {then}; from here on it is {now}")
+    elif getattr(args, "use_checkpoint_opt_param_scheduler", False):
+        _say_once(f"{load_dir} was saved with {then}, which stays in force in place of {now}")
+    else:
+        raise ValueError(
+            f"{load_dir} was saved with {then}, and this run has {now}. Nothing was loaded. Give "
+            "the same, or say which is to be in force: this run's with "
+            "--override-opt_param-scheduler, or the checkpoint's with "
+            "--use-checkpoint-opt_param-scheduler."
+        )
 
 
 def _compare(load_dir: str, args: Any, saved: Any) -> None:

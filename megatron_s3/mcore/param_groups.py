@@ -1,14 +1,25 @@
 """Param groups of a checkpoint, and which of this optimizer's is which of them."""
 
 import contextlib
+import functools
+import importlib.util
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
-__all__ = ["load_state_dict", "pairs"]
+from megatron_s3.mcore.arguments import say
+
+__all__ = ["load_state_dict", "pairs", "restore_scheduled"]
+
+#: Every part of an optimizer has the same to say.
+_say_once = functools.cache(say)
+
+#: What a schedule sets a group's rate and weight decay by; from 0.19 on some of the below.
+_SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 #: By which Megatron finds the saved group.
 _KNOWN_BY: tuple[str, ...] = optimizer.param_group_identifier_keys
@@ -22,9 +33,51 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
 
     Megatron finds the saved group by some of its values; what else may differ between groups
     (``weight_decay``, ``eps``, before 0.19 the rates) it does not compare, so that all groups that
-    agree in those it does would be given the values of one.
+    agree in those it does would be given the values of one.  And what a schedule goes by is not
+    what a group is known by: a run may go on with other rates, which are this run's, except with
+    ``--use-checkpoint-opt_param-scheduler``.
     """
     holder = next((saved[k] for k in ("optimizer", "optimizer_state_dict") if k in saved), saved)
+    current = [] if part.optimizer is None else part.optimizer.param_groups
+    scheduled = [{name: g[name] for name in _SCHEDULED if name in g} for g in current]
+    result = _load(original, part, saved, holder)
+    if part.optimizer is not None and not _from_checkpoint():
+        for group, own in zip(part.optimizer.param_groups, scheduled, strict=True):
+            if changed := {n: v for n, v in own.items() if group.get(n, v) != v}:
+                then = " ".join(f"{name}={group[name]}" for name in changed)
+                now = " ".join(f"{name}={value}" for name, value in changed.items())
+                _say_once(f"a param group was saved with {then}; from here on it is {now}")
+            group.update(own)
+    return result
+
+
+def _from_checkpoint() -> bool:
+    """Whether the trainer was told that what the checkpoint's schedule goes by is in force."""
+    if importlib.util.find_spec("megatron.training") is None:
+        return False
+    from megatron.training import global_vars
+
+    args = global_vars._GLOBAL_ARGS
+    return bool(getattr(args, "use_checkpoint_opt_param_scheduler", False))
+
+
+def restore_scheduled(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """What of :func:`load_state_dict` concerns rates, where Megatron loads no param groups."""
+    if _from_checkpoint():
+        found = pairs(current, saved) or _known(current, saved)
+        for group, place in zip(current, found, strict=True):
+            group.update({n: saved[place][n] for n in _SCHEDULED if n in saved[place]})
+
+
+def _known(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[int]:
+    """Where each of the current groups is the only one of its kind."""
+    places = {_values(group, _KNOWN_BY): place for place, group in enumerate(saved)}
+    return [places[_values(group, _KNOWN_BY)] for group in current]
+
+
+def _load(
+    original: Callable[..., Any], part: Any, saved: dict[str, Any], holder: dict[str, Any]
+) -> Any:
     current = [] if part.optimizer is None else part.optimizer.param_groups
     found = pairs(current, holder.get("param_groups", []))
     if found is None:
@@ -72,14 +125,13 @@ def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[in
     Raises:
         ValueError: groups that Megatron takes for one another cannot be told apart.
     """
-    classes: dict[Any, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    for which, groups in enumerate((current, saved)):
-        for place, group in enumerate(groups):
-            classes[_values(group, _KNOWN_BY)][which].append(place)
-    needed = [(own, theirs) for own, theirs in classes.values() if own]
-    if not all(theirs for _, theirs in needed):
-        return None
+    alike = functools.partial(_alike, current, saved)
+    needed = alike(_KNOWN_BY)
     if all(len(own) == len(theirs) == 1 for own, theirs in needed):
+        return None
+    if not all(theirs for _, theirs in needed):
+        needed = alike([name for name in _KNOWN_BY if name not in _SCHEDULED])
+    if not all(theirs for _, theirs in needed):
         return None
     found = [0] * len(current)
     for own, theirs in needed:
@@ -100,7 +152,31 @@ def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[in
             if not candidates:
                 raise ValueError(_ambiguous(current, own, saved, theirs))
             found[i] = candidates.pop(0)
+        if not _in_proportion([(current[i], saved[found[i]]) for i in own]):
+            raise ValueError(_ambiguous(current, own, saved, theirs))
     return found
+
+
+def _alike(
+    current: list[dict[str, Any]], saved: list[dict[str, Any]], names: Iterable[str]
+) -> list[tuple[list[int], list[int]]]:
+    """The places of current and of saved groups with the same values, from the lowest rates on."""
+    classes: dict[Any, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for which, groups in enumerate((current, saved)):
+        for place in sorted(range(len(groups)), key=lambda i: _scheduled(groups[i])):
+            classes[_values(groups[place], names)][which].append(place)
+    return [(own, theirs) for own, theirs in classes.values() if own]
+
+
+def _scheduled(group: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(float(group.get(name) or 0) for name in _SCHEDULED)
+
+
+def _in_proportion(groups: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+    """Whether all highest rates have been multiplied by the same number."""
+    rates = [(_scheduled(now)[0], _scheduled(then)[0]) for now, then in groups]
+    (now, then), *others = rates
+    return all(math.isclose(now * b, a * then, rel_tol=1e-9) for a, b in others)
 
 
 def _values(group: dict[str, Any], names: Any) -> tuple[Any, ...]:

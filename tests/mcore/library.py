@@ -10,6 +10,7 @@ The function runs in forks of a process that has imported Megatron and registere
 """
 
 import base64
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -17,7 +18,8 @@ import logging
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 from tests.releases import INSTALLED, unpacked
 from tests.trainer import forks
 
-__all__ = ["build", "inner", "on_ranks", "step", "wrap"]
+__all__ = ["build", "globally", "inner", "on_ranks", "step", "wrap"]
 
 
 def on_ranks(ranks: int = 1, release: str = INSTALLED) -> Callable[[Callable], Callable]:
@@ -142,6 +144,18 @@ def step(model: torch.nn.Module, optimizer: Any, seed: int = 0, scale: float = 1
             param.main_grad.copy_(torch.randn(param.shape) * scale)
     model.finish_grad_sync()
     return optimizer.step()
+
+
+@contextlib.contextmanager
+def globally(args: Namespace) -> Iterator[None]:
+    """Inside, these are Megatron's arguments."""
+    from megatron.training import global_vars
+
+    global_vars._GLOBAL_ARGS = args
+    try:
+        yield
+    finally:
+        global_vars._GLOBAL_ARGS = None
 
 
 def inner(optimizer: Any) -> Any:

@@ -1,6 +1,5 @@
 """What is verified of a checkpoint is what is read: from the flags to the files."""
 
-import contextlib
 import json
 import pickle
 from argparse import Namespace
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.mcore.library import on_ranks
+from tests.mcore.library import globally, on_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -160,18 +159,6 @@ def test_a_detected_format_is_the_files(tmp_path):
     assert "metadata.json is missing: the save was not finished" in refusal(load, args)
 
 
-@contextlib.contextmanager
-def globally(args: Namespace):
-    """Inside, these are Megatron's arguments."""
-    from megatron.training import global_vars
-
-    global_vars._GLOBAL_ARGS = args
-    try:
-        yield
-    finally:
-        global_vars._GLOBAL_ARGS = None
-
-
 @on_ranks(1)
 def test_all_that_is_read_of_an_iteration_is_of_the_same(tmp_path):
     """Where Megatron looks the iteration up again, too: of the optimizer in the format torch."""
@@ -233,3 +220,29 @@ def test_an_asynchronous_save_is_sealed_when_it_has_ended(form, tmp_path):
             file.write("6")
         assert (folder / integrity.SEAL).read_text().split()[1:] == [integrity.INDEX]
         assert read(tmp_path, flags(ckpt_format=form)) == (6, None)
+
+
+RATES = {"lr": 3e-3, "min_lr": 1e-4, "decoupled_lr": None, "decoupled_min_lr": None}
+
+
+@pytest.mark.parametrize("optimizer", ["s3", "adam"])
+@on_ranks(1)
+def test_other_rates_are_refused_before_anything_is_read_unless_it_is_said_whose_count(optimizer):
+    from megatron_s3.mcore import checkpoint
+
+    def judge(now: dict, then: dict = RATES, **other) -> None:
+        args = flags(optimizer=optimizer, **RATES | now, **other)
+        checkpoint._compare_rates("d", args, Namespace(optimizer=optimizer, **then))
+
+    judge({})
+    for name, value in (("lr", 1e-3), ("min_lr", 0.0), ("decoupled_lr", 1e-3)):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(ValueError) as error:
+            judge({name: value})
+        assert str(error.value).startswith(
+            f"d was saved with {flag} {RATES[name]}, and this run has {flag} {value}. "
+        )
+        assert "--override-opt_param-scheduler, or the checkpoint's with --use" in str(error.value)
+        judge({name: value}, override_opt_param_scheduler=True)
+        judge({name: value}, use_checkpoint_opt_param_scheduler=True)
+        judge({name: value}, RATES | {"no_save_optim": True})

@@ -1,0 +1,60 @@
+"""A run goes on with other rates than a checkpoint was saved with, where it is said whose count."""
+
+import copy
+from argparse import Namespace
+
+import pytest
+import torch
+
+from tests.mcore.library import build, globally, inner, on_ranks
+from tests.releases import INSTALLED, RELEASES
+from tests.trainer import brief
+
+KINDS = {
+    "sharded": {},
+    "bf16": {"sharded": False},
+    "fp32": {"sharded": False, "dtype": torch.float32},
+}
+CASES = [f"{name} {kind} {whose}" for name in ("s3", "adam") for kind in KINDS for whose in "01"]
+
+
+def rates(name: str, kind: str, lr: float, other: float):
+    """An optimizer of two groups, one with another rate, each with values of its own."""
+    from megatron.core.optimizer import ParamKey
+
+    chosen = {ParamKey(name="*1.weight"): {"max_lr": other, "min_lr": 0.1 * lr}}
+    _, optimizer = build(name, chosen, lr=lr, min_lr=0.1 * lr, **KINDS[kind])
+    for group in inner(optimizer).param_groups:
+        group["max_lr"] = group.get("max_lr") or lr  # which every group has in the trainer
+    optimizer.chained_optimizers[0].state_dict()  # makes the state of torch's AdamW
+    return optimizer
+
+
+def of(optimizer) -> list[tuple[float, int]]:
+    return [
+        (group["max_lr"], sum(p.numel() for p in group["params"]))
+        for group in inner(optimizer).param_groups
+    ]
+
+
+@pytest.mark.parametrize("case", brief(CASES, "s3 sharded 0", "adam sharded 1", "adam bf16 0"))
+@pytest.mark.parametrize("release", brief(RELEASES, INSTALLED))
+@on_ranks(1)
+def test_other_rates_are_no_other_groups(case, release):
+    """Groups with multiples of the rate stay apart."""
+    name, kind, from_checkpoint = case.split()
+    optimizer, resumed = rates(name, kind, 0.5, 1.0), rates(name, kind, 0.2, 0.4)
+    (lr, numel), (higher, fewer) = sorted(of(resumed))
+    assert (lr, higher) == (0.2, 0.4) and numel > fewer == 600
+    with globally(Namespace(use_checkpoint_opt_param_scheduler=bool(int(from_checkpoint)))):
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    expected = [(0.5, numel), (1.0, fewer)] if int(from_checkpoint) else [(0.2, numel), (0.4, 600)]
+    assert sorted(of(resumed)) == expected
+    assert not [n for g in inner(resumed).param_groups for n in g if "megatron_s3" in n]
+
+
+@on_ranks(1)
+def test_groups_that_only_their_rates_tell_apart_have_to_be_in_proportion():
+    optimizer, resumed = rates("s3", "sharded", 0.5, 1.0), rates("s3", "sharded", 0.2, 0.9)
+    with pytest.raises(ValueError, match="which is which cannot be told"):
+        resumed.load_state_dict(optimizer.state_dict())

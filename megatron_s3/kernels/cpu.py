@@ -104,7 +104,7 @@ def step(
     chunks = sum(-(-count // chunk) for count in counts)
     rows = None
     if statistics is not None:
-        rows = torch.empty(chunks, len(FIELDS), dtype=torch.float64)
+        rows = torch.empty(chunks, len(FIELDS), dtype=torch.float64, device="cpu")
     address, total = table.buffer_info()[0], sum(counts)
 
     def run(begin: int, end: int) -> None:
@@ -123,8 +123,9 @@ def step(
         for other in others:
             other.result()
     if statistics is not None:
-        counted = torch.tensor([-(-count // chunk) for count in counts])
-        statistics.add(rows, torch.tensor([o.row for o in operands]).repeat_interleave(counted))
+        counted = torch.tensor([-(-count // chunk) for count in counts], device="cpu")
+        row = torch.tensor([o.row for o in operands], device="cpu")
+        statistics.add(rows, row.repeat_interleave(counted))
     # Autograd must notice that what it saved was changed.
     for o in operands:
         increment_version(o.param)

@@ -285,7 +285,7 @@ def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
         aligned = all(address % 16 == 0 for address in (param, grad, model_param, *states))
         filler = (0,) * (ROW - 5 - len(states))
         fields.append((param, grad, model_param, count, aligned, *states, *filler))
-    table = torch.tensor(fields, dtype=torch.int64)
+    table = torch.tensor(fields, dtype=torch.int64, device="cpu")
     if device.type == "cpu":
         return table
     # The host does not wait: whoever steps the same tensors on another stream orders the two.
@@ -295,8 +295,8 @@ def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
 def _make_chunks(counts: Sequence[int], device: torch.device) -> Tensor:
     from megatron_s3.kernels.gpu_kernel import CHUNK
 
-    chunks = torch.tensor([-(-count // CHUNK) for count in counts])
-    tensor = torch.arange(len(counts)).repeat_interleave(chunks)
+    chunks = torch.tensor([-(-count // CHUNK) for count in counts], device="cpu")
+    tensor = torch.arange(len(counts), device="cpu").repeat_interleave(chunks)
     first = chunks.cumsum(0) - chunks
-    index = torch.arange(len(tensor)) - first[tensor]
+    index = torch.arange(len(tensor), device="cpu") - first[tensor]
     return torch.stack([tensor, index], dim=1).to(torch.int32).to(device)

@@ -38,6 +38,7 @@ class AdamW(ElementwiseOptimizer):
         clip_grad=1.0,
         rule=adamw_update,
         bound=_bound,
+        momentum="beta1",
         kernels=KERNELS,
     )
 

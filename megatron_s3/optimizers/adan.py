@@ -28,6 +28,7 @@ class Adan(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=adan_update,
+        momentum="beta1",
         kernels=KERNELS,
     )
 

@@ -10,14 +10,28 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from megatron_s3.kernels import portable
 from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.statistics import Statistics
-from megatron_s3.optimizers.description import FORMAT, Description
+from megatron_s3.optimizers.checks import (
+    check_decay,
+    largest,
+    of_shape,
+    placements,
+    rate,
+    shares_memory,
+    state_fault,
+)
+from megatron_s3.optimizers.description import FORMAT, Description, plain
+from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.offload import Offload
 
 __all__ = ["ElementwiseOptimizer"]
+
+#: What torch's schedulers write the momentum to, if it is among an optimizer's defaults.
+MOMENTUM = "momentum"
 
 
 @dataclass(frozen=True)
@@ -76,10 +90,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
         **hyperparameters: Any,
     ) -> None:
-        if fused not in (None, True, False):
+        if fused is not None and not isinstance(plain(fused), bool):
             raise ValueError(f"fused must be True, False or None, not {fused!r}")
         self.error_if_nonfinite = error_if_nonfinite
-        self.fused = fused
+        self.fused = plain(fused)
         #: What the last step ran: "C++ kernel", "Triton kernel", or "portable: " and the reason.
         self.path = ""
         #: What every step's totals are added to, if anything.
@@ -101,7 +115,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if unknown := sorted(set(hyperparameters) - set(values)):
             raise TypeError(f"{self.description.label} has no {', '.join(unknown)}")
         defaults = {"lr": lr, "weight_decay": weight_decay} | values | hyperparameters
+        self._values({"params": []} | defaults, most=math.inf)  # before a look at the params
         stamp = {"algorithm": self.description.name, "format": FORMAT}
+        if self.description.momentum:
+            stamp[MOMENTUM] = defaults[self.description.momentum]
         super().__init__(params, defaults | stamp | {"step": 0})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,6 +134,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self.description.momentum:
+            self.defaults.setdefault(MOMENTUM, self.defaults.get(self.description.momentum))
         for group in self.param_groups:  # as torch's do: what an older version did not know
             for h in self.description.hyperparameters:
                 group.setdefault(h.name, h.default)
@@ -150,36 +169,56 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{cls.description.label} keeps {name} in float32, not in {dtype}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; raises ValueError for values that are not allowed, before adding any."""
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
-        merged = self.defaults | param_group
-        _check_rate("lr", merged["lr"])
-        _check_rate("weight_decay", merged["weight_decay"])
-        for hyperparameter in self.description.hyperparameters:
-            hyperparameter.check(merged[hyperparameter.name])
-        for name, dtype in self.state_dtypes.items():
-            self.check_state_dtype(name, dtype, merged)
+        """As in torch; raises ValueError for what is not allowed, and adds no group then."""
+        named = isinstance(param_group, dict) and MOMENTUM in param_group
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.is_floating_point():
-                self.param_groups.pop()
-                raise ValueError(
-                    f"{self.description.label} updates floating-point parameters, not "
-                    f"{param.dtype}; view a complex parameter with torch.view_as_real"
-                )
-            if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
-                self.param_groups.pop()
-                raise ValueError(
-                    f"{self.description.label}: elements of a parameter of shape "
-                    f"{tuple(param.shape)} share memory (expand); give the tensor it is a view of"
-                )
+        group = self.param_groups[-1]
+        if self.description.momentum and not named:
+            del group[MOMENTUM]  # which is there for schedulers to find among the defaults
+        try:
+            values = self._values(group)
+            for name, dtype in self.state_dtypes.items():
+                self.check_state_dtype(name, dtype, values)
+            for param in group["params"]:
+                self._check_param(param)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_param(self, param: Tensor) -> None:
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{self.description.label} updates floating-point parameters, not "
+                f"{param.dtype}; view a complex parameter with torch.view_as_real"
+            )
+        if not is_lazy(param) and shares_memory(param):
+            raise ValueError(
+                f"{self.description.label}: elements of a parameter of shape "
+                f"{tuple(param.shape)} share memory (expand); give the tensor it is a view of"
+            )
+
+    def _values(self, group: dict[str, Any], most: float | None = None) -> dict[str, Any]:
+        """The group's rates and hyperparameters as a step takes them; ValueError if it cannot."""
+        if most is None:
+            most = largest(group["params"])
+        values = {name: rate(name, group[name], most) for name in ("lr", "weight_decay")}
+        if values["weight_decay"] is None:
+            raise ValueError("weight_decay must be a number, not None")
+        check_decay(values["lr"], values["weight_decay"], most)
+        for h in self.description.hyperparameters:
+            written = h.name == self.description.momentum and MOMENTUM in group
+            values[h.name] = h.check(group[MOMENTUM if written else h.name], largest=most)
+        return values
 
     def init_state(self) -> None:
-        """Allocates the state (zeros) of every parameter that has none yet."""
+        """Allocates the state (zeros) of every parameter that has none yet.
+
+        Parameters that a lazy module has not initialised are left out.
+        """
         for group in self.param_groups:
             for param in group["params"]:
-                self._init_state(param)
+                if not is_lazy(param):
+                    self._init_state(param)
 
     def _init_state(self, param: Tensor) -> list[Tensor]:
         state = self.state[param]
@@ -192,7 +231,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for name in self.description.state:
             if name not in state:
                 dtype = self._state_dtype(name, param)
-                state[name] = torch.zeros_like(param, dtype=dtype, device=device)
+                with torch.inference_mode(False):  # it is stepped outside as well
+                    state[name] = torch.zeros_like(param, dtype=dtype, device=device)
         return [state[name] for name in self.description.state]
 
     def _has_master(self, param: Tensor) -> bool:
@@ -211,7 +251,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's keyword arguments for this group's coming step."""
-        return self._own_hyperparameters(group)
+        values = self._values(group)
+        return {h.name: values[h.name] for h in self.description.hyperparameters}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -224,10 +265,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             The closure's result, or None.
 
         Raises:
-            ValueError: lr is still None.
-            RuntimeError: a sparse, complex or otherwise unusable gradient, or a non-finite one
-                under ``error_if_nonfinite``.  Every check precedes every change, so that a step
-                is applied as a whole or not at all.
+            ValueError: lr is still None, or a rate or hyperparameter has come out of its range.
+            RuntimeError: a sparse, complex or otherwise unusable gradient, a state that is not
+                the parameter's (shape, dtype, device, layout), or a non-finite gradient under
+                ``error_if_nonfinite``.  Every check precedes every change, so that a step is
+                applied as a whole or not at all.
         """
         loss = None
         if closure is not None:
@@ -235,18 +277,19 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         work = []
         for index, group in enumerate(self.param_groups):
-            _check_rate("lr", group["lr"], may_be_none=False)
+            self._check_group(group)
             found = [(param, _grad(param)) for param in group["params"]]
             found = [(param, grad) for param, grad in found if grad is not None]
             for param, grad in found:
                 self._check_grad(param, grad, index)
+                self._check_state(param, index)
             work.append((group, found))
         if self.error_if_nonfinite:
             self._check_finite([grad for _, found in work for _, grad in found])
         tasks = []
         for group, found in work:
             values = self.group_hyperparameters(group | {"step": group["step"] + 1})
-            rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+            rates = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
             here = [pair for pair in found if not self._is_offloaded(pair[0])]
             if here:
                 tasks.append(self._task(here, values, rates))
@@ -333,14 +376,51 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         self.path = f"portable: {reason}"
         return portable
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        values = self._values(group)
+        for name, dtype in self.state_dtypes.items():
+            if dtype != torch.float32:
+                self.check_state_dtype(name, dtype, values)
+        if values["lr"] is None:
+            raise ValueError(
+                "lr is None: give the optimizer a learning rate, or set one in each group"
+            )
+        if self.description.momentum and MOMENTUM in group:  # what a scheduler wrote
+            group[self.description.momentum] = group.pop(MOMENTUM)
+        for name in ("lr", "weight_decay"):
+            value = group[name]
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                for param in group["params"]:
+                    if param.device != value.device and param.grad is not None:
+                        raise ValueError(
+                            f"{name} is a tensor on {value.device}, and a parameter on "
+                            f"{param.device}: keep it on the parameters' device or on the CPU"
+                        )
+
+    def _check_state(self, param: Tensor, group: int) -> None:
+        state = self.state.get(param)
+        if not state:
+            return
+        device = self._state_device(param)
+        for name in (*self.description.state, "master_param"):
+            if name in state and (fault := state_fault(param, state[name], device)):
+                raise RuntimeError(
+                    f"{self.description.label}: the {name} of a parameter{of_shape(param)} in "
+                    f"group {group} {fault}. No parameter was changed."
+                )
+
     def _check_grad(self, param: Tensor, grad: Tensor, group: int) -> None:
         fault = None
-        if _placements(param) != _placements(grad):
+        if placements(param) != placements(grad):
             fault = "is whole and the parameter a DTensor, or the reverse; both have to be the same"
         elif grad.layout != torch.strided:
             fault = f"is {grad.layout}; a dense gradient is needed (sparse=False in the embedding?)"
         elif not grad.is_floating_point():
             fault = f"is {grad.dtype}; a real floating-point gradient is needed"
+        elif grad.shape != param.shape:
+            fault = f"has shape {tuple(grad.shape)}"
+        elif grad.device != param.device:
+            fault = f"is on {grad.device}, not on {param.device}"
         if fault:
             shape = tuple(param.shape)
             raise RuntimeError(
@@ -351,7 +431,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def _check_finite(self, grads: list[Tensor]) -> None:
         finite = [grad.isfinite().all() for grad in grads]
         # A DTensor's is each rank's own until it is reduced: one for all to step, or none.
-        bad = [not bool(f if _placements(f) is None else f.full_tensor()) for f in finite]
+        bad = [not bool(f if placements(f) is None else f.full_tensor()) for f in finite]
         if any(bad):
             shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
             raise RuntimeError(
@@ -360,116 +440,46 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but only what this optimizer saved, and in the dtypes it keeps.
+        """As in torch, hooks included, but only what fits, and in the dtypes that are kept.
 
         A state that was saved in another dtype is converted, and a warning says so.
 
         Raises:
-            ValueError: the state is another optimizer's or a newer version's, or was made with a
-                hyperparameter without which it has no meaning (``p``).  Nothing is loaded then.
+            ValueError: the state is another optimizer's or a newer version's, was made with a
+                hyperparameter without which it has no meaning (``p``), or holds a tensor that is
+                not a parameter's (shape, kind of dtype, layout).  Nothing is loaded then.
         """
-        check_stamps(self, state_dict["param_groups"])
-        params = [param for group in self.param_groups for param in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        offloaded = {i for param, i in zip(params, ids, strict=False) if self._is_offloaded(param)}
-        saved_state = {}
-        for param, i in zip(params, ids, strict=False):
-            names = self.description.state
-            if i in offloaded or self._has_master(param):
-                names = (*names, "master_param")
-            tensors = state_dict["state"].get(i, {})
-            saved_state[i] = {name: tensors[name] for name in names if name in tensors}
-        own = [self._own_hyperparameters(group) for group in self.param_groups]
-        # torch moves state to its parameter's device, where there may be no room for it.
-        here = {i: tensors for i, tensors in saved_state.items() if tensors and i not in offloaded}
-        super().load_state_dict(state_dict | {"state": here})
-        for group in self.param_groups:
-            group["format"] = FORMAT
-        if self.keep_hyperparameters:
-            for group, values in zip(self.param_groups, own, strict=True):
-                group.update(values)
-        # torch casts floating-point state to its parameter's dtype, which would round the
-        # full-precision state of half-precision parameters.
-        converted = set()
-        for param, i in zip(params, ids, strict=True):
-            for name, tensor in saved_state.get(i, {}).items():
-                dtype = self._state_dtype(name, param)
-                if tensor.dtype != dtype:
-                    converted.add(f"{name} from {tensor.dtype} to {dtype}")
-                if i in offloaded:
-                    self.state[param][name] = tensor.to("cpu", dtype)
-                elif not tensor.dtype == dtype == param.dtype:
-                    self.state[param][name] = tensor.to(param.device, dtype, copy=True)
-        if converted:
+        loading = Loading(self)
+        hooks = (
+            self.register_load_state_dict_pre_hook(loading.take),
+            self.register_load_state_dict_post_hook(loading.put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if loading.converted:
+            converted = ", ".join(sorted(loading.converted))
             warnings.warn(
-                f"{self.description.label}: converted loaded state: {', '.join(sorted(converted))}",
-                stacklevel=2,
+                f"{self.description.label}: converted loaded state: {converted}", stacklevel=2
             )
 
-    def _own_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {h.name: group[h.name] for h in self.description.hyperparameters}
+    def keeps_master(self, param: Tensor) -> bool:
+        """Returns whether the parameter's state holds a ``master_param``."""
+        return self._is_offloaded(param) or self._has_master(param)
 
-
-def check_stamps(optimizer: ElementwiseOptimizer, saved_groups: list[dict[str, Any]]) -> None:
-    """Raises ValueError unless param groups of a checkpoint fit the optimizer's state.
-
-    Args:
-        optimizer: the one that would load them.
-        saved_groups: param groups as saved, with or without their parameters.
-    """
-    ours = optimizer.description
-    own_groups = optimizer.param_groups or [optimizer.defaults]
-    if len(own_groups) != len(saved_groups):
-        own_groups = own_groups[:1] * len(saved_groups)
-    for own, group in zip(own_groups, saved_groups, strict=True):
-        name = group.get("algorithm", "another optimizer")
-        if name != ours.name:
-            raise ValueError(
-                f"this optimizer is {ours.label}, but the state to load was saved by {name}; the "
-                "two keep different averages. Load the model's weights alone, or resume with the "
-                "optimizer that saved it."
-            )
-        if group.get("format", 1) > FORMAT:
-            raise ValueError(
-                f"the state to load is of format {group['format']}, from a newer megatron_s3: "
-                f"this one knows formats up to {FORMAT}. Update megatron_s3, or load the model's "
-                "weights alone."
-            )
-        for h in ours.hyperparameters:
-            if h.fixes_state and group[h.name] != own[h.name]:
-                raise ValueError(
-                    f"the state to load was made by {ours.label} with {h.name}={group[h.name]}, "
-                    f"and has no meaning with {h.name}={own[h.name]}. Resume with "
-                    f"{h.name}={group[h.name]}, or load the model's weights alone."
-                )
+    def place(self, name: str, param: Tensor) -> tuple[torch.device, torch.dtype]:
+        """Returns where, and in which dtype, a state of a parameter is kept."""
+        return self._state_device(param), self._state_dtype(name, param)
 
 
 def _grad(param: Tensor) -> Tensor | None:
     grad = getattr(param, "decoupled_grad", None)
     grad = param.grad if grad is None else grad
-    if grad is None or _placements(grad) == _placements(param):
+    if grad is None or placements(grad) == placements(param):
         return grad
-    if _placements(grad) is None or _placements(param) is None:
+    if placements(grad) is None or placements(param) is None:
         return grad  # what the check then says
     # As in torch's own optimizers: what autograd leaves partial, or laid out in another way.
     return grad.redistribute(param.device_mesh, param.placements)
-
-
-def _placements(tensor: Tensor) -> tuple | None:
-    """How a DTensor is laid out over its mesh; None for other tensors."""
-    return getattr(tensor, "placements", None)
-
-
-def _check_rate(name: str, value: Any, may_be_none: bool = True) -> None:
-    if value is None and name == "lr":
-        if may_be_none:
-            return
-        raise ValueError("lr is None: give the optimizer a learning rate, or set one in each group")
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} as a tensor must have one element, not {tuple(value.shape)}")
-        return  # its value stays on the device, unread
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, not {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, not {value!r}")

@@ -5,11 +5,14 @@ read this; none of them names an optimizer.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FORMAT", "KERNELS", "Description", "Hyperparameter"]
+from torch import Tensor
+
+__all__ = ["FORMAT", "KERNELS", "LARGEST", "Description", "Hyperparameter", "plain"]
 
 #: Of what the plugin's optimizers save: counted up when an older version would load it wrongly.
 #: What was saved before there was a number is of format 1.
@@ -17,6 +20,30 @@ FORMAT = 1
 
 #: The modules with fused kernels of the rules in :mod:`megatron_s3.kernels.forms`.
 KERNELS = {"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"}
+
+#: The largest number that the arithmetic of a step can hold: float32's, but for float64 parameters.
+LARGEST = (2 - 2**-23) * 2.0**127
+
+
+def plain(value: Any) -> Any:
+    """Returns a number or a switch as Python's own; what is neither comes back as it is.
+
+    Args:
+        value: a Python number, a fraction, a NumPy scalar or 0-dim array.  A number too large for
+            a float becomes inf.  A tensor, whose value may lie on a GPU, comes back unread.
+    """
+    number = value
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
+        number = value.item()
+    if isinstance(number, bool):
+        return number
+    if not isinstance(number, numbers.Real):
+        return value
+    try:
+        converted = float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+    return number if isinstance(number, int) else converted
 
 
 @dataclass(frozen=True)
@@ -47,19 +74,34 @@ class Hyperparameter:
         """Whether it is on or off."""
         return isinstance(self.default, bool)
 
-    def check(self, value: Any, called: str | None = None) -> None:
-        """Raises ValueError, naming the value as ``called``, if it is not allowed."""
+    def check(self, value: Any, called: str | None = None, largest: float = LARGEST) -> Any:
+        """Returns the value as :func:`plain` gives it.
+
+        Args:
+            value: what is asked for.
+            called: how a message names it; its name, if None.
+            largest: what the arithmetic can hold.
+
+        Raises:
+            ValueError: the value is not allowed.
+        """
         called = called or self.name
+        number = plain(value)
         if self.is_switch:
-            if not isinstance(value, bool):
+            if not isinstance(number, bool):
                 raise ValueError(f"{called} must be True or False, not {value!r}")
-            return
-        if value is None and self.default is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float):
+            return number
+        if number is None and self.default is None:
+            return number
+        if isinstance(number, bool) or not isinstance(number, int | float):
             raise ValueError(f"{called} must be a number, not {value!r}")
-        if not self.low <= value < self.high:  # also refuses NaN
+        if not self.low <= number < self.high:  # also refuses NaN
             raise ValueError(f"{called} must be in [{self.low:g}, {self.high:g}), not {value!r}")
+        if abs(number) > largest:
+            raise ValueError(
+                f"{called} must be at most {largest:.8g}, the largest float32, not {value!r}"
+            )
+        return number
 
 
 @dataclass(frozen=True)
@@ -76,6 +118,8 @@ class Description:
         rule: the update rule, see :mod:`megatron_s3.rules`.
         bound: what theory allows an element's |u| at most, from the hyperparameters; None where it
             allows nothing or none is known.
+        momentum: the hyperparameter that torch's schedulers (OneCycleLR, CyclicLR) set as the
+            momentum, where none has that name: the coefficient of the gradient's average.
         kernels: where to look for a fused kernel of the rule: device type -> name of a module,
             which is imported when it is needed (see :mod:`megatron_s3.kernels`); :data:`KERNELS`
             for the rules in :mod:`megatron_s3.kernels.forms`.
@@ -88,4 +132,5 @@ class Description:
     clip_grad: float
     rule: Callable[..., Any]
     bound: Callable[..., float | None] = lambda **hyperparameters: None
+    momentum: str | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)

@@ -25,5 +25,6 @@ class Lion(ElementwiseOptimizer):
         clip_grad=1.0,
         rule=lion_update,
         bound=lambda **hyperparameters: 1.0,
+        momentum="beta1",
         kernels=KERNELS,
     )

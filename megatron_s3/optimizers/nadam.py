@@ -29,6 +29,7 @@ class NAdam(ElementwiseOptimizer):
         ),
         clip_grad=1.0,
         rule=nadam_update,
+        momentum="beta1",
         kernels=KERNELS,
     )
 

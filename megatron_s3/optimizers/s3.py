@@ -84,6 +84,7 @@ class S3(ElementwiseOptimizer):
         clip_grad=0.0,
         rule=s3_update,
         bound=_bound,
+        momentum="beta",
         kernels=KERNELS,
     )
 

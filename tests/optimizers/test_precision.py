@@ -125,8 +125,7 @@ def test_bfloat16_states_decay_wherever_they_are_allowed() -> None:
         param = parameter(64)
         state = {name: torch.full((64,), 1.0).bfloat16() for name in STATE}
         optimizer = S3([param], lr=0.0, beta=beta)
-        optimizer.state_dtypes = dict.fromkeys(STATE, torch.bfloat16)
-        optimizer.state[param] = state
+        optimizer.state[param] = state  # beside state_dtypes, which are checked at every step
         param.grad = torch.zeros(64)
         for _ in range(3000):
             optimizer.step()

@@ -499,7 +499,7 @@ def test_missing_learning_rate_is_refused_at_the_step() -> None:
 
 
 def test_learning_rate_of_several_elements_is_refused() -> None:
-    with pytest.raises(ValueError, match="one element"):
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
         S3([parameter(3)], lr=torch.ones(2))
 
 

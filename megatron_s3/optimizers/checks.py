@@ -1,0 +1,116 @@
+"""What a step or a checkpoint may hold: rates, states."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
+
+from megatron_s3.optimizers.description import LARGEST, plain
+
+__all__ = [
+    "check_decay",
+    "largest",
+    "of_shape",
+    "placements",
+    "rate",
+    "shares_memory",
+    "state_fault",
+]
+
+
+def largest(params: list[Tensor]) -> float:
+    """Returns the largest number that the arithmetic of all these parameters' steps can hold."""
+    double = params and all(param.dtype == torch.float64 for param in params)
+    return math.inf if double else LARGEST
+
+
+def rate(name: str, value: Any, most: float = LARGEST) -> float | Tensor | None:
+    """Returns a learning rate or a weight decay as a step takes it: a number or a 0-dim tensor.
+
+    Args:
+        name: how a message calls it.
+        value: a number (see :func:`~megatron_s3.optimizers.description.plain`), a tensor of one
+            element, or None.  A tensor's value is looked at in the CPU's memory only.
+        most: the largest that is allowed, see :func:`largest`.
+
+    Raises:
+        ValueError: it is negative, too large, not finite or no real number.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, not of shape {tuple(value.shape)}")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name} must be a real number, not a tensor of {value.dtype}")
+        if type(value) in (Tensor, Parameter) and value.device.type == "cpu":
+            _check_range(name, value.detach().item(), most)
+        return value.reshape(())
+    number = plain(value)
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    _check_range(name, number, most, value)
+    return number
+
+
+def _check_range(name: str, number: float, most: float, value: Any = None) -> None:
+    value = number if value is None else value
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, not {value!r}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most:.8g}, the largest float32, not {value!r}")
+
+
+def check_decay(lr: float | Tensor | None, weight_decay: float | Tensor, most: float) -> None:
+    """Raises ValueError if the two are numbers whose product no step can hold."""
+    if isinstance(lr, int | float) and isinstance(weight_decay, int | float):
+        product = float(lr) * float(weight_decay)
+        if not product <= most or math.isinf(product):
+            raise ValueError(
+                f"lr * weight_decay must be at most {min(most, 1e308):.8g}, not {lr!r} * "
+                f"{weight_decay!r}"
+            )
+
+
+def placements(tensor: Tensor) -> tuple | None:
+    """Returns how a DTensor is laid out over its mesh; None for other tensors."""
+    return getattr(tensor, "placements", None)
+
+
+def shares_memory(tensor: Tensor) -> bool:
+    """Returns whether elements of a tensor lie in the same memory (expand)."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def of_shape(param: Tensor) -> str:
+    """Returns ", of shape ...,", or nothing for a parameter that is not initialised yet."""
+    return "" if is_lazy(param) else f", of shape {tuple(param.shape)},"
+
+
+def state_fault(param: Tensor, state: Any, device: torch.device | None = None) -> str | None:
+    """Returns why a state tensor cannot be the parameter's, to follow its name; or None.
+
+    Args:
+        param: the parameter; one that is not initialised yet may have any shape.
+        state: what is to be one of its states.
+        device: where it has to be; None if it will be moved there.
+    """
+    if not isinstance(state, Tensor):
+        return f"is of type {type(state).__name__}; a tensor is needed"
+    if placements(state) != placements(param):
+        return "is laid out over ranks in another way than the parameter"
+    if state.layout != torch.strided:
+        return f"is {state.layout}; a dense tensor is needed"
+    if not is_lazy(param) and state.shape != param.shape:
+        return f"has shape {tuple(state.shape)}"
+    if not state.is_floating_point():
+        return f"is {state.dtype}; a real floating-point tensor is needed"
+    if device is not None and state.device != device:
+        return f"is on {state.device}, not on {device}"
+    if device is None and state.is_meta and not param.is_meta:
+        return "has no values (it is on meta)"
+    if not state.is_contiguous() and shares_memory(state):
+        return "has elements that share memory (expand)"
+    return None

@@ -1,0 +1,126 @@
+"""How an optimizer takes up a saved state: whole or not at all, in the dtypes that it keeps."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from megatron_s3.optimizers.checks import of_shape, state_fault
+from megatron_s3.optimizers.description import FORMAT
+
+__all__ = ["Loading", "check_stamps"]
+
+
+class Loading:
+    """One call of an optimizer's ``load_state_dict``, around torch's.
+
+    torch runs the caller's pre-hooks, then :meth:`take`; it moves and casts the rest of the state
+    and puts it in place; then it runs :meth:`put`, and the caller's post-hooks, which so see the
+    state as it will be stepped.  The states themselves never pass through torch, which would cast
+    them to their parameter's dtype and move them to its device.
+
+    Args:
+        optimizer: an :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`.
+
+    Attributes:
+        converted: which states were saved in another dtype, in words.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.converted: set[str] = set()
+        self._states: list[tuple[Tensor, dict[str, Tensor]]] = []
+        names = [h.name for h in optimizer.description.hyperparameters]
+        self._own = [{name: g[name] for name in names} for g in optimizer.param_groups]
+
+    def take(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Checks what the caller's hooks have left, and takes the states out of it.
+
+        Raises:
+            ValueError: see the optimizer's ``load_state_dict``.
+        """
+        saved_groups = state_dict["param_groups"]
+        check_stamps(optimizer, saved_groups)
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if sizes != [len(group["params"]) for group in saved_groups]:
+            return state_dict  # which torch refuses
+        rest = dict(state_dict["state"])
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        ids = itertools.chain.from_iterable(group["params"] for group in saved_groups)
+        for index, (param, i) in enumerate(zip(params, ids, strict=True)):
+            if i in rest:
+                taken = dict(self._checked(optimizer, param, rest[i], index))
+                drop = {*optimizer.description.state, "master_param"}
+                rest[i] = {name: value for name, value in rest[i].items() if name not in drop}
+                self._states.append((param, taken))
+        return state_dict | {"state": rest}
+
+    @staticmethod
+    def _checked(
+        optimizer: Any, param: Tensor, saved: dict[str, Any], index: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        label, names = optimizer.description.label, optimizer.description.state
+        missing = [name for name in names if name not in saved]
+        if missing and len(missing) < len(names):
+            raise ValueError(
+                f"{label}: the state to load for parameter {index} has no {', '.join(missing)}. "
+                "Nothing was loaded."
+            )
+        for name in (*names, *(["master_param"] if optimizer.keeps_master(param) else [])):
+            if name in saved:
+                if fault := state_fault(param, saved[name]):
+                    raise ValueError(
+                        f"{label}: the {name} to load for parameter {index}{of_shape(param)} "
+                        f"{fault}. Nothing was loaded."
+                    )
+                yield name, saved[name]
+
+    def put(self, optimizer: Any) -> None:
+        """Puts the states in place, each in the dtype and on the device where it is kept."""
+        for group in optimizer.param_groups:
+            group["format"] = FORMAT
+        if optimizer.keep_hyperparameters:
+            for group, values in zip(optimizer.param_groups, self._own, strict=True):
+                group.update(values)
+        for param, tensors in self._states:
+            for name, tensor in tensors.items():
+                device, dtype = optimizer.place(name, param)
+                if tensor.dtype != dtype:
+                    self.converted.add(f"{name} from {tensor.dtype} to {dtype}")
+                # As torch does, which shares what it need neither cast nor move.
+                copy = dtype != param.dtype and device == param.device
+                optimizer.state[param][name] = tensor.to(device, dtype, copy=copy)
+
+
+def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless param groups of a checkpoint fit the optimizer's state.
+
+    Args:
+        optimizer: the one that would load them.
+        saved_groups: param groups as saved, with or without their parameters.
+    """
+    ours = optimizer.description
+    own_groups = optimizer.param_groups or [optimizer.defaults]
+    if len(own_groups) != len(saved_groups):
+        own_groups = own_groups[:1] * len(saved_groups)
+    for own, group in zip(own_groups, saved_groups, strict=True):
+        name = group.get("algorithm", "another optimizer")
+        if name != ours.name:
+            raise ValueError(
+                f"this optimizer is {ours.label}, but the state to load was saved by {name}; the "
+                "two keep different averages. Load the model's weights alone, or resume with the "
+                "optimizer that saved it."
+            )
+        if group.get("format", 1) > FORMAT:
+            raise ValueError(
+                f"the state to load is of format {group['format']}, from a newer megatron_s3: "
+                f"this one knows formats up to {FORMAT}. Update megatron_s3, or load the model's "
+                "weights alone."
+            )
+        for h in ours.hyperparameters:
+            if h.fixes_state and group.get(h.name, h.default) != own[h.name]:
+                raise ValueError(
+                    f"the state to load was made by {ours.label} with {h.name}={group[h.name]}, "
+                    f"and has no meaning with {h.name}={own[h.name]}. Resume with "
+                    f"{h.name}={group[h.name]}, or load the model's weights alone."
+                )

@@ -119,7 +119,7 @@ for dtype in (torch.float32, torch.bfloat16):
             for one, other in zip(*results, strict=True):
                 torch.testing.assert_close(one, other)
             continue
-        assert norms == [[None] * 3] * 2
+        assert norms == [[0.0] * 3] * 2
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
     # What --ckpt-format torch_dcp does: the template holds every state, and is loaded in place.

@@ -10,6 +10,7 @@ import sys
 
 from megatron_s3 import register
 from megatron_s3.launch import lock
+from megatron_s3.mcore.refusal import in_one_line
 
 USAGE = """\
 usage: torchrun [...] -m megatron_s3 SCRIPT [ARGS ...]
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> int:
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     lock.join()
     register()
-    runpy.run_path(script, run_name="__main__")
+    with in_one_line():
+        runpy.run_path(script, run_name="__main__")
     return 0
 
 
@@ -56,7 +58,8 @@ def _module(argv: list[str]) -> int:
     sys.argv = argv
     lock.join()
     register()
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    with in_one_line():
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
     return 0
 
 

@@ -8,11 +8,14 @@ those run Megatron-LM's own script with ``-m megatron_s3 pretrain_gpt.py``.
 Megatron is imported inside the functions, because ``register`` has to come first.
 """
 
+import argparse
 import inspect
 from collections.abc import Iterator
 from functools import partial
 
 import torch
+
+from megatron_s3.mcore.refusal import Refused
 
 # Destinations of the arguments that Megatron-LM's own script acts upon and this one does not.
 _NOT_HERE = (
@@ -32,6 +35,20 @@ _NOT_HERE = (
 )
 
 
+def refuse_other_models(args: argparse.Namespace) -> None:
+    """Refuses Megatron's arguments where they ask for what only Megatron-LM's own script does.
+
+    Raises:
+        Refused: naming them.
+    """
+    refused = [name for name in _NOT_HERE if getattr(args, name, None)]
+    if refused:
+        raise Refused(
+            f"megatron_s3.pretrain_gpt does not do {', '.join(refused)}: run Megatron-LM's own "
+            "pretrain_gpt.py with -m megatron_s3"
+        )
+
+
 def model_provider(
     pre_process: bool = True,
     post_process: bool = True,
@@ -49,7 +66,7 @@ def model_provider(
         pg_collection: the process groups; the global ones if None.
 
     Raises:
-        ValueError: an argument asks for what only Megatron-LM's own script does.
+        Refused: as :func:`refuse_other_models`.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -57,12 +74,7 @@ def model_provider(
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
-    refused = [name for name in _NOT_HERE if getattr(args, name, None)]
-    if refused:
-        raise ValueError(
-            f"megatron_s3.pretrain_gpt does not do {', '.join(refused)}: run Megatron-LM's own "
-            "pretrain_gpt.py with -m megatron_s3"
-        )
+    refuse_other_models(args)
     config = config or core_transformer_config_from_args(args)
     return GPTModel(
         config=config,
@@ -262,7 +274,9 @@ def main() -> None:
 if __name__ == "__main__":
     from megatron_s3 import register
     from megatron_s3.launch import lock
+    from megatron_s3.mcore.refusal import in_one_line
 
     lock.join()
     register()
-    main()
+    with in_one_line():
+        main()

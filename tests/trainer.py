@@ -69,8 +69,9 @@ class Run:
 
     @property
     def error(self) -> str:
-        """The last line of the first traceback."""
-        found = re.findall(r"^(?:\[rank\d+\]: )?(\w+(?:Error|Moved): .*)", self.log, re.MULTILINE)
+        """The last line of the first traceback, or the line that refuses the arguments."""
+        line = r"^(?:\[rank\d+\]: )?((?:\w*(?:Error|Moved)|error): .*)"
+        found = re.findall(line, self.log, re.MULTILINE)
         return found[0] if found else ""
 
 

@@ -76,12 +76,17 @@ def tell(message: str) -> None:
 
 
 def _check(config: Config, words: list[str]) -> argparse.Namespace:
+    from megatron_s3 import pretrain_gpt
     from megatron_s3.mcore import parse
+    from megatron_s3.mcore.refusal import Refused
 
     parse.prepare(words)
     _names_and_values(config, parse.parser())
     try:
-        return parse.parse(words, config.world_size)
+        args = parse.parse(words, config.world_size)
+        if not config.launch.script:
+            pretrain_gpt.refuse_other_models(args)
+        return args
     except ValueError as error:
         named = [
             f"{name} ({config.where(name)})"
@@ -94,7 +99,9 @@ def _check(config: Config, words: list[str]) -> argparse.Namespace:
             if name in str(error)
         ]
         place = f"; given: {', '.join(named)}" if named else ""
-        raise ConfigError(f"{config.name}: Megatron refuses it: {error}{place}") from error
+        ours = isinstance(error.__cause__ or error, Refused)
+        who = "" if ours else "Megatron refuses it: "
+        raise ConfigError(f"{config.name}: {who}{error}{place}") from error
 
 
 def _pattern(name: str) -> str:

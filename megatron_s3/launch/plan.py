@@ -119,6 +119,12 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
         planned = sizes.plan(args)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"{config.name}: {error}") from error
+    except (TypeError, AttributeError, ImportError, RuntimeError, LookupError) as error:
+        # What a model needs beyond the layers that are built without a GPU.
+        raise ConfigError(
+            f"{config.name}: cannot be planned: Megatron does not build this model without a GPU: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     activations, formula = sizes.activations(args)
     return Plan(
         name=config.name,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_s3.mcore import cpu_device
+from megatron_s3.mcore.refusal import Refused
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import FORMAT, Description, Hyperparameter
 
@@ -165,8 +166,28 @@ def validate_args(
     """Around Megatron's validation: ours first, then Megatron's as it treats adam.
 
     Raises:
-        ValueError: naming the flag, the reason and what to do.
+        Refused: naming the flag, the reason and what to do.
     """
+    theirs: list[ValueError] = []
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except ValueError as error:
+            theirs.append(error)
+            raise
+
+    try:
+        return _validate(asked, args, *rest, **more)
+    except ValueError as error:
+        if error in theirs:
+            raise
+        raise Refused(str(error)) from None
+
+
+def _validate(
+    original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any
+) -> Any:
     defaults = args.__dict__.pop("_s3_upstream_defaults", {})
     clip_grad_given = not isinstance(args.clip_grad, _Default)
     args.s3_format = FORMAT  # saved with the arguments

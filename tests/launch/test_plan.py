@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megatron_s3.launch.plan import Plan, _vocabulary, as_json, main, text
 from megatron_s3.mcore.sizes import Buffer, Rank, Sizes
 
 REPOSITORY = Path(__file__).parents[2]
+
+ARGS = {"global_batch_size": 8, "train_iters": 30}
 
 # 1000 parameters in bf16 with fp32 gradients, 24 elements of padding, 8 ranks.
 SHARDED = Rank(
@@ -117,6 +120,24 @@ def test_refusals(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsys):
+    """As multi-latent attention, whose layers need a GPU."""
+    from megatron_s3.launch import plan as module
+    from megatron_s3.mcore import sizes
+
+    def fails(args):
+        raise TypeError("unexpected keyword argument 'k_channels'")
+
+    monkeypatch.setattr(module, "check", lambda config, more: Namespace(**ARGS))
+    monkeypatch.setattr(sizes, "completed", fails)
+    assert main(["tiny-s3"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "[megatron-s3] asking Megatron for the sizes; importing it takes a while",
+        "error: tiny-s3: cannot be planned: Megatron does not build this model without a GPU: "
+        "TypeError: unexpected keyword argument 'k_channels'",
+    ]
+
+
 def test_the_vocabulary_is_the_datasets_where_it_is(monkeypatch):
     config = load(["gpt2-7b-s3"], ["dataset=far/away"])
     words, source = _vocabulary(config)
@@ -149,7 +170,9 @@ def test_gpt2_7b(tmp_path, gpus, tensor, batch):
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stderr == ""
+    assert ran.stderr == (
+        "[megatron-s3] asking Megatron for the sizes; importing it takes a while\n"
+    )
     found = json.loads(out.read_text())
     hidden, layers = 4096, 32
     vocabulary = -(-50257 // (128 * tensor)) * 128 * tensor

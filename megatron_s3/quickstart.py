@@ -127,7 +127,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> int:
     prefix = str(args.out / "data" / "text")
     src = data.source(args.input, args.json_key, args.glob)
-    dataset, reused = data.build(src, prefix, tokenizer="bytes")
+    dataset, reused = data.build(src, prefix, tokenizer="bytes", overwrite=True)
     for side in ("train", "valid"):
         if dataset[side]["bytes"] <= SEQ_LENGTH:
             raise data.DataError(

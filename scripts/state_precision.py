@@ -42,7 +42,7 @@ def main() -> int:
     result = args.out / "state_precision.json"
     losses = json.loads(result.read_text()) if result.exists() else {}
     prefix = str(args.out / "text")
-    data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes")
+    data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes", overwrite=True)
     for seed in args.seeds:
         for states, flags in STATES.items():
             key = f"{args.iters} iterations, seed {seed}, {states}"

@@ -45,7 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     prefix = str(args.out / "text")
-    data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes")
+    data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes", overwrite=True)
     adamw = args.out / "adamw"
     start = ["--save", adamw, "--save-interval", args.at, "--exit-interval", args.at]
     before = train(args, prefix, "before", None, start)

@@ -31,7 +31,7 @@ def main() -> int:
     drawn, ratios = random.Random(1), []
     with tempfile.TemporaryDirectory() as folder:
         prefix = f"{folder}/text"
-        data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes")
+        data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes", overwrite=True)
         for pair in range(args.pairs):
             times = {}
             for on in drawn.sample([False, True], 2):

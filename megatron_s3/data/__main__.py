@@ -6,6 +6,7 @@ import shlex
 import sys
 
 from megatron_s3.data import DataError, IncompleteError, build, hub, megatron_arguments, source
+from megatron_s3.data.documents import left_out
 
 
 def _split(text: str) -> tuple[int, int]:
@@ -32,7 +33,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         metavar="DIR|FILE|NAME",
         help="a directory of .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, or else of text "
-        "files (one document each); one such file; 'stdlib' (the standard library of this "
+        "files (one document each); one such file, or one of JSON lines whose name ends in .json "
+        "or .ndjson (.gz, .zst); 'stdlib' (the standard library of this "
         f"Python); {', '.join(hub.NAMED)}; or hf:NAME[:CONFIG], any dataset on the Hugging Face "
         "hub",
     )
@@ -75,6 +77,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="TRAIN,VALID",
         help="parts of the documents for training and validation (95,5)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset of something else that is there under this prefix",
+    )
     return parser.parse_args(argv)
 
 
@@ -92,7 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     again = "the same command goes on from here"
     try:
         src = source(args.input, args.json_key, args.glob, args.revision)
-        made, reused = build(src, args.output_prefix, args.split, args.tokenizer, args.workers)
+        made, reused = build(
+            src, args.output_prefix, args.split, args.tokenizer, args.workers, args.overwrite
+        )
+        lost = left_out(src)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -114,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if made["blank_documents"]:
         print(f"left out  {made['blank_documents']:,} documents without text")
+    for what in lost:
+        print(f"left out  {what}")
     print(
         f"unigram   {made['unigram_entropy']:.3f} nats per token: validation loss of a model that "
         "knows the tokens' frequencies only"

@@ -39,6 +39,7 @@ def build(
     split: tuple[int, int] = (95, 5),
     tokenizer: str = "gpt2",
     workers: int = 1,
+    overwrite: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Write the dataset, or go on with it, or find it already there.
 
@@ -55,13 +56,14 @@ def build(
             tokenizer.
         workers: Processes; one works in the caller's. More need a caller whose main module can be
             imported, as `multiprocessing` does.
+        overwrite: Whether a dataset of something else at `prefix` is replaced.
 
     Returns:
         The description (the content of `PREFIX.json`) and whether the dataset was reused.
 
     Raises:
         DataError: If the source is unusable, leaves one side of the split empty, or is not the one
-            that the finished parts are of.
+            that the finished parts are of; if a dataset of something else is there.
         IncompleteError: If a worker or the network failed; the same call goes on.
     """
     if min(split) < 1:
@@ -91,6 +93,8 @@ def build(
                 if _plan(folder) in ({}, settings):  # killed while its parts were removed
                     shutil.rmtree(folder)
                 return old, True
+            if not overwrite:
+                _refuse_to_replace(prefix, old, wanted)
             before = _resume(prefix, shards, settings)
             progress = work.Progress(shards)
             for number, part in before.items():
@@ -184,6 +188,34 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _refuse_to_replace(prefix: str, old: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    """Refuses to lose what another command has made.
+
+    Raises:
+        DataError: It is there.
+    """
+    instead = "give another --output-prefix, or --overwrite to replace it"
+    if old and _whole(old, prefix):
+        differing = [
+            f"{key} {json.dumps(old.get(key))}, now {json.dumps(new)}"
+            for key, new in wanted.items()
+            if key != "input" and old.get(key) != new
+        ] or ["files of the input have changed since"]
+        raise DataError(
+            f"--output-prefix {prefix}: a finished dataset of something else is there "
+            f"({'; '.join(differing)}); {instead}"
+        )
+    if os.path.exists(f"{prefix}.json") or _plan(f"{prefix}.parts"):
+        return  # one that is not whole, or this command, killed while it put the files in place
+    for side in SPLITS:
+        for ending in ("bin", "idx"):
+            if os.path.exists(f"{prefix}_{side}.{ending}"):
+                raise DataError(
+                    f"--output-prefix {prefix}: {prefix}_{side}.{ending} is there, without a "
+                    f"{prefix}.json that says what it is; {instead}"
+                )
 
 
 def _numbers(folder: str) -> list[int]:

@@ -7,6 +7,7 @@ workers, and a shard is the unit that is redone after a kill.
 import fnmatch
 import os
 import random
+import stat
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ from megatron_s3.data.readers import Shard
 TEXT_GLOBS = ("*.txt", "*.md", "*.rst", "*.py")
 #: Files that hold many documents each.
 DATA_GLOBS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet")
+#: Files that are taken for JSON lines where they are asked for; .json is also what programs keep
+#: their settings in.
+JSON_GLOBS = tuple(
+    f"*.{kind}{packed}" for kind in ("json", "ndjson") for packed in ("", ".gz", ".zst")
+)
 
 # Not text that people wrote for people to read: tests, vendored code, generated tables.
 _STDLIB_SKIPPED_DIRS = {
@@ -129,7 +135,7 @@ def source(
             f"--input {name}: there is none; give a directory, a {_endings()} file, 'stdlib', "
             f"{', '.join(hub.NAMED)} or hf:NAME"
         )
-    if not _matches(path.name, DATA_GLOBS):
+    if not _matches(path.name, DATA_GLOBS + JSON_GLOBS):
         raise DataError(
             f"--input {name}: the name of a single file must end in {_endings()}; "
             "for plain text give the directory that holds it"
@@ -145,31 +151,98 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def _walk(src: Source) -> Iterator[str]:
+def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
+    """The files below the source's path; symbolic links are followed, but not in circles.
+
+    Args:
+        src: The source.
+        hidden: Takes up the folders that are left out because their names begin with a point.
+
+    Raises:
+        DataError: If a folder cannot be listed.
+    """
     skipped = _STDLIB_SKIPPED_DIRS if src.kind == "stdlib" else set()
-    for folder, folders, names in os.walk(src.path):
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+    for folder, folders, names in os.walk(src.path, onerror=unreadable, followlinks=True):
+        if hidden is not None:
+            hidden += [os.path.join(folder, name) for name in folders if name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if name not in skipped and not name.startswith(".") and not _in_circle(folder, name)
+        ]
         for name in names:
             if src.kind == "stdlib" and _matches(name, _STDLIB_SKIPPED_FILES):
                 continue
             yield os.path.relpath(os.path.join(folder, name), src.path)
 
 
+def _in_circle(folder: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    real = os.path.realpath(path)
+    return os.path.commonpath([real, os.path.realpath(folder)]) == real
+
+
+def _globs(src: Source, there: list[str]) -> tuple[str, ...]:
+    if src.globs:
+        return src.globs
+    data = any(_matches(os.path.basename(n), DATA_GLOBS) for n in there)
+    return DATA_GLOBS if data else TEXT_GLOBS
+
+
+def _endings_of(names: list[str]) -> str:
+    """The most frequent endings, with how often they occur."""
+    seen: dict[str, int] = {}
+    for name in names:
+        base = os.path.basename(name)
+        ending = "".join(Path(base).suffixes[-2:]) if base.endswith((".gz", ".zst")) else ""
+        ending = ending or Path(base).suffix or base
+        seen[ending] = seen.get(ending, 0) + 1
+    common = sorted(seen, key=lambda e: (-seen[e], e))[:3]
+    others = ", ..." if len(seen) > len(common) else ""
+    return ", ".join(f"{e} ({seen[e]})" for e in common) + others
+
+
+def left_out(src: Source) -> list[str]:
+    """What of a directory no document is made of, a line for each reason.
+
+    Raises:
+        DataError: If a folder cannot be listed.
+    """
+    if src.kind != "directory":
+        return []
+    hidden: list[str] = []
+    there = list(_walk(src, hidden))
+    globs = _globs(src, there)
+    taken = [n for n in there if _matches(os.path.basename(n), globs)]
+    others = [n for n in there if not _matches(os.path.basename(n), globs)]
+    empty = [n for n in taken if not os.path.getsize(os.path.join(src.path, n))]
+    told = []
+    if others:
+        files = f"{len(others):,} file{'s'[: len(others) > 1]}"
+        told.append(f"{files} whose names match no {' '.join(globs)}: {_endings_of(others)}")
+    if empty:
+        told.append(f"{len(empty):,} file{'s'[: len(empty) > 1]} of 0 bytes: {_endings_of(empty)}")
+    if hidden:
+        told.append(
+            f"{len(hidden):,} folder{'s'[: len(hidden) > 1]} whose names begin with a point"
+        )
+    return told
+
+
 def _files(src: Source) -> list[str]:
     """The source's files, relative to its path, in an order that is the same on every machine."""
     there = list(_walk(src))
-    globs = src.globs
-    if not globs:
-        data = any(_matches(os.path.basename(n), DATA_GLOBS) for n in there)
-        globs = DATA_GLOBS if data else TEXT_GLOBS
+    globs = _globs(src, there)
     found = [n for n in there if _matches(os.path.basename(n), globs)]
     if not found:
-        seen: dict[str, int] = {}
-        for name in there:
-            ending = Path(name).suffix or os.path.basename(name)
-            seen[ending] = seen.get(ending, 0) + 1
-        common = sorted(seen, key=lambda e: (-seen[e], e))[:3]
-        holds = ", ".join(f"{e} ({seen[e]})" for e in common) or "no files at all"
+        holds = _endings_of(there) or "no files at all"
         patterns = " ".join(src.globs or TEXT_GLOBS + DATA_GLOBS)
         raise DataError(
             f"--input {src.path}: no file matches {patterns}; it holds {holds}: "
@@ -188,6 +261,8 @@ def _cut(files: list[str], key: str) -> Iterator[Shard]:
             stats[path] = os.stat(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        if not stat.S_ISREG(stats[path].st_mode):
+            raise DataError(f"{path}: not a regular file; leave it out with --glob")
     target = max(_SHARD_BYTES, sum(s.st_size for s in stats.values()) // _SHARDS)
     texts: list[str] = []  # text files, one document each
     before: int | None = 0
@@ -200,11 +275,11 @@ def _cut(files: list[str], key: str) -> Iterator[Shard]:
 
     gathered = 0
     for path in files:
-        stat, name = stats[path], os.path.basename(path)
-        if not _matches(name, DATA_GLOBS):
-            if stat.st_size:
+        size, name = stats[path].st_size, os.path.basename(path)
+        if not _matches(name, DATA_GLOBS + JSON_GLOBS):
+            if size:
                 texts.append(path)
-                gathered += stat.st_size
+                gathered += size
             if gathered >= target or len(texts) == _TEXT_FILES:
                 yield from text_shard()
                 before = None if before is None else before + len(texts)
@@ -212,18 +287,18 @@ def _cut(files: list[str], key: str) -> Iterator[Shard]:
             continue
         yield from text_shard()  # the order of the files is the order of the documents
         texts, gathered, before = [], 0, None
-        identity = (_identity(stat),)
+        identity = (_identity(stats[path]),)
         if name.endswith(".parquet"):
             for start, stop, size in readers.row_groups(path, key, target):
                 yield Shard("parquet", (path,), identity, start, stop, key, size)
-        elif name.endswith(".jsonl"):
-            for start in range(0, stat.st_size, target):
-                stop = min(start + target, stat.st_size)
+        elif not name.endswith((".gz", ".zst")):
+            for start in range(0, size, target):
+                stop = min(start + target, size)
                 yield Shard("jsonl", (path,), identity, start, stop, key, stop - start)
         else:  # compressed: readable from its beginning only
-            yield Shard("jsonl", (path,), identity, 0, stat.st_size, key, stat.st_size)
+            yield Shard("jsonl", (path,), identity, 0, size, key, size)
     yield from text_shard()
 
 
-def _identity(stat: os.stat_result) -> str:
-    return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+def _identity(of: os.stat_result) -> str:
+    return f"{of.st_size} bytes of {of.st_mtime_ns}"

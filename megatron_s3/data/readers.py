@@ -123,6 +123,8 @@ def _whole_file(path: str) -> bytes:
 
 def _from_jsonl(shard: Shard) -> Iterator[bytes]:
     path = shard.files[0]
+    if path.endswith((".gz", ".zst")) and not shard.stop:
+        raise DataError(f"{path}: 0 bytes, and not a compressed file; fetch it again, or remove it")
     if path.endswith(".gz"):
         lines: Iterable[bytes] = _lines(_gunzipped(path))
     elif path.endswith(".zst"):
@@ -152,6 +154,10 @@ def _text_of(line: bytes, key: str, where: Callable[[], str]) -> bytes:
         raise DataError(
             f"{where()}: not JSON ({error.msg}); each line must be one object"
         ) from error
+    except RecursionError as error:
+        raise DataError(f"{where()}: JSON nested too deeply to be read") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"{where()}: JSON that cannot be read ({error})") from error
     if not isinstance(record, dict) or key not in record:
         keys = ", ".join(map(repr, record)) if isinstance(record, dict) else "no object"
         raise DataError(
@@ -171,6 +177,8 @@ def _range(path: str, start: int, stop: int) -> Iterator[bytes]:
             while position < stop and (line := file.readline()):
                 position += len(line)
                 yield line
+            if position < stop:
+                raise DataError(f"{path}: became shorter while it was read")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -205,7 +213,8 @@ def _unzstandarded(path: str) -> Iterator[bytes]:
         raise DataError(f"{path}: reading it needs zstandard: pip install zstandard") from error
 
     def frame() -> "zstandard.ZstdDecompressionObj":
-        return zstandard.ZstdDecompressor().decompressobj()
+        # Of any window that zstd can write (--long=31); by default 128 MiB is the most.
+        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
     # Not stream_reader(), which takes a file that was cut off for one that has ended.
     try:
@@ -248,9 +257,14 @@ def _from_parquet(shard: Shard) -> Iterator[bytes]:
         for batch in file.iter_batches(
             1024, row_groups=list(range(shard.start, shard.stop)), columns=[shard.key]
         ):
-            for text in batch.column(0).to_pylist():
+            for text in batch.column(0):
                 row += 1
-                yield _checked(text, where, shard.key)
+                try:
+                    plain = text.as_py()
+                except UnicodeDecodeError as error:
+                    at = f"byte {error.start} of the text"
+                    raise DataError(f"{where()}: not UTF-8 at {at}") from error
+                yield _checked(plain, where, shard.key)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: damaged after row {row} ({reason}); fetch it again") from error

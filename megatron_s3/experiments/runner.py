@@ -43,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("left out: burst: a launch has no trainer that makes a gradient too large")
         chosen.remove("burst")
     if args.config is None:
-        data.build(data.source("stdlib", "text", None), str(args.out / "text"), tokenizer="bytes")
+        data.build(
+            data.source("stdlib", "text", None),
+            str(args.out / "text"),
+            tokenizer="bytes",
+            overwrite=True,
+        )
     if args.dry_run:
         runs = plan(results(args.out), chosen, args.of)
         for run in runs:

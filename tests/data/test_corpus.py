@@ -134,11 +134,11 @@ def test_same_source_is_reused_and_a_changed_one_rebuilt(
     written = os.stat(f"{prefix}_train.bin")
     assert run() == "reused"
     assert os.stat(f"{prefix}_train.bin") == written
-    assert run("--split", "90,10") == "wrote"
-    assert run() == "wrote"
+    assert run("--split", "90,10", "--overwrite") == "wrote"
+    assert run("--overwrite") == "wrote"
     file = folder / "0.txt"
     file.write_bytes(file.read_bytes().swapcase())
-    assert run() == "wrote"
+    assert run("--overwrite") == "wrote"
     os.truncate(f"{prefix}_valid.bin", 10)
     assert run() == "wrote"
     Path(f"{prefix}_train.idx").unlink()
@@ -148,11 +148,42 @@ def test_same_source_is_reused_and_a_changed_one_rebuilt(
     assert run() == "reused"
 
 
+def test_a_finished_dataset_of_something_else_is_not_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = str(tmp_path / "set")
+    command = ["--input", str(folder), "--output-prefix", prefix, "--tokenizer", "bytes"]
+    assert main(command) == 0
+    files = {p.name: p.read_bytes() for p in tmp_path.glob("set*") if p.is_file()}
+
+    def refused(said: str, *more: str) -> None:
+        capsys.readouterr()
+        assert main([*command, *more]) == 2
+        err = capsys.readouterr().err
+        assert said in err and "--overwrite" in err and err.count("\n") == 1
+        assert {p.name: p.read_bytes() for p in tmp_path.glob("set*") if p.is_file()} == files
+        assert not Path(f"{prefix}.parts").exists()
+
+    refused("split [95, 5], now [90, 10]", "--split", "90,10")
+    refused('now {"name": "gpt2"', "--tokenizer", "gpt2")
+    refused("source {", "--glob", "0*")
+    (folder / "another.txt").write_text("one more")
+    refused("files of the input have changed since")
+    assert main([*command, "--overwrite"]) == 0
+    # Files of another program, which would be lost as well.
+    Path(f"{prefix}.json").unlink()
+    del files["set.json"]
+    files |= {p.name: p.read_bytes() for p in tmp_path.glob("set_*") if p.is_file()}
+    refused("set_train.bin is there, without a")
+    with pytest.raises(data.DataError, match=r"set_train\.bin is there"):
+        build(folder, prefix)
+
+
 def test_rebuilding_removes_megatrons_indices_of_the_old_text(tmp_path: Path) -> None:
     prefix = str(tmp_path / "set")
     for text in ("old", "new"):
         file = jsonl(tmp_path / "a.jsonl", {"text": text}, {"text": text})
-        build(file, prefix, (1, 1))
+        build(file, prefix, (1, 1), overwrite=True)
         cache = tmp_path / "set_train" / "cache"
         assert not cache.exists()
         cache.mkdir(parents=True)
@@ -161,11 +192,11 @@ def test_rebuilding_removes_megatrons_indices_of_the_old_text(tmp_path: Path) ->
 def test_a_failed_build_leaves_the_dataset_that_was_there(tmp_path: Path) -> None:
     prefix = str(tmp_path / "set")
     file = jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
-    made, _ = build(file, prefix, (1, 1))
+    made, _ = build(file, prefix, (1, 1), overwrite=True)
     before = sorted(p.name for p in tmp_path.iterdir())
     jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "three"}, {"txt": "four"})
     with pytest.raises(data.DataError):
-        build(file, prefix, (1, 1))
+        build(file, prefix, (1, 1), overwrite=True)
     assert data.load(prefix) == made
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -176,7 +207,7 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
 ) -> None:
     prefix = str(tmp_path / "set")
     file = jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
-    build(file, prefix, (1, 1))
+    build(file, prefix, (1, 1), overwrite=True)
     jsonl(file, {"text": "three"}, {"text": "four"})
     replace, done = os.replace, []
 
@@ -190,10 +221,10 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
 
     monkeypatch.setattr(os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
-        build(file, prefix, (1, 1))
+        build(file, prefix, (1, 1), overwrite=True)
     assert data.load(prefix) is None
     monkeypatch.undo()
-    _, reused = build(file, prefix, (1, 1))
+    _, reused = build(file, prefix, (1, 1), overwrite=True)
     assert not reused
     assert as_text(tokens(f"{prefix}_valid")[0]) == b"three"
     assert not Path(f"{prefix}.parts").exists()
@@ -212,6 +243,13 @@ BAD = {
     "surrogate": ([b'{"text": "ab\\ud800"}\n'], "file0.jsonl", ["line 1", "surrogate"]),
     "one document": ([b'{"text": "a"}\n'], "file0.jsonl", ["1 documents", "none for train"]),
     "no document": ([b"\n"], "file0.jsonl", ["0 documents"]),
+    "brackets": ([b'{"text": "a"}\n{"text": "b", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"],
+                 "file0.jsonl", ["file0.jsonl, line 2", "nested too deeply"]),
+    "digits": ([b'{"text": "a"}\n{"text": "b", "x": ' + b"1" * 5000 + b"}\n"], "file0.jsonl",
+               ["file0.jsonl, line 2", "cannot be read (", "4300 digits"]),
+    "no JSON lines": ([b'[\n{"text": "a"}\n]\n'], "file0.json", ["file0.json, line 1", "not JSON"]),
+    "empty gzip": ([b""], "file0.jsonl.gz", ["file0.jsonl.gz", "0 bytes", "fetch it again"]),
+    "empty zstandard": ([b""], "file0.jsonl.zst", ["file0.jsonl.zst", "0 bytes"]),
     "file not UTF-8": ([b"fine", b"ab\xff"], ".", ["file1.txt", "UTF-8", "byte 2"]),
     "no file matches": ([b"x"], "sub", ["sub", "*.txt", ".bin (1)", "--glob"]),
 }  # fmt: skip
@@ -223,7 +261,7 @@ def test_bad_input_gives_one_error_and_status_2(
 ) -> None:
     contents, asked, said = BAD[name]
     monkeypatch.chdir(tmp_path)
-    ending = Path(asked).suffix or ".txt"
+    ending = "".join(Path(asked).suffixes) or ".txt"
     for i, content in enumerate(contents):
         Path(f"file{i}{ending}").write_bytes(content)
     Path("sub").mkdir()

@@ -1,7 +1,10 @@
 """Files of every kind, and the hub's through the datasets library, to documents."""
 
+import contextlib
 import gzip
+import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,3 +187,110 @@ def test_unreachable_hub_dataset_is_one_clear_error(
     fineweb = data.source("fineweb-10bt", revision="abc")
     assert (fineweb.path, fineweb.config) == ("HuggingFaceFW/fineweb", "sample-10BT")
     assert fineweb.revision == "abc"
+
+
+def whole(folder: Path, *more: str) -> tuple[int, str, str]:
+    """What the command makes of a folder: documents, what it says and what it complains of."""
+    out, err = io.StringIO(), io.StringIO()
+    prefix = str(folder.parent / "made/set")
+    command = ["--input", str(folder), "--output-prefix", prefix, "--tokenizer", "bytes"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([*command, "--workers", "1", *more])
+    if status:
+        return -status, out.getvalue(), err.getvalue()
+    made = data.load(prefix)
+    return made["train"]["documents"] + made["valid"]["documents"], out.getvalue(), err.getvalue()
+
+
+def test_folders_behind_links_are_read_and_circles_are_not(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere/deep"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(lines(TEXTS[:20]))
+    (elsewhere / "b.jsonl").write_bytes(lines(TEXTS[20:]))
+    (folder / "linked").symlink_to(elsewhere.parent)
+    (folder / "sub/back").symlink_to(folder)
+    (elsewhere / "back").symlink_to(elsewhere.parent)
+    assert whole(folder)[0] == len(TEXTS)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.jsonl").write_bytes(lines(TEXTS))
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("/b"):
+            raise OSError(116, "Stale file handle", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    status, _, err = whole(folder)
+    assert status == -2
+    assert err == f"error: {folder}/b: cannot be listed (Stale file handle)\n"
+
+
+def test_json_lines_by_another_name_are_json_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.json").write_bytes(lines(TEXTS[:9]))
+    (folder / "b.json.gz").write_bytes(gzip.compress(lines(TEXTS[9:30])))
+    (folder / "c.ndjson").write_bytes(lines(TEXTS[30:]))
+    status, _, err = whole(folder)
+    assert status == -2
+    assert "it holds .json (1), .json.gz (1), .ndjson (1): name the files with --glob" in err
+    assert whole(folder, "--glob", "*.json*", "--glob", "*.ndjson")[0] == len(TEXTS)
+    assert [t.decode() for t in data.source(str(folder / "b.json.gz")).documents()] == TEXTS[9:30]
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / ".hidden").mkdir(parents=True)
+    for name in ("a.json", "b.json", "c.txt", "d.json.gz", "e.csv"):
+        (folder / name).write_bytes(lines(TEXTS))
+    (folder / "x.jsonl").write_bytes(lines(TEXTS))
+    (folder / "y.jsonl").touch()
+    documents_, out, _ = whole(folder)
+    assert documents_ == len(TEXTS)
+    assert [line for line in out.splitlines() if line.startswith("left out")] == [
+        "left out  5 files whose names match no *.jsonl *.jsonl.gz *.jsonl.zst *.parquet: "
+        ".json (2), .csv (1), .json.gz (1), ...",
+        "left out  1 file of 0 bytes: .jsonl (1)",
+        "left out  1 folder whose names begin with a point",
+    ]
+    (folder / "z.jsonl.gz").touch()
+    status, _, err = whole(folder, "--overwrite")
+    assert status == -2 and f"{folder}/z.jsonl.gz: 0 bytes" in err
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS))
+    shards = data.source(str(path)).shards()
+    path.write_bytes(lines(TEXTS[:30]))
+    with pytest.raises(data.DataError, match="became shorter while it was read"):
+        list(readers.documents(shards[0]))
+
+
+def test_a_zst_with_a_long_window_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    frame = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path.write_bytes(frame.compress(lines(TEXTS)) + frame.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 28
+    assert [t.decode() for t in data.source(str(path)).documents()] == TEXTS
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(data.DataError, match="cut off or damaged"):
+        list(data.source(str(path)).documents())
+
+
+def test_a_parquet_string_that_is_no_utf8_is_told_by_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    raw = pa.array([b"fine", b"ab\xff"], pa.binary())
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(2, *raw.buffers()[1:])}), path)
+    with pytest.raises(data.DataError, match=r"a.parquet, row 2: not UTF-8 at byte 2"):
+        list(data.source(str(path)).documents())

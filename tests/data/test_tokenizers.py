@@ -166,3 +166,39 @@ def test_another_file_than_gpt2s_is_refused(
 def test_arguments_of_no_dataset_are_refused(tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match="megatron-s3 data"):
         data.megatron_arguments(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("text", "largest"),
+    [
+        ("".join(f"{t} {i}" for i in range(40) for t in TEXTS), 4000),  # with words of 3,000
+        ("no white space at all: " + "".join(f"ab{i}漢字;" for i in range(3000)), 2000),
+        ("\n".join("word " * (i % 9) for i in range(2000)), 2000),
+        ("   \n\n" * 3000, 15000),  # one word to GPT-2
+        ("0" * 9000, 9000),
+    ],
+)
+def test_a_long_text_is_cut_where_its_tokens_stay_the_same(
+    text: str, largest: int, gpt2: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = gpt2.encoder()([text.encode()])
+    load, sizes = tokenizers._load, []
+
+    class Watched:
+        def __init__(self, folder: str) -> None:
+            self._library = load(folder)
+            self._library.encode_special_tokens = True
+
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            sizes.extend(map(len, texts))
+            return self._library.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(tokenizers, "_load", Watched)
+    for name, value in {"_PIECE": 2000, "_AROUND": 200, "_SEARCHED": 500}.items():
+        monkeypatch.setattr(tokenizers, name, value)
+    short = "beside it"
+    first, cut, last = gpt2.encoder()([short.encode(), text.encode(), b"and this"])
+    assert np.array_equal(cut, whole)
+    assert max(sizes) <= largest  # which is what takes the memory
+    (alone,) = gpt2.encoder()([short.encode()])
+    assert np.array_equal(first, alone) and last[-1] == END

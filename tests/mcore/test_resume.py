@@ -1,5 +1,6 @@
 """Save, resume and reshard with S3's state, through the real trainer."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,28 @@ def test_another_layout_continues_the_run(layout: str, dp2: tuple[Path, Run]) ->
     difference = abs(float(resumed.losses[ITERATIONS]) - float(unbroken.losses[ITERATIONS]))
     print(f"{layout}: the loss differs by {difference:.1e} nats after 3 steps")
     assert difference <= bound
+
+
+RATES = [
+    f"{name}, {flags}"
+    for name in ("s3", "adam")
+    for flags in ("", "--bf16", *(" ".join(flags) for flags in (BF16, RESHARDABLE)))
+]
+
+
+@pytest.mark.parametrize("case", brief(RATES, f"s3, {' '.join(BF16)}"))
+def test_a_run_goes_on_with_another_rate_where_it_is_said_whose_counts(
+    case: str, tmp_path: Path
+) -> None:
+    name, flags = case.split(", ")
+    flags = ["--optimizer", name, *flags.split(), "--lr-decay-style", "constant"]
+    flags += ["--lr-warmup-iters", "0", "--train-iters", "4"]
+    train(*flags, "--save", tmp_path, "--save-interval", 2)
+    flags += ["--load", tmp_path, "--ckpt-step", 2, "--lr", "1e-3", "--min-lr", "1e-4"]
+    refused = train(*flags, check=False)
+    assert refused.returncode and "was saved with --lr 0.003 --min-lr 0.0, and" in refused.error
+    assert "--override-opt_param-scheduler" in refused.error and not refused.losses
+    for whose, rate in (("override", 1e-3), ("use-checkpoint", 3e-3)):
+        run = train(*flags, f"--{whose}-opt_param-scheduler")
+        found = re.findall(r"iteration +(\d+)/.*?learning rate: ([\d.E+-]+)", run.log)
+        assert [(i, float(lr)) for i, lr in found] == [("3", rate), ("4", rate)]

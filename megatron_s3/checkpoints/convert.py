@@ -53,7 +53,7 @@ def convert(
     to: str,
     *,
     iteration: int | None = None,
-    lr_factor: float = transfer.LR_FACTOR,
+    lr_factor: float | None = None,
     s3: dict[str, Any] | None = None,
 ) -> dict:
     """Writes ``output``, a folder for ``--load``, whole or not at all; the input is only read.
@@ -63,7 +63,7 @@ def convert(
         output: folder to make.
         to: ``s3`` or ``adam``.
         iteration: the last one saved if None.
-        lr_factor: S3's learning rate over AdamW's.
+        lr_factor: S3's learning rate over AdamW's; ``transfer.LR_FACTOR`` if None.
         s3: hyperparameters of S3, where they are not its defaults.
 
     Returns:
@@ -181,7 +181,7 @@ class _Source:
             raise ConvertError(f"{self.folder}: not every parameter has both states")
         self.states = set(*pairs)
 
-    def settings(self, to: str, lr_factor: float, s3: dict[str, Any] | None) -> Settings:
+    def settings(self, to: str, lr_factor: float | None, s3: dict[str, Any] | None) -> Settings:
         try:
             found = transfer.settings([*self.parsed.values()], to, lr_factor, s3)
         except ValueError as error:
@@ -474,10 +474,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--lr-factor",
         type=float,
-        default=transfer.LR_FACTOR,
         metavar="X",
-        help="S3's learning rate over AdamW's; weight decay is divided by it, so that "
-        "lr * weight_decay stays (%(default)g, the paper's)",
+        help="S3's learning rate over AdamW's; lr * weight_decay stays. By default "
+        f"{transfer.LR_FACTOR['s3']:g} to S3, which is measured to go well in mid-run, and "
+        f"{transfer.LR_FACTOR['adam']:g} to AdamW, as the paper has it between whole runs: give "
+        "the same both ways to get back where you were",
     )
     for h in transfer.S3.description.hyperparameters:
         if h.name in ("beta", "p"):
@@ -489,7 +490,7 @@ def main(argv: list[str]) -> int:
     s3 = {name: value for name, value in given.items() if value is not None}
     if s3 and args.to != "s3":
         parser.error("--s3-beta and --s3-p are for --to s3: a checkpoint of S3's holds its own")
-    if not 0 < args.lr_factor < float("inf"):
+    if args.lr_factor is not None and not 0 < args.lr_factor < float("inf"):
         parser.error(f"--lr-factor must be positive, not {args.lr_factor:g}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -17,10 +17,13 @@ gradients, of one unit and one scale.  They are not equal (of normally distribut
 difference within about 60.  ``|m| <= r``, which holds of S3's own state, need not hold of AdamW's;
 S3's update is clamped at its bound, so that no element moves by more than lr all the same.
 
-The rates follow the paper: the learning rate times 10, lr * weight_decay as it was.
+lr * weight_decay stays as it was.  The learning rate is multiplied by 3 on the way to S3: that goes
+well in mid-run (README).  The paper's 10 is between a run of AdamW's and one of S3's, each from its
+beginning, and is what S3's is divided by on the way to AdamW.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,8 +52,8 @@ __all__ = [
     "state_of",
 ]
 
-#: S3's learning rate over AdamW's, in the paper.
-LR_FACTOR = 10.0
+#: S3's learning rate over AdamW's, by the target.
+LR_FACTOR = {"s3": 3.0, "adam": 10.0}
 
 #: The state that has another name under the target.
 OTHER_NAME = {"s3": ("exp_avg_sq", "exp_pnorm"), "adam": ("exp_pnorm", "exp_avg_sq")}
@@ -108,7 +111,7 @@ class Settings:
         beta1: AdamW's coefficient of ``exp_avg``.
         beta2: AdamW's coefficient of ``exp_avg_sq``.
         eps: AdamW's.
-        lr_factor: on every learning rate; weight decays are divided by it.
+        lr_factor: S3's learning rates over AdamW's; weight decays are AdamW's over S3's.
         s3: S3's hyperparameters.
         clip_grad: the target's.
         sharded: whether by the distributed optimizer.
@@ -137,12 +140,18 @@ def scaled(value: float, factor: float) -> float:
 
     Megatron compares the rates of a checkpoint with those of the flags exactly.
     """
-    return float(Decimal(repr(float(value))) * Decimal(repr(float(factor))))
+    return _written(Decimal(repr(float(value))) * Decimal(repr(float(factor))))
 
 
 def over(value: float, factor: float) -> float:
     """``value / factor``, as :func:`scaled`."""
-    return float(Decimal(repr(float(value))) / Decimal(repr(float(factor))))
+    return _written(Decimal(repr(float(value))) / Decimal(repr(float(factor))))
+
+
+def _written(value: Decimal) -> float:
+    """A short number, if it is one but for a rounding: a third, times 3."""
+    exact, short = float(value), float(f"{value:.14g}")
+    return short if math.isclose(exact, short, rel_tol=4e-16) else exact
 
 
 def state_of(name: str) -> str | None:
@@ -184,7 +193,7 @@ def convert_tensor(name: str, tensor: Tensor, settings: Settings) -> Tensor:
 def settings(
     objects: list[Any],
     to: str,
-    lr_factor: float = LR_FACTOR,
+    lr_factor: float | None = None,
     s3: dict[str, Any] | None = None,
 ) -> Settings:
     """What the objects of a checkpoint (param groups, arguments) say about the conversion.
@@ -192,7 +201,7 @@ def settings(
     Args:
         objects: as the checkpoint holds them.
         to: the target.
-        lr_factor: S3's learning rate over AdamW's.
+        lr_factor: S3's learning rate over AdamW's; :data:`LR_FACTOR` if None.
         s3: hyperparameters of S3, where they are not its defaults (to S3 alone).
 
     Raises:
@@ -240,7 +249,7 @@ def settings(
         beta1=beta1,
         beta2=beta2,
         eps=args.adam_eps,
-        lr_factor=lr_factor if to == "s3" else over(1, lr_factor),
+        lr_factor=LR_FACTOR[to] if lr_factor is None else lr_factor,
         s3=values,
         clip_grad=S3.description.clip_grad if to == "s3" else AdamW.description.clip_grad,
         sharded=args.use_distributed_optimizer,
@@ -305,13 +314,14 @@ def _convert_group(group: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 def _with_rates(values: dict, rates: tuple[str, ...], settings: Settings) -> dict:
     new = dict(values)
+    higher, lower = (scaled, over) if settings.to == "s3" else (over, scaled)
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if name in rates:
-            new[name] = scaled(value, settings.lr_factor)
+            new[name] = higher(value, settings.lr_factor)
         elif name in _DECAYS:
-            new[name] = over(value, settings.lr_factor)
+            new[name] = lower(value, settings.lr_factor)
     return new
 
 

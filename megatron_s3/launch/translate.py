@@ -26,6 +26,8 @@ from megatron_s3.launch.trace import Trace, trace
 
 __all__ = ["LaunchError", "Translation", "main", "translate"]
 
+#: S3's learning rate over AdamW's in the paper, each from its beginning. A checkpoint in mid-run
+#: is converted with another (megatron_s3.checkpoints.transfer).
 LR_FACTOR = "10"
 
 _ADAM = ("adam", "adamw")
@@ -90,7 +92,7 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
         except Mismatch as error:
             reason = reason or str(error)
             continue
-        warnings = _warnings(text, launches)
+        warnings = _warnings(text, launches, lr_factor)
         return Translation(result, (*edits.changes, *notes), tuple(warnings))
     raise LaunchError(
         f"what has to change cannot be changed here without changing something else ({reason}): "
@@ -157,7 +159,7 @@ def _check(launch: Launch) -> None:
                 ) from None
 
 
-def _warnings(text: str, launches: Sequence[Launch]) -> list[str]:
+def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str]:
     """What has to be seen to by hand."""
     from megatron_s3.mcore.arguments import UNSUPPORTED
 
@@ -198,8 +200,9 @@ def _warnings(text: str, launches: Sequence[Launch]) -> list[str]:
             if not has("--no-load-optim") and not has("--finetune"):
                 say(
                     f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert "
-                    f"{folder} NEW --to s3` makes a checkpoint that S3 resumes from (--load NEW), "
-                    "and --no-load-optim takes the weights alone"
+                    f"{folder} NEW --to s3 --lr-factor {lr_factor}` makes a checkpoint that "
+                    "S3 resumes from with these rates (--load NEW); in mid-run --lr-factor 3, here "
+                    "and there, goes better. --no-load-optim takes the weights alone"
                 )
         for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
             if has(flag):
@@ -275,7 +278,9 @@ def main(argv: Sequence[str]) -> int:
         type=_factor,
         default=Decimal(LR_FACTOR),
         metavar="X",
-        help="S3's learning rate over AdamW's (%(default)s, the paper's)",
+        help="S3's learning rate over AdamW's (%(default)s, the paper's, for a run from its "
+        "beginning; for one that goes on from a converted checkpoint what convert was given, 3 by "
+        "default)",
     )
     args = parser.parse_args(argv[: argv.index("--")] if after is not None else argv)
     if (args.file is None) == (after is None):

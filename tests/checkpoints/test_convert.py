@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_s3.checkpoints import convert, items, transfer
+from megatron_s3.launch import translate
 from megatron_s3.optimizers import S3
 from megatron_s3.optimizers.description import FORMAT
 from tests.trainer import assert_bitwise_equal, brief, tensors, train
@@ -107,7 +108,7 @@ def test_states_follow_the_rule_and_weights_stay(dtype: torch.dtype, tmp_path: P
 
 def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
     given = write(tmp_path / "adamw", states(), common())
-    convert.convert(given, tmp_path / "s3", "s3", s3={"p": 2.0})
+    convert.convert(given, tmp_path / "s3", "s3", lr_factor=10, s3={"p": 2.0})
     folder = tmp_path / "s3/iter_0000100"
     found = torch.load(folder / "common.pt", weights_only=False)
     args = found["args"]
@@ -156,6 +157,28 @@ def test_rates_are_scaled_as_on_paper() -> None:
     assert 3e-4 * 10 != 3e-3
     assert transfer.scaled(3e-4, 10.0) == 3e-3
     assert transfer.over(0.1, 10.0) == 0.01
+    assert transfer.over(0.1, 3.0) == 0.1 / 3
+    for value in (0.1, 0.01, 3e-4, 6e-4, 1.7e-5, 0.0):
+        for factor in (3.0, 7.0, 10.0, 0.3):
+            assert transfer.scaled(transfer.over(value, factor), factor) == value
+            assert transfer.over(transfer.scaled(value, factor), factor) == value
+
+
+def test_both_ways_to_s3_give_the_same_rates_for_the_same_factor(tmp_path: Path) -> None:
+    """`args` for a launch, `convert` for a checkpoint: it resumes with the flags of either."""
+    assert transfer.LR_FACTOR == {"s3": 3.0, "adam": 10.0} and translate.LR_FACTOR == "10"
+    given = write(tmp_path / "adamw", states(), common(args=arguments(weight_decay=0.1)))
+    launch = "--optimizer adam --lr 3e-4 --min-lr 3e-5 --weight-decay 0.1 --clip-grad 1.0"
+    for factor in ("3", "10"):
+        record = convert.convert(given, tmp_path / factor, "s3", lr_factor=float(factor))
+        said = []
+        for words in (record["flags"].split(), translate.translate(launch, factor).text.split()):
+            found = dict(zip(words[::2], words[1::2], strict=True))
+            said.append(
+                {name: float(found[f"--{name}"]) for name in ("lr", "min-lr", "weight-decay")}
+            )
+        assert said[0] == said[1]
+    assert said[0] == {"lr": 3e-3, "min-lr": 3e-4, "weight-decay": 0.01}
 
 
 def test_names_of_states() -> None:
@@ -346,10 +369,11 @@ def test_the_trainer_resumes_what_was_converted(layout: str, tmp_path: Path) -> 
     ranks, flags = LAYOUTS[layout]
     adamw, s3, back, resumed = (tmp_path / name for name in ("adamw", "s3", "back", "resumed"))
     old = ["--optimizer", "adam", *flags, "--lr", "3e-4", "--weight-decay", "0.1"]
-    new = ["--optimizer", "s3", *flags, "--lr", "3e-3", "--weight-decay", "0.01"]
     saving = ["--save-interval", 2, "--save"]
     train(*old, *saving, adamw, ranks=ranks)
-    convert.convert(adamw, s3, "s3", iteration=2)
+    record = convert.convert(adamw, s3, "s3", iteration=2)
+    assert record["lr_factor"] == 3
+    new = [*flags, *record["flags"].split()]
     run = train(*new, "--load", s3, *saving, resumed, ranks=ranks)
     assert set(run.losses) == {3, 5, 6}
     before, after = tensors(adamw, 2), tensors(s3, 2)
@@ -366,6 +390,6 @@ def test_the_trainer_resumes_what_was_converted(layout: str, tmp_path: Path) -> 
     train(*new, "--load", s3, *again, ranks=ranks)
     assert_bitwise_equal(after, tensors(tmp_path / "again/torch_dist", 2))
 
-    convert.convert(resumed, back, "adam", iteration=4)
+    convert.convert(resumed, back, "adam", iteration=4, lr_factor=3)
     run = train(*old, "--load", back, ranks=ranks)
     assert set(run.losses) == {5}  # 6 is the second line

@@ -27,6 +27,7 @@ from megatron_s3.launch.check import (
     schedule,
 )
 from megatron_s3.launch.config import Config, ConfigError, load, name_of, refuse_credentials
+from megatron_s3.launch.content import cache_folder, changed
 from megatron_s3.launch.output import first_node, say
 from megatron_s3.launch.progress import (
     Progress,
@@ -232,7 +233,7 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
         "save": save_folder(config, run_dir),
         "load": load_folder(config, run_dir),
         "tensorboard_dir": run_dir.absolute() / "tensorboard",
-        "data_cache_path": run_dir.absolute() / "data-cache",
+        "data_cache_path": cache_folder(config, run_dir),
     }.items():
         if name not in given:
             words += ["--" + name.replace("_", "-"), str(folder)]
@@ -349,6 +350,11 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
         before = progress(config, run_dir)
         if before.saved is not None:
             say(f"going on from iteration {before.saved} in {before.folder}")
+            if changed(config, run_dir):
+                say(
+                    "the data are others than those that the run began with: it goes on at the "
+                    "same number of samples, in an order of the new ones"
+                )
             if left_out:
                 say(f"not in force any more, since they are for the start: {', '.join(left_out)}")
         try:

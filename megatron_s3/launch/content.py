@@ -1,0 +1,54 @@
+"""What a run's data are, so that Megatron's indices of them are not taken for those of other data.
+
+Megatron keeps shuffled indices in --data-cache-path under names that follow from the datasets'
+paths, and not from what is in them.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from megatron_s3.launch.config import Config
+
+__all__ = ["cache_folder", "changed"]
+
+_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_LISTS = ("data_args_path", "per_split_data_args_path")
+
+
+def cache_folder(config: Config, run_dir: Path) -> Path:
+    """The folder for Megatron's indices: one for each content of the data."""
+    folder = run_dir.absolute() / "data-cache"
+    known = _content(config)
+    if not known:
+        return folder
+    return folder / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def changed(config: Config, run_dir: Path) -> bool:
+    """Whether the run has indices, and all of them are of other data."""
+    folder = cache_folder(config, run_dir)
+    if folder.exists() or folder.name == "data-cache":
+        return False
+    return folder.parent.is_dir() and any(path.is_dir() for path in folder.parent.iterdir())
+
+
+def _content(config: Config) -> list:
+    """What tells the data from others: checksums, or else sizes and times."""
+    if config.dataset:
+        from megatron_s3 import data
+
+        found = data.load(config.dataset) or {}
+        return [found.get(side) for side in ("train", "valid")] if found else []
+    words: list[str] = []
+    for name in (*_PATHS, *_LISTS):
+        given = config.arguments.get(name)
+        given = given if isinstance(given, list) else str(given or "").split()
+        words += map(str, given)
+    for name in _LISTS:
+        path = Path(str(config.arguments.get(name) or "/"))
+        if path.is_file():
+            words += path.read_text(errors="replace").replace('"', " ").replace(",", " ").split()
+    files = [Path(word + ending) for word in words for ending in ("", ".idx", ".bin")]
+    stats = [(str(path), path.stat()) for path in files if path.is_file()]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]

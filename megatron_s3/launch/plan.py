@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,12 @@ __all__ = ["Plan", "main", "make", "text"]
 
 #: bf16 multiply-adds on tensor cores without sparsity, TFLOP/s, of an H100 or H200 SXM.
 H100_TFLOPS = 989.0
+
+#: What is assumed of saving, bytes a second.
+SAVING = 1e9
+
+#: Seconds before the time limit at which scripts/pretrain.sbatch is signalled by default.
+SIGNAL = 180
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Plan:
         flops: floating-point operations of a step, as Megatron counts them.
         mfu: share of the peak that is assumed.
         peak: of a GPU, FLOP/s.
+        evaluated: iterations of an evaluation; 0 for none.
+        signal: how long before its time limit the job is asked to save, seconds.
     """
 
     name: str
@@ -58,6 +67,8 @@ class Plan:
     flops: float
     mfu: float
     peak: float
+    evaluated: int = 0
+    signal: int = SIGNAL
 
     @property
     def fullest(self) -> Any:
@@ -73,6 +84,24 @@ class Plan:
     def days(self) -> float:
         """Of all steps, without evaluation, checkpoints and failures."""
         return self.steps * self.step_seconds / 86400
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of a checkpoint: the model's weights, main parameters and states, each once."""
+        rank = self.fullest
+        held = (rank.main_parameters + sum(rank.states.values())) / rank.updated
+        weight = rank.weights / sum(b.elements for b in rank.buffers)
+        return self.sizes.parameters * (held + weight)
+
+    @property
+    def notice(self) -> float:
+        """Seconds that may pass from a signal to the end of a save.
+
+        Megatron looks for signals between iterations, so that a step and an evaluation may come
+        first. An evaluation's iteration is a forward pass, a third of a step.
+        """
+        evaluation = self.evaluated * self.step_seconds / 3
+        return self.step_seconds + evaluation + self.checkpoint / SAVING
 
 
 def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
@@ -150,7 +179,21 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
         flops=sizes.flops(args),
         mfu=mfu,
         peak=peak,
+        evaluated=args.eval_iters or 0,
+        signal=_signal(config),
     )
+
+
+def _signal(config: Config) -> int:
+    """The seconds of sbatch's --signal, whose own default is 60."""
+    given = config.launch.sbatch.get("signal", f"@{SIGNAL}")
+    if given is None:  # taken away
+        return 0
+    _, at, seconds = given.partition("@")
+    if at and not seconds.isdecimal():
+        where = config.origins.get("launch.sbatch.signal", "launch.sbatch.signal")
+        raise ConfigError(f"{where}: signal must be as B:USR1@{SIGNAL}, not {given!r}")
+    return int(seconds) if at else 60
 
 
 def _vocabulary(config: Config) -> tuple[list[str], str]:
@@ -247,11 +290,31 @@ def text(plan: Plan) -> str:
             f"{plan.days:.3g} days",
             f"{plan.days * 24:.3g} hours; without evaluation, checkpoints and failures",
         ),
+        (
+            "from signal to saved",
+            f"{plan.notice:,.0f} s",
+            f"a step, an evaluation, and {_bytes(plan.checkpoint)} at {_bytes(SAVING)}/s",
+        ),
+        *_too_late(plan),
     ]
     return "\n".join(
         f"{label:<24}{value:>18}  {note}".rstrip() if value or note else label
         for label, value, note in filter(None, rows)
     )
+
+
+def _too_late(plan: Plan) -> list[tuple[str, str, str]]:
+    if plan.notice <= plan.signal:
+        return []
+    minutes = math.ceil(plan.notice / 60)
+    return [
+        (
+            "  WARNING",
+            f"{plan.signal:,} s",
+            "is all that the job has from the signal to its time limit; --set "
+            f"launch.sbatch.signal=B:USR1@{minutes * 60}",
+        )
+    ]
 
 
 def _title(plan: Plan) -> str:
@@ -304,6 +367,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens": plan.batch * plan.sequence * plan.steps,
         "step_seconds": plan.step_seconds,
         "days": plan.days,
+        "checkpoint_bytes": round(plan.checkpoint),
+        "notice_seconds": plan.notice,
     }
 
 

@@ -27,7 +27,7 @@ _SHAPES = [
         # scheme://user:password@host, scheme://token@host; a bare user of ssh is none.
         r"(?!ssh://|git\+ssh://|sftp://)\b[A-Za-z][\w+.-]*://(?P<secret>[^/\s'\"]+)@",
         r"\b(?:ssh|git\+ssh|sftp)://[^/\s:@]*:(?P<secret>[^/\s]+)@",
-        r"(?<![\w/:@.-])[\w.%+-]+:(?P<secret>[^\s/:@'\"]+)@(?=[\w.-]+(?:[:/\s,;'\"]|$))",
+        r"(?<![\w/:@.-])[\w.%+-]+:(?P<secret>[^\s/:@'\"]+)@(?=[\w.-]*[A-Za-z.])(?=[\w.-]+(?:[:/\s,;'\"]|$))",
         # ...?token=, ;AccountKey=, password=
         r"(?i)[?&;][\w-]*(?:token|secret|signature|passw(?:or)?d|key|sig|auth|credential)=(?P<secret>[^&;\s'\"]+)",
         r"(?i)\b(?:AccountKey|SharedAccess\w+|passw(?:or)?d|passphrase|pwd)=(?P<secret>[^;&\s'\"]+)",

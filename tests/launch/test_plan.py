@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_s3 import data
-from megatron_s3.launch.config import load
-from megatron_s3.launch.plan import Plan, _vocabulary, as_json, main, text
+from megatron_s3.launch.config import ConfigError, load
+from megatron_s3.launch.plan import Plan, _signal, _vocabulary, as_json, main, text
 from megatron_s3.mcore.sizes import Buffer, Rank, Sizes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -99,6 +99,31 @@ def test_the_fullest_stage_and_the_time_are_named():
     record = json.loads(json.dumps(as_json(made)))
     assert record["bytes_a_rank"] == 16000 and record["tokens"] == 32 * 64 * 1000
     assert record["days"] == pytest.approx(2000 / 86400)
+
+
+def test_a_signal_that_comes_too_late_is_warned_of():
+    # 2000 parameters: bf16 weights of padded buffers, main parameters and states of 12 bytes.
+    made = plan(SHARDED)
+    assert made.checkpoint == 2000 * (2 + 12)
+    assert made.notice == pytest.approx(2.0 + 28e3 / 1e9)
+    assert "WARNING" not in text(made)
+    slow = replace(made, peak=1e10, evaluated=3)
+    assert slow.notice == pytest.approx(200 + 3 * 200 / 3)
+    last = text(slow).splitlines()[-1].split(maxsplit=3)
+    assert last[:3] == ["WARNING", "180", "s"] and last[3].endswith("signal=B:USR1@420")
+    assert "WARNING" not in text(replace(slow, signal=420))
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(None, 180), ("B:USR1@600", 600), ("B:USR1", 60), ("B:USR1@1m", None)]
+)
+def test_the_seconds_of_the_signal(given, seconds):
+    config = load(["tiny-s3"], [f"launch.sbatch.signal={given}"] if given else [])
+    if seconds is None:
+        with pytest.raises(ConfigError, match=r"signal=.*: signal must be as .*@180, not"):
+            _signal(config)
+        return
+    assert _signal(config) == seconds
 
 
 @pytest.mark.parametrize(

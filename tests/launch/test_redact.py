@@ -78,6 +78,7 @@ def test_a_part_that_is_one_is_left_out(text, shown):
         "GPU-8a9bcdef-0123-4567-89ab-cdef01234567",
         "nvcr.io/nvidia/pytorch:26.06-py3",
         "12:34:56 node[1-8]@partition",
+        "B:USR1@600",  # sbatch's --signal
         "--tokenizer-type HuggingFaceTokenizer --eod-mask-loss",
         "/data/a_text_document,/data/b_text_document",
         "disk-cache-directory-name-2026-11-28",

@@ -105,8 +105,8 @@ def test_sbatch_is_asked_for_what_the_configuration_says(tmp_path):
     assert slurm.command(config, ["layouts/gpt2-7b/64gpu"], tmp_path, 0) == [
         "sbatch", "--job-name=gpt2-7b-64gpu", "--nodes=8",
         f"--output={tmp_path}/slurm-%j.out", "--open-mode=append", f"--chdir={os.getcwd()}",
-        "--time=12:00:00", "--gpus-per-node=8", "--partition=big", f"{tmp_path}/pretrain.sbatch",
-        "layouts/gpt2-7b/64gpu",
+        "--time=12:00:00", "--gpus-per-node=8", "--signal=B:USR1@600", "--partition=big",
+        f"{tmp_path}/pretrain.sbatch", "layouts/gpt2-7b/64gpu",
     ]  # fmt: skip
     tiny = slurm.command(load(["tiny-s3"], ["launch.sbatch.exclusive=true"]), [], tmp_path, 4)
     assert not any("gpus" in word for word in tiny)
@@ -122,7 +122,7 @@ def test_null_takes_a_default_option_away(tmp_path):
     config = load(["gpt2-7b-s3"], [f"launch.sbatch.{word}" for word in sets])
     assert slurm.command(config, [], tmp_path, 0) == [
         "sbatch", "--job-name=gpt2-7b-s3", "--nodes=1", f"--output={tmp_path}/slurm-%j.out",
-        f"--chdir={os.getcwd()}", f"{tmp_path}/pretrain.sbatch",
+        f"--chdir={os.getcwd()}", "--signal=B:USR1@600", f"{tmp_path}/pretrain.sbatch",
     ]  # fmt: skip
     options = re.findall(r"^#SBATCH (\S+)", slurm._script(config, {}), re.MULTILINE)
     assert options == [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_s3 import __version__
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
+from megatron_s3.folders import refuse_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,8 +60,10 @@ def evaluate(
     """
     for folder in models.values():
         _check_files(folder, tokenizer)
+    _check_device(device)
     try:
         import lm_eval
+        import matplotlib  # noqa: F401  (of the figure, before the work)
         import torch
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
@@ -104,6 +107,29 @@ def evaluate(
         "limit": limit,
         "models": found,
     }
+
+
+def _check_device(device: str | None) -> None:
+    """Refuses a device that is not there; the harness would take the CPU without a word.
+
+    Raises:
+        EvaluationError: it is not there, or is no name of a device.
+    """
+    if device is None:
+        return
+    import torch
+
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise EvaluationError(f"--device {device}: no such device; give cuda, cuda:1 or cpu")
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        raise EvaluationError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices for "
+            "PyTorch; give cpu, or leave --device out"
+        )
 
 
 def _check_files(folder: Path, tokenizer: str | Path | None) -> None:
@@ -300,6 +326,7 @@ def main(argv: list[str]) -> int:
         existing = [n for n in ("results.json", "results.png") if (output / n).exists()]
         if existing:
             raise EvaluationError(f"{output / existing[0]} exists: choose another --output")
+        refuse_unwritable(output, "--output")
         results = evaluate(
             _models(args.models),
             _tasks(args.tasks),
@@ -309,16 +336,16 @@ def main(argv: list[str]) -> int:
             batch_size=args.batch_size,
             limit=args.limit,
         )
-    except (EvaluationError, TaskError) as error:
+        shown = {name: model["tasks"] for name, model in results["models"].items()}
+        print(table(shown), flush=True)  # which no full disk can take away
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        figure(shown).savefig(output / "results.png")
+    except (EvaluationError, TaskError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    shown = {name: model["tasks"] for name, model in results["models"].items()}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    figure(shown).savefig(output / "results.png")
-    print(table(shown))
     print(f"wrote {output / 'results.json'} and {output / 'results.png'}")
     return 0
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_s3 import __version__
 from megatron_s3.checkpoints import gpt2
+from megatron_s3.folders import refuse_unwritable
 from megatron_s3.mcore import weights
 
 __all__ = ["ExportError", "bound", "export", "main"]
@@ -82,6 +83,10 @@ def export(
         raise ExportError(f"{output} exists: choose another folder, or remove it")
     if not output.absolute().parent.is_dir():
         raise ExportError(f"{output.parent}: no such folder; make it first")
+    try:
+        refuse_unwritable(output, "OUTPUT")
+    except OSError as error:
+        raise ExportError(str(error)) from error
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -277,7 +282,7 @@ def main(argv: list[str]) -> int:
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
         )
-    except (ExportError, gpt2.NotGPT2, weights.CheckpointError) as error:
+    except (ExportError, gpt2.NotGPT2, weights.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Mismatch as error:

@@ -344,4 +344,6 @@ def _wrap(seam: Seam, owner: Any, original: Callable[..., Any]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(f"error: unknown argument {sys.argv[1]}; this prints the table, and takes none")
     print(table())

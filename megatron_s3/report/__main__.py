@@ -8,11 +8,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_s3.folders import refuse_unwritable
 from megatron_s3.report import compare
-from megatron_s3.report.pictures import Picture, pictures
 from megatron_s3.report.runs import RunError, Suite, load
 from megatron_s3.telemetry import runlog
+
+if TYPE_CHECKING:
+    from megatron_s3.report.pictures import Picture
 
 _STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
@@ -27,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb.
 
     Returns:
-        0, or 2 if there is no run in a folder.
+        0, or 2 if there is no run in a folder, or nothing can be written.
     """
     parser = argparse.ArgumentParser(prog="megatron-s3 report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help=(
@@ -50,27 +54,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.peak_tflops is not None and args.peak_tflops <= 0:
         parser.error(f"--peak-tflops {args.peak_tflops:g} must be more than 0")
     try:
+        refuse_unwritable(args.output, "--output")
         suites = load(args.runs)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for damage in (damage for suite in suites for run in suite.runs for damage in run.damage):
+        print(f"warning: {damage}", file=sys.stderr)
     tables = compare.tables(suites, args.peak_tflops)
     for table in tables:
-        print(table, end="\n\n")
-    args.output.mkdir(parents=True, exist_ok=True)
-    drawn = pictures(suites, [p for run in args.runs if (p := run / "toy.json").exists()])
-    shown = [(picture, _png(picture)) for picture in drawn]
-    for picture, png in shown:
-        (args.output / f"{picture.name}.png").write_bytes(png)
-    text = "\n\n".join(map(str, tables)) + "\n"
-    (args.output / "tables.txt").write_text(text, encoding="utf-8")
-    (args.output / "report.json").write_text(_json(suites), encoding="utf-8")
-    (args.output / "report.html").write_text(_page(tables, shown), encoding="utf-8")
+        print(table, end="\n\n", flush=True)
+    try:
+        from megatron_s3.report.pictures import pictures
+
+        drawn = pictures(suites, [p for run in args.runs if (p := run / "toy.json").exists()])
+        shown = [(picture, _png(picture)) for picture in drawn]
+    except ImportError as error:
+        print(f"error: no pictures ({error}): pip install matplotlib", file=sys.stderr)
+        return 2
+    try:
+        _write(args.output, tables, shown, suites)
+    except OSError as error:
+        print(f"error: --output {args.output}: {error}", file=sys.stderr)
+        return 2
     print(f"{args.output / 'report.html'}: {len(tables)} tables, {len(shown)} pictures")
     return 0
 
 
-def _png(picture: Picture) -> bytes:
+def _write(
+    output: Path,
+    tables: Sequence[compare.Table],
+    shown: "Sequence[tuple[Picture, bytes]]",
+    suites: Sequence[Suite],
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for picture, png in shown:
+        (output / f"{picture.name}.png").write_bytes(png)
+    text = "\n\n".join(map(str, tables)) + "\n"
+    (output / "tables.txt").write_text(text, encoding="utf-8")
+    (output / "report.json").write_text(_json(suites), encoding="utf-8")
+    (output / "report.html").write_text(_page(tables, shown), encoding="utf-8")
+
+
+def _png(picture: "Picture") -> bytes:
     """In 64 colours, which these pictures never need more of, and a third of the bytes."""
     from PIL import Image  # matplotlib's own dependency
 
@@ -80,7 +106,7 @@ def _png(picture: Picture) -> bytes:
     return small.getvalue()
 
 
-def _page(tables: Sequence[compare.Table], shown: Sequence[tuple[Picture, bytes]]) -> str:
+def _page(tables: Sequence[compare.Table], shown: "Sequence[tuple[Picture, bytes]]") -> str:
     """One page that needs no other file."""
     parts = ["<!doctype html><meta charset=utf-8><title>S3 beside other optimizers</title>",
              f"<style>{_STYLE}</style><h1>S3 beside other optimizers</h1>"]  # fmt: skip

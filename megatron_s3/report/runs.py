@@ -45,6 +45,13 @@ class Trained:
     records: Sequence[Mapping[str, Any]] = field(repr=False)
 
     @cached_property
+    def damage(self) -> list[str]:
+        """What there is to say of lines of its log that are cut off."""
+        places = (self.folder, self.folder / runlog.NAME, self.folder / "tensorboard" / runlog.NAME)
+        path = next((place for place in places if place.is_file()), None)
+        return _lines(path) if path else []
+
+    @cached_property
     def loss(self) -> list[tuple[int, float]]:
         """Iteration and training loss (nats a token) of each logged interval."""
         return [
@@ -149,7 +156,7 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
             log of a run itself.
 
     Raises:
-        RunError: there is no log, or a log without a first record.
+        RunError: there is no log, a log without a first record, or one that is damaged.
     """
     suites: list[Suite] = []
     alone: list[Trained] = []
@@ -173,6 +180,8 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
 def _records(folder: Path) -> list[dict[str, Any]]:
     for place in (folder, folder / "tensorboard"):
         if place.is_file() or (place / runlog.NAME).is_file():
+            path = place if place.is_file() else place / runlog.NAME
+            _lines(path)
             records = runlog.read(place)
             if not records or records[0]["kind"] != "start":
                 raise RunError(f"{place}: the log has no first record; was the run ever started?")
@@ -181,6 +190,32 @@ def _records(folder: Path) -> list[dict[str, Any]]:
         f"{folder}: no {runlog.NAME}; train with --s3-log-updates, or --s3-metrics, which is for "
         "any optimizer, and --tensorboard-dir"
     )
+
+
+def _lines(path: Path) -> list[str]:
+    """What there is to say of a log's lines that were cut off, as a kill leaves them.
+
+    Raises:
+        RunError: a line is damaged otherwise.
+    """
+    try:
+        lines = path.read_bytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: damaged: not UTF-8 at byte {error.start}") from error
+    cut = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            good = isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            good = False
+            if line.startswith('{"') and not line.endswith("}"):
+                cut.append(f"{path}, line {number}: cut off; what it held is left out")
+                continue
+        if not good:
+            raise RunError(f"{path}, line {number}: damaged: not a record of a run")
+    return cut
 
 
 def _experiment(folder: Path) -> Trained:

@@ -175,7 +175,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--curves", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1000, help="of the first curve")
     options = parser.parse_args(argv)
-    curves = [c for report in options.reports for c in recorded(report)]
+    curves = []
+    for report in options.reports:
+        try:
+            curves += recorded(report)
+        except OSError as error:
+            parser.error(f"{report}: cannot be read ({error.strerror})")
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            parser.error(f"{report}: not a report.json of megatron-s3 report ({what})")
+    if options.curves < 1:
+        parser.error(f"--curves {options.curves}: give at least 1")
     if options.reports and not curves:
         parser.error(f"no run in {', '.join(map(str, options.reports))}")
     curves = curves or [curve(options.seed + k) for k in range(options.curves)]

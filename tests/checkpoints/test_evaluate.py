@@ -193,3 +193,36 @@ def test_table_and_figure_show_accuracy_error_and_chance() -> None:
     axes = evaluate.figure(models).axes[0]
     assert [bar.get_height() for bar in axes.patches] == [62.5, 100.0]
     assert list(axes.lines[-1].get_ydata()) == [50.0, 50.0]
+
+
+def test_output_and_device_are_looked_at_before_the_work(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    monkeypatch.setattr(evaluate, "_check_files", lambda *_: None)
+    monkeypatch.setattr(evaluate, "_check_vocabulary", lambda *_: pytest.fail("the work began"))
+    model = str(tmp_path / "model")
+    for output in (tmp_path / "file", "/proc/none/results", tmp_path / "file/below"):
+        assert evaluate.main([model, "--output", str(output)]) == 2
+        told = capsys.readouterr()
+        assert told.err.startswith(f"error: --output {output}: cannot be written (")
+        assert told.err.count("\n") == 1
+    out = tmp_path / "out"
+    for device in ("gpu", "cuda:77", "cuda:x", "", "mps"):
+        assert evaluate.main([model, "--output", str(out), "--device", device]) == 2
+        assert f"error: --device {device}: " in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_table_is_printed_before_it_is_written(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: {"models": {"a": {"tasks": {}}}})
+    monkeypatch.setattr(evaluate, "table", lambda shown: "THE TABLE")
+
+    def full(shown: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "figure", full)
+    assert evaluate.main(["model", "--output", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert told.out == "THE TABLE\n"
+    assert "No space left on device" in told.err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from megatron_s3.report import __main__ as verb
 from megatron_s3.report import compare
 from megatron_s3.report.runs import RunError, load
+from megatron_s3.telemetry import confusion
 
 pytest.importorskip("matplotlib")
 
@@ -164,3 +166,71 @@ def test_what_is_no_run_is_named(tmp_path, text, capsys) -> None:
         load([tmp_path])
     assert verb.main([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_damaged_log_is_named_and_a_cut_line_is_said(tmp_path, capsys) -> None:
+    log = write(tmp_path / "run", "S3", 0.1, 1, 2.0) / "metrics.jsonl"
+    good = log.read_bytes()
+    out = ["--output", str(tmp_path / "report")]
+    for damage, said in (
+        (good.replace(b'"train"', b'"tr\xffin"', 1), "not UTF-8 at byte"),
+        (good.replace(b'{"kind": "train", "iteration": 30', b"\0" * 40, 1), "line 4: damaged"),
+        (good + b"[1, 2]\n", "damaged: not a record"),
+    ):
+        log.write_bytes(damage)
+        assert verb.main([str(tmp_path / "run"), *out]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "report").exists()
+    log.write_bytes(good[:-20])
+    assert verb.main([str(tmp_path / "run"), *out]) == 0
+    last = good.count(b"\n")
+    assert capsys.readouterr().err == (
+        f"warning: {log}, line {last}: cut off; what it held is left out\n"
+    )
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    run = str(write(tmp_path / "run", "S3", 0.1, 1, 2.0))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(verb, "load", lambda runs: pytest.fail("the work began"))
+    for output in ("/proc/none/report", tmp_path / "file", tmp_path / "file/below"):
+        assert verb.main([run, "--output", str(output)]) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1
+        assert told.err.startswith(f"error: --output {output}: cannot be written (")
+
+
+def test_the_tables_are_printed_before_anything_is_written(tmp_path, capsys, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(verb, "_write", full)
+    run = str(write(tmp_path / "run", "S3", 0.1, 1, 2.0))
+    assert verb.main([run, "--output", str(tmp_path / "report")]) == 2
+    told = capsys.readouterr()
+    assert "2.0000" in told.out
+    assert "No space left on device" in told.err and told.err.count("\n") == 1
+
+
+def test_without_matplotlib_the_tables_come_and_what_is_missing_is_said(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    run = str(write(tmp_path / "run", "S3", 0.1, 1, 2.0))
+    assert verb.main([run, "--output", str(tmp_path / "report")]) == 2
+    told = capsys.readouterr()
+    assert "2.0000" in told.out and "pip install matplotlib" in told.err
+
+
+def test_the_detectors_table_names_what_is_no_report(tmp_path, capsys) -> None:
+    (tmp_path / "text").write_text("not JSON")
+    (tmp_path / "other.json").write_text('[{"a": 1}]')
+    for name, said in (("none", "cannot be read"), ("text", "not a report.json"),
+                       ("other.json", "not a report.json")):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            confusion.main([str(tmp_path / name)])
+        assert stopped.value.code == 2
+        assert f"{tmp_path / name}: {said}" in capsys.readouterr().err

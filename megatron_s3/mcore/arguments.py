@@ -221,6 +221,14 @@ def _validate(
                 f"{unsupported} out, or train with --optimizer adam."
             )
     _check_metrics(args)
+    if getattr(args, "use_megatron_fsdp", False) and (
+        getattr(args, "megatron_fsdp_version", 1) == 2  # from main of 2026 on
+    ):
+        raise ValueError(
+            f"--optimizer {description.name} does not support --megatron-fsdp-version 2: it steps "
+            "by Megatron's DistributedOptimizer, which version 2 does without. Leave it out (1), "
+            "or give --use-torch-fsdp2 instead of --use-megatron-fsdp."
+        )
     _check_memory(args, cls)
     own = {destination(description, h) for h in description.hyperparameters}
     for name, default in defaults.items():

@@ -126,6 +126,9 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
         group, order = self.model_param_group_index_map[model_param]
         param = self.optimizer.param_groups[group]["params"][order]
+        # Whoever reads or fills a state before a step, in whatever format, finds it made.
+        if not self.optimizer.state[param].keys() >= set(self.optimizer.description.state):
+            self.optimizer.init_state()
         # Tensors alone, as upstream: others may have left their own marks beside them.
         state = {k: v for k, v in self.optimizer.state[param].items() if isinstance(v, Tensor)}
         return {"param": state.pop("master_param", param), **state}

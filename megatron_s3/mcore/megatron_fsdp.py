@@ -1,16 +1,21 @@
 """An element-wise optimizer's state under Megatron-FSDP, whose parameters are DTensors."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.transformer import fsdp_dtensor_checkpoint
 from torch import Tensor
 
 from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer
 from megatron_s3.mcore.one_pass import Place, is_plain, place, require_memory
 
-__all__ = ["ElementwiseFSDPOptimizer"]
+__all__ = ["ElementwiseFSDPOptimizer", "preprocess_fsdp_dtensor_state_dict"]
+
+_ADAMS = ("exp_avg", "exp_avg_sq")
 
 
 class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
@@ -79,3 +84,40 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
             for group in buffer.parameter_groups:
                 if group.main_weight_buffer is not None:
                     yield params, group
+
+
+def preprocess_fsdp_dtensor_state_dict(
+    original: Callable[..., Any], args: Any, raw_state_dict: dict[str, Any], model: Any
+) -> Any:
+    """Around the splitting of fused weights (SwiGLU's, Gated DeltaNet's, MLA's) and their states.
+
+    Upstream's functions for it have the names of Adam's states as literals, in every release.
+    """
+    states = (raw_state_dict.get("optimizer") or {}).get("state") or {}
+    # What is of a parameter's shape: torch's AdamW has a step without dimensions beside it.
+    names = dict.fromkeys(
+        name
+        for state in states.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.dim()
+    )
+    with _splitting(tuple(names) or _ADAMS):
+        return original(args, raw_state_dict, model)
+
+
+@contextlib.contextmanager
+def _splitting(names: tuple[str, ...]) -> Iterator[None]:
+    """Inside, Megatron's functions for such checkpoints split states of these names."""
+    kept = {
+        function: function.__code__
+        for function in vars(fsdp_dtensor_checkpoint).values()
+        if inspect.isfunction(function) and _ADAMS in function.__code__.co_consts
+    }
+    try:
+        for function, code in kept.items():
+            constants = tuple(names if c == _ADAMS else c for c in code.co_consts)
+            function.__code__ = code.replace(co_consts=constants)
+        yield
+    finally:
+        for function, code in kept.items():
+            function.__code__ = code

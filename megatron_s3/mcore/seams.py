@@ -20,6 +20,7 @@ from megatron_s3.mcore import (
     arguments,
     build,
     checkpoint,
+    megatron_fsdp,
     param_groups,
     parts,
     shard_files,
@@ -136,6 +137,13 @@ SEAMS = (
     ),
     Seam(
         "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._get_main_param_and_optimizer_states",
+        ("self", "model_param"),
+        torch_adamw.get_main_param_and_optimizer_states,
+        "the same: a checkpoint of any format may be saved before the first update",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         ("self", "model_param", "tensors"),
         torch_adamw.set_main_param_and_optimizer_states,
@@ -229,6 +237,14 @@ SEAMS = (
         checkpoint.read_metadata,
         "with --optimizer adam too: the optimizer's state is of the iteration that was chosen and "
         "checked, where Megatron in the format torch reads the tracker file again",
+    ),
+    Seam(
+        "megatron.training.checkpointing",
+        "preprocess_fsdp_dtensor_state_dict",
+        ("args", "raw_state_dict", "model"),
+        megatron_fsdp.preprocess_fsdp_dtensor_state_dict,
+        "splits the states of fused weights under Megatron-FSDP by their names, for which Megatron "
+        "has Adam's",
     ),
     Seam(
         "megatron.training.checkpointing",

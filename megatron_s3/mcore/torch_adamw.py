@@ -13,7 +13,12 @@ from megatron.core.optimizer import distrib_optimizer
 
 from megatron_s3.mcore import param_groups, shard_files
 
-__all__ = ["load_state_dict", "set_main_param_and_optimizer_states", "state_dict"]
+__all__ = [
+    "get_main_param_and_optimizer_states",
+    "load_state_dict",
+    "set_main_param_and_optimizer_states",
+    "state_dict",
+]
 
 
 def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
@@ -25,9 +30,7 @@ def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
     if not _needs_repair(optimizer) or optimizer.optimizer.state:
         return original(optimizer)
     state = optimizer.optimizer.state
-    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-    for each in state.values():
-        each["step"] = torch.tensor(0.0)
+    _make_state(optimizer)
     if state:
         return original(optimizer)
     state["no parameter"] = {"step": torch.tensor(0.0)}
@@ -35,6 +38,24 @@ def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
         return original(optimizer)
     finally:
         state.clear()
+
+
+def get_main_param_and_optimizer_states(
+    original: Callable[..., Any], optimizer: Any, model_param: Any
+) -> dict[str, Any]:
+    """Around the reading of one parameter's state: creates it before a step, as :func:`state_dict`.
+
+    Under fp16, whose first steps may all be skipped, a checkpoint is saved before there is any.
+    """
+    if _needs_repair(optimizer) and not optimizer.optimizer.state:
+        _make_state(optimizer)
+    return original(optimizer, model_param)
+
+
+def _make_state(optimizer: Any) -> None:
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    for each in optimizer.optimizer.state.values():
+        each["step"] = torch.tensor(0.0)
 
 
 def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[str, Any]) -> Any:

@@ -5,23 +5,26 @@ import functools
 import hashlib
 import itertools
 import os
+import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
 from array import array
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from megatron_s3.kernels.building import sole_builder
 from megatron_s3.kernels.forms import form, names
 from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
+from megatron_s3.kernels.threads import spread
 
 __all__ = ["NAME", "reason", "step"]
 
@@ -115,13 +118,7 @@ def step(
 
     threads = max(1, min(torch.get_num_threads(), chunks))
     bounds = [total * i // threads for i in range(threads + 1)]
-    shares = list(itertools.pairwise(bounds))
-    others = [_pool(threads - 1).submit(run, *share) for share in shares[1:]]
-    try:
-        run(*shares[0])
-    finally:
-        for other in others:
-            other.result()
+    spread(run, list(itertools.pairwise(bounds)))
     if statistics is not None:
         counted = torch.tensor([-(-count // chunk) for count in counts], device="cpu")
         row = torch.tensor([o.row for o in operands], device="cpu")
@@ -140,34 +137,19 @@ def _chunk_of(library: ctypes.CDLL, name: str, variant: int) -> int:
     return prototype((f"rule_{name}", library))(variant)
 
 
-# ---- threads -------------------------------------------------------------------------------------
-
-_threads: ThreadPoolExecutor | None = None
-_threads_count = 0
-
-
-def _pool(count: int) -> ThreadPoolExecutor | None:
-    """At least ``count`` threads, kept from step to step."""
-    global _threads, _threads_count
-    if _threads is None or _threads_count < count:
-        # The one before ends with its last reference.
-        _threads, _threads_count = ThreadPoolExecutor(count, "megatron-s3-step"), count
-    return _threads
-
-
-def _forget_threads() -> None:
-    global _threads
-    _threads = None  # a forked process has none of its parent's threads
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
-
-
 # ---- compilation ---------------------------------------------------------------------------------
 
 _lock = threading.Lock()
 _loaded: ctypes.CDLL | str | None = None
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()  # a forked process has not the thread that may hold its parent's
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _library() -> ctypes.CDLL | str:
@@ -181,20 +163,42 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _compiled() -> ctypes.CDLL | str:
-    compiler = _compiler()
-    if isinstance(compiler, str):
-        return compiler
     try:
         source = _SOURCE.read_bytes()
-        # Its version, and every instruction set that -march=native stands for on this CPU: home
-        # folders are shared between nodes of different kinds.
-        macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-        key = hashlib.sha256(repr((source, compiler, _FLAGS, macros)).encode()).hexdigest()
-        return _cached(compiler, f"cpu-{key[:24]}.so")
-    except _CompilerError as error:
-        return f"the C++ compiler failed: {error}"
+        compiler = _compiler()
+        if isinstance(compiler, str):
+            return _built_elsewhere(source) or compiler
+        try:
+            # Its version, and every instruction set that -march=native stands for on this CPU: home
+            # folders are shared between nodes of different kinds.
+            macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+            key = hashlib.sha256(repr((source, compiler, _FLAGS, macros)).encode()).hexdigest()
+            return _cached(compiler, f"{_stem(source)}-{key[:24]}.so")
+        except _CompilerError as error:
+            return _built_elsewhere(source) or f"the C++ compiler failed: {error}"
     except OSError as error:
         return f"the C++ kernel cannot be built or loaded: {error}"
+
+
+def _stem(source: bytes) -> str:
+    """Begins the name of every file that this source gives on this kind of CPU."""
+    try:
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        about = ""
+    # x86 says "flags", Arm "Features": the instruction sets.
+    sets = [line for line in about.splitlines() if line.startswith(("flags", "Features"))][:1]
+    known = repr((source, _FLAGS, platform.machine(), sets))
+    return f"cpu-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+
+
+def _built_elsewhere(source: bytes) -> ctypes.CDLL | None:
+    """What a compiler that is not here has left in the cache, as in an image's smaller stage."""
+    for folder in _cache_folders():
+        for path in sorted(folder.glob(f"{_stem(source)}-*.so")):
+            if _is_whole(path):
+                return _load(path)
+    return None
 
 
 def _compiler() -> list[str] | str:
@@ -230,23 +234,28 @@ def _run(command: list[str]) -> str:
 
 
 def _cached(compiler: list[str], name: str) -> ctypes.CDLL:
-    folder = _cache_folder()
-    if folder is not None:
+    for folder in _cache_folders():
         path = folder / name
+
+        def whole(path: Path = path) -> bool:
+            return _is_whole(path)
+
         try:
-            if not _is_whole(path):
-                _build(compiler, path)
+            if not whole():
+                with sole_builder(path, "the C++ kernel", whole, _PATIENCE):
+                    if not whole():
+                        _build(compiler, path)
             return _load(path)
         except OSError:
-            pass  # full, or mounted noexec
+            continue  # not writable, full, or mounted noexec
     with tempfile.TemporaryDirectory(prefix="megatron-s3-") as temporary:
         path = Path(temporary) / name
         _build(compiler, path)
         return _load(path)  # what is loaded stays when the file goes
 
 
-def _cache_folder() -> Path | None:
-    """Where torch keeps compiled extensions; None if nothing can be written there."""
+def _cache_folders() -> Iterator[Path]:
+    """Where torch keeps compiled extensions; where nothing can be written there, the user's own."""
     try:
         root = os.environ.get("TORCH_EXTENSIONS_DIR")
         if not root:
@@ -254,9 +263,18 @@ def _cache_folder() -> Path | None:
             root = Path(cache) / "torch_extensions"
         folder = Path(root) / "megatron_s3"
         folder.mkdir(parents=True, exist_ok=True)
+        yield folder
     except (OSError, RuntimeError):  # RuntimeError: no home
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+        pass
+    try:
+        folder = Path(tempfile.gettempdir()) / f"megatron-s3-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return
+    # Others may write to the folder above: only what nobody else could put there is loaded.
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        yield folder
 
 
 def _build(compiler: list[str], path: Path) -> None:

@@ -440,9 +440,33 @@ def test_reasons() -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, a process that has not compiled anything yet, and a quick compiler."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(cpu, "_loaded", None)
     monkeypatch.setattr(cpu, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in cpu._FLAGS))
     return tmp_path / "cache" / "megatron_s3"
+
+
+@pytest.fixture(scope="module")
+def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kernel to copy, where a test asks which file is loaded."""
+    path = tmp_path_factory.mktemp("prebuilt") / "cpu.so"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in cpu._FLAGS))
+        cpu._build(cpu._compiler(), path)
+    return path
+
+
+@pytest.fixture
+def builds(cache: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What was built; a build is a copy."""
+    built = []
+
+    def build(compiler: list[str], path: Path) -> None:
+        built.append(path)
+        shutil.copy(prebuilt, path)
+
+    monkeypatch.setattr(cpu, "_build", build)
+    return built
 
 
 def works() -> bool:
@@ -478,7 +502,7 @@ def test_failing_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not list(cache.glob("*"))
 
 
-def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_once(cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process takes the first one's file; nothing else is left in the folder."""
     assert works()
     (file,) = cache.iterdir()
@@ -488,7 +512,7 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [f.stat().st_mtime_ns for f in cache.iterdir()] == [before]
 
 
-def test_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key(cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Other flags (another CPU's instruction sets, another compiler) are another file."""
     assert works()
     monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-O2"))
@@ -518,37 +542,111 @@ def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) 
 
 
 def test_folder_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[Path]
 ) -> None:
-    """It is compiled to a temporary folder, of which nothing stays."""
+    """It is compiled, once, to a folder that is this user's alone."""
     (tmp_path / "file").write_text("")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     assert works()
-    assert not list((tmp_path / "temporary").iterdir())
+    (folder,) = (tmp_path / "temporary").iterdir()
+    assert folder.name == f"megatron-s3-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(cpu, "_loaded", None)
+    assert works()
+    assert list(folder.iterdir()) == builds
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize("spoil", ["mode", "link"])
+def test_folder_that_others_can_write_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[Path], spoil: str
+) -> None:
+    """It is compiled to a temporary folder, of which nothing stays."""
+    (tmp_path / "file").write_text("")
+    temporary, elsewhere = tmp_path / "temporary", tmp_path / "elsewhere"
+    temporary.mkdir()
+    elsewhere.mkdir(mode=0o700)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    folder = temporary / f"megatron-s3-{os.getuid()}"
+    if spoil == "link":
+        folder.symlink_to(elsewhere)
+    else:
+        folder.mkdir()
+        folder.chmod(0o770)
+    assert works()
+    assert list(temporary.iterdir()) == [folder]
+    assert not list(folder.iterdir())
+    assert len(builds) == 1
+
+
+def test_folder_that_can_only_be_read(builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies there is used: nothing is written, and no other folder is looked at."""
+    assert works()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(cpu, "_build", refuse)
+    monkeypatch.setattr(cpu, "sole_builder", refuse)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    assert works()
+
+
+@pytest.mark.parametrize("how", ["none", "broken"])
+def test_compiler_that_has_gone(
+    builds: list[Path], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What was built of this source for this CPU is used without one."""
+    assert works()
+    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setenv("CXX", "/nonexistent" if how == "none" else "false")
+    assert works()
+    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-O2"))
+    assert "compiler" in cpu.reason(s3_update, [make(8)], **RULE)
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    """Both compile into one empty folder, and both can step."""
+    """One compiles into the empty folder, the other waits; both can step."""
     code = (
         "import torch; from megatron_s3.kernels import cpu; "
         "from megatron_s3.kernels.operands import Operands; "
         "from megatron_s3.rules.s3 import s3_update; "
+        "cpu._FLAGS = tuple('-O0' if f == '-O3' else f for f in cpu._FLAGS); "
         "o = Operands(*torch.ones(2, 9), tuple(torch.zeros(2, 9))); "
         "assert cpu.reason(s3_update, [o], beta=.95, p=3) is None; "
         "cpu.step(s3_update, [o], lr=.5, weight_decay=0., beta=.95, p=3); assert o.param[8] < 1"
     )
+    calls, script = tmp_path / "calls", tmp_path / "c++"
+    # Builds wait for one another, so that a second one would be seen.
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*-o*) echo >> {calls}; sleep 3;; esac\nexec c++ "$@"\n'
+    )
+    script.chmod(0o755)
     environment = os.environ | {
-        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "CXX": str(script),
     }
     command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    (file,) = (tmp_path / "megatron_s3").iterdir()
+    processes = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    (file,) = (tmp_path / "cache" / "megatron_s3").iterdir()
     assert file.suffix == ".so"
+    assert calls.read_text() == "\n"
+    (said,) = [line for text in errors for line in text.splitlines() if "waiting" in line]
+    assert f", which builds the C++ kernel: {file}" in said
+    assert said.startswith(tuple(f"waiting for process {p.pid} on " for p in processes))
 
 
 def test_nothing_is_compiled_at_import() -> None:

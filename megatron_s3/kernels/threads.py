@@ -1,0 +1,76 @@
+"""Threads for the shares of a step's work, kept from step to step."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+__all__ = ["spread"]
+
+_threads: ThreadPoolExecutor | None = None
+_threads_count = 0
+
+
+def spread(run: Callable[..., None], shares: Sequence[tuple]) -> None:
+    """Runs ``run(*share)`` for every share, in as many threads as there are shares where it can.
+
+    The caller's thread takes shares too, and all of them where there is no other: when the
+    interpreter ends no thread can be started, and none of a pool takes work.  It returns when the
+    last share is done, whatever is raised meanwhile.
+    """
+    waiting, left = deque(shares), len(shares)
+    errors: list[BaseException] = []
+    count, finished = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        nonlocal left
+        while True:
+            try:
+                share = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                run(*share)
+            except BaseException as error:  # raised below, by the caller's thread
+                errors.append(error)
+            with count:
+                left -= 1
+                if not left:
+                    finished.set()
+
+    pool = _pool(len(shares) - 1) if len(shares) > 1 else None
+    for _ in shares[1:]:
+        try:
+            pool.submit(work)
+        except RuntimeError:
+            break
+    if shares:
+        work()
+    while shares and not finished.is_set():
+        try:
+            finished.wait()
+        except KeyboardInterrupt as error:  # others still write to what the caller would free
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _pool(count: int) -> ThreadPoolExecutor:
+    """At least ``count`` threads."""
+    global _threads, _threads_count
+    pool = _threads
+    if pool is None or _threads_count < count:
+        # The one before ends with its last reference.
+        pool = ThreadPoolExecutor(count, "megatron-s3-step")
+        _threads, _threads_count = pool, count
+    return pool
+
+
+def _forget() -> None:
+    global _threads
+    _threads = None  # a forked process has none of its parent's threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -23,6 +23,22 @@ VERBS = {
     "eval": ("megatron_s3.checkpoints.evaluate", "exported models on the paper's five tasks"),
 }
 
+#: Verbs that take seconds until they look at their arguments.
+SLOW = ("convert", "export")
+#: Where packages come from that not every installation has.
+PACKAGES = {
+    "megatron": "'megatron-s3[megatron]'",
+    "psutil": "psutil",
+    "torch": "torch",
+    "matplotlib": "matplotlib",
+    "tensorboard": "tensorboard",
+    "transformers": "'megatron-s3[eval]'",
+    "huggingface_hub": "'megatron-s3[eval]'",
+    "safetensors": "'megatron-s3[eval]'",
+    "lm_eval": "'megatron-s3[eval]'",
+    "tokenizers": "'megatron-s3[data]'",
+}
+
 
 def _usage() -> str:
     verbs = "".join(f"  {name:8} {what}\n" for name, (_, what) in VERBS.items())
@@ -33,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a verb with the arguments that follow it.
 
     Returns:
-        Its exit status; 2 for an unknown verb.
+        Its exit status; 2 for an unknown verb, or if a package is missing.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
@@ -48,7 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         what = f"error: no verb {argv[0]!r}\n" if argv else ""
         print(what + _usage(), file=sys.stderr)
         return 2
-    return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    if argv[0] in SLOW:
+        print(f"[{argv[0]}] loading PyTorch", file=sys.stderr, flush=True)
+    try:
+        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        print(
+            f"error: megatron-s3 {argv[0]} needs {package}, which is not installed here "
+            f"({error}): pip install {PACKAGES[package]}",
+            file=sys.stderr,
+        )
+        return 2
 
 
 if __name__ == "__main__":

@@ -207,6 +207,22 @@ def test_the_output_is_never_overwritten(
     assert "no such folder; make it first" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(export.weights, "find", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("megatron_s3.folders.tempfile.TemporaryFile", refusing)
+    output = tmp_path / "model"
+    assert export.main([str(tmp_path), str(output)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: OUTPUT {output}: cannot be written (Permission denied)\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_of_the_vocabulary_are_never_guessed() -> None:
     named = arguments(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="gpt2")
     with pytest.raises(export.ExportError, match="--tokenizer, or the number with --vocab-size"):

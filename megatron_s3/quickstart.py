@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_s3 import data, report
+from megatron_s3.launch import lock
 
 TRAINER = "megatron_s3.pretrain_gpt"
 LAYERS, HIDDEN, HEADS, SEQ_LENGTH, BATCH = 4, 128, 4, 128, 16
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that torchrun ends with us
     try:
         return _run(args)
-    except (data.DataError, report.RunError) as error:
+    except (data.DataError, report.RunError, lock.InUse) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except QuickstartError as error:
@@ -141,8 +142,9 @@ def _run(args: argparse.Namespace) -> int:
     nproc = args.nproc or _default_nproc()
     recipes = [S3, ADAMW] if args.compare else [S3]
     print("\n".join([WHY, WHY_COMPARED] if args.compare else [WHY]))
-    for recipe in recipes:
-        _train(recipe, args, nproc, prefix, dataset)
+    with lock.hold([args.out]):
+        for recipe in recipes:
+            _train(recipe, args, nproc, prefix, dataset)
     runs = [report.read(args.out / r.folder / "tensorboard", r.name) for r in recipes]
     picture = args.out / "loss.png"
     report.draw(
@@ -264,6 +266,7 @@ def _launch(arguments: list[str], nproc: int, log: Path) -> None:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
+        **lock.variable([log.parents[1]]),
     }
     progress = _Progress()
     with log.open("a", encoding="utf-8") as file:
@@ -276,6 +279,7 @@ def _launch(arguments: list[str], nproc: int, log: Path) -> None:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            preexec_fn=lock.die_with_parent,
         )
         assert process.stdout is not None
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_s3 import data
 from megatron_s3.experiments import toy
 from megatron_s3.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan
+from megatron_s3.launch import lock
 from megatron_s3.launch.ports import free_port
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
@@ -34,7 +35,7 @@ SMALL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0, or 1 if a run has failed."""
+    """Runs the command; 0, 1 if a run has failed, or 2 if another suite is trained there."""
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     _alike(args)
@@ -56,6 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.key}: {shlex.join(command)}")
         print(f"{len(runs)} runs are known; results decide on the others")
         return 0
+    try:
+        with lock.hold([args.out]) as args.held:
+            return _suite(args, chosen)
+    except lock.InUse as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _suite(args: argparse.Namespace, chosen: list[str]) -> int:
     if "toy" in args.only:
         toy.write(args.out / "toy.json")
     failed: set[str] = set()
@@ -188,7 +198,7 @@ def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
         for old in ("metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
             (folder / old).unlink(missing_ok=True)
         process = context.Process(
-            target=_rank, args=(_words(run, args), folder / "log", free_port())
+            target=_rank, args=(_words(run, args), folder / "log", free_port(), args.held)
         )
         process.start()
         started.append((run, process))
@@ -240,11 +250,12 @@ def _import_all(jobs: int) -> None:
     megatron_s3.register()
 
 
-def _rank(words: list[str], log: Path, port: int) -> None:
+def _rank(words: list[str], log: Path, port: int, held: dict[str, str]) -> None:
     """A process of one rank, as torchrun would start it."""
     os.environ |= {
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+        **held,
     }
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)

@@ -47,4 +47,7 @@ def _wrap(at: int, factor: float) -> None:
 
 
 if __name__ == "__main__":
+    from megatron_s3.launch import lock
+
+    lock.join()
     main()

@@ -299,8 +299,7 @@ def _in_use(path: Path, holder: dict[str, Any] | None) -> str:
     who = f": {_who(holder)}" if holder else ""
     return (
         f"{path.parent} is in use by another launch{who}; wait until it has ended, stop it, or "
-        "give this run a folder of its own (--run-dir). If that machine is gone for good, remove "
-        f"{path}"
+        f"name another folder. If that machine is gone for good, remove {path}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_s3 import data
 from megatron_s3.launch import lock
 
 REPOSITORY = Path(__file__).parents[2]
@@ -96,8 +98,7 @@ def test_the_second_is_told_who_holds_the_folder(tmp_path):
     assert re.fullmatch(
         rf"{tmp_path} is in use by another launch: process {os.getpid()} on {os.uname().nodename}, "
         r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d; wait until it has ended, stop it, or "
-        rf"give this run a folder of its own \(--run-dir\)\. If that machine is gone for good, "
-        rf"remove {tmp_path}/lock",
+        rf"name another folder\. If that machine is gone for good, remove {tmp_path}/lock",
         str(refused.value),
     )
     with lock.hold([tmp_path]):  # it was given back, and with the record of who held it
@@ -290,3 +291,17 @@ except lock.InUse:
     for racer in racers:
         racer.communicate()
     assert sorted(said) == ["has it", *["refused"] * 5]
+
+
+@pytest.mark.parametrize("program", ["megatron_s3.quickstart", "megatron_s3.experiments.runner"])
+def test_other_programs_that_train_hold_their_folder_too(tmp_path, monkeypatch, capsys, program):
+    module = importlib.import_module(program)
+    text = tmp_path / "in.jsonl"
+    text.write_text('{"text": "%s"}\n' % ("some words " * 40) * 20)
+    made = data.source(str(text), "text", None)
+    monkeypatch.setattr(data, "source", lambda *args: made)
+    out = tmp_path / "out"
+    with lock.hold([out]):
+        assert module.main(["--out", str(out), "--iters", "20"]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {out} is in use by another launch: process {os.getpid()} on " in said

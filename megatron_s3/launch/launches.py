@@ -213,6 +213,8 @@ def _described(command: Command) -> Launch:
             launcher, trainer, torchrun = at, None, True
         elif trainer is not None:
             pass
+        elif text == "-c" and launcher is not None:
+            break  # python -c: no program that could be registered
         elif text in ("-m", "--module") and launcher is not None and at + 1 < limit:
             module = texts[at + 1]
             if _DISTRIBUTED.fullmatch(module) or module in _RUNNERS:
@@ -229,7 +231,7 @@ def _described(command: Command) -> Launch:
                     "python or torchrun"
                 )
         at += 1
-    if trainer is None and launcher is not None and texts[launcher] != UNKNOWN:
+    if trainer is None and launcher is not None and texts[launcher] != UNKNOWN and at == limit:
         trainer = _first_positional(command, texts, launcher + 1, limit, torchrun)
     if trainer is None:
         raise LaunchError(

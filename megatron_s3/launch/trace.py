@@ -177,7 +177,11 @@ class _Tracer:
         return states
 
     def _pipeline(self, node: Node, states: list[State]) -> list[State]:
+        here: list[list] = []
         for child in node.children:
+            # cat <<END | sbatch
+            child = replace(child, here=[*child.here, *here])
+            here = child.here
             self._subshell(Node("sequence", [child]), states)
         return states
 

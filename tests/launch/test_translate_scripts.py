@@ -88,6 +88,14 @@ CASES = {
             "--node 7"
         ],
     ),
+    "a here-document through a pipe": (
+        "cat <<EOF | sbatch\n#!/bin/bash\ntorchrun t.py --lr 1e-4 \\\\\n --weight-decay 0.1\nEOF",
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "a here-string": (
+        "bash <<< 'torchrun t.py --lr 1e-4 --weight-decay 0.1'",
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
     "a here-document as it stands, into a file": (
         "cat > job.sh <<'EOF'\nLR=1e-4\ntorchrun t.py --lr $LR --weight-decay 0.1\nEOF\n"
         "bash job.sh",
@@ -244,6 +252,10 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
         ("torchrun t.py --lr 1e-4 'a", "a quote without its end"),
         ("if true; then\ntorchrun t.py --lr 1e-4", "'the end' where 'fi' has to be"),
         ("X=<a placeholder>\ntorchrun t.py --lr 1e-4", "line 1: '>' without"),
+        ("python -c 'import t; t.main()' --lr 1e-4", "python is given --lr, and which program"),
+        ("python -c 'import t' t.py --lr 1e-4", "python is given --lr, and which program"),
+        ("deepspeed t.py --lr 1e-4", "t.py is started by deepspeed"),
+        ("while read L; do torchrun t.py --lr $L; done < rates", r"--lr \$L is no number"),
         ("$(cat cmd) --lr 1e-4", "is given --lr, and which program"),
     ],
 )

@@ -201,6 +201,7 @@ def refuse_missing_gpus(config: Config) -> None:
     """
     if config.arguments.get("s3_device") != "cuda" or not importlib.util.find_spec("torch"):
         return
+    tell("counting this node's GPUs with torch")
     import torch
 
     with environment(config):

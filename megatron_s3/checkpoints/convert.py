@@ -78,7 +78,13 @@ def convert(
         raise ConvertError(f"{output} exists: choose another folder, or remove it")
     if not output.absolute().parent.is_dir():
         raise ConvertError(f"{output.parent}: no such folder; make it first")
-    source = _Source(weights.find(checkpoint, iteration))
+    found = weights.find(checkpoint, iteration)
+    if weights.number(found) is None:
+        raise ConvertError(
+            f"{found} is a release, of which Megatron loads the weights alone: there is nothing to "
+            "convert, it loads into any optimizer as it is"
+        )
+    source = _Source(found)
     _say(f"reading {source.folder}")
     values = source.settings(to, lr_factor, s3)
     _check_room(source, output.absolute().parent)
@@ -95,7 +101,7 @@ def convert(
         seconds = time.monotonic() - began
         record = _record(source, values, counts, seconds)
         (part / "convert.json").write_text(json.dumps(record, indent=2) + "\n")
-        iteration_number = str(int(source.folder.name[5:]))
+        iteration_number = str(weights.number(source.folder))
         (part / "latest_checkpointed_iteration.txt").write_text(iteration_number)
         _sync(part)
         part.rename(output)
@@ -419,7 +425,7 @@ def _record(source: _Source, settings: Settings, counts: Counter, seconds: float
     _say(f"read back and compared: {size / 1e9:.3f} GB in {seconds:.1f} s")
     return {
         "checkpoint": str(source.folder.absolute()),
-        "iteration": int(source.folder.name[5:]),
+        "iteration": weights.number(source.folder),
         "to": settings.to,
         "step": settings.step,
         "rule": _rule(settings),

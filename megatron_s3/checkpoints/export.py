@@ -118,7 +118,7 @@ def export(
         largest, scale = _compare(part, found, args, rows)
         record = {
             "checkpoint": str(found.absolute()),
-            "iteration": int(found.name[5:]),
+            "iteration": weights.number(found),
             "largest_logit": scale,
             "largest_logit_difference": largest,
             "bound": bound(args, scale),

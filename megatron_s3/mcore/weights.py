@@ -22,7 +22,7 @@ import torch
 
 from megatron_s3.mcore import integrity
 
-__all__ = ["CheckpointError", "arguments", "find", "logits", "tensors", "threads"]
+__all__ = ["CheckpointError", "arguments", "find", "logits", "number", "tensors", "threads"]
 
 #: Whatever of a checkpoint's arguments says where and how fast it ran, and not what it computes, is
 #: set back to Megatron's default; so is all of ModelParallelConfig.
@@ -75,7 +75,7 @@ class CheckpointError(ValueError):
 
 
 def find(folder: str | Path, iteration: int | None = None) -> Path:
-    """The folder of one iteration, ``iter_XXXXXXX``.
+    """The folder of one iteration, ``iter_XXXXXXX``, or of a release, ``release``.
 
     Args:
         folder: what ``--save`` named, or a folder of one iteration in it.
@@ -88,19 +88,23 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the one of the run's --save")
-    if re.fullmatch(r"iter_\d+", folder.name):
-        if iteration is not None and iteration != int(folder.name[5:]):
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    latest = tracker.read_text().strip() if tracker.is_file() else ""
+    if re.fullmatch(r"iter_\d+|release", folder.name) and not latest:
+        if iteration not in (None, number(folder)):
             raise CheckpointError(
                 f"{folder} is another iteration than --iteration {iteration}: leave the flag out, "
                 f"or give {folder.parent}"
             )
         found = folder
+    elif iteration is None and latest == "release":
+        found = folder / "release"
+        if not found.is_dir():
+            raise CheckpointError(f"{tracker} names a release, and there is no {found}")
     else:
         saved = sorted(path.name for path in folder.glob("iter_*"))
         there = f"there are: {', '.join(saved)}" if saved else "it holds no iter_XXXXXXX"
-        tracker = folder / "latest_checkpointed_iteration.txt"
         if iteration is None:
-            latest = tracker.read_text().strip() if tracker.is_file() else ""
             if not latest.isdecimal():
                 raise CheckpointError(
                     f"{folder}: {tracker.name} names no iteration, so no save has finished; "
@@ -124,6 +128,11 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
         )
     _check_files(found)
     return found
+
+
+def number(checkpoint: Path) -> int | None:
+    """The iteration of a folder that :func:`find` returns; None of a release."""
+    return int(checkpoint.name[5:]) if checkpoint.name != "release" else None
 
 
 def threads() -> int:

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_s3.checkpoints import convert, items, transfer
 from megatron_s3.launch import translate
+from megatron_s3.mcore import weights
 from megatron_s3.optimizers import S3
 from megatron_s3.optimizers.description import FORMAT
 from tests.trainer import assert_bitwise_equal, brief, tensors, train
@@ -257,6 +258,27 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     assert ".metadata is missing" in refused()
     (given / "iter_0000100/metadata.json").unlink()
     assert "not a complete checkpoint" in refused()
+
+
+def test_a_release_is_found_and_has_nothing_to_convert(tmp_path: Path) -> None:
+    given = write(tmp_path / "adamw", states(), common())
+    released = given / "release"
+    (given / "iter_0000100").rename(released)
+    (given / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert weights.find(given) == weights.find(released) == released
+    assert weights.number(released) is None
+    for folder in (given, released):
+        assert "is a release, of which Megatron loads the weights alone" in error(
+            folder, tmp_path / "out", "--to", "s3"
+        )
+    assert "no iteration 100; it holds no iter_XXXXXXX" in error(
+        given, tmp_path / "out", "--to", "s3", "--iteration", "100"
+    )
+    assert "is another iteration than --iteration 100" in error(
+        released, tmp_path / "out", "--to", "s3", "--iteration", "100"
+    )
+    released.rename(given / "other")
+    assert "names a release, and there is no" in error(given, tmp_path / "out", "--to", "s3")
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def _tokenizer(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_logits_of_trained_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor parallel, tied, bf16; and pipeline parallel, untied, exact gelu, fp32.
+    """Tensor parallel, tied, bf16; and pipeline parallel, untied, exact gelu, fp32, a release.
 
     Then that an export with a fault in it fails for its logits, and leaves nothing behind.
     """
@@ -278,7 +278,10 @@ def test_logits_of_trained_checkpoints(tmp_path: Path, monkeypatch: pytest.Monke
     assert GPT2LMHeadModel.from_pretrained(output).dtype is torch.bfloat16
 
     output = output.with_name("pp2")
+    (tmp_path / "pp2/iter_0000003").rename(tmp_path / "pp2/release")
+    (tmp_path / "pp2/latest_checkpointed_iteration.txt").write_text("release")
     assert export.main([str(tmp_path / "pp2"), str(output)]) == 0
+    assert json.loads((output / "export.json").read_text())["iteration"] is None
     config = json.loads((output / "config.json").read_text())
     assert (config["vocab_size"], config["activation_function"]) == (256, "gelu")
     assert not config["tie_word_embeddings"]

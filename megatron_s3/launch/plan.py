@@ -48,6 +48,9 @@ class Plan:
         peak: of a GPU, FLOP/s.
         evaluated: iterations of an evaluation; 0 for none.
         signal: how long before its time limit the job is asked to save, seconds.
+        saved: a :class:`megatron_s3.mcore.sizes.Checkpoint` of the fullest rank, of the format that
+            is saved in, or None.
+        otherwise: the same of the other format.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Plan:
     peak: float
     evaluated: int = 0
     signal: int = SIGNAL
+    saved: Any = None
+    otherwise: Any = None
 
     @property
     def fullest(self) -> Any:
@@ -155,6 +160,9 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
             f"{type(error).__name__}: {error}"
         ) from error
     activations, formula = sizes.activations(args)
+    fullest = max(planned.stages, key=lambda rank: rank.total)
+    saved = sizes.checkpoint(args, fullest)
+    forms = {"dp_reshardable": "fully_reshardable", "fully_reshardable": "dp_reshardable"}
     return Plan(
         name=config.name,
         optimizer=args.optimizer,
@@ -181,6 +189,8 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
         peak=peak,
         evaluated=args.eval_iters or 0,
         signal=_signal(config),
+        saved=saved,
+        otherwise=saved and sizes.checkpoint(args, fullest, forms[saved.form]),
     )
 
 
@@ -275,6 +285,7 @@ def text(plan: Plan) -> str:
             f"{(reduced + gathered) / plan.step_seconds / 1e9:,.1f} GB/s",
             "to send that within the step below; other parallelism's traffic is not counted",
         ),
+        *_checkpoint(plan),
         ("", "", ""),
         ("FLOPs of a step", f"{plan.flops:.4g}", "whole job, as Megatron counts them"),
         ("tokens of a step", f"{tokens:,}", f"{plan.batch:,} sequences of {plan.sequence:,}"),
@@ -332,6 +343,34 @@ def _other_stages(plan: Plan) -> list[tuple[str, str, str]]:
             first = rows[-1][0].split("-")[0]
             rows[-1] = (f"{first}-{rank.stage}", rows[-1][1], "")
     return rows
+
+
+def _checkpoint(plan: Plan) -> list[tuple[str, str, str]]:
+    """What a save and a resume take beside the step."""
+    now, other = plan.saved, plan.otherwise
+    if now is None:
+        return []
+    flag = "--dist-ckpt-optim-fully-reshardable"
+    if now.form == "fully_reshardable":
+        switch = (
+            f"without {flag} {_bytes(other.saving)}, read {_bytes(other.reading)}: "
+            "enough until tensor or pipeline parallelism changes"
+        )
+    else:
+        switch = (
+            "another tensor or pipeline parallelism cannot resume; where it is to change, save "
+            f"once with {flag}: {_bytes(other.saving)} in each rank"
+        )
+    return [
+        ("", "", ""),
+        ("checkpoints", now.form, switch),
+        ("  a save takes", _bytes(now.saving), "host memory in each rank, of the optimizer's part"),
+        (
+            "  a resume reads",
+            _bytes(now.reading),
+            f"in each rank, of the optimizer's part; {_bytes(now.reading * plan.gpus)} in all",
+        ),
+    ]
 
 
 def _activations(plan: Plan) -> tuple[str, str]:

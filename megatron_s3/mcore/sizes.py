@@ -20,10 +20,12 @@ from megatron_s3.optimizers import OPTIMIZERS
 
 __all__ = [
     "Buffer",
+    "Checkpoint",
     "Rank",
     "Sizes",
     "activations",
     "build",
+    "checkpoint",
     "completed",
     "flops",
     "measure",
@@ -53,6 +55,7 @@ class Buffer:
         param_bytes: of the parameters, as all-gathered; 0 without the distributed optimizer.
         grad_bytes: of the buffer, as reduced.
         ranks: size of the group that reduces it.
+        largest: elements of its largest bucket, with padding.
     """
 
     elements: int
@@ -61,6 +64,7 @@ class Buffer:
     param_bytes: int
     grad_bytes: int
     ranks: int
+    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,21 @@ class Rank:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """What saving and resuming a sharded optimizer take, of the fullest rank, in bytes.
+
+    Attributes:
+        form: how torch_dist holds it, ``dp_reshardable`` or ``fully_reshardable``.
+        saving: host memory for a save, of the optimizer's part.
+        reading: of the optimizer's part, that a rank reads to resume.
+    """
+
+    form: str
+    saving: int
+    reading: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A job's.
 
@@ -173,6 +192,35 @@ def plan(args: argparse.Namespace) -> Sizes:
         embeddings=sum(embedded for _, _, embedded in stages),
         stages=tuple(rank for rank, _, _ in stages),
     )
+
+
+def checkpoint(args: argparse.Namespace, rank: Rank, form: str | None = None) -> Checkpoint | None:
+    """What saving and resuming take, by Megatron's code (``get_parameter_state_dp_zero``).
+
+    Args:
+        args: Megatron's, validated.
+        rank: a rank of the job.
+        form: as in :class:`Checkpoint`; the arguments' if None.
+
+    Returns:
+        None where the optimizer is not sharded, or the format is not torch_dist.
+    """
+    if not args.use_distributed_optimizer or args.ckpt_format != "torch_dist":
+        return None
+    fully = getattr(args, "dist_ckpt_optim_fully_reshardable", False)
+    form = form or ("fully_reshardable" if fully else "dp_reshardable")
+    if form == "dp_reshardable":
+        shard = (rank.main_parameters or 4 * rank.updated) + sum(rank.states.values())
+        return Checkpoint(form, shard, shard)
+    # fp32, whatever the states are in: on every rank whole buffers without padding, and of one
+    # bucket what it sends of each tensor, what it gets of one, and that put together.
+    tensors = 1 + len(rank.states)
+    whole = 4 * tensors * sum(b.unpadded for b in rank.buffers)
+    bucket = max(4 * b.largest * (2 + tensors / b.ranks) for b in rank.buffers)
+    read = whole
+    if getattr(args, "ckpt_fully_parallel_load", False):
+        read = whole // max(b.ranks for b in rank.buffers)
+    return Checkpoint(form, round(whole + bucket), read)
 
 
 def plan_rank(args: argparse.Namespace, rank: int) -> Rank:
@@ -323,6 +371,7 @@ def measure(model: Iterable[torch.nn.Module], optimizer: Any, stage: int = 0) ->
                 param_bytes=0 if b.param_data is None else b.param_data.nbytes,
                 grad_bytes=b.grad_data.nbytes,
                 ranks=b.data_parallel_group.size(),
+                largest=max(bucket.grad_data.numel() for bucket in b.buckets),
             )
             for b in held
         ),

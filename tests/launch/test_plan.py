@@ -13,6 +13,7 @@ import pytest
 from megatron_s3 import data
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.plan import Plan, _signal, _vocabulary, as_json, main, text
+from megatron_s3.mcore import sizes
 from megatron_s3.mcore.sizes import Buffer, Rank, Sizes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -124,6 +125,30 @@ def test_the_seconds_of_the_signal(given, seconds):
             _signal(config)
         return
     assert _signal(config) == seconds
+
+
+def test_what_checkpoints_take_beside_the_step():
+    """By Megatron's code: fp32 of the whole buffers, and of a bucket while it is put together."""
+    args = {"use_distributed_optimizer": True, "ckpt_format": "torch_dist"}
+    own = sizes.checkpoint(Namespace(**args), SHARDED)
+    rank = replace(SHARDED, buffers=(replace(SHARDED.buffers[0], largest=1024),))
+    full = sizes.checkpoint(Namespace(**args, dist_ckpt_optim_fully_reshardable=True), rank)
+    assert own == sizes.Checkpoint("dp_reshardable", 128 * 12, 128 * 12)
+    assert full == sizes.Checkpoint("fully_reshardable", 12_000 + 4096 * 2 + 1536, 12_000)
+    parallel = Namespace(**args, ckpt_fully_parallel_load=True)
+    assert sizes.checkpoint(parallel, rank, "fully_reshardable").reading == 1500
+    fp32 = replace(rank, main_parameters=0)
+    assert sizes.checkpoint(Namespace(**args), fp32).saving == 128 * 12
+    for other in ({"ckpt_format": "torch"}, {"use_distributed_optimizer": False}):
+        assert sizes.checkpoint(Namespace(**args | other), rank) is None
+    assert "\ncheckpoints" not in text(plan(SHARDED))
+    lines = text(replace(plan(SHARDED), saved=full, otherwise=own)).splitlines()
+    (at,) = (n for n, line in enumerate(lines) if line.startswith("checkpoints"))
+    assert "without --dist-ckpt-optim-fully-reshardable 1.536 kB, read 1.536 kB" in lines[at]
+    assert lines[at + 1].split()[:5] == "a save takes 21.728 kB".split()
+    assert lines[at + 2].endswith("192.000 kB in all")
+    lines = text(replace(plan(SHARDED), saved=own, otherwise=full)).splitlines()
+    assert "save once with --dist-ckpt-optim-fully-reshardable: 21.728 kB in each" in lines[at]
 
 
 @pytest.mark.parametrize(

@@ -361,5 +361,6 @@ def _wrap(seam: Seam, owner: Any, original: Callable[..., Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        sys.exit(f"error: unknown argument {sys.argv[1]}; this prints the table, and takes none")
+        print(f"error: {sys.argv[1]}: this prints a table, and takes no argument", file=sys.stderr)
+        sys.exit(2)
     print(table())

@@ -41,15 +41,16 @@ typedef Float Floats[LANES];
 
 enum Dtype : int64_t { NONE, FLOAT32, BFLOAT16, FLOAT16 };
 
-// What cpu.py writes, all fields of 8 bytes.
+// What operands.py has of each tensor and cpu.py writes, all fields of 8 bytes.
 struct Array {
   char* data;
   Dtype dtype;
 };
 
 struct Operands {
+  Array grad;
   int64_t count;
-  Array param, grad, model_param, state[4];  // param is FLOAT32; a rule has its first STATES states
+  Array param, model_param, state[4];  // param is FLOAT32; a rule has its first STATES states
 };
 
 // Begins every rule's Scalars: kernels/forms.py has what follows, in the same order.

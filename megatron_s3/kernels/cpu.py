@@ -39,9 +39,7 @@ _FLAGS = (
 )
 _PATIENCE = 300  # seconds; it takes a few
 
-# As in cpu.cpp.
-_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_MOST_STATES = 4
+_MOST_STATES = 4  # as in cpu.cpp
 
 
 def reason(
@@ -98,10 +96,7 @@ def step(
     table = array("q")
     filler = (0, 0) * (_MOST_STATES - given.states)
     for o in operands:
-        table.append(o.param.numel())
-        for tensor in (o.param, o.grad, o.model_param, *o.state):
-            table.extend((0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype]))
-        table.extend(filler)
+        table.extend(o.read + o.written + filler)
     counts = [o.param.numel() for o in operands]
     chunk = library.chunk_elements()
     chunks = sum(-(-count // chunk) for count in counts)

@@ -238,15 +238,8 @@ _captured: list[_Plan | Tensor] = []
 
 
 def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
-    """Of each tensor the number of elements and the addresses."""
-    return tuple(
-        (
-            *(o.param.numel(), o.param.data_ptr(), o.grad.data_ptr()),
-            0 if o.model_param is None else o.model_param.data_ptr(),
-            *(state.data_ptr() for state in o.state),
-        )
-        for o in group
-    )
+    """For each tensor the number of elements and the places, the gradient's last."""
+    return tuple(o.written + o.read for o in group)
 
 
 def _counts(rows: Sequence[_Row]) -> tuple[int, ...]:
@@ -281,7 +274,8 @@ def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
     from megatron_s3.kernels.gpu_kernel import ROW
 
     fields = []
-    for count, param, grad, model_param, *states in rows:
+    for row in rows:
+        count, (param, model_param, *states, grad) = row[0], row[1::2]
         aligned = all(address % 16 == 0 for address in (param, grad, model_param, *states))
         filler = (0,) * (ROW - 5 - len(states))
         fields.append((param, grad, model_param, count, aligned, *states, *filler))

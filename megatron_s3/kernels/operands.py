@@ -1,15 +1,21 @@
 """What a step works on: tensors as flat memory, whatever their shapes and layouts."""
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-__all__ = ["Operands", "fault", "flatten", "local", "write_back"]
+__all__ = ["Operands", "fault", "flatten", "local", "size_of", "write_back"]
+
+#: How the kernels number the dtypes that they take (:file:`cpu.cpp` has them too).
+_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_SIZES = {1: 4, 2: 2, 3: 2}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Operands:
     """One parameter (or shard) of a step: 1-d dense tensors of equal length on one device.
 
@@ -19,6 +25,10 @@ class Operands:
         state: the rule's state tensors in its order, advanced in place.
         model_param: a tensor that is also given the new ``x``, rounded to its dtype; or None.
         row: of the step's statistics, which this parameter adds to.
+        read: address and dtype of the gradient's memory.
+        written: the number of elements, then address and dtype of ``param``, of ``model_param`` and
+            of every state; an address is 0 where there is no memory that is the elements.  Dtypes
+            are numbered as the kernels do, and others by their size in bytes, negative.
     """
 
     param: Tensor
@@ -26,6 +36,42 @@ class Operands:
     state: tuple[Tensor, ...]
     model_param: Tensor | None = None
     row: int = 0
+    read: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    written: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        model = self.model_param
+        written = (self.param.numel(), *_place(self.param))
+        written += (0, 0) if model is None else _place(model)
+        for tensor in self.state:
+            written += _place(tensor)
+        self.read, self.written = _place(self.grad), written
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    dtype = tensor.dtype
+    return _address(tensor), _CODES.get(dtype) or -dtype.itemsize
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the elements lie; 0 where the memory, if there is any, is not the elements."""
+    if (type(tensor) is not Tensor and not _has_memory(type(tensor))) or tensor.is_neg():
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # as the tensors of torch.func's transforms have none
+        return 0
+
+
+@functools.cache
+def _has_memory(kind: type[Tensor]) -> bool:
+    """Whether tensors of this class are their memory: no code of the class's makes the elements."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def size_of(code: int) -> int:
+    """Bytes of an element of the dtype that is so numbered in :class:`Operands`."""
+    return _SIZES.get(code, -code)
 
 
 _PARAM = (torch.float32,)
@@ -41,15 +87,22 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
         device: the kernel's type of device.
         states: how many state tensors its rule has.
     """
+    if not operands:
+        return None
+    place = operands[0].param.device
+    right = place.type == device
     for o in operands:
         # Most often all is well, and this is on the way of every step: plain checks first.
         count, model, grad = o.param.numel(), o.model_param, o.grad
+        addresses = o.read[:1] + o.written[1::2]
         if (
-            len(o.state) == states
-            and _fits(o.param, _PARAM, device, count)
-            and _fits(grad, _GRAD, device, count)
-            and all(_fits(state, _STATE, device, count) for state in o.state)
-            and (model is None or _fits(model, _GRAD, device, count))
+            right
+            and len(o.state) == states
+            and _fits(o.param, _PARAM, place, count)
+            and _fits(grad, _GRAD, place, count)
+            and all(_fits(state, _STATE, place, count) for state in o.state)
+            and (model is None or _fits(model, _GRAD, place, count))
+            and (count == 0 or addresses.count(0) == (model is None))
         ):
             continue
         if len(o.state) != states:
@@ -63,26 +116,41 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
                 return f"a {name} of {tensor.dtype}"
             if tensor.device.type != device:
                 return f"a {name} on {tensor.device}"
+            if tensor.device != place:
+                return f"a {name} on {tensor.device} beside a param on {place}"
             if not tensor.is_contiguous():
                 return f"a {name} that is not contiguous"
             if tensor.numel() != count:
                 return f"a {name} of {tensor.numel()} elements with a param of {count}"
+            if _address(tensor) == 0 and count:
+                kind = "negated view" if tensor.is_neg() else type(tensor).__name__
+                return f"a {name} whose memory is not its elements ({kind})"
     return None
 
 
-def _fits(tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: str, count: int) -> bool:
+def _fits(
+    tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device, count: int
+) -> bool:
     return (
         tensor.dtype in dtypes
         and tensor.is_contiguous()
         and tensor.numel() == count
-        and tensor.device.type == device
+        and tensor.device == device
     )
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, in its memory (it may be empty); other tensors as they are."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    """This rank's part of a DTensor, in its memory (it may be empty); other tensors as they are.
+
+    What a collective operation is still to fill (an AsyncCollectiveTensor) is waited for.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind is Parameter:
+        return tensor
+    if (to_local := getattr(tensor, "to_local", None)) is not None:
+        tensor = to_local()
+    wait = getattr(tensor, "trigger_wait", None)
+    return tensor if wait is None else wait()
 
 
 def flatten(
@@ -118,14 +186,20 @@ def flatten(
         copies = [
             (f, o)
             for f, o in zip(flat, ordered, strict=True)
-            if f.data_ptr() != o.data_ptr() and f is not flat[1]
+            if f is not flat[1] and _is_copy(f, o)
         ]
     if model_param is not None and model_param.dim() != 1:
         o = model_param.permute(order) if model_param.dim() == len(order) else model_param
         model_param = o.reshape(-1)
-        if model_param.data_ptr() != o.data_ptr():
+        if _is_copy(model_param, o):
             copies.append((model_param, o))
     return Operands(flat[0], flat[1], tuple(flat[2:]), model_param, row), copies
+
+
+def _is_copy(flat: Tensor, tensor: Tensor) -> bool:
+    """Whether ``reshape(-1)`` copied: by the address, and where there is none by the layout."""
+    address = _address(tensor)
+    return _address(flat) != address if address else not tensor.is_contiguous()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ __all__ = [
     "DEVICES",
     "add_megatron_arguments",
     "as_adam",
+    "changes_by_step",
     "check_config",
     "destination",
     "flag",
@@ -454,7 +455,7 @@ def _check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool
             f"--weight-decay-incr-style {args.weight_decay_incr_style} changes a number that is "
             "recorded"
         )
-    elif _changes_by_step(cls, hyperparameters(cls, args)):
+    elif changes_by_step(cls, hyperparameters(cls, args)):
         why_not = "bias correction or a ramp changes a number each step that is recorded"
     if why_not:
         raise ValueError(
@@ -473,7 +474,8 @@ def _check_metrics(args: argparse.Namespace) -> None:
         )
 
 
-def _changes_by_step(cls: type[ElementwiseOptimizer], values: dict[str, Any]) -> bool:
+def changes_by_step(cls: type[ElementwiseOptimizer], values: dict[str, Any]) -> bool:
+    """Returns whether the rule's arguments differ from step to step."""
     optimizer = cls([torch.zeros(1)], lr=0.0, **values)
     (group,) = optimizer.param_groups
     one, other = (optimizer.group_hyperparameters(group | {"step": t}) for t in (1, 100))

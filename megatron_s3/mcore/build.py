@@ -18,6 +18,7 @@ from megatron_s3.kernels.operands import local
 from megatron_s3.mcore import overrides, param_groups, telemetry
 from megatron_s3.mcore.arguments import (
     as_adam,
+    changes_by_step,
     check_config,
     destination,
     hyperparameters,
@@ -37,6 +38,7 @@ __all__ = [
     "ElementwiseChainedOptimizer",
     "get_megatron_optimizer",
     "get_megatron_optimizer_config",
+    "replay",
     "restore_step",
 ]
 
@@ -72,7 +74,27 @@ def restore_step(saved: dict[str, Any]) -> None:
         if part.optimizer is not None:
             for group in part.optimizer.param_groups:
                 group["step"] = step
+            if len(groups) == len(part.optimizer.param_groups):
+                for group, its in zip(part.optimizer.param_groups, groups, strict=True):
+                    if "steps" in its:
+                        group["steps"] = its["steps"]
+            part.optimizer.counts.load(part.optimizer.param_groups)
             param_groups.restore_scheduled(part.optimizer.param_groups, groups)
+
+
+def replay(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a call that replays the optimizer's CUDA graph, which runs no Python: counts the step.
+
+    The call that captures runs the Python of the step that it then replays.
+    """
+    replays = wrapper.cuda_graph is not None
+    result = original(wrapper, *args, **kwargs)
+    built = getattr(wrapper.optimizer_step_func, "__self__", None)
+    if replays and result[0] and isinstance(built, ElementwiseChainedOptimizer):
+        for part in built.chained_optimizers:
+            for group in part.optimizer.param_groups if part.optimizer is not None else ():
+                group["step"] += 1
+    return result
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:
@@ -196,6 +218,12 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         for group in adam.param_groups
     ]
     in_graph = getattr(config, "optimizer_cuda_graph", False)
+    if in_graph and changes_by_step(cls, hyperparameters(cls, config)):
+        raise ValueError(
+            f"{cls.description.label} does not support optimizer_cuda_graph with these settings: "
+            "bias correction or a ramp changes a number each step that is recorded. Leave one of "
+            "the two out."
+        )
     optimizer = cls(
         groups,
         lr=config.lr,
@@ -220,6 +248,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
             pin_params=config.pin_cpu_params,
         )
     optimizer.keep_hyperparameters = True
+    optimizer.log_path = False  # rank 0 says it
     # A checkpoint of a run that has not updated yet (fp16 skips its first steps) holds the state.
     optimizer.register_state_dict_pre_hook(ElementwiseOptimizer.init_state)
     if in_graph:
@@ -311,6 +340,20 @@ needs_grad_norm`).
             self.update_log.count(rates)
         return success
 
+    def _synchronize_steps(self) -> Any:
+        """As upstream; parts that had nothing to update in some step are brought to the others'.
+
+        Upstream fails there.  Each of their parameters keeps its own number of updates.
+        """
+        parts = [part.optimizer for part in self.chained_optimizers if part.optimizer is not None]
+        groups = [(part, group) for part in parts for group in part.param_groups]
+        steps = [group["step"] for _, group in groups if group["params"]]
+        for part, group in groups:
+            if group["params"] and group["step"] != max(steps):
+                part.counts.keep(group)
+            group["step"] = max(steps, default=group["step"])
+        return max(steps, default=None)
+
     def _say_path(self) -> None:
         optimizers = [p.optimizer for p in self.chained_optimizers if p.optimizer is not None]
         paths = sorted({o.path for o in optimizers if o.path})
@@ -319,7 +362,9 @@ needs_grad_norm`).
         self.said_path = True
         for path in paths:
             if "portable" in path and optimizers[0].fused is not False:
-                say(f"{optimizers[0].description.label} is updated by torch operations ({path})")
+                part = "" if path.startswith("portable") else " in part"
+                label = optimizers[0].description.label
+                say(f"{label} is updated by torch operations{part} ({path})")
 
 
 def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], config: Any) -> None:

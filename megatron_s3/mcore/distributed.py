@@ -43,6 +43,12 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         Upstream's reads torch AdamW's ``step`` from every parameter's state, which is not there.
         """
         saved = self.optimizer.state_dict()
+        if any("steps" in group for group in saved["param_groups"]):
+            raise RuntimeError(
+                f"{self.optimizer.description.label}: some parameters of this rank had no gradient "
+                "in some steps, and so another number of updates, which sharded checkpoints of the "
+                "distributed optimizer do not hold. Give every parameter a gradient (of zeros)."
+            )
         groups = [{k: v for k, v in g.items() if k != "params"} for g in saved["param_groups"]]
         state_dict: dict[str, Any] = {"optimizer": {"param_groups": groups}}
         if self.grad_scaler:

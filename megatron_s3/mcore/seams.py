@@ -50,6 +50,7 @@ class Seam:
         parameters: the names its leading parameters must have.
         wrapper: called with the original, then the call's own arguments.
         purpose: what it does, and so what is missing without it.
+        optional: a release may lack the module, and so has nothing to wrap.
     """
 
     module: str
@@ -57,6 +58,7 @@ class Seam:
     parameters: tuple[str, ...]
     wrapper: Callable[..., Any]
     purpose: str
+    optional: bool = False
 
 
 SEAMS = (
@@ -263,6 +265,14 @@ SEAMS = (
         "with --optimizer adam too: says so of asynchronous saves",
     ),
     Seam(
+        "megatron.core.optimizer.optimizer_cuda_graph",
+        "OptimizerCudaGraphWrapper.__call__",
+        ("self",),
+        build.replay,
+        "counts the steps that a CUDA graph of the optimizer replays",
+        optional=True,
+    ),
+    Seam(
         "megatron.core.dist_checkpointing.serialization",
         "save",
         ("sharded_state_dict", "checkpoint_dir"),
@@ -298,6 +308,7 @@ def install() -> None:
     """
     has_training = importlib.util.find_spec("megatron.training") is not None
     seams = [s for s in SEAMS if has_training or not s.module.startswith("megatron.training")]
+    seams = [s for s in seams if not s.optional or importlib.util.find_spec(s.module)]
     found = [(seam, *_resolve(seam)) for seam in seams]
     for seam, owner, original in found:
         if not hasattr(original, _MARK):

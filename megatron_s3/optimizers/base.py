@@ -1,9 +1,9 @@
 """What every element-wise optimizer of the plugin shares: groups, state, checks, the stamp."""
 
-import importlib
+import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from megatron_s3.kernels import portable
-from megatron_s3.kernels.operands import Operands, flatten, write_back
+from megatron_s3.kernels.choice import Choice, choose, path
+from megatron_s3.kernels.operands import Operands, flatten, local, write_back
+from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.checks import (
     check_decay,
@@ -24,7 +25,8 @@ from megatron_s3.optimizers.checks import (
     shares_memory,
     state_fault,
 )
-from megatron_s3.optimizers.description import FORMAT, Description, plain
+from megatron_s3.optimizers.counts import Counts, GroupUpdates, Update, Watched, split
+from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description, plain
 from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.offload import Offload
 
@@ -34,16 +36,27 @@ __all__ = ["ElementwiseOptimizer"]
 MOMENTUM = "momentum"
 
 
+_logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class _Task:
-    """What one call of a kernel steps: parameters of a group that lie in one memory."""
+    """What one call of a kernel steps: parameters of a group that lie in one memory.
 
-    params: list[Tensor]
-    operands: list[Operands]
-    copies: list[tuple[Tensor, Tensor]]
+    ``again``: what it steps was written by another task before it, so that copies have to be made
+    anew.
+    """
+
+    updates: list[Update]
+    choice: Choice
     values: dict[str, Any]
     rates: dict[str, Any]
     offload: Offload | None
+    again: bool
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [update.param for update in self.updates]
 
 
 class ElementwiseOptimizer(torch.optim.Optimizer):
@@ -94,8 +107,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"fused must be True, False or None, not {fused!r}")
         self.error_if_nonfinite = error_if_nonfinite
         self.fused = plain(fused)
-        #: What the last step ran: "C++ kernel", "Triton kernel", or "portable: " and the reason.
+        #: What the last step ran: "C++ kernel", "Triton kernel", or "portable: " and the reason;
+        #: where some parameters alone need torch operations, both.
         self.path = ""
+        #: Whether the log is told, once for each reason, that parameters need torch operations.
+        self.log_path = True
         #: What every step's totals are added to, if anything.
         self.statistics: Statistics | None = None
         #: Tensors that are given the new value of a parameter as well, rounded to their dtype; 1-d
@@ -116,6 +132,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{self.description.label} has no {', '.join(unknown)}")
         defaults = {"lr": lr, "weight_decay": weight_decay} | values | hyperparameters
         self._values({"params": []} | defaults, most=math.inf)  # before a look at the params
+        self._logged: set[str] = set()
+        #: How many updates each parameter has had, where that is not its group's ``step``.
+        self.counts = Counts()
+        self._overlaps = Overlaps()
         stamp = {"algorithm": self.description.name, "format": FORMAT}
         if self.description.momentum:
             stamp[MOMENTUM] = defaults[self.description.momentum]
@@ -124,8 +144,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps its own three attributes only; what else a copy takes along, and what stays.
         own = ("error_if_nonfinite", "keep_hyperparameters", "fused", "master_params", "offload")
+        own += ("log_path", "counts")
         state = super().__getstate__() | {name: getattr(self, name) for name in own}
         return state | {
+            "_logged": set(),
+            "_overlaps": Overlaps(),
             "state_dtypes": dict(self.state_dtypes),
             "statistics": None,
             "model_params": {},
@@ -133,7 +156,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"log_path": True, "counts": Counts()} | state)
         if self.description.momentum:
             self.defaults.setdefault(MOMENTUM, self.defaults.get(self.description.momentum))
         for group in self.param_groups:  # as torch's do: what an older version did not know
@@ -284,56 +307,113 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 self._check_grad(param, grad, index)
                 self._check_state(param, index)
             work.append((group, found))
+        if self._nothing_to_do(work):
+            return loss
         if self.error_if_nonfinite:
             self._check_finite([grad for _, found in work for _, grad in found])
-        tasks = []
-        for group, found in work:
-            values = self.group_hyperparameters(group | {"step": group["step"] + 1})
-            rates = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
-            here = [pair for pair in found if not self._is_offloaded(pair[0])]
-            if here:
-                tasks.append(self._task(here, values, rates))
-            if self.offload is not None:
-                for batch in self.offload.batches(found):
-                    tasks.append(self._task(batch, values, rates, self.offload))
-        # What waits for no copy comes first.
-        tasks.sort(key=lambda task: task.offload is not None)
+        updates = [self._updates(group, found) for group, found in work]
         # Every kernel is chosen before anything is changed.
-        kernels, paths = [], []
+        tasks = self._tasks(updates)
+        operands = [[update.operands for update in task.updates] for task in tasks]
+        self.path = path([task.choice for task in tasks], operands) or self.path
+        self._log(tasks)
+        self.counts.advance(updates)
         for task in tasks:
-            kernels.append(self._kernel(task.operands, task.values))
-            paths.append(self.path)
-        self.path = " and ".join(dict.fromkeys(paths)) or self.path
-        for group, _ in work:
-            group["step"] += 1
-        for task, kernel in zip(tasks, kernels, strict=True):
-            self._run(task, kernel)
+            self._run(task, task.choice.kernel)
         return loss
 
-    def _task(
-        self,
-        batch: list[tuple[Tensor, Tensor]],
-        values: dict[str, Any],
-        rates: dict[str, Any],
-        offload: Offload | None = None,
-    ) -> "_Task":
-        flat = [self._flatten(param, grad) for param, grad in batch]
-        params = [param for param, _ in batch]
-        copies = [copy for _, copies in flat for copy in copies]
-        return _Task(params, [o for o, _ in flat], copies, values, rates, offload)
+    def _nothing_to_do(self, work: list[tuple[dict[str, Any], list]]) -> bool:
+        """Whether parameters lack all gradients; a rank that only holds empty parts lacks none."""
+        if any(found for _, found in work):
+            return False
+        return any(local(param).numel() for group, _ in work for param in group["params"])
 
-    def _run(self, task: "_Task", kernel: ModuleType) -> None:
+    def _updates(self, group: dict[str, Any], found: list[tuple[Tensor, Tensor]]) -> GroupUpdates:
+        watched = Watched(group | {"step": group["step"] + 1})
+        values = self.group_hyperparameters(watched)
+        if watched.read:
+            self._check_capture(group, values, found)
+            name = self.description.state[0]
+            fresh = (p for p in group["params"] if name not in self.state.get(p, ()))
+            self.counts.begin(group, fresh)
+        flat = [Update(param, grad, *self._flatten(param, grad)) for param, grad in found]
+        return GroupUpdates(group, values, watched.read, flat)
+
+    def _check_capture(
+        self, group: dict[str, Any], values: dict[str, Any], found: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        if not any(param.device.type == "cuda" for param, _ in found):
+            return
+        following = self.group_hyperparameters(group | {"step": group["step"] + 2})
+        if values != following and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self.description.label}: a CUDA graph is being captured, and bias correction or "
+                "a ramp changes a number in each step, which a replay would not see. No parameter "
+                "was changed. Step outside of the graph."
+            )
+
+    def _tasks(self, updates: list[GroupUpdates]) -> list[_Task]:
+        """The calls of kernels that make a step, in order."""
+        cuts = self._overlaps.cuts(
+            [(u.operands, u.copies) for part in updates for u in part.updates]
+        )
+        if cuts or self.counts:
+            self.counts.number(updates)
+        tasks: list[_Task] = []
+        for segment in split(updates, cuts):
+            some: list[_Task] = []
+            for part in segment:
+                for values, equal in part.by_values(self.group_hyperparameters):
+                    some += self._group_tasks(part.group, values, equal, again=bool(tasks))
+            # What waits for no copy comes first.
+            some.sort(key=lambda task: task.offload is not None)
+            tasks += some
+        return tasks
+
+    def _group_tasks(
+        self, group: dict[str, Any], values: dict[str, Any], updates: list[Update], *, again: bool
+    ) -> list[_Task]:
+        rates = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
+        batches: list[tuple[list[Update], Offload | None]] = [(updates, None)]
+        if self.offload is not None:
+            batches = [([u for u in updates if not self._is_offloaded(u.param)], None)]
+            pairs = [(update.param, update) for update in updates]
+            for batch in self.offload.batches(pairs):
+                batches.append(([update for _, update in batch], self.offload))
+        tasks = []
+        for batch, offload in batches:
+            for choice in choose(
+                *(self.description.rule, [u.operands for u in batch], values),
+                *(self.description.kernels, self.description.label, self.fused),
+            ):
+                some = [batch[i] for i in choice.indices]
+                tasks.append(_Task(some, choice, values, rates, offload, again))
+        return tasks
+
+    def _log(self, tasks: list[_Task]) -> None:
+        if self.fused is not False and self.log_path:
+            reasons = {task.choice.reason for task in tasks} - self._logged - {None}
+            if reasons:
+                self._logged |= reasons
+                _logger.warning(
+                    "%s is updated by torch operations: %s", self.description.label, self.path
+                )
+
+    def _run(self, task: _Task, kernel: ModuleType) -> None:
         offload, statistics = task.offload, self.statistics
+        flat = [(update.operands, update.copies) for update in task.updates]
+        if task.again:
+            flat = [self._flatten(update.param, update.grad) for update in task.updates]
         if offload is not None:
             offload.wait(task.params)
             statistics = offload.statistics(statistics)
         kernel.step(
-            *(self.description.rule, task.operands),
+            *(self.description.rule, [operands for operands, _ in flat]),
             statistics=statistics,
             **task.values,
             **task.rates,
         )
-        write_back(task.copies)
+        write_back([copy for _, copies in flat for copy in copies])
         if offload is not None:
             for param in task.params:
                 offload.send_back(param, self.state[param]["master_param"])
@@ -349,32 +429,6 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if self._has_master(param):
             return flatten(self.state[param]["master_param"], grad, state, param.detach(), row)
         return flatten(param.detach(), grad, state, self.model_params.get(param), row)
-
-    def _kernel(
-        self, operands: Sequence[Operands], hyperparameters: Mapping[str, Any]
-    ) -> ModuleType:
-        """What steps a group's operands: a fused kernel, or the portable path.
-
-        Raises:
-            RuntimeError: ``fused=True``, and it cannot run.
-        """
-        if not operands:
-            return portable
-        kernel, reason = None, "fused=False"
-        if self.fused is not False:
-            device = operands[0].param.device.type
-            name = self.description.kernels.get(device)
-            reason = f"no kernel for {self.description.label} on {device}"
-            if name is not None:
-                kernel = importlib.import_module(name)
-                reason = kernel.reason(self.description.rule, operands, **hyperparameters)
-        if reason is None:
-            self.path = kernel.NAME
-            return kernel
-        if self.fused:
-            raise RuntimeError(f"fused=True, but {reason}. No parameter was changed.")
-        self.path = f"portable: {reason}"
-        return portable
 
     def _check_group(self, group: dict[str, Any]) -> None:
         values = self._values(group)
@@ -438,6 +492,17 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 f"{self.description.label}: NaN or inf in the gradients of {len(shapes)} "
                 f"parameters, the first of shape {shapes[0]}. No parameter was changed."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; where the numbers of updates in a group differ, its ``steps``.
+
+        That is a list beside ``params``; without it every parameter's number is the group's
+        ``step``.
+        """
+        saved = super().state_dict()
+        for index in self.counts.save(self.param_groups, saved["param_groups"]):
+            saved["param_groups"][index]["format"] = FORMAT_WITH_STEPS
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, hooks included, but only what fits, and in the dtypes that are kept.

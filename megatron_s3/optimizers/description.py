@@ -12,11 +12,22 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["FORMAT", "KERNELS", "LARGEST", "Description", "Hyperparameter", "plain"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_WITH_STEPS",
+    "KERNELS",
+    "LARGEST",
+    "Description",
+    "Hyperparameter",
+    "plain",
+]
 
 #: Of what the plugin's optimizers save: counted up when an older version would load it wrongly.
 #: What was saved before there was a number is of format 1.
 FORMAT = 1
+
+#: Of what is saved where the parameters of a group differ in their number of updates.
+FORMAT_WITH_STEPS = 2
 
 #: The modules with fused kernels of the rules in :mod:`megatron_s3.kernels.forms`.
 KERNELS = {"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_s3.optimizers.checks import of_shape, state_fault
-from megatron_s3.optimizers.description import FORMAT
+from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS
 
 __all__ = ["Loading", "check_stamps"]
 
@@ -79,6 +79,7 @@ class Loading:
         """Puts the states in place, each in the dtype and on the device where it is kept."""
         for group in optimizer.param_groups:
             group["format"] = FORMAT
+        optimizer.counts.load(optimizer.param_groups)
         if optimizer.keep_hyperparameters:
             for group, values in zip(optimizer.param_groups, self._own, strict=True):
                 group.update(values)
@@ -111,11 +112,18 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
                 "two keep different averages. Load the model's weights alone, or resume with the "
                 "optimizer that saved it."
             )
-        if group.get("format", 1) > FORMAT:
+        if group.get("format", 1) > FORMAT_WITH_STEPS:
             raise ValueError(
                 f"the state to load is of format {group['format']}, from a newer megatron_s3: "
-                f"this one knows formats up to {FORMAT}. Update megatron_s3, or load the model's "
-                "weights alone."
+                f"this one knows formats up to {FORMAT_WITH_STEPS}. Update megatron_s3, or load "
+                "the model's weights alone."
+            )
+        if group.get("format", 1) == FORMAT_WITH_STEPS and "steps" not in group:
+            raise ValueError(
+                "the state to load was saved with the number of updates of every parameter, which "
+                "is missing: group['steps'], a list beside group['params']. Where a checkpoint is "
+                "loaded into a state dict (torch.distributed.checkpoint), give each group of that "
+                "one such a list first: [0] * len(group['params'])."
             )
         for h in ours.hyperparameters:
             if h.fixes_state and group.get(h.name, h.default) != own[h.name]:

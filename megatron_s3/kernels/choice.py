@@ -1,0 +1,148 @@
+"""Which kernel steps which parameters: the device's where it can, torch operations for the rest."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from megatron_s3.kernels import portable
+from megatron_s3.kernels.forms import form
+from megatron_s3.kernels.operands import Operands, fault
+
+__all__ = ["Choice", "choose", "path"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one call of a kernel steps.
+
+    Attributes:
+        kernel: a module of :mod:`megatron_s3.kernels`.
+        indices: which of the operands.
+        reason: why it is the portable one; None for a fused kernel.
+    """
+
+    kernel: ModuleType
+    indices: Sequence[int]
+    reason: str | None = None
+
+
+def choose(
+    rule: Callable[..., Tensor],
+    operands: Sequence[Operands],
+    hyperparameters: Mapping[str, object],
+    kernels: Mapping[str, str],
+    label: str,
+    fused: bool | None,
+) -> list[Choice]:
+    """Gives every parameter its device's kernel, and torch operations alone what needs them.
+
+    Args:
+        rule: see :mod:`megatron_s3.rules`.
+        operands: what a step is to work on.
+        hyperparameters: the rule's.
+        kernels: device type -> name of a module with a fused kernel.
+        label: what a message calls the optimizer.
+        fused: False takes torch operations for all.
+
+    Raises:
+        RuntimeError: the memory of a tensor was freed, or ``fused=True`` and a kernel cannot take
+            something.
+    """
+    everything = range(len(operands))
+    if not operands:
+        return []
+    if fused is False:
+        _check_memory(operands, label)
+        return [Choice(portable, everything, "fused=False")]
+    device = operands[0].param.device
+    kernel = _kernel(kernels, device.type)
+    if kernel is not None and kernel.reason(rule, operands, **hyperparameters) is None:
+        return [Choice(kernel, everything)]
+    # Something cannot be taken by a kernel, or not by the same one.
+    choices: list[Choice] = []
+    for device in dict.fromkeys(o.param.device for o in operands):
+        mine = [i for i in everything if operands[i].param.device == device]
+        choices += _on_device(rule, operands, mine, hyperparameters, kernels, label)
+    for choice in choices:
+        if choice.reason is not None:
+            _check_memory([operands[i] for i in choice.indices], label)
+            if fused:
+                raise RuntimeError(f"fused=True, but {choice.reason}. No parameter was changed.")
+    return choices
+
+
+def _kernel(kernels: Mapping[str, str], device: str) -> ModuleType | None:
+    return importlib.import_module(kernels[device]) if device in kernels else None
+
+
+def _on_device(
+    rule: Callable[..., Tensor],
+    operands: Sequence[Operands],
+    mine: list[int],
+    hyperparameters: Mapping[str, object],
+    kernels: Mapping[str, str],
+    label: str,
+) -> list[Choice]:
+    device = operands[mine[0]].param.device.type
+    kernel = _kernel(kernels, device)
+    if kernel is None:
+        return [Choice(portable, mine, f"no kernel for {label} on {device}")]
+    if (reason := kernel.reason(rule, [], **hyperparameters)) is not None:  # whatever the tensors
+        return [Choice(portable, mine, reason)]
+    states = form(rule, hyperparameters).states
+    faults: dict[str | None, list[int]] = {}
+    for i in mine:
+        faults.setdefault(fault([operands[i]], device, states), []).append(i)
+    choices = []
+    if good := faults.pop(None, None):
+        reason = kernel.reason(rule, [operands[i] for i in good], **hyperparameters)
+        choices.append(Choice(kernel if reason is None else portable, good, reason))
+    return choices + [
+        Choice(portable, indices, f"the {kernel.NAME} cannot take {found}")
+        for found, indices in faults.items()
+    ]
+
+
+def _check_memory(operands: Sequence[Operands], label: str) -> None:
+    """Raises RuntimeError where a tensor's memory was freed, which torch's operations die of."""
+    for o in operands:
+        if not o.written[0] or (o.read[0] and o.written[1::2].count(0) == (o.model_param is None)):
+            continue
+        names = ("parameter", "gradient", "state", "copy in the model")
+        tensors = ((o.param,), (o.grad,), o.state, (o.model_param,))
+        for name, some in zip(names, tensors, strict=True):
+            for tensor in some:
+                if type(tensor) is not Tensor or tensor.is_neg() or tensor._is_zerotensor():
+                    continue
+                if tensor.device.type != "meta" and tensor.untyped_storage().nbytes() == 0:
+                    raise RuntimeError(
+                        f"{label}: the memory of a parameter's {name} was freed (its storage has "
+                        f"0 bytes, and {tensor.numel()} elements are to be there). No parameter "
+                        "was changed. Step before it is freed, or after it is filled again."
+                    )
+
+
+def path(choices: Sequence[Choice], operands: Sequence[Sequence[Operands]]) -> str:
+    """What a step took, in words: the kernels, and for which parameters torch operations and why.
+
+    Args:
+        choices: of all its calls.
+        operands: those of each.
+    """
+    names = list(dict.fromkeys(c.kernel.NAME for c in choices if c.reason is None))
+    reasons: dict[str, list[Operands]] = {}
+    for choice, its in zip(choices, operands, strict=True):
+        if choice.reason is not None:
+            reasons.setdefault(choice.reason, []).extend(its)
+    if not names:
+        return "portable: " + "; ".join(reasons) if reasons else ""
+    total = sum(map(len, operands))
+    parts = [
+        f"portable for {len(some)} of {total} parameters, the first of "
+        f"{some[0].param.numel():,} elements: {reason}"
+        for reason, some in reasons.items()
+    ]
+    return "; ".join([" and ".join(names), *parts])

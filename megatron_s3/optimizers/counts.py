@@ -1,0 +1,190 @@
+"""What a step updates, and which of a parameter's updates each one is."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megatron_s3.kernels.operands import Operands, local
+
+__all__ = ["Counts", "GroupUpdates", "Update", "Watched", "split"]
+
+
+class Update(NamedTuple):
+    """One update of a parameter.
+
+    ``count`` is its number, from 1, where that is not its group's.
+    """
+
+    param: Tensor
+    grad: Tensor
+    operands: Operands
+    copies: list[tuple[Tensor, Tensor]]
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class GroupUpdates:
+    """The updates of one param group in a step.
+
+    Attributes:
+        group: as it was before the step.
+        values: the rule's arguments in the group's coming step.
+        reads_step: whether they depend on its number.
+        updates: in order.
+    """
+
+    group: dict[str, Any]
+    values: dict[str, Any]
+    reads_step: bool
+    updates: list[Update]
+
+    def by_values(
+        self, hyperparameters: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], list[Update]]]:
+        """Updates for which the rule's arguments are the same, whatever their numbers.
+
+        Args:
+            hyperparameters: gives the rule's arguments for a group with a step.
+        """
+        counts = {update.count for update in self.updates}
+        if counts <= {None}:
+            yield self.values, self.updates
+            return
+        equal: dict[tuple, tuple[dict[str, Any], list[Update]]] = {}
+        known = {
+            count: self.values if count is None else hyperparameters(self.group | {"step": count})
+            for count in counts
+        }
+        for update in self.updates:
+            values = known[update.count]
+            equal.setdefault(tuple(values.items()), (values, []))[1].append(update)
+        yield from equal.values()
+
+
+def split(parts: list[GroupUpdates], cuts: Sequence[int]) -> list[list[GroupUpdates]]:
+    """The updates of a step in pieces.
+
+    Args:
+        parts: the step's groups.
+        cuts: which of all their updates begin a piece, ascending; from 1.
+    """
+    if not cuts:
+        return [parts]
+    pieces: list[list[GroupUpdates]] = [[]]
+    index, begins = 0, set(cuts)
+    for part in parts:
+        some: list[Update] = []
+        for update in part.updates:
+            if index in begins:
+                pieces[-1].append(GroupUpdates(part.group, part.values, part.reads_step, some))
+                pieces.append([])
+                some = []
+            some.append(update)
+            index += 1
+        pieces[-1].append(GroupUpdates(part.group, part.values, part.reads_step, some))
+    return pieces
+
+
+class Watched(dict):
+    """A param group that notes whether its step is read."""
+
+    read = False
+
+    def __getitem__(self, key: str) -> Any:
+        """As a dict's."""
+        self.read |= key == "step"
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dict's."""
+        self.read |= key == "step"
+        return super().get(key, default)
+
+
+class Counts:
+    """How many updates each parameter has had, where that is not its group's ``step``.
+
+    As in torch's optimizers a parameter counts the steps in which it had a gradient, from when its
+    state was made on.  In most trainings that is the same number for all, and nothing is in here.
+    Only groups whose rule reads the step are looked at.
+    """
+
+    def __init__(self) -> None:
+        self._own: dict[Tensor, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._own)
+
+    def of(self, param: Tensor, group: Mapping[str, Any]) -> int:
+        """The number of updates that a parameter of the group has had."""
+        return self._own.get(param, group["step"])
+
+    def begin(self, group: Mapping[str, Any], params: Iterable[Tensor]) -> None:
+        """Counts parameters that have no state from 0 on."""
+        if group["step"]:
+            for param in params:
+                self._set(param, group, 0)
+
+    def number(self, parts: Iterable[GroupUpdates]) -> None:
+        """Numbers the updates of a step; a parameter may be updated several times."""
+        counts: dict[Tensor, int] = {}
+        for part in parts:
+            if part.reads_step:
+                for i, update in enumerate(part.updates):
+                    param = update.param
+                    count = counts[param] = counts.get(param, self.of(param, part.group)) + 1
+                    if count != part.group["step"] + 1:
+                        part.updates[i] = update._replace(count=count)
+
+    def advance(self, parts: Sequence[GroupUpdates]) -> None:
+        """Counts a step."""
+        for part in parts:
+            group, updates = part.group, part.updates
+            if part.reads_step and len(updates) < len(group["params"]):
+                stepped = {update.param for update in updates}
+                for param in group["params"]:
+                    if param not in stepped and param not in self._own and local(param).numel():
+                        self._own[param] = group["step"]
+        for part in parts:
+            part.group["step"] += 1
+        if any(update.count is not None for part in parts for update in part.updates):
+            for part in parts:
+                for update in part.updates:
+                    self._set(update.param, part.group, update.count or part.group["step"])
+
+    def _set(self, param: Tensor, group: Mapping[str, Any], count: int) -> None:
+        # Of a sharded parameter's part without elements other ranks know the count.
+        if count == group["step"] or not local(param).numel():
+            self._own.pop(param, None)
+        else:
+            self._own[param] = count
+
+    def keep(self, group: Mapping[str, Any]) -> None:
+        """Makes the count of each parameter its own, so that the group's ``step`` may be set."""
+        for param in group["params"]:
+            if param not in self._own and local(param).numel():
+                self._own[param] = group["step"]
+
+    def save(
+        self, param_groups: Iterable[dict[str, Any]], saved: Iterable[dict[str, Any]]
+    ) -> list[int]:
+        """Adds ``steps``, a list beside ``params``, to each saved group in which counts differ.
+
+        Returns:
+            Which groups that are.
+        """
+        differing = []
+        for index, (group, its) in enumerate(zip(param_groups, saved, strict=True)):
+            if not self._own.keys().isdisjoint(group["params"]):
+                its["steps"] = [self.of(param, group) for param in group["params"]]
+                differing.append(index)
+        return differing
+
+    def load(self, param_groups: list[dict[str, Any]]) -> None:
+        """Takes ``steps`` out of groups that were loaded; without it a count is the group's."""
+        self._own.clear()
+        for group in param_groups:
+            for param, step in zip(group["params"], group.pop("steps", ()), strict=False):
+                self._set(param, group, int(step))

@@ -1,0 +1,156 @@
+"""Which of a parameter's updates a step is: counted by parameter, as torch's optimizers do."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from megatron_s3 import S3
+from megatron_s3.optimizers import OPTIMIZERS, AdamW, NAdam
+
+#: Optimizers whose rule reads the step.
+READING: dict[str, Callable[..., Any]] = {
+    name: OPTIMIZERS[name] for name in ("adamw", "nadam", "adan")
+}
+READING["s3, bias correction"] = lambda p, **k: S3(p, bias_correction=True, **k)
+READING["s3, ramp"] = lambda p, **k: S3(p, beta_ramp=True, **k)
+
+
+def two() -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(64, generator=generator)) for _ in range(2)]
+
+
+def grad(seed: int) -> torch.Tensor:
+    return torch.randn(64, generator=torch.Generator().manual_seed(seed))
+
+
+def run(optimizer: Any, params: list[Parameter], steps: range, *, late: int) -> None:
+    """The second parameter has a gradient in every third step from ``late`` on."""
+    for t in steps:
+        params[0].grad = grad(2 * t)
+        params[1].grad = grad(2 * t + 1) if t >= late and t % 3 == 0 else None
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", READING)
+def test_a_parameter_counts_its_own_updates(name: str, fused: bool | None) -> None:
+    """Bitwise as in an optimizer of its own, which steps when it has a gradient."""
+    one, alone = two(), two()
+    together = READING[name](one, lr=0.01, fused=fused)
+    run(together, one, range(60), late=30)
+    apart = [READING[name]([param], lr=0.01, fused=fused) for param in alone]
+    for t in range(60):
+        alone[0].grad = grad(2 * t)
+        apart[0].step()
+        if t >= 30 and t % 3 == 0:
+            alone[1].grad = grad(2 * t + 1)
+            apart[1].step()
+    assert all(map(torch.equal, one, alone))
+    assert together.param_groups[0]["step"] == 60
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (AdamW, torch.optim.AdamW),
+        (NAdam, lambda p, **k: torch.optim.NAdam(p, decoupled_weight_decay=True, **k)),
+    ],
+)
+def test_as_torch_counts(ours: Any, theirs: Any) -> None:
+    one, other = two(), two()
+    run(ours(one, lr=0.01, beta1=0.9, beta2=0.999), one, range(200), late=100)
+    run(theirs(other, lr=0.01, betas=(0.9, 0.999), weight_decay=0.0), other, range(200), late=100)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_step_without_any_gradient_counts_nothing(name: str) -> None:
+    one, other = two(), two()
+    a, b = READING[name](one, lr=0.01), READING[name](other, lr=0.01)
+    for t in range(5):
+        for param in one:
+            param.grad = None
+        a.step()
+        for params, optimizer in ((one, a), (other, b)):
+            for i, param in enumerate(params):
+                param.grad = grad(2 * t + i)
+            optimizer.step()
+    assert all(map(torch.equal, one, other))
+    assert a.param_groups[0]["step"] == 5
+
+
+@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("how", ["file", "deepcopy"])
+def test_counts_go_on_where_they_were(name: str, how: str) -> None:
+    """Bitwise, also where a parameter has no gradient between."""
+    params = two()
+    optimizer = READING[name](params, lr=0.01)
+    run(optimizer, params, range(20), late=10)
+    if how == "file":
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        again = [Parameter(param.detach().clone()) for param in params]
+        resumed = READING[name](again, lr=0.5)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        resumed = copy.deepcopy(optimizer)
+        again = resumed.param_groups[0]["params"]
+    for its, one in ((params, optimizer), (again, resumed)):
+        run(one, its, range(20, 30), late=10)
+    assert all(map(torch.equal, params, again))
+
+
+def test_what_is_saved_is_of_the_old_format_where_all_counts_are_equal() -> None:
+    params = two()
+    optimizer = AdamW(params)
+    for t in range(3):
+        for i, param in enumerate(params):
+            param.grad = grad(2 * t + i)
+        optimizer.step()
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert "steps" not in group and (group["step"], group["format"]) == (3, 1)
+    params[1].grad = None
+    optimizer.step()
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert (group["step"], group["steps"], group["format"]) == (4, [4, 3], 2)
+
+
+def test_an_old_file_has_one_count_for_all() -> None:
+    """Also where the optimizer that loads it had others."""
+    old, new = two(), two()
+    saved = AdamW(old)
+    for t in range(7):
+        for i, param in enumerate(old):
+            param.grad = grad(2 * t + i)
+        saved.step()
+    optimizer = AdamW(new)
+    run(optimizer, new, range(9), late=5)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert "steps" not in optimizer.state_dict()["param_groups"][0]
+    assert optimizer.param_groups[0]["step"] == 7
+
+
+def test_counts_that_were_lost_on_the_way_are_missed() -> None:
+    params = two()
+    optimizer = AdamW(params)
+    run(optimizer, params, range(5), late=9)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["steps"]
+    with pytest.raises(ValueError, match=r"number of updates of every parameter, which is missing"):
+        AdamW(two()).load_state_dict(saved)
+
+
+def test_s3_as_it_is_by_default_counts_nothing_by_parameter() -> None:
+    params = two()
+    optimizer = S3(params)
+    run(optimizer, params, range(5), late=9)
+    assert not optimizer.counts
+    assert "steps" not in optimizer.state_dict()["param_groups"][0]

@@ -1,0 +1,225 @@
+"""Tensors without memory of their own, in shared memory, and of kinds that no kernel takes."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
+
+from megatron_s3 import S3
+from megatron_s3.optimizers import OPTIMIZERS, AdamW
+
+
+class Wrapped(torch.Tensor):
+    """Has no memory; its elements are another tensor's."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> "Wrapped":
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, func(*args, **kwargs))
+
+
+def inner(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.inner if isinstance(tensor, Wrapped) else tensor
+
+
+def random(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def test_fake_tensors_are_stepped_by_torch() -> None:
+    for name in OPTIMIZERS:
+        with FakeTensorMode():
+            param = Parameter(torch.randn(4))
+            param.grad = torch.randn(4)
+            optimizer = OPTIMIZERS[name]([param], 1e-3)
+            optimizer.step()
+        assert "whose memory is not its elements (FakeTensor)" in optimizer.path
+
+
+@pytest.mark.parametrize("which", ["param", "grad", "state", "model_param"])
+def test_a_wrapper_is_stepped_as_what_it_wraps(which: str) -> None:
+    """Bitwise."""
+    results = []
+    for wrap in (Wrapped, lambda tensor: tensor):
+        param = Parameter(random(50, 0))
+        if which == "param":
+            param = Parameter(wrap(random(50, 0)))
+        optimizer = S3([param], lr=0.1)
+        optimizer.init_state()
+        state = optimizer.state[param]
+        if which == "state":
+            state.update({name: wrap(tensor) for name, tensor in state.items()})
+        if which == "model_param":
+            optimizer.model_params[param] = wrap(torch.zeros(50).bfloat16())
+        for t in range(3):
+            param.grad = None
+            grad = random(50, t + 1)
+            param.grad = wrap(grad) if which in ("param", "grad") else grad
+            optimizer.step()
+        tensors = [param.detach(), *state.values(), *optimizer.model_params.values()]
+        results.append([inner(tensor) for tensor in tensors])
+        assert ("(Wrapped)" in optimizer.path) == (wrap is Wrapped)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_negated_view_is_read_as_what_it_is() -> None:
+    """Bitwise: the memory holds the numbers with the other sign."""
+    results = []
+    for negated in (True, False):
+        param = Parameter(random(50, 0))
+        grad = torch.complex(random(50, 1), random(50, 2)).conj().imag
+        assert grad.is_neg()
+        param.grad = grad if negated else grad.clone().resolve_neg()
+        S3([param], lr=0.1).step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_memory_that_was_freed_is_an_error(fused: bool | None) -> None:
+    """Nothing is changed; torch's own operations would end the process."""
+    params = [Parameter(random(50, seed)) for seed in range(2)]
+    for param in params:
+        param.grad = random(50, 3)
+    before = params[0].detach().clone()
+    params[1].grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="gradient was freed"):
+        S3(params, fused=fused).step()
+    assert torch.equal(params[0], before)
+
+
+COUNT = 300_000
+
+
+def shared(kind: str) -> tuple[torch.Tensor, list[Parameter], list[dict[str, Any]]]:
+    """One memory, and parameters in it."""
+    memory = random(COUNT, 0)
+    one = Parameter(memory)
+    other = {
+        "twice": one,
+        "other group": one,
+        "view": Parameter(memory[COUNT // 3 :]),
+        "same": Parameter(memory),
+        "strided": Parameter(memory[::2]),
+    }[kind]
+    between = Parameter(random(100, 1))
+    groups = [{"params": [one, between, other]}]
+    if kind == "other group":
+        groups = [{"params": [one, between]}, {"params": []}]
+    return memory, [one, between, other], groups
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("kind", ["twice", "other group", "view", "same", "strided"])
+def test_parameters_in_one_memory_are_updated_in_order(kind: str) -> None:
+    """As torch does it, and the same bits as one after another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    outcomes = []
+    try:
+        for make in (
+            lambda groups: AdamW(groups, lr=0.01, beta2=0.999),
+            lambda groups: AdamW(groups, lr=0.01, beta2=0.999, fused=False),
+            lambda groups: AdamW(groups, lr=0.01, beta2=0.999),
+            lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0, foreach=False),
+        ):
+            memory, params, groups = shared(kind)
+            optimizer = make(groups)
+            if kind == "other group":
+                optimizer.param_groups[1]["params"] = [params[2]]
+            for t in range(3):
+                for i, param in enumerate(params):
+                    param.grad = random(param.numel(), 10 * t + (i if i < 2 else 2))
+                optimizer.step()
+            outcomes.append(memory)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+    torch.testing.assert_close(outcomes[0], outcomes[3], rtol=0, atol=1e-6)
+
+
+def test_overlapping_copies_are_written_in_order() -> None:
+    params = [Parameter(random(COUNT, seed)) for seed in range(2)]
+    optimizer = S3(params, lr=0.1)
+    memory = torch.zeros(COUNT).bfloat16()
+    optimizer.model_params = dict.fromkeys(params, memory)
+    for param in params:
+        param.grad = random(COUNT, 5)
+    optimizer.step()
+    assert torch.equal(memory, params[1].detach().bfloat16())
+
+
+def test_what_lies_apart_is_one_call() -> None:
+    """Shards beside one another in a buffer are not taken for one another."""
+    buffer, copies = random(400, 0), torch.zeros(400).bfloat16()
+    params = [Parameter(part) for part in buffer.split(100)]
+    optimizer = S3(params)
+    optimizer.model_params = dict(zip(params, copies.split(100), strict=True))
+    calls = []
+    run = optimizer._run
+    optimizer._run = lambda task, kernel: (calls.append(len(task.params)), run(task, kernel))
+    for t in range(3):
+        for param in params[t % 2 :]:
+            param.grad = random(100, t)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert calls == [4, 3, 4]
+
+
+def test_one_parameter_takes_torch_operations_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Bitwise as each by itself; the path and the log, once, say which and why."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
+
+    def make() -> list[Parameter]:
+        return [Parameter(random(9, i).to(dtype)) for i, dtype in enumerate(dtypes)]
+
+    def step(optimizer: S3, params: list[Parameter]) -> None:
+        for t in range(2):
+            for param in params:
+                param.grad = random(9, 10 + t).to(param.dtype)
+            optimizer.step()
+
+    params, others = make(), make()
+    optimizer = S3(params)
+    with caplog.at_level(logging.WARNING):
+        step(optimizer, params)
+    assert optimizer.path == (
+        "C++ kernel; portable for 1 of 4 parameters, the first of 9 elements: the C++ kernel "
+        "cannot take a param of torch.bfloat16; portable for 1 of 4 parameters, the first of 9 "
+        "elements: the C++ kernel cannot take a param of torch.float64"
+    )
+    assert [r.message for r in caplog.records] == [
+        f"S3 (SoftSignSGD) is updated by torch operations: {optimizer.path}"
+    ]
+    for param, other in zip(params, others, strict=True):
+        step(S3([other]), [other])
+        assert torch.equal(param, other)
+    third = make()
+    with pytest.raises(RuntimeError, match=r"fused=True, but .* param of torch.bfloat16"):
+        step(S3(third, fused=True), third)
+    assert all(map(torch.equal, third, make()))
+
+
+def test_devices_are_stepped_apart() -> None:
+    """The CPU's kernel takes what lies there."""
+    params = [Parameter(random(9, 0)), Parameter(torch.zeros(9, device="meta"))]
+    params[0].grad, params[1].grad = random(9, 1), torch.zeros(9, device="meta")
+    optimizer = S3(params)
+    optimizer.step()
+    assert optimizer.path.startswith("C++ kernel; portable for 1 of 2 parameters")
+    assert "no kernel for S3 (SoftSignSGD) on meta" in optimizer.path

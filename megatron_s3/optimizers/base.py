@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from megatron_s3.kernels.choice import Choice, choose, path
-from megatron_s3.kernels.operands import Operands, flatten, local, write_back
+from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.checks import (
@@ -25,7 +25,7 @@ from megatron_s3.optimizers.checks import (
     shares_memory,
     state_fault,
 )
-from megatron_s3.optimizers.counts import Counts, GroupUpdates, Update, Watched, split
+from megatron_s3.optimizers.counts import Counts, GroupUpdates, Update, Watched, is_empty, split
 from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description, plain
 from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.offload import Offload
@@ -326,7 +326,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         """Whether parameters lack all gradients; a rank that only holds empty parts lacks none."""
         if any(found for _, found in work):
             return False
-        return any(local(param).numel() for group, _ in work for param in group["params"])
+        return not all(is_empty(param) for group, _ in work for param in group["params"])
 
     def _updates(self, group: dict[str, Any], found: list[tuple[Tensor, Tensor]]) -> GroupUpdates:
         watched = Watched(group | {"step": group["step"] + 1})

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from megatron_s3.kernels.operands import Operands, local
 
-__all__ = ["Counts", "GroupUpdates", "Update", "Watched", "split"]
+__all__ = ["Counts", "GroupUpdates", "Update", "Watched", "is_empty", "split"]
 
 
 class Update(NamedTuple):
@@ -87,6 +88,11 @@ def split(parts: list[GroupUpdates], cuts: Sequence[int]) -> list[list[GroupUpda
     return pieces
 
 
+def is_empty(param: Tensor) -> bool:
+    """Returns whether no element of a parameter is here; other ranks may have them."""
+    return not is_lazy(param) and local(param).numel() == 0
+
+
 class Watched(dict):
     """A param group that notes whether its step is read."""
 
@@ -145,7 +151,7 @@ class Counts:
             if part.reads_step and len(updates) < len(group["params"]):
                 stepped = {update.param for update in updates}
                 for param in group["params"]:
-                    if param not in stepped and param not in self._own and local(param).numel():
+                    if param not in stepped and param not in self._own and not is_empty(param):
                         self._own[param] = group["step"]
         for part in parts:
             part.group["step"] += 1
@@ -156,7 +162,7 @@ class Counts:
 
     def _set(self, param: Tensor, group: Mapping[str, Any], count: int) -> None:
         # Of a sharded parameter's part without elements other ranks know the count.
-        if count == group["step"] or not local(param).numel():
+        if count == group["step"] or is_empty(param):
             self._own.pop(param, None)
         else:
             self._own[param] = count
@@ -164,7 +170,7 @@ class Counts:
     def keep(self, group: Mapping[str, Any]) -> None:
         """Makes the count of each parameter its own, so that the group's ``step`` may be set."""
         for param in group["params"]:
-            if param not in self._own and local(param).numel():
+            if param not in self._own and not is_empty(param):
                 self._own[param] = group["step"]
 
     def save(

@@ -193,6 +193,12 @@ def _validate(
     clip_grad_given = not isinstance(args.clip_grad, _Default)
     args.s3_format = FORMAT  # saved with the arguments
     _check_device(args)
+    if getattr(args, "rampup_batch_size", None) and hasattr(args, "step_batch_size_schedule"):
+        raise ValueError(
+            f"--rampup-batch-size {' '.join(map(str, args.rampup_batch_size))} has no effect in "
+            "this release of Megatron: every batch would be of the full size. Give "
+            "--step-batch-size-schedule instead, or leave it out."
+        )
     for other in OPTIMIZERS.values():
         if other.description.name != args.optimizer:
             _refuse_flags_of(other.description, args, defaults)

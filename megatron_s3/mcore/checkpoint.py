@@ -65,6 +65,8 @@ def load_base_checkpoint(
         result = original(load_dir, args, *rest, **kwargs)
     state_dict, _, release, *_ = result
     saved = (state_dict or {}).get("args")
+    if saved is not None and not release:
+        _compare_vocabulary(load_dir, args, saved)
     if saved is not None and not release and not args.finetune:
         telemetry.resume(saved)
         if not args.no_load_optim:
@@ -388,9 +390,26 @@ def _agree(error: str | None) -> None:
         raise ValueError(error)
 
 
+def _compare_vocabulary(load_dir: str, args: Any, saved: Any) -> None:
+    """Megatron loads embeddings of another length, with its own new rows, and says nothing."""
+    now, then = (getattr(each, "padded_vocab_size", None) for each in (args, saved))
+    if now and then and now > then and getattr(saved, "vocab_size", None) == args.vocab_size:
+        ranks = args.tensor_model_parallel_size
+        advice = f"a --tensor-model-parallel-size that divides {then}"
+        if then % ranks == 0:
+            advice = f"--make-vocab-size-divisible-by {then // ranks}, which pads to {then}"
+        raise ValueError(
+            f"{load_dir} holds a vocabulary padded to {then} tokens, and this run pads it to "
+            f"{now}: the {now - then} new ones are untrained, and each takes part in the loss. "
+            f"Nothing was loaded. Give {advice}."
+        )
+
+
 def _compare_rates(load_dir: str, args: Any, saved: Any) -> None:
     """Megatron compares the schedules too, after all is read, and says what it compares alone."""
-    names = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+    names = ["lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"]
+    if getattr(args, "weight_decay_incr_style", "constant") != "constant":  # else they are that
+        names += ["start_weight_decay", "end_weight_decay"]
     differing = [
         (f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name))
         for name in names

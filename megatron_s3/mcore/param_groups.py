@@ -13,7 +13,7 @@ from megatron.core.optimizer import distrib_optimizer, optimizer
 
 from megatron_s3.mcore.arguments import say
 
-__all__ = ["load_state_dict", "pairs", "restore_scheduled"]
+__all__ = ["load_schedule", "load_state_dict", "pairs", "restore_scheduled"]
 
 #: Every part of an optimizer has the same to say.
 _say_once = functools.cache(say)
@@ -48,6 +48,17 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
                 now = " ".join(f"{name}={value}" for name, value in changed.items())
                 _say_once(f"a param group was saved with {then}; from here on it is {now}")
             group.update(own)
+    return result
+
+
+def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, Any]) -> Any:
+    """Around ``load_state_dict`` of OptimizerParamScheduler: the first step decays as it says.
+
+    Megatron sets the groups before it has taken over the weight decay, so that the first step after
+    ``--use-checkpoint-opt_param-scheduler`` has this run's.
+    """
+    result = original(schedule, saved)
+    schedule.step(increment=0)
     return result
 
 

@@ -176,6 +176,14 @@ SEAMS = (
         "the same: lets that rank load",
     ),
     Seam(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.load_state_dict",
+        ("self", "state_dict"),
+        param_groups.load_schedule,
+        "with --optimizer adam too: the first step after --use-checkpoint-opt_param-scheduler has "
+        "the checkpoint's weight decay",
+    ),
+    Seam(
         "megatron.core.dist_checkpointing.optimizer",
         "get_optim_param_to_id_map",
         ("optim_params_iter",),

@@ -135,9 +135,10 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         # Whoever reads or fills a state before a step, in whatever format, finds it made.
         if not self.optimizer.state[param].keys() >= set(self.optimizer.description.state):
             self.optimizer.init_state()
-        # Tensors alone, as upstream: others may have left their own marks beside them.
-        state = {k: v for k, v in self.optimizer.state[param].items() if isinstance(v, Tensor)}
-        return {"param": state.pop("master_param", param), **state}
+        # Others leave their own beside them: upstream a step, where it loads without FusedAdam.
+        state = self.optimizer.state[param]
+        states = {name: state[name] for name in self.optimizer.description.state}
+        return {"param": state.get("master_param", param), **states}
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd guards
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict) -> None:

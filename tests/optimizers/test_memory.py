@@ -223,3 +223,24 @@ def test_devices_are_stepped_apart() -> None:
     optimizer.step()
     assert optimizer.path.startswith("C++ kernel; portable for 1 of 2 parameters")
     assert "no kernel for S3 (SoftSignSGD) on meta" in optimizer.path
+
+
+def test_a_gradient_that_a_collective_is_to_fill_is_waited_for() -> None:
+    """The kernel takes what came."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    param, other = (Parameter(random(9, 0)) for _ in range(2))
+    param.grad, other.grad = AsyncCollectiveTensor(random(9, 1)), random(9, 1)
+    optimizer = S3([param])
+    waited = []
+    wait = AsyncCollectiveTensor.trigger_wait
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            AsyncCollectiveTensor,
+            "trigger_wait",
+            lambda self: (waited.append(self), wait(self))[1],
+        )
+        optimizer.step()
+    S3([other]).step()
+    assert torch.equal(param, other) and waited
+    assert optimizer.path == "C++ kernel"

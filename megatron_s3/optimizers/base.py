@@ -228,9 +228,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if values["weight_decay"] is None:
             raise ValueError("weight_decay must be a number, not None")
         check_decay(values["lr"], values["weight_decay"], most)
+        written = self._written(group)
         for h in self.description.hyperparameters:
-            written = h.name == self.description.momentum and MOMENTUM in group
-            values[h.name] = h.check(group[MOMENTUM if written else h.name], largest=most)
+            values[h.name] = h.check(written[h.name], largest=most)
         return values
 
     def init_state(self) -> None:
@@ -274,8 +274,14 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's keyword arguments for this group's coming step."""
-        values = self._values(group)
-        return {h.name: values[h.name] for h in self.description.hyperparameters}
+        return {name: plain(value) for name, value in self._written(group).items()}
+
+    def _written(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group's hyperparameters, among them what a scheduler wrote as the momentum."""
+        values = {h.name: group[h.name] for h in self.description.hyperparameters}
+        if self.description.momentum and MOMENTUM in group:
+            values[self.description.momentum] = group[MOMENTUM]
+        return values
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -300,9 +306,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         work = []
         for index, group in enumerate(self.param_groups):
-            self._check_group(group)
             found = [(param, _grad(param)) for param in group["params"]]
             found = [(param, grad) for param, grad in found if grad is not None]
+            if found:
+                self._check_group(group)
             for param, grad in found:
                 self._check_grad(param, grad, index)
                 self._check_state(param, index)
@@ -440,7 +447,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 "lr is None: give the optimizer a learning rate, or set one in each group"
             )
         if self.description.momentum and MOMENTUM in group:  # what a scheduler wrote
-            group[self.description.momentum] = group.pop(MOMENTUM)
+            group[self.description.momentum] = values[self.description.momentum]
+            del group[MOMENTUM]
         for name in ("lr", "weight_decay"):
             value = group[name]
             if isinstance(value, Tensor) and value.device.type != "cpu":

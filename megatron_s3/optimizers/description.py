@@ -41,10 +41,16 @@ def plain(value: Any) -> Any:
 
     Args:
         value: a Python number, a fraction, a NumPy scalar or 0-dim array.  A number too large for
-            a float becomes inf.  A tensor, whose value may lie on a GPU, comes back unread.
+            a float becomes inf.  A 0-dim tensor is read in the CPU's memory alone.
     """
     number = value
-    if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        number = (
+            value.item()
+            if type(value) is Tensor and not value.dim() and value.device.type == "cpu"
+            else value
+        )
+    elif getattr(value, "ndim", None) == 0:
         number = value.item()
     if isinstance(number, bool):
         return number

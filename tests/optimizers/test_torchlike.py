@@ -199,6 +199,23 @@ def test_momentum_waits_in_a_checkpoint() -> None:
     assert "momentum" not in other.param_groups[0]
 
 
+def test_momentum_as_a_tensor() -> None:
+    """Exact: schedulers write what they are given."""
+    param = parameter(3)
+    optimizer = S3([param])
+    optimizer.param_groups[0]["momentum"] = torch.tensor(0.5)
+    optimizer.step()
+    assert optimizer.param_groups[0]["beta"] == 0.5
+
+
+def test_a_group_without_gradients_is_not_asked() -> None:
+    """As in torch: a momentum out of range is refused where it would be in force."""
+    param = Parameter(torch.ones(3))
+    optimizer = S3([param])
+    optimizer.param_groups[0]["momentum"] = 5.0
+    optimizer.step()
+
+
 def test_momentum_out_of_range_changes_nothing() -> None:
     param = parameter(3)
     optimizer = S3([param])

@@ -393,7 +393,12 @@ def _agree(error: str | None) -> None:
 def _compare_vocabulary(load_dir: str, args: Any, saved: Any) -> None:
     """Megatron loads embeddings of another length, with its own new rows, and says nothing."""
     now, then = (getattr(each, "padded_vocab_size", None) for each in (args, saved))
-    if now and then and now > then and getattr(saved, "vocab_size", None) == args.vocab_size:
+    multiples = [
+        getattr(each, "make_vocab_size_divisible_by", 128)
+        * getattr(each, "tensor_model_parallel_size", 1)
+        for each in (args, saved)
+    ]  # where these are equal it is another tokenizer's
+    if now and then and now > then and multiples[0] != multiples[1]:
         ranks = args.tensor_model_parallel_size
         advice = f"a --tensor-model-parallel-size that divides {then}"
         if then % ranks == 0:

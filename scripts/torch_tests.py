@@ -44,6 +44,11 @@ EXPLAINED: tuple[tuple[str, str, str], ...] = (
         "what fused=True cannot take is refused in the plugin's own words",
     ),
     (
+        r"^(sgdm|signsgd)\.test_cycle_lr_with_momentumless_optimizer",
+        r"None mismatch",
+        "the test takes Adam for an optimizer without a momentum; these have one",
+    ),
+    (
         r"\.test_lr_scheduler_verbose_deprecation_warning_",
         r"unexpected keyword argument 'verbose'",
         "a test of an older torch: this one's schedulers have no verbose",

@@ -395,12 +395,14 @@ def test_optimizer_as_portable() -> None:
         assert torch.equal(left, right)
 
 
-def test_autograd_notices() -> None:
-    """A graph that saved the parameter cannot be used after the step."""
-    x = torch.randn(10, requires_grad=True)
-    loss = (x * x).sum()
+@pytest.mark.parametrize("saved", ["parameter", "the model's"])
+def test_autograd_notices(saved: str) -> None:
+    """A graph that saved the parameter, or the model's, cannot be used after the step."""
+    x, model = torch.randn(10, requires_grad=True), torch.randn(10, requires_grad=True)
+    y = x if saved == "parameter" else model
+    loss = (y * y).sum()
     o = make(10)
-    cpu.step(s3_update, [Operands(x.detach(), o.grad, o.state)], **SHARED)
+    cpu.step(s3_update, [Operands(x.detach(), o.grad, o.state, model.detach())], **SHARED)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -276,6 +276,26 @@ def test_the_table_is_rebuilt_when_a_tensor_moves() -> None:
     assert set(gpu._tables) == set(tables)
 
 
+@pytest.mark.parametrize("moved", ["param", "grad", "model_param", "exp_avg", "exp_pnorm"])
+def test_a_step_follows_each_tensor_that_moves(moved: str) -> None:
+    o = operands(100, model=BF16)
+    check([o])
+    if moved in ("exp_avg", "exp_pnorm"):
+        m, r = o.state
+        new = replace(o, state=(m.clone(), r) if moved == "exp_avg" else (m, r.clone()))
+    else:
+        new = replace(o, **{moved: getattr(o, moved).clone()})
+    check([new])
+
+
+def test_autograd_notices_what_was_written() -> None:
+    o = operands(100, model=BF16)
+    written = [o.param, o.model_param]
+    before = [tensor._version for tensor in written]
+    gpu.step(s3_update, [o], **OPTIONS)
+    assert all(tensor._version > old for tensor, old in zip(written, before, strict=True))
+
+
 def test_reasons() -> None:
     cpu = Operands(torch.zeros(3), torch.zeros(3), (torch.zeros(3), torch.zeros(3)))
     assert "cannot take a param on cpu" in gpu.reason(s3_update, [cpu], beta=0.95, p=3.0)

@@ -246,3 +246,26 @@ def test_other_rates_are_refused_before_anything_is_read_unless_it_is_said_whose
         judge({name: value}, override_opt_param_scheduler=True)
         judge({name: value}, use_checkpoint_opt_param_scheduler=True)
         judge({name: value}, RATES | {"no_save_optim": True})
+
+
+@on_ranks(1)
+def test_what_is_finetuned_goes_on_with_nothing_of_the_run_before(tmp_path):
+    """Whose optimizer and rates the checkpoint's are does not matter then, nor do its spikes."""
+    from megatron_s3.mcore import checkpoint, telemetry
+
+    load = write(tmp_path, 3, tracker="3")
+    saved = Namespace(optimizer="adam", s3_spikes={"of": "that run"}, **RATES)
+
+    def loaded(**other):
+        telemetry._spikes = None
+        args = flags(optimizer="s3", **RATES | other)
+        original = lambda load_dir, args, **kwargs: ({"args": saved}, "", False, None)
+        checkpoint.load_base_checkpoint(original, load, args, rank0=True)
+        return telemetry._spikes
+
+    assert loaded(finetune=True, no_load_optim=False, lr=1e-3) is None
+    assert loaded(no_load_optim=True, lr=1e-3) == {"of": "that run"}
+    with pytest.raises(ValueError, match=r"saved with --lr 0\.003"):
+        loaded(no_load_optim=False, lr=1e-3)
+    with pytest.raises(ValueError, match="was saved by --optimizer adam"):
+        loaded(no_load_optim=False)

@@ -108,3 +108,20 @@ def test_the_bound_is_that_of_every_group():
         overrides={ParamKey(name="*1.weight"): {"beta2": 0.99}}, s3_log_updates=True
     )
     assert optimizer.update_log.bound() > 1
+
+
+@on_ranks(2)
+def test_what_two_optimizer_instances_hold_is_counted_once():
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(num_distributed_optimizer_instances=2)
+    model, optimizer = build(
+        ddp={"num_distributed_optimizer_instances": 2}, s3_log_updates=True, weight_decay=0.0
+    )
+    (part,) = optimizer.chained_optimizers
+    assert part.distributed_optimizer_instance_id == torch.distributed.get_rank()
+    assert step(model, optimizer)[0]
+    log = optimizer.update_log.take()["all"]
+    assert log["numel"] == 1850
+    assert log["mean_abs"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)

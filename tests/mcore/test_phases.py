@@ -1,0 +1,50 @@
+"""The step in one pass against upstream's phases, on the library: the same bits and norms."""
+
+import pytest
+import torch
+
+from tests.mcore.library import build, inner, on_ranks, step
+
+SETTINGS = {
+    "plain": {},
+    "clipped": {"clip_grad": 0.5},
+    "norm": {"s3_log_grad_norm": True},
+    "zeros": {"log_num_zeros_in_grad": True},
+    "fp16": {"dtype": torch.float16, "loss_scale": 8.0},
+    "fp16, clipped": {"dtype": torch.float16, "loss_scale": 8.0, "clip_grad": 0.5},
+}
+
+
+class InFp32(torch.nn.Linear):
+    """Stays in fp32 in a model of another dtype."""
+
+    def _apply(self, fn, recurse=True):
+        return self
+
+
+def trained(sharded, **settings):
+    """Two steps with gradients in the parameters' dtypes: parameters, states, what a step says."""
+    torch.manual_seed(0)
+    model, optimizer = build(
+        model=torch.nn.Sequential(torch.nn.Linear(40, 30), InFp32(30, 20)),
+        sharded=sharded,
+        ddp={"grad_reduce_in_fp32": False},
+        **settings,
+    )
+    assert len({param.dtype for param in model.parameters()}) == 2
+    before = [param.detach().clone() for param in model.parameters()]
+    said = [step(model, optimizer, seed) for seed in range(2)]
+    tensors = [param.detach() for param in model.parameters()]
+    assert not any(map(torch.equal, before, tensors)), "a parameter was not stepped"
+    states = inner(optimizer).state.values()
+    return tensors + [tensor for state in states for tensor in state.values()], said
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("sharded", [False, True])
+@on_ranks(2)
+def test_parameters_kept_in_fp32_beside_others(sharded, case):
+    one, said = trained(sharded, **SETTINGS[case])
+    phases, theirs = trained(sharded, s3_no_fused=True, **SETTINGS[case])
+    assert said == theirs
+    assert all(map(torch.equal, one, phases))

@@ -5,6 +5,7 @@ what is stored in bfloat16 is compared with that.
 """
 
 import importlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -251,6 +252,82 @@ def test_statistics() -> None:
             )
             or a.state[0].isnan().any()
         )
+
+
+def test_statistics_follow_rows_and_sizes() -> None:
+    """What is cached for one step is not taken for another of the same tensors, rows or sizes."""
+    long, short = chunk() + 5, 9
+    for rows in ((0, 1), (1, 0), (1, 1)):
+        for counts in ((long, short), (short, long), (short, short)):
+            ours = [replace(operands(n, n), row=row) for n, row in zip(counts, rows, strict=True)]
+            theirs = [copied(o) for o in ours]
+            one, two = Statistics(DEVICE, 2), Statistics(DEVICE, 2)
+            gpu.step(s3_update, ours, statistics=one, **OPTIONS)
+            portable.step(s3_update, theirs, statistics=two, **OPTIONS)
+            for found, expected in zip(one.take(), two.take(), strict=True):
+                assert found["max_abs_update"] == expected["max_abs_update"]
+                assert found["zero_grads"] == expected["zero_grads"]
+
+
+def test_what_was_used_last_is_kept() -> None:
+    recent = gpu._Recent()
+    for key in range(256):
+        assert recent.find(key, lambda key=key: key) == key
+    assert recent.find(0, lambda: "made anew") == 0
+    assert recent.find(256, lambda: 256) == 256
+    assert len(recent) == 256 and 0 in recent and 1 not in recent
+
+
+def test_either_rate_may_be_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is not read on the host then."""
+    launches, launch = [], gpu._launch
+    monkeypatch.setattr(gpu, "_launch", lambda *a: (launches.append(a[4]), launch(*a)))
+    on_device = torch.tensor(0.25, device=DEVICE)
+    for rates in ({}, {"lr": on_device}, {"weight_decay": on_device}):
+        gpu.step(s3_update, [operands(9)], **OPTIONS | rates)
+    assert [rates is not None for rates in launches] == [False, True, True]
+    assert launches[2].tolist() == torch.tensor([0.01, 1 - 0.01 * 0.25]).tolist()
+
+
+def test_a_graph_is_captured_of_what_was_stepped_and_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host's part of it, with tensors of any device."""
+    monkeypatch.setattr(gpu, "_unavailable", lambda: None)
+    monkeypatch.setattr(gpu, "_broken", lambda: None)
+    monkeypatch.setattr(gpu, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "fault", lambda *args: None)
+    monkeypatch.setattr(gpu, "_captured", [])
+    for name in ("_tables", "_chunks", "_statistics"):
+        monkeypatch.setattr(gpu, name, gpu._Recent())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    given = [operands(100), operands(100, grad=BF16)]  # two launches
+    device = given[0].param.device
+
+    def why() -> str | None:
+        return gpu.reason(s3_update, given, beta=0.95, p=3.0)
+
+    assert "has not yet stepped these tensors" in why()
+    gpu._plan(given[:1], device)
+    assert "has not yet stepped these tensors" in why()
+    gpu._plan(given[1:], device)
+    assert why() is None
+    gpu._chunks.clear()
+    assert "has not yet stepped these tensors" in why()
+    elsewhere = torch.zeros(100, dtype=BF16, device="meta")
+    given.append(replace(given[0], model_param=elsewhere))
+    assert "tensors on several devices" in why()
+    # What a graph reads is kept, whatever else is stepped.
+    table, chunks, rows = torch.zeros(1, 8), torch.zeros(1, 2), torch.zeros(1)
+    monkeypatch.setattr(gpu, "_make_table", lambda *args: table)
+    monkeypatch.setattr(gpu, "_make_chunks", lambda *args: chunks)
+    cuda = torch.device("cuda", 0)
+    plan = gpu._plan(given[:1], cuda)
+    assert plan.table is table and plan.chunks is chunks
+    on_cuda = Namespace(chunks=Namespace(device=cuda))
+    gpu._statistics[(cuda, (0,), (100,))] = rows
+    assert gpu._statistics_rows(given[:1], on_cuda) is rows
+    assert gpu._captured[-2] is plan and gpu._captured[-1] is rows
 
 
 def test_one_launch_a_combination_of_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,21 @@ def trained(sharded, **settings):
     assert len({param.dtype for param in model.parameters()}) == 2
     before = [param.detach().clone() for param in model.parameters()]
     said = [step(model, optimizer, seed) for seed in range(2)]
+    # What the step was given of Megatron's is let go of, and by hand its copies are made.
+    assert not inner(optimizer).model_params
+    after = [param.detach().clone() for param in model.parameters()]
+    (part,) = optimizer.chained_optimizers
+    for param in model.parameters():
+        if param.dtype != torch.float32:
+            param.data.zero_()
+    part._copy_main_params_to_model_params()
+    for param in model.parameters():
+        if sharded and param.dtype != torch.float32:
+            torch.distributed.all_reduce(param.data)  # of which each rank has written its own
+    assert all(map(torch.equal, after, model.parameters()))
+    optimizer.zero_grad()
+    held = [param for group in inner(optimizer).param_groups for param in group["params"]]
+    assert all(getattr(param, "decoupled_grad", None) is None for param in held)
     tensors = [param.detach() for param in model.parameters()]
     assert not any(map(torch.equal, before, tensors)), "a parameter was not stepped"
     states = inner(optimizer).state.values()

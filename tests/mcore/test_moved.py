@@ -173,8 +173,24 @@ def test_a_model_that_left_its_buffers():
 
 
 @on_ranks(1)
+def test_one_parameter_that_was_moved_is_followed():
+    """Whichever group it is in."""
+    from megatron.core.optimizer import ParamKey
+
+    overrides = {ParamKey(name="*1.*"): {"beta": 0.5}}
+    for index in range(4):
+        (plain, its), (moved, other) = (built(how="whole", overrides=overrides) for _ in "12")
+        assert len(inner(other).param_groups) > 1
+        step(plain, its), step(moved, other)
+        param = list(moved.parameters())[index]
+        param.data = param.data.clone()
+        step(plain, its, 1), step(moved, other, 1)
+        assert equal(read(plain), read(moved)), index
+
+
+@on_ranks(1)
 def test_an_address_that_is_anothers_by_now():
-    from megatron_s3.mcore.one_pass import place
+    from megatron_s3.mcore.one_pass import place, require_memory
 
     memory = numpy.zeros(8, dtype=numpy.float32)
     one, other = torch.from_numpy(memory), torch.from_numpy(memory)
@@ -185,6 +201,9 @@ def test_an_address_that_is_anothers_by_now():
     assert before == place(part.detach()) != place(part[1:])
     whole.untyped_storage().resize_(0)
     assert place(part) != before
+    whole.untyped_storage().resize_(part.nbytes)  # enough for it, and not where it is
+    with pytest.raises(RuntimeError, match="have no memory now"):
+        require_memory(part, "parameters", "reload_from_cpu")
 
 
 @on_ranks(1)

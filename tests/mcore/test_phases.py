@@ -22,15 +22,20 @@ class InFp32(torch.nn.Linear):
         return self
 
 
-def trained(sharded, **settings):
-    """Two steps with gradients in the parameters' dtypes: parameters, states, what a step says."""
+def mixed(sharded, **settings):
+    """A model in two dtypes, with gradients in each parameter's, and its optimizer."""
     torch.manual_seed(0)
-    model, optimizer = build(
+    return build(
         model=torch.nn.Sequential(torch.nn.Linear(40, 30), InFp32(30, 20)),
         sharded=sharded,
         ddp={"grad_reduce_in_fp32": False},
         **settings,
     )
+
+
+def trained(sharded, **settings):
+    """Two steps with gradients in the parameters' dtypes: parameters, states, what a step says."""
+    model, optimizer = mixed(sharded, **settings)
     assert len({param.dtype for param in model.parameters()}) == 2
     before = [param.detach().clone() for param in model.parameters()]
     said = [step(model, optimizer, seed) for seed in range(2)]
@@ -63,3 +68,16 @@ def test_parameters_kept_in_fp32_beside_others(sharded, case):
     phases, theirs = trained(sharded, s3_no_fused=True, **SETTINGS[case])
     assert said == theirs
     assert all(map(torch.equal, one, phases))
+
+
+@on_ranks(1)
+def test_gradients_in_fp32_that_were_given_up():
+    model, optimizer = mixed(False)
+    step(model, optimizer)
+    before = [param.detach().clone() for param in model.parameters()]
+    for param in model.parameters():
+        if param.dtype == torch.float32:
+            param.main_grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"gradients of shape .* have no memory now"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))

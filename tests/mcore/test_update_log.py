@@ -125,3 +125,30 @@ def test_what_two_optimizer_instances_hold_is_counted_once():
     log = optimizer.update_log.take()["all"]
     assert log["numel"] == 1850
     assert log["mean_abs"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["precision-aware", "shared", "tensor", "experts"])
+@on_ranks(2)
+def test_what_several_ranks_update_alike_is_counted_once(case):
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=2 if case == "tensor" else 1,
+        expert_model_parallel_size=2 if case == "experts" else 1,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20))
+    numel, settings = 1850, {"sharded": False}
+    if case == "precision-aware":
+        settings = {"use_precision_aware_optimizer": True}
+    elif case == "shared":  # tied between pipeline stages: another one counts it
+        module[1].weight.shared, numel = True, 1850 - 600
+    elif case == "experts":  # each rank has its own
+        module[1].weight.allreduce, numel = False, 1850 + 600
+    model, optimizer = build(model=module, s3_log_updates=True, weight_decay=0.0, **settings)
+    assert step(model, optimizer)[0]
+    log = optimizer.update_log.take()["all"]
+    assert log["numel"] == numel
+    assert log["mean_abs"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)

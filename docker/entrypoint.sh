@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# What the images start: a program of the image's by its name, anything else is megatron-s3's.
+# What the images start: a verb of megatron-s3's, else a program of the image's by its name or path,
+# else megatron-s3, which says what it does not know.
 #   IMAGE launch CONFIG --dry-run     megatron-s3 launch CONFIG --dry-run
 #   IMAGE bash                        bash
+#   IMAGE /usr/bin/convert            a program that is called like a verb
 set -euo pipefail
 
 # Triton, matplotlib and torch keep caches below HOME, and the root may be read-only or the user
@@ -19,7 +21,10 @@ USER=${USER:-$(id -un 2>/dev/null || echo "uid$(id -u)")}
 export USER
 
 [ $# -gt 0 ] || set -- --help
-type -P -- "$1" >/dev/null || set -- megatron-s3 "$@"
+case $1 in
+  launch | plan | args | configs | data | export | convert | report | eval) set -- megatron-s3 "$@" ;;
+  *) type -P -- "$1" >/dev/null || set -- megatron-s3 "$@" ;;
+esac
 # What NGC images start with checks the driver and says what the image holds. It says so on standard
 # output, which is the program's.
 nvidia=/opt/nvidia/nvidia_entrypoint.sh

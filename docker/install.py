@@ -13,8 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXTRA = "quickstart"
-_PIN = re.compile(rf"([\w.-]+)==([\w.+!-]+) *; *extra == ['\"]{EXTRA}['\"]")
+#: The plugin's extras that an image holds: what its verbs import besides torch and Megatron.
+EXTRAS = ("data", "eval")
+_PIN = re.compile(r"([\w.-]+)(?:\[[\w,.-]+\])?==([\w.+!-]+) *; *extra == ['\"](\w+)['\"]")
 # Debian's own packages in a base may have versions that pip would refuse to read.
 _PEP440 = re.compile(
     r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+([._-][a-z0-9]+)*)?"
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     plugin.add_argument("--version", required=True, help="the plugin's, or 'unknown'")
     args = parser.parse_args(argv)
     try:
-        (wheel,) = Path(__file__).parent.glob("*.whl")
+        (wheel,) = Path(__file__).parent.glob("megatron_s3-*.whl")
         pins = tested_with(wheel)
         if args.command == "torch":
             index = ["--index-url", args.index_url] if args.index_url else []
@@ -58,15 +59,18 @@ def _install(wheel: Path, pins: dict[str, str], megatron_core: str, version: str
     if version not in ("unknown", built):
         raise RuntimeError(f"--build-arg VERSION={version}: the plugin's version is {built}")
     before = installed()
+    beside = sorted(str(path) for path in wheel.parent.glob("*.whl") if path != wheel)
     if "torch" not in before:
         raise RuntimeError("the base image has no torch: BASE_IMAGE has to be an NGC PyTorch image")
     torch = digest("torch")
-    wanted = {**pins, "megatron-core": megatron_core}
+    wanted = {name: pins[name] for name in tested_with(wheel, "quickstart")}
+    pins = {**pins, "megatron-core": megatron_core}
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("".join(f"{line}\n" for line in constraints(before, wanted)))
+        file.write("".join(f"{line}\n" for line in constraints(before, pins)))
         file.flush()
         # An NGC image's own constraints (PIP_CONSTRAINT) are among the installed versions.
-        _run([*_PIP, "--constraint", file.name, str(wheel), *wanted], PIP_CONSTRAINT="")
+        ours = f"{wheel}[{','.join(EXTRAS)}]"
+        _run([*_PIP, "--constraint", file.name, ours, *beside, *wanted], PIP_CONSTRAINT="")
     after = installed()
     changed = {
         name: f"{version} -> {after.get(name, 'gone')}"
@@ -79,11 +83,16 @@ def _install(wheel: Path, pins: dict[str, str], megatron_core: str, version: str
     print("added", *(f"{name}=={after[name]}" for name in sorted(set(after) - set(before))))
 
 
-def tested_with(wheel: Path) -> dict[str, str]:
-    """The versions that the plugin was tested with, by name: its extra `quickstart`."""
+def tested_with(wheel: Path, *extras: str) -> dict[str, str]:
+    """Returns the versions that the plugin was tested with, by name.
+
+    Args:
+        wheel: The plugin's.
+        extras: The extras whose pins are asked for; those of all extras when none is given.
+    """
     (dist,) = importlib.metadata.distributions(path=[str(wheel)])
     found = (_PIN.fullmatch(line) for line in dist.requires or [])
-    return {_canonical(m[1]): m[2] for m in found if m}
+    return {_canonical(m[1]): m[2] for m in found if m and (not extras or m[3] in extras)}
 
 
 def installed() -> dict[str, str]:

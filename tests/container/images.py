@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "localhost/megatron-s3-test"
 CERTIFICATES = Path("/etc/ssl/certs")
 SITE = Path(sysconfig.get_path("purelib"))
-# Ours asks for these, and NGC has them.
-_NGC = ("torch", "numpy", "matplotlib", "tensorboard", "psutil", "pyyaml", "packaging")
+#: Ours asks for these, and NGC has them.
+NGC = ("torch", "numpy", "matplotlib", "tensorboard", "psutil", "pyyaml", "packaging")
 _TORCH = f"--volume={SITE}:/torch:ro"
 
 
@@ -52,7 +52,7 @@ def base(kind: str) -> str:
         kind: ``python`` for a Python and torch, ``ngc`` for one with more of what NGC's has.
     """
     made_by = map(inspect.getsource, (base, _fill, _dress, _link))
-    recipe = "|".join([*made_by, sys.version, *_links(_NGC)])
+    recipe = "|".join([*made_by, sys.version, *_links(NGC)])
     name = f"{NAME}/{kind}:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if _call("buildah", "inspect", "--type=image", name, check=False).returncode == 0:
         return name
@@ -192,7 +192,7 @@ def _fill(root: Path) -> None:
 
 def _dress(root: Path) -> None:
     """Add what an NGC image has and a plain one has not, where it matters to ours."""
-    _link(root, *_NGC)
+    _link(root, *NGC)
     nvidia = root / "opt/nvidia/nvidia_entrypoint.sh"
     nvidia.parent.mkdir()
     nvidia.write_text('#!/bin/bash\necho "the banner of the base"\nexec "$@"\n')

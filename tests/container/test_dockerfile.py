@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from megatron_s3.cli import VERBS
 from tests.container.images import ROOT
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -51,6 +52,15 @@ def entrypoint(tmp_path):
         )
 
     return run
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_program_does_not_hide_a_verb_from_the_entry_point(entrypoint, tmp_path, verb):
+    program = tmp_path / "bin" / verb
+    program.write_text("#!/bin/sh\necho a program of the image\n")
+    program.chmod(0o755)
+    assert entrypoint(verb, "--help").stdout.startswith(f"megatron-s3 {verb} --help;")
+    assert entrypoint(str(program), "--help").stdout == "a program of the image\n"
 
 
 @pytest.mark.parametrize("words", ["launch tiny-s3 --dry-run", "--help", "export --out x", "lunch"])

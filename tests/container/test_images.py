@@ -8,7 +8,7 @@ import pytest
 
 from megatron_s3 import __version__
 from megatron_s3.cli import VERBS
-from tests.container.images import run
+from tests.container.images import NGC, run
 
 pytestmark = pytest.mark.container
 ANYBODY = ("--read-only", "--user=4242:4242", "--tmpfs=/tmp")
@@ -28,8 +28,10 @@ def test_gpu_leaves_the_torch_of_the_base_alone(gpu_image):
     assert f"torch=={torch}" in listed
     assert {"megatron-core==0.19.2", f"megatron-s3=={__version__}"} <= set(listed)
     # Nothing of what the base has was installed a second time.
-    added = next(line for line in said.splitlines() if line.startswith("added ")).split()[1:]
-    assert {a.partition("==")[0] for a in added} == {"megatron-core", "megatron-s3"}
+    line = next(line for line in said.splitlines() if line.startswith("added "))
+    added = {word.partition("==")[0] for word in line.split()[1:]}
+    assert {"megatron-core", "megatron-s3", "transformers", "lm-eval"} <= added
+    assert not added & set(NGC)
 
 
 def test_gpu_is_labelled_and_not_root(gpu_image):
@@ -60,7 +62,6 @@ def test_gpu_starts_through_the_entry_point_of_the_base(gpu_image):
 def test_gpu_has_a_command_line_for_every_verb(gpu_image):
     verbs = " ".join(VERBS)
     done = run(gpu_image[0], "bash", "-c", f"type -P {verbs}; megatron-s3 --version")
-    # No program of the image hides a verb from the entry point.
     assert done.stdout.splitlines()[1:] == [f"megatron-s3 {__version__}"]
 
 
@@ -70,6 +71,28 @@ def test_gpu_plans_a_launch_as_anybody_on_a_read_only_root(gpu_image, tmp_path):
     done = run(gpu_image[0], "launch", "tiny-s3", "--dry-run", options=options)
     assert done.returncode == 0, done.stdout
     assert "--optimizer s3" in done.stdout and "torch.distributed.run" in done.stdout
+
+
+#: From text to a Hugging Face model, as docker/README.md shows it, with the smallest model.
+TEXT_TO_MODEL = """
+set -e
+megatron-s3-entrypoint data --input text.jsonl --output-prefix data/text
+megatron-s3-entrypoint launch tiny-s3 --set dataset=data/text --set mock_data=false \
+  --set tokenizer_type=null --set vocab_size=null --set train_iters=2 --set save_interval=2 \
+  --set lr_warmup_iters=1 --set launch.nproc_per_node=1
+megatron-s3-entrypoint export runs/tiny-s3/checkpoints model
+python3 -c "import lm_eval.models.huggingface"  # the verb eval's; its tasks come from a hub
+"""
+
+
+def test_cpu_goes_from_text_to_an_exported_model_as_anybody(cpu_image, tmp_path):
+    tmp_path.chmod(0o777)
+    lines = (json.dumps({"text": f"The {n}th document of a few words. " * 20}) for n in range(100))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    options = (*ANYBODY, f"--volume={tmp_path}:/workspace")
+    done = run(cpu_image[0], "bash", "-c", TEXT_TO_MODEL, options=options)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 1_000_000
 
 
 def test_cpu_runs_the_quickstart_as_anybody_on_a_read_only_root(cpu_image, tmp_path):

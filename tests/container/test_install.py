@@ -35,6 +35,7 @@ def site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path):
+    (tmp_path / "future-0.18.3-py3-none-any.whl").touch()
     path = tmp_path / "megatron_s3-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(
@@ -44,7 +45,9 @@ def wheel(tmp_path):
             + "".join(
                 f'Requires-Dist: {pin}; extra == "quickstart"\n'
                 for pin in ("torch==2.13.0", "megatron-core==0.19.2", "numpy==2.5.5", "Psutil==7.2")
-            ),
+            )
+            + 'Requires-Dist: lm-eval[hf]>=0.4.13; extra == "eval"\n'
+            "Requires-Dist: lm-eval[hf]==0.4.14; extra == 'test'\n",
         )
     return path
 
@@ -54,8 +57,9 @@ def attempt(monkeypatch, wheel, pip, version="unknown"):
 
     def run(command, **environment):
         assert environment == {"PIP_CONSTRAINT": ""}
-        with open(command[command.index("--constraint") + 1]) as file:
-            pip(file.read().split())
+        constraint = command.index("--constraint") + 1
+        with open(command[constraint]) as file:
+            pip(file.read().split(), command[constraint + 1 :])
 
     monkeypatch.setattr(install, "_run", run)
     install._install(wheel, install.tested_with(wheel), "0.18.2", version)
@@ -63,13 +67,19 @@ def attempt(monkeypatch, wheel, pip, version="unknown"):
 
 def test_constrains_pip_to_the_base_and_to_tested_versions(site, wheel, monkeypatch, capsys):
     seen = []
-    attempt(monkeypatch, wheel, lambda lines: (seen.extend(lines), put(site, "psutil", "7.2")))
-    assert seen == [
+    attempt(monkeypatch, wheel, lambda *asked: (seen.extend(asked), put(site, "psutil", "7.2")))
+    assert seen[0] == [
+        "lm-eval==0.4.14",
         "megatron-core==0.18.2",
         "numpy==1.26.4",
         "psutil==7.2",
+        "ruff==0.17.6",
         "torch==2.9.0a0+50eac811a6.nv25.9",
     ]
+    # With what its verbs import, and what PyPI has no wheel of.
+    beside = str(wheel.parent / "future-0.18.3-py3-none-any.whl")
+    wanted = ["torch", "megatron-core", "numpy", "psutil"]
+    assert seen[1] == [f"{wheel}[data,eval]", beside, *wanted]
     said = capsys.readouterr().out
     assert "torch 2.9.0a0+50eac811a6.nv25.9 and 3 packages of the base are as they were" in said
     assert "added psutil==7.2" in said
@@ -77,20 +87,20 @@ def test_constrains_pip_to_the_base_and_to_tested_versions(site, wheel, monkeypa
 
 def test_refuses_an_image_whose_numpy_pip_has_changed(site, wheel, monkeypatch):
     with pytest.raises(RuntimeError, match=r"changed: {'numpy': '1.26.4 -> 2.5.5'}"):
-        attempt(monkeypatch, wheel, lambda _: put(site, "numpy", "2.5.5"))
+        attempt(monkeypatch, wheel, lambda *_: put(site, "numpy", "2.5.5"))
 
 
 def test_refuses_an_image_whose_torch_has_other_files(site, wheel, monkeypatch):
     with pytest.raises(RuntimeError, match="changed: files of torch"):
-        attempt(monkeypatch, wheel, lambda _: (site / "torch" / "more.so").write_text(""))
+        attempt(monkeypatch, wheel, lambda *_: (site / "torch" / "more.so").write_text(""))
 
 
 def test_refuses_a_base_without_torch(site, wheel, monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(RuntimeError, match="no torch: BASE_IMAGE has to be"):
-        attempt(monkeypatch, wheel, lambda _: None)
+        attempt(monkeypatch, wheel, lambda *_: None)
 
 
 def test_refuses_a_label_of_another_version(site, wheel, monkeypatch):
     with pytest.raises(RuntimeError, match=r"VERSION=0.2.0: the plugin's version is 0.1.0"):
-        attempt(monkeypatch, wheel, lambda _: None, version="0.2.0")
+        attempt(monkeypatch, wheel, lambda *_: None, version="0.2.0")

@@ -42,6 +42,8 @@ from megatron_s3.launch.pairs import blame, rounds
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
+    from megatron_s3.launch.config import Config
+
 __all__ = ["main"]
 
 _GIB = 2**30
@@ -86,8 +88,8 @@ class _Node:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the preflight on this node; see the module."""
+    from megatron_s3.launch.check import environment
     from megatron_s3.launch.config import ConfigError
-    from megatron_s3.launch.progress import progress, save_folder
     from megatron_s3.launch.run import add_config_arguments, add_run_arguments, resolve
 
     parser = argparse.ArgumentParser(
@@ -109,7 +111,19 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of stack frames
     try:
         config, run_dir = resolve(args)
-        os.environ |= config.launch.environment
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with environment(config):
+        return _preflight(args, config, run_dir)
+
+
+def _preflight(args: argparse.Namespace, config: "Config", run_dir: Path) -> int:
+    """Looks at this node and the others in the ranks' environment; returns the exit status."""
+    from megatron_s3.launch.config import ConfigError
+    from megatron_s3.launch.progress import progress, save_folder
+
+    try:
         so_far = progress(config, run_dir)
         devices = _devices(config.arguments.get("s3_device"), config.launch.nproc_per_node)
         node = _Node(

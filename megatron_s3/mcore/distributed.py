@@ -59,6 +59,8 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         """As upstream, into state that is there already: it would allocate Adam's names."""
         self.optimizer.init_state()
         super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state.pop("step", None)  # upstream's, where it loads without FusedAdam
         self.name_main_params()
 
     @torch.no_grad()

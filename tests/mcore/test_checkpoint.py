@@ -269,3 +269,41 @@ def test_what_is_finetuned_goes_on_with_nothing_of_the_run_before(tmp_path):
         loaded(no_load_optim=False, lr=1e-3)
     with pytest.raises(ValueError, match="was saved by --optimizer adam"):
         loaded(no_load_optim=False)
+
+
+@on_ranks(1)
+def test_whose_state_it_is_is_compared_where_there_is_one():
+    from megatron_s3.mcore import checkpoint
+    from megatron_s3.optimizers.description import FORMAT
+
+    def judge(**saved):
+        checkpoint._compare("d", flags(optimizer="s3"), Namespace(optimizer="s3", **saved))
+
+    judge(s3_p=None, s3_format=FORMAT)
+    for saved, fault in (
+        ({"s3_p": 2.0}, r"saved with --s3-p 2\.0; its state means nothing with --s3-p 3\.0"),
+        ({"s3_format": FORMAT + 1}, "saved by a newer megatron_s3, in format"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            judge(**saved)
+        judge(**saved, no_save_optim=True)
+
+
+@on_ranks(1)
+def test_formats_that_are_read_once_are_verified_then(tmp_path):
+    from megatron_s3.mcore import checkpoint
+
+    def refusal(load, form):
+        with pytest.raises(ValueError) as error:
+            checkpoint.load_base_checkpoint(None, load, flags(ckpt_format=form), rank0=False)
+        return str(error.value)
+
+    load = write(tmp_path / "torch_dcp", 6, tracker="6")
+    damage(load / "iter_0000006")
+    assert "__0_0.distcp is not what was written" in refusal(load, "torch_dcp")
+    other = tmp_path / "torch/iter_0000006/mp_rank_01/model_optim_rng.pt"  # of another rank
+    other.parent.mkdir(parents=True)
+    torch.save({"weight": torch.ones(3)}, other)
+    (tmp_path / "torch" / TRACKER).write_text("6")
+    said = refusal(tmp_path / "torch", "torch")
+    assert "iter_0000006/mp_rank_00/model_optim_rng.pt is missing" in said

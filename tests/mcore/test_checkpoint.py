@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.mcore.library import globally, on_ranks
+from tests.mcore.library import build, globally, on_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -307,3 +307,42 @@ def test_formats_that_are_read_once_are_verified_then(tmp_path):
     (tmp_path / "torch" / TRACKER).write_text("6")
     said = refusal(tmp_path / "torch", "torch")
     assert "iter_0000006/mp_rank_00/model_optim_rng.pt is missing" in said
+
+
+@on_ranks(2)
+def test_a_fault_of_any_rank_is_an_error_on_all():
+    from megatron_s3.mcore import checkpoint
+
+    for rank in range(2):
+        with pytest.raises(ValueError, match="found by one"):
+            checkpoint._agree("found by one" if torch.distributed.get_rank() == rank else None)
+    checkpoint._agree(None)
+
+
+@on_ranks(1)
+def test_how_loading_ends(tmp_path):
+    from megatron_s3.mcore import checkpoint
+
+    load, (model, optimizer) = write(tmp_path, 3, tracker="3"), build()
+
+    def loaded(end: object = None, **unlike: list) -> None:
+        def original(model, optimizer, scheduler):
+            vars(optimizer.chained_optimizers[0]).update(unlike)
+            if end is not None:
+                raise end
+
+        with globally(flags(load=str(load))):
+            checkpoint.load_checkpoint(original, [model], optimizer, None)
+
+    loaded()
+    with pytest.raises(ValueError, match="could not be loaded, for the reason that Megatron"):
+        loaded(SystemExit())
+    with pytest.raises(SystemExit, match="3"):
+        loaded(SystemExit(3))
+    with pytest.raises(ValueError, match="was saved with another schedule"):
+        loaded(AssertionError("OptimizerParamScheduler: class input value 1"))
+    with pytest.raises(AssertionError, match="of another kind"):
+        loaded(AssertionError("of another kind"))
+    with pytest.raises(ValueError, match=r"loaded of module\.module\.0\.weight \(1 in all on this"):
+        loaded(_unlike_weights=[next(model.parameters())])
+    loaded()  # which does not remember it

@@ -244,3 +244,17 @@ def test_a_gradient_that_a_collective_is_to_fill_is_waited_for() -> None:
     S3([other]).step()
     assert torch.equal(param, other) and waited
     assert optimizer.path == "C++ kernel"
+
+
+def test_copies_are_of_what_was_stepped_before() -> None:
+    """Of parameters that overlap, and of which neither is dense."""
+    results = []
+    for together in (True, False):
+        whole = torch.linspace(-1, 1, 12).view(3, 4).clone()
+        params = [whole[:, :3], whole[:, 1:]]
+        for param in params:
+            param.grad = torch.ones(3, 3)
+        for some in [params] if together else [[param] for param in params]:
+            S3(some, lr=0.1).step()
+        results.append(whole)
+    assert torch.equal(*results)

@@ -423,3 +423,17 @@ def test_fused_is_a_switch(fused: Any) -> None:
     else:
         with pytest.raises(ValueError, match="fused must be True, False or None"):
             S3([parameter(3)], fused=fused)
+
+
+def test_a_wrong_main_parameter_changes_nothing() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = S3(params, lr=0.5)
+    optimizer.master_params = True
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    optimizer.state[params[1]]["master_param"] = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"the master_param of a parameter, of shape .*group 0"):
+        optimizer.step()
+    assert all(map(torch.equal, before, params))

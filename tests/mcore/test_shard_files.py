@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,18 @@ def test_a_reshardable_save_gathers_what_the_plan_says():
         assert 0 <= found - plan.reading < 12 * 64 * len(list(built.parameters()))  # gaps
         bucket = max(bucket.grad_data.nbytes for bucket in part.buffers[0].buckets)
         assert plan.saving == plan.reading + 3 * bucket
+
+
+@on_ranks(1)
+def test_the_places_of_every_buffer_are_put_back():
+    places = {"one": (0, 100, 0), "two": (128, 160, 1), "three": (192, 200, 2)}
+    buckets = [
+        Namespace(bucket_id=i, grad_data=torch.zeros(size), numel_unpadded=unpadded)
+        for i, (size, unpadded) in enumerate(((128, 100), (64, 32), (64, 8)))
+    ]
+    buffers = [Namespace(buckets=buckets, param_index_map=places) for _ in range(2)]
+    with shard_files._counted_without_padding(buffers):
+        for buffer in buffers:
+            found = buffer.param_index_map
+            assert found == {"one": (0, 100, 0), "two": (100, 132, 0), "three": (132, 140, 0)}
+    assert all(buffer.param_index_map is places for buffer in buffers)

@@ -156,7 +156,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"log_path": True, "counts": Counts()} | state)
+        super().__setstate__(state)  # by torch's loading, too, where the rest is there
+        for name, value in (("log_path", True), ("counts", Counts())):
+            self.__dict__.setdefault(name, value)
         if self.description.momentum:
             self.defaults.setdefault(MOMENTUM, self.defaults.get(self.description.momentum))
         for group in self.param_groups:  # as torch's do: what an older version did not know

@@ -154,3 +154,16 @@ def test_s3_as_it_is_by_default_counts_nothing_by_parameter() -> None:
     run(optimizer, params, range(5), late=9)
     assert not optimizer.counts
     assert "steps" not in optimizer.state_dict()["param_groups"][0]
+
+
+def test_what_is_loaded_replaces_what_was_counted() -> None:
+    both, one = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    whole, uneven = AdamW(both), AdamW(one)
+    for i, param in enumerate([*both, *one]):
+        param.grad = torch.ones(3) if i < 3 else None
+    whole.step(), uneven.step()
+    assert uneven.state_dict()["param_groups"][0]["steps"] == [1, 0]
+    uneven.log_path = False
+    uneven.load_state_dict(whole.state_dict())
+    assert uneven.log_path is False
+    assert "steps" not in uneven.state_dict()["param_groups"][0]

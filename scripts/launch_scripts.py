@@ -94,7 +94,7 @@ def judge(folder: Path, name: str, text: str) -> tuple[str, str]:
 
 
 def fragment(text: str) -> bool:
-    """Whether a file holds options and starts nothing."""
+    """Returns whether a file holds options and starts nothing."""
     return "MODEL_OPTIONS=" in text
 
 

@@ -104,7 +104,7 @@ def cases(pattern: str) -> Iterator[tuple[str, unittest.TestCase]]:
 
 
 def information(common: Any, name: str, cls: type[torch.optim.Optimizer]) -> Any:
-    """What torch's tests are to know of an optimizer of the plugin."""
+    """Returns what torch's tests are to know of an optimizer of the plugin."""
     switches = [h for h in cls.description.hyperparameters if h.is_switch]
     more = [{h.name: not h.default} for h in switches]
     if name == "s3":
@@ -136,7 +136,7 @@ def information(common: Any, name: str, cls: type[torch.optim.Optimizer]) -> Any
 
 
 def ended(case: unittest.TestCase) -> tuple[str, str]:
-    """How a test ended (passed, skipped, failed), and what it said."""
+    """Returns how a test ended (passed, skipped, failed), and what it said."""
     torch.manual_seed(0)
     result = unittest.TestResult()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

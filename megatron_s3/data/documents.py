@@ -181,7 +181,7 @@ def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
 
 
 def _in_circle(folder: str, name: str) -> bool:
-    """Whether a folder is a link to one that it lies in."""
+    """Returns whether a folder is a link to one that it lies in."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
@@ -210,7 +210,7 @@ def _endings_of(names: list[str]) -> str:
 
 
 def left_out(src: Source) -> list[str]:
-    """What of a directory no document is made of, a line for each reason.
+    """Returns what of a directory no document is made of, a line for each reason.
 
     Raises:
         DataError: If a folder cannot be listed.

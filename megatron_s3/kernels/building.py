@@ -66,7 +66,7 @@ def sole_builder(
 
 
 def _held(file: int, lock: Path) -> bool | None:
-    """Whether the lock is this process's now; None where the file system has no locks."""
+    """Returns whether the lock is this process's now; None where the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -54,7 +54,7 @@ def _place(tensor: Tensor) -> tuple[int, int]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where the elements lie; 0 where the memory, if there is any, is not the elements."""
+    """Returns where the elements lie; 0 where the memory, if there is any, is not the elements."""
     if (type(tensor) is not Tensor and not _has_memory(type(tensor))) or tensor.is_neg():
         return 0
     try:

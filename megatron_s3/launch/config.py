@@ -457,7 +457,7 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    """What is wrong, without the text that it is wrong in."""
+    """Returns what is wrong, without the text that it is wrong in."""
     return str(getattr(error, "problem", None) or type(error).__name__)
 
 

@@ -26,7 +26,7 @@ def cache_folder(config: Config, run_dir: Path) -> Path:
 
 
 def changed(config: Config, run_dir: Path) -> bool:
-    """Whether the run has indices, and all of them are of other data."""
+    """Returns whether the run has indices, and all of them are of other data."""
     folder = cache_folder(config, run_dir)
     if folder.exists() or folder.name == "data-cache":
         return False
@@ -34,7 +34,7 @@ def changed(config: Config, run_dir: Path) -> bool:
 
 
 def _content(config: Config) -> list:
-    """What tells the data from others: checksums, or else sizes and times."""
+    """Returns what tells the data from others: checksums, or else sizes and times."""
     if config.dataset:
         from megatron_s3 import data
 

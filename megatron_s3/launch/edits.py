@@ -160,7 +160,7 @@ class Edits:
 
 
 def _one_place(chars: Sequence[Char]) -> tuple[int, int] | None:
-    """Where characters stand, if they stand side by side."""
+    """Returns where characters stand, if they stand side by side."""
     if not chars:
         return None
     together = all(

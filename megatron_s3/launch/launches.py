@@ -271,7 +271,7 @@ def _first_positional(
 
 
 def place(chars: Sequence[Char], beside: Char) -> tuple[int, int]:
-    """Where characters stand at the level of the text at which another stands beside them.
+    """Returns where characters stand at the level of the text at which another stands beside them.
 
     Of ``--lr $LR`` that is ``$LR`` and not the number where LR is set.
 
@@ -285,7 +285,7 @@ def place(chars: Sequence[Char], beside: Char) -> tuple[int, int]:
 
 
 def _common(char: Char, other: Char) -> int:
-    """How many places of expansion two characters share, from the outermost."""
+    """Returns how many places of expansion two characters share, from the outermost."""
     common = 0
     while (
         common < min(len(char.via), len(other.via))

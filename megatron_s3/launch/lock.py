@@ -190,7 +190,7 @@ def _take(file: int, path: Path, patience: float) -> bool:
 
 
 def _is_dead(holder: dict[str, Any], locks: bool) -> bool:
-    """Whether the launcher that a record names is known to be gone.
+    """Returns whether the launcher that a record names is known to be gone.
 
     Args:
         holder: the record.
@@ -207,7 +207,7 @@ def _is_dead(holder: dict[str, Any], locks: bool) -> bool:
 
 
 def _beats(path: Path, seen: dict[str, Any], beat: float) -> bool:
-    """Whether the holder shows that it lives, within three beats."""
+    """Returns whether the holder shows that it lives, within three beats."""
     print(
         f"[megatron-s3] {path.parent}: {_who(seen)} has left it locked; looking for "
         f"{3 * beat:.0f} s whether that is alive",
@@ -229,7 +229,7 @@ def _live(file: int, record: dict[str, Any], beat: float, end: threading.Event) 
 
 
 def _me() -> dict[str, Any]:
-    """What is written down about this process."""
+    """Returns what is written down about this process."""
     environment = os.environ
     job = environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID")
     if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:

@@ -7,7 +7,7 @@ __all__ = ["first_node", "say"]
 
 
 def first_node() -> bool:
-    """Whether this node is the one that speaks for all nodes of a job."""
+    """Returns whether this node is the one that speaks for all nodes of a job."""
     return os.environ.get("SLURM_NODEID", "0") == "0"
 
 

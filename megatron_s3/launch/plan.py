@@ -346,7 +346,7 @@ def _other_stages(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _checkpoint(plan: Plan) -> list[tuple[str, str, str]]:
-    """What a save and a resume take beside the step."""
+    """Returns what a save and a resume take beside the step."""
     now, other = plan.saved, plan.otherwise
     if now is None:
         return []

@@ -152,7 +152,7 @@ def _preflight(args: argparse.Namespace, config: "Config", run_dir: Path) -> int
 
 
 def _backends(devices: int, without_gloo: bool) -> tuple[str, ...]:
-    """What the ranks' process groups are of."""
+    """Returns what the ranks' process groups are of."""
     if not devices:
         return ("gloo",)
     return ("nccl",) if without_gloo else ("nccl", "gloo")

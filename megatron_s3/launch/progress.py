@@ -49,12 +49,12 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """Whether training has reached its end, and has saved that."""
+        """Returns whether training has reached its end, and has saved that."""
         return self.last is not None and (self.saved or 0) >= self.last
 
 
 def progress(config: Config, run_dir: Path) -> Progress:
-    """How far the run of a configuration is.
+    """Returns how far the run of a configuration is.
 
     Args:
         config: what it trains.
@@ -74,7 +74,7 @@ def progress(config: Config, run_dir: Path) -> Progress:
 
 
 def save_folder(config: Config, run_dir: Path) -> Path:
-    """Where a run's checkpoints are written.
+    """Returns where a run's checkpoints are written.
 
     Raises:
         ConfigError: that is no folder of a file system.
@@ -99,7 +99,7 @@ def load_folder(config: Config, run_dir: Path) -> Path:
 
 
 def continued(config: Config, run_dir: Path) -> tuple[Config, list[str]]:
-    """What the ranks are told, so that the same command always goes on.
+    """Returns what the ranks are told, so that the same command always goes on.
 
     ``load`` of another folder, and what belongs to it, is for a run that has saved nothing: once
     it has, it loads what it saved.

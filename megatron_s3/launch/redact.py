@@ -72,14 +72,14 @@ _HARMLESS = re.compile(
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a variable of the environment is known to hold no credential."""
+    """Returns whether a variable of the environment is known to hold no credential."""
     if not _HARMLESS.fullmatch(name):
         return False
     return name == "PWD" or not _is_secret_name(name)
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a value counts as a credential, by its name or by its looks."""
+    """Returns whether a value counts as a credential, by its name or by its looks."""
     return bool(value) and (_is_secret_name(name) or redact(value) != value)
 
 

@@ -34,7 +34,7 @@ class Rules:
         return number(old, 1 / self.factor, self.factor), reason
 
     def missing(self, names: set[str]) -> Iterator[tuple[str, str, str]]:
-        """What a launch with these flags needs beside them: flag, value and why."""
+        """Returns what a launch with these flags needs beside them: flag, value and why."""
         if "--optimizer" not in names:
             yield "--optimizer", "s3", "Megatron's default is adam"
         if "--weight-decay" not in names and not {*OVER[1:]} <= names:

@@ -152,7 +152,7 @@ def _ranks(agent: int) -> set[int]:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for the signal; without one it would just die."""
+    """Returns whether a process has a handler for the signal; without one it would just die."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

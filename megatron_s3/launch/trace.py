@@ -82,7 +82,7 @@ class State:
         return replace(self, variables=kept, arrays=arrays, decided=self._still(name))
 
     def _still(self, name: str) -> dict[str, bool]:
-        """What stays decided when a variable changes."""
+        """Returns what stays decided when a variable changes."""
         return {text: holds for text, holds in self.decided.items() if name not in _names(text)}
 
 

@@ -160,7 +160,7 @@ def _check(launch: Launch) -> None:
 
 
 def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str]:
-    """What has to be seen to by hand."""
+    """Returns what has to be seen to by hand."""
     from megatron_s3.mcore.arguments import UNSUPPORTED
 
     found: dict[str, None] = {}

@@ -129,7 +129,7 @@ class OnePass(MixedPrecisionOptimizer):
         return bool(self.optimizer.master_params)
 
     def _places(self) -> tuple[Place, ...]:
-        """What changes when one of the tensors that a step writes to is moved."""
+        """Returns what changes when one of the tensors that a step writes to is moved."""
         raise NotImplementedError
 
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
@@ -195,7 +195,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def place(tensor: Tensor) -> Place:
-    """Where a tensor's elements (a DTensor's on this rank) are.
+    """Returns where a tensor's elements (a DTensor's on this rank) are.
 
     An address alone does not say it: a storage that is given up and grown again keeps its views,
     and its old address may be another tensor's by then.

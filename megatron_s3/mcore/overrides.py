@@ -113,7 +113,7 @@ def take_own(group: dict[str, Any], cls: type[ElementwiseOptimizer]) -> dict[str
 
 
 def described(key: Any) -> str:
-    """How an override is called in messages, by what its ParamKey matches."""
+    """Returns how an override is called in messages, by what its ParamKey matches."""
     parts = [f"{f.name}={getattr(key, f.name)!r}" for f in dataclasses.fields(key)]
     parts = [part for part in parts if not part.endswith("=()")]
     return f"config_overrides[{', '.join(parts)}]"

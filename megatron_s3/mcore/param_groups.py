@@ -81,7 +81,7 @@ def restore_scheduled(current: list[dict[str, Any]], saved: list[dict[str, Any]]
 
 
 def _known(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[int]:
-    """Where each of the current groups is the only one of its kind."""
+    """Returns where each of the current groups is the only one of its kind."""
     places = {_values(group, _KNOWN_BY): place for place, group in enumerate(saved)}
     return [places[_values(group, _KNOWN_BY)] for group in current]
 
@@ -184,7 +184,7 @@ def _scheduled(group: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _in_proportion(groups: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
-    """Whether all highest rates have been multiplied by the same number."""
+    """Returns whether all highest rates have been multiplied by the same number."""
     rates = [(_scheduled(now)[0], _scheduled(then)[0]) for now, then in groups]
     (now, then), *others = rates
     return all(math.isclose(now * b, a * then, rel_tol=1e-9) for a, b in others)

@@ -195,7 +195,7 @@ def plan(args: argparse.Namespace) -> Sizes:
 
 
 def checkpoint(args: argparse.Namespace, rank: Rank, form: str | None = None) -> Checkpoint | None:
-    """What saving and resuming take, by Megatron's code (``get_parameter_state_dp_zero``).
+    """Returns what saving and resuming take, by Megatron's code (``get_parameter_state_dp_zero``).
 
     Args:
         args: Megatron's, validated.

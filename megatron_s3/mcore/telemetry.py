@@ -92,7 +92,7 @@ class UpdateLog:
             self._squared_rates[i] += rate**2
 
     def bound(self) -> float | None:
-        """What no group's updates exceed; None where one has no bound."""
+        """Returns what no group's updates exceed; None where one has no bound."""
         bounds = [
             optimizer.description.bound(
                 **{h.name: group[h.name] for h in optimizer.description.hyperparameters}

@@ -46,7 +46,7 @@ class Trained:
 
     @cached_property
     def damage(self) -> list[str]:
-        """What there is to say of lines of its log that are cut off."""
+        """Returns what there is to say of lines of its log that are cut off."""
         places = (self.folder, self.folder / runlog.NAME, self.folder / "tensorboard" / runlog.NAME)
         path = next((place for place in places if place.is_file()), None)
         return _lines(path) if path else []
@@ -193,7 +193,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
-    """What there is to say of a log's lines that were cut off, as a kill leaves them.
+    """Returns what there is to say of a log's lines that were cut off, as a kill leaves them.
 
     Raises:
         RunError: a line is damaged otherwise.

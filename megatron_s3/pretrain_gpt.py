@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from megatron_s3.mcore.refusal import Refused
+from megatron_s3.mcore.refusal import Refused, in_one_line
 
 # Destinations of the arguments that Megatron-LM's own script acts upon and this one does not.
 _NOT_HERE = (
@@ -247,8 +247,13 @@ def _keep_built_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
+@in_one_line()
 def main() -> None:
-    """Trains as ``sys.argv`` says, with whatever optimizers Megatron knows by now."""
+    """Trains as ``sys.argv`` says, with whatever optimizers Megatron knows by now.
+
+    Raises:
+        SystemExit: the arguments are refused; rank 0 has printed the reason.
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
@@ -274,9 +279,7 @@ def main() -> None:
 if __name__ == "__main__":
     from megatron_s3 import register
     from megatron_s3.launch import lock
-    from megatron_s3.mcore.refusal import in_one_line
 
     lock.join()
     register()
-    with in_one_line():
-        main()
+    main()

@@ -2,16 +2,21 @@
 
 import pytest
 
+from megatron_s3.mcore import refusal
 from megatron_s3.mcore.refusal import Refused, in_one_line
 from tests.trainer import train
 
 
 def test_one_line_of_rank_0(monkeypatch, capsys):
-    for rank in ("0", "1"):
+    waited = []
+    monkeypatch.setattr(refusal.time, "sleep", waited.append)
+    for rank, patience in (("0", []), ("1", [60.0])):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as ended, in_one_line():
             raise Refused("--a 1 is not b")
         assert ended.value.code == 2
+        # Whoever ends first has the others killed: rank 0 comes to say why.
+        assert waited == patience
     assert capsys.readouterr().err == "error: --a 1 is not b\n"
 
 

@@ -1,4 +1,4 @@
-"""One process builds a file, and those that want the same one wait for it."""
+"""Lets one process build a file, and has those that want the same one wait for it."""
 
 import fcntl
 import logging

@@ -16,7 +16,7 @@ __all__ = ["Choice", "choose", "path"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What one call of a kernel steps.
+    """The parameters that one call of a kernel steps.
 
     Attributes:
         kernel: a module of :mod:`megatron_s3.kernels`.
@@ -126,7 +126,7 @@ def _check_memory(operands: Sequence[Operands], label: str) -> None:
 
 
 def path(choices: Sequence[Choice], operands: Sequence[Sequence[Operands]]) -> str:
-    """What a step took, in words: the kernels, and for which parameters torch operations and why.
+    """Returns in words what a step took: the kernels, and where and why torch operations.
 
     Args:
         choices: of all its calls.

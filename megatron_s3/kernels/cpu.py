@@ -188,7 +188,7 @@ def _stem(source: bytes) -> str:
 
 
 def _built_elsewhere(source: bytes) -> ctypes.CDLL | None:
-    """What a compiler that is not here has left in the cache, as in an image's smaller stage."""
+    """Returns what a compiler that is not here has built before, as for an image's later stage."""
     for folder in _cache_folders():
         for path in sorted(folder.glob(f"{_stem(source)}-*.so")):
             if _is_whole(path):
@@ -250,7 +250,7 @@ def _cached(compiler: list[str], name: str) -> ctypes.CDLL:
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Where torch keeps compiled extensions; where nothing can be written there, the user's own."""
+    """Returns torch's folder of compiled extensions, or the user's own where it is not writable."""
     try:
         root = os.environ.get("TORCH_EXTENSIONS_DIR")
         if not root:

@@ -32,7 +32,7 @@ class Overlaps:
         self._ends: list[int] = []
 
     def cuts(self, flat: Sequence[Flat]) -> list[int]:
-        """Where to begin anew, so that nothing in between writes what another reads or writes.
+        """Returns where to begin anew, so that nothing between writes what another reads or writes.
 
         Args:
             flat: all that a step works on, in the order in which torch would update it.
@@ -64,7 +64,7 @@ class Overlaps:
         return self._apart.keys() >= set(written) and len(set(written)) == len(written)
 
     def _learn(self, written: list[tuple[int, ...]]) -> bool:
-        """Whether all of these lie apart, which is then known; beside what was known if possible.
+        """Returns whether all of these lie apart; remembers it, beside what was known if it can.
 
         Parameters without a gradient are absent from a step and come back in another.
         """

@@ -266,7 +266,7 @@ def _choose(load_dir: Path, args: Any, local: int = -1) -> _Choice | None:
 
 
 def _persistent(load_dir: Path, args: Any) -> _Choice | None:
-    """What the tracker file names, or the one complete iteration if there is no such file."""
+    """Returns what the tracker file names, or the one complete iteration where there is none."""
     tracker = load_dir / TRACKER
     if not tracker.is_file():
         there = _complete(load_dir, args)

@@ -332,7 +332,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return loss
 
     def _nothing_to_do(self, work: list[tuple[dict[str, Any], list]]) -> bool:
-        """Whether parameters lack all gradients; a rank that only holds empty parts lacks none."""
+        """Returns whether no parameter has a gradient; a rank with empty parts alone lacks none."""
         if any(found for _, found in work):
             return False
         return not all(is_empty(param) for group, _ in work for param in group["params"])

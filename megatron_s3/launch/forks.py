@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_s3.launch import lock
 from megatron_s3.launch.ports import free_port
 
 __all__ = ["TIMED_OUT", "TRAINER", "Forks", "import_needed", "start"]
@@ -189,6 +190,7 @@ def _start(rank: int, argv: list[str], log: str, program: str) -> int:
     status = 1
     try:
         os.setpgid(0, 0)
+        lock.die_with_parent()
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

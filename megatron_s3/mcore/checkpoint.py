@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_s3.mcore import build, integrity, shard_files, telemetry
+from megatron_s3.mcore import build, integrity, shard_files, telemetry, writers
 from megatron_s3.mcore.arguments import destination, flag, say, state_dtypes
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT
@@ -566,9 +565,10 @@ def _saying_why(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        writers.clear_frames(error)
         args = checkpointing.get_args()
         folder = Path(args.save or "")
-        why = None if isinstance(error, SaveFailed) else _why_not(folder)
+        why = None if isinstance(error, SaveFailed) else writers.why_not(folder)
         if why is None:
             raise
         there = _complete(folder, args)
@@ -576,25 +576,3 @@ def _saying_why(what: str) -> Iterator[None]:
             f"{what} could not be saved to {folder}: {why}. "
             + (f"Complete there: iteration {there[-1]}." if there else "Nothing is complete there.")
         ) from None
-
-
-def _why_not(folder: Path) -> str | None:
-    """Why the folder takes no file, None if it does.
-
-    Asked of the disk, because what Megatron and torch hand on from the writers says
-    "AssertionError" or "unexpected pos".
-    """
-    probe = folder / f".probe.{os.getpid()}"
-    try:
-        with open(probe, "wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        return f"{error.strerror} ({free / 1e6:,.1f} MB free)"
-    else:
-        return None
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from megatron_s3.mcore import (
     shard_files,
     telemetry,
     torch_adamw,
+    writers,
 )
 
 __all__ = ["CHECKED_RELEASES", "SEAMS", "Seam", "SeamMoved", "install", "table"]
@@ -273,6 +274,28 @@ SEAMS = (
         "with --optimizer adam too: says so of asynchronous saves",
     ),
     Seam(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "FileSystemWriterAsync.write_preloaded_data",
+        ("transform_list", "local_proc_idx", "write_bucket"),
+        writers.write_preloaded_data,
+        "with --optimizer adam too: a failed write does not kill the process that writes "
+        "asynchronous checkpoints",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.schedule_async_call",
+        ("self", "async_req"),
+        writers.schedule_async_call,
+        "with --optimizer adam too: a save that would wait forever for a dead writer is an error",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.is_current_async_call_done",
+        ("self", "blocking", "no_dist"),
+        writers.is_current_async_call_done,
+        "with --optimizer adam too: a writer that died during a save is an error",
+    ),
+    Seam(
         "megatron.core.optimizer.optimizer_cuda_graph",
         "OptimizerCudaGraphWrapper.__call__",
         ("self",),
@@ -366,7 +389,8 @@ def _wrap(seam: Seam, owner: Any, original: Callable[..., Any]) -> None:
         return seam.wrapper(original, *args, **kwargs)
 
     setattr(wrapped, _MARK, seam)
-    setattr(owner, original.__name__, wrapped)
+    static = isinstance(inspect.getattr_static(owner, original.__name__, None), staticmethod)
+    setattr(owner, original.__name__, staticmethod(wrapped) if static else wrapped)
     if not isinstance(owner, ModuleType):
         return
     # Modules that did `from ... import function` hold it under their own name: which ones do

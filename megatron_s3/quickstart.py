@@ -142,6 +142,11 @@ def _run(args: argparse.Namespace) -> int:
     nproc = args.nproc or _default_nproc()
     recipes = [S3, ADAMW] if args.compare else [S3]
     print("\n".join([WHY, WHY_COMPARED] if args.compare else [WHY]))
+    if not multiplies_bf16():
+        print(
+            "fp32      instead of bf16, whose matrix products torch does not have on this CPU and "
+            "emulates ten times slower"
+        )
     with lock.hold([args.out]):
         for recipe in recipes:
             _train(recipe, args, nproc, prefix, dataset)
@@ -164,20 +169,31 @@ def _default_nproc() -> int:
     return max((n for n in range(1, gpus + 1) if BATCH % n == 0), default=2)
 
 
-def megatron_flags(recipe: Recipe, iters: int, nproc: int) -> list[str]:
-    """Megatron's flags for a recipe, without any path.
+def multiplies_bf16() -> bool:
+    """Returns whether torch has matrix products for bf16 where the quickstart trains.
+
+    On a CPU without AVX-512 it has loops instead, which take ten times as long as fp32.
+    """
+    import torch
+
+    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def megatron_flags(recipe: Recipe, iters: int, nproc: int, bf16: bool = True) -> list[str]:
+    """Returns Megatron's flags for a recipe, without any path.
 
     Args:
-        recipe: The optimizer.
-        iters: Length of the whole run, over which the learning rate is scheduled.
-        nproc: Ranks, all of them data-parallel.
+        recipe: the optimizer.
+        iters: length of the whole run, over which the learning rate is scheduled.
+        nproc: number of ranks, all of them data-parallel.
+        bf16: mixed precision, with main parameters in fp32; else all is in fp32.
     """
     return shlex.split(
         f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS} "
         f"--seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
         "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 16 "
         f"--micro-batch-size {BATCH // nproc} --global-batch-size {BATCH} --seed 1234 "
-        "--bf16 --use-distributed-optimizer "
+        f"{'--bf16 ' if bf16 else ''}--use-distributed-optimizer "
         # Megatron's plain layers: the others need Transformer Engine or Apex.
         "--transformer-impl local --attention-backend unfused --no-persist-layer-norm "
         "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion "
@@ -194,7 +210,7 @@ def _train(
 ) -> None:
     """Train a recipe to its end, in two launches if it can resume; or find that done."""
     folder = args.out / recipe.folder
-    flags = megatron_flags(recipe, args.iters, nproc)
+    flags = megatron_flags(recipe, args.iters, nproc, bf16=multiplies_bf16())
     plan = {"flags": flags, "nproc": nproc, "text_sha256": dataset["sha256"]}
     record = folder / "run.json"
     old = _load(record)

@@ -77,14 +77,16 @@ def set_main_param_and_optimizer_states(
     """Around the filling of one parameter's state, which asks for every tensor that it holds.
 
     The step came with the groups and is there already; what stands beside the sharded tensors is
-    the step of the template that they were loaded into (dp_reshardable), or nothing.
+    the step of the template that they were loaded into (dp_reshardable), or nothing.  In fp32 the
+    main parameters are views of the model's, which autograd guards.
     """
     if _needs_repair(optimizer):
         group, order = optimizer.model_param_group_index_map[model_param]
         main_param = optimizer.optimizer.param_groups[group]["params"][order]
         tensors = tensors | {"step": optimizer.optimizer.state[main_param]["step"]}
     shard_files.note_unlike(optimizer, model_param, tensors)
-    return original(optimizer, model_param, tensors)
+    with torch.no_grad():
+        return original(optimizer, model_param, tensors)
 
 
 def _needs_repair(optimizer: Any) -> bool:

@@ -65,3 +65,21 @@ def test_saved_before_the_first_update(name):
         assert step(model, optimizer)[0]
         results.append([param.detach().clone() for param in model.parameters()])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("name", ["adam", "s3", "lion"])
+@on_ranks(2)
+def test_main_parameters_in_fp32_are_filled(name):
+    """They are views of the model's parameters, which autograd guards."""
+    model, optimizer = build(name, dtype=torch.float32)
+    step(model, optimizer)
+    (part,) = optimizer.chained_optimizers
+    filled = 0
+    for param in part.model_param_group_index_map:
+        held = part._get_main_param_and_optimizer_states(param)
+        wanted = {k: v + 1 if k != "step" else v for k, v in held.items()}
+        part._set_main_param_and_optimizer_states(param, wanted)
+        found = part._get_main_param_and_optimizer_states(param)
+        assert all(torch.equal(found[k], v) for k, v in wanted.items() if k != "step")
+        filled += 1
+    assert filled

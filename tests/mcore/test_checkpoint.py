@@ -1,5 +1,7 @@
 """What is verified of a checkpoint is what is read: from the flags to the files."""
 
+import contextlib
+import io
 import json
 import pickle
 from argparse import Namespace
@@ -91,6 +93,18 @@ def test_the_iteration_that_is_read_is_the_one_that_was_verified(tmp_path):
     assert read(load, flags(ckpt_step=3)) == (3, None)
     assert "complete: 3, 6" in refusal(load, flags())
     assert f"there is no {load}/iter_0000005" in refusal(load, flags(ckpt_step=5))
+
+
+@on_ranks(1)
+def test_newer_iterations_are_named_where_there_are_some(tmp_path):
+    load = write(tmp_path, 3, 6, tracker="6")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert read(load, flags()) == (6, None)
+    assert "newer ones" not in said.getvalue()
+    (load / TRACKER).write_text("3")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert read(load, flags()) == (3, None)
+    assert "names iteration 3, which is loaded; newer ones are complete: 6\n" in said.getvalue()
 
 
 GLOBAL = {"non_persistent_ckpt_type": "global"}

@@ -179,7 +179,13 @@ def multiplies_bf16() -> bool:
     return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def megatron_flags(recipe: Recipe, iters: int, nproc: int, bf16: bool = True) -> list[str]:
+def megatron_flags(
+    recipe: Recipe,
+    iters: int,
+    nproc: int,
+    bf16: bool = True,
+    eval_batches: int = _EVAL_BATCHES,
+) -> list[str]:
     """Returns Megatron's flags for a recipe, without any path.
 
     Args:
@@ -187,6 +193,7 @@ def megatron_flags(recipe: Recipe, iters: int, nproc: int, bf16: bool = True) ->
         iters: length of the whole run, over which the learning rate is scheduled.
         nproc: number of ranks, all of them data-parallel.
         bf16: mixed precision, with main parameters in fp32; else all is in fp32.
+        eval_batches: number of batches in an evaluation.
     """
     return shlex.split(
         f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS} "
@@ -200,7 +207,7 @@ def megatron_flags(recipe: Recipe, iters: int, nproc: int, bf16: bool = True) ->
         "--no-bias-dropout-fusion --no-rope-fusion "
         f"--train-iters {iters} --lr {recipe.lr} --min-lr {recipe.lr / 10:g} "
         f"--lr-decay-style cosine --lr-warmup-fraction 0.3 --weight-decay {recipe.weight_decay} "
-        f"--eval-interval {max(1, iters // _EVALUATIONS)} --eval-iters {_EVAL_BATCHES} "
+        f"--eval-interval {max(1, iters // _EVALUATIONS)} --eval-iters {eval_batches} "
         f"--log-interval {max(1, min(10, iters // 10))} --log-timers-to-tensorboard"
     ) + list(recipe.flags)
 
@@ -210,7 +217,14 @@ def _train(
 ) -> None:
     """Train a recipe to its end, in two launches if it can resume; or find that done."""
     folder = args.out / recipe.folder
-    flags = megatron_flags(recipe, args.iters, nproc, bf16=multiplies_bf16())
+    whole = -(-dataset["valid"]["bytes"] // (BATCH * SEQ_LENGTH))
+    flags = megatron_flags(
+        recipe,
+        args.iters,
+        nproc,
+        bf16=multiplies_bf16(),
+        eval_batches=min(_EVAL_BATCHES, whole),  # not the same text again and again
+    )
     plan = {"flags": flags, "nproc": nproc, "text_sha256": dataset["sha256"]}
     record = folder / "run.json"
     old = _load(record)

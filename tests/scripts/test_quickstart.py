@@ -54,8 +54,9 @@ def test_another_directory_of_the_users_is_not_removed(tmp_path: Path) -> None:
     theirs.parent.mkdir()
     theirs.touch()
     args = quickstart._arguments(["--out", str(tmp_path)])
+    dataset = {"sha256": "", "valid": {"bytes": 10**6}}
     with pytest.raises(quickstart.QuickstartError, match="--out"):
-        quickstart._train(quickstart.S3, args, 1, "no-data", {"sha256": ""})
+        quickstart._train(quickstart.S3, args, 1, "no-data", dataset)
     assert theirs.exists()
 
 

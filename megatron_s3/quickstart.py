@@ -158,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
         title=f"GPT, {LAYERS} layers of {HIDDEN}, {nproc} ranks, {BATCH} x {SEQ_LENGTH} bytes",
         unigram_entropy=dataset["unigram_entropy"],
     )
-    print(_table(runs, recipes, dataset, args.out, picture))
+    print(_table(runs, recipes, dataset, args.out, picture, args.iters))
     return 0
 
 
@@ -217,13 +217,12 @@ def _train(
 ) -> None:
     """Train a recipe to its end, in two launches if it can resume; or find that done."""
     folder = args.out / recipe.folder
-    whole = -(-dataset["valid"]["bytes"] // (BATCH * SEQ_LENGTH))
     flags = megatron_flags(
         recipe,
         args.iters,
         nproc,
         bf16=multiplies_bf16(),
-        eval_batches=min(_EVAL_BATCHES, whole),  # not the same text again and again
+        eval_batches=_eval_batches(args.iters, dataset),
     )
     plan = {"flags": flags, "nproc": nproc, "text_sha256": dataset["sha256"]}
     record = folder / "run.json"
@@ -260,6 +259,12 @@ def _train(
     print(f"{recipe.name}: resumed in a new process from the checkpoint of iteration {at}")
     _launch(arguments, nproc, log)
     _store(record, {"plan": plan, "finished": True})
+
+
+def _eval_batches(iters: int, dataset: dict[str, Any]) -> int:
+    """Returns the batches of an evaluation: the text at most once, and no more than are trained."""
+    whole = -(-dataset["valid"]["bytes"] // (BATCH * SEQ_LENGTH))
+    return min(_EVAL_BATCHES, whole, iters)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -382,6 +387,7 @@ def _table(
     dataset: dict[str, Any],
     out: Path,
     picture: Path,
+    iters: int,
 ) -> str:
     summaries = [report.summarize(run) for run in runs]
 
@@ -390,7 +396,8 @@ def _table(
         return f"{label:20}{shown}   {note}".rstrip()
 
     entropy = dataset["unigram_entropy"]
-    tested = min(dataset["valid"]["bytes"], _EVAL_BATCHES * BATCH * SEQ_LENGTH)
+    batches = _eval_batches(iters, dataset)
+    tested = min(dataset["valid"]["bytes"], batches * BATCH * SEQ_LENGTH)
     lines = [
         "",
         " " * 20 + "".join(f"{run.name:>10}" for run in runs),

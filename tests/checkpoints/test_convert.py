@@ -382,7 +382,7 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", brief(LAYOUTS, "dp2, dp_reshardable", "tp2, fully_reshardable"))
+@pytest.mark.parametrize("layout", brief(LAYOUTS, "tp2, fully_reshardable"))
 def test_the_trainer_resumes_what_was_converted(layout: str, tmp_path: Path) -> None:
     """AdamW for 2 steps, S3 for 2 from its converted state, and AdamW for 2 from S3's.
 

@@ -23,13 +23,13 @@ text=$("$python" -c 'import asyncio, os; print(os.path.dirname(asyncio.__file__)
 
 step "a job on 2 nodes"
 config=(tiny-s3 --set launch.nodes=2 --set launch.nproc_per_node=1 --set mock_data=false
-  --set "dataset=$out/data/text" --set save_interval=20 --set train_iters=60)
+  --set "dataset=$out/data/text" --set save_interval=10 --set train_iters=30)
 "${megatron_s3[@]}" launch "${config[@]}" --slurm
 job=$(squeue --noheader --format=%A | sort -n | tail -n 1)
 
 saved() { cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 waited=0
-until [ "$(saved)" -ge 20 ]; do
+until [ "$(saved)" -ge 10 ]; do
   sleep 0.2
   waited=$((waited + 1))
   if [ "$waited" -gt 1500 ]; then
@@ -44,7 +44,7 @@ pkill --newest --signal KILL --full 'megatron_s3.pretrain_gpt'
 while [ -n "$(squeue --noheader --jobs "$job" 2>/dev/null)" ]; do sleep 0.5; done
 grep -E '^\[(megatron-s3|pretrain.sbatch)\]' "$RUN_DIR"/slurm-*.out
 step "the job has ended at checkpoint $(saved)"
-[ "$(saved)" = 60 ]
+[ "$(saved)" = 30 ]
 
 step "checkpoint to a Hugging Face model"
 "${megatron_s3[@]}" export "$RUN_DIR/checkpoints" "$out/model"

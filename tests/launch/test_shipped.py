@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from megatron_s3.launch.shipped import names
-from tests.releases import RELEASES, unpacked
-from tests.trainer import REPOSITORY
+from tests.releases import INSTALLED, RELEASES, unpacked
+from tests.trainer import REPOSITORY, brief
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", brief(RELEASES, INSTALLED))
 def test_every_configuration_is_accepted(release: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "megatron_s3.cli", "configs"],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer import REPOSITORY, assert_bitwise_equal, tensors, train
+from tests.trainer import REPOSITORY, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", brief(FORMATS, "dp_reshardable"))
 def test_adamw_resumes_without_transformer_engine(name: str, tmp_path: Path) -> None:
     """Bitwise, like S3; upstream alone stops at an assertion or a KeyError when it loads."""
     through, resumed = tmp_path / "through", tmp_path / "resumed"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.releases import RELEASES, unpacked
-from tests.trainer import ITERATIONS, REPOSITORY, assert_bitwise_equal, tensors, train
+from tests.releases import INSTALLED, RELEASES, unpacked
+from tests.trainer import ITERATIONS, REPOSITORY, assert_bitwise_equal, brief, tensors, train
 
 PATCH = REPOSITORY / "patches/megatron-lm.patch"
 
@@ -18,7 +18,7 @@ def git_apply(tree: Path, *flags: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", brief(RELEASES, INSTALLED))
 def test_wheel_with_the_patch_alone(release: str, tmp_path: Path) -> None:
     """The patched wheel trains with S3 from a script that never mentions the plugin."""
     original = unpacked(release) / "megatron/training"

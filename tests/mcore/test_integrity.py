@@ -182,6 +182,17 @@ def test_what_is_overwritten_is_not_complete_meanwhile(folder: Path) -> None:
     assert not integrity.is_complete(folder)
 
 
+def test_the_checksums_name_what_is_there_and_nothing_else(folder: Path) -> None:
+    seal = folder / integrity.SEAL
+    whole = seal.read_text()
+    seal.write_text(whole + f"{'0' * 64}  another\n")
+    assert f"{seal} is not what was written" in judge(folder)
+    seal.write_text("".join(reversed(whole.splitlines(keepends=True))))
+    assert f"{seal} is not what was written" in judge(folder)
+    seal.write_text(whole)
+    assert judge(folder) == ""
+
+
 def test_a_format_without_that_file_has_its_index_for_it(folder: Path) -> None:
     for name in ("metadata.json", integrity.SEAL):
         (folder / name).unlink()

@@ -1,6 +1,6 @@
-"""What Megatron's writers of a checkpoint leave behind when a write fails or a writer dies.
+"""Handles a failed write of a checkpoint, and the death of the process that writes it.
 
-Upstream, with any optimizer: a failed write can kill the process that writes asynchronous
+In Megatron, with any optimizer, a failed write can kill the process that writes asynchronous
 checkpoints, and once that process is dead, the next save waits for it forever.
 """
 
@@ -95,7 +95,7 @@ def _died(status: int) -> WriterDied:
         f"the process that writes asynchronous checkpoints {how}, so the last checkpoint is not "
         "complete. The kernel sends signal 9 when the host's memory runs out: an asynchronous save "
         "holds a copy of the rank's state. Start the run again; it goes on from the newest "
-        "complete checkpoint"
+        "complete checkpoint."
     )
 
 

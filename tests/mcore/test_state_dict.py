@@ -1,4 +1,4 @@
-"""What a sharded optimizer's state says, and steps that a CUDA graph replays."""
+"""Tests the state of a sharded optimizer, and the count of steps that a CUDA graph replays."""
 
 import pytest
 import torch

@@ -108,4 +108,4 @@ export PYTHONPATH="$repo${WHEELS_PATH:+:$WHEELS_PATH}${PYTHONPATH:+:$PYTHONPATH}
   exit 2
 }
 cd "$from"
-exec "$PYTHON" -m megatron_s3.acceptance ${given[@]+"${given[@]}"}
+exec "$PYTHON" -m scripts.acceptance ${given[@]+"${given[@]}"}

@@ -30,4 +30,4 @@ case "${1:-}" in
 esac
 
 ensure_venv quickstart
-"$PYTHON" -m megatron_s3.experiments.runner "$@"
+"$PYTHON" -m scripts.experiments.runner "$@"

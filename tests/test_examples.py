@@ -21,7 +21,7 @@ READMES = ("README.md", "docker/README.md", "patches/README.md")
 #: What the scripts start with their own arguments, which they do not look at.
 _BEHIND = {
     "./scripts/quickstart.sh": "megatron_s3.quickstart",
-    "./scripts/reproduce.sh": "megatron_s3.experiments.runner",
+    "./scripts/reproduce.sh": "scripts.experiments.runner",
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_s3.report.runs import Suite, Trained
-from megatron_s3.telemetry.confusion import DETECTORS
+from megatron_s3.telemetry.detectors import DETECTORS
 
 __all__ = ["Table", "best_rate", "finalists", "tables"]
 

@@ -17,7 +17,7 @@ from megatron_s3.launch import translate
 from megatron_s3.mcore import weights
 from megatron_s3.optimizers import S3
 from megatron_s3.optimizers.description import FORMAT
-from tests.trainer import assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import assert_bitwise_equal, brief, tensors, train
 
 GROUP = {
     "wd_mult": 1.0,

@@ -252,7 +252,7 @@ def test_logits_of_trained_checkpoints(tmp_path: Path, monkeypatch: pytest.Monke
     """
     from transformers import GPT2LMHeadModel
 
-    from tests.trainer import train
+    from tests.harness.trainer import train
 
     one = ["--train-iters", "3", "--optimizer", "s3", "--save-interval", "3"]
     sharded = ["--bf16", "--use-distributed-optimizer", "--tensor-model-parallel-size", "2"]

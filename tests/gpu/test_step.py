@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_s3 import S3
-from megatron_s3.acceptance.graphs import replayed_and_eager
 from megatron_s3.kernels import gpu
+from scripts.acceptance.graphs import replayed_and_eager
 
 SIZES = (1, 130, 16_384, 70_001)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megatron_s3.kernels import cpu, portable
 from megatron_s3.kernels.operands import Operands
-from megatron_s3.kernels.reference import S3Reference
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.s3 import S3
 from megatron_s3.rules.s3 import s3_update
+from tests.harness.reference import S3Reference
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RULE = {"beta": 0.95, "p": 3.0}

@@ -293,7 +293,7 @@ except lock.InUse:
     assert sorted(said) == ["has it", *["refused"] * 5]
 
 
-@pytest.mark.parametrize("program", ["megatron_s3.quickstart", "megatron_s3.experiments.runner"])
+@pytest.mark.parametrize("program", ["megatron_s3.quickstart", "scripts.experiments.runner"])
 def test_other_programs_that_train_hold_their_folder_too(tmp_path, monkeypatch, capsys, program):
     module = importlib.import_module(program)
     text = tmp_path / "in.jsonl"

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from megatron_s3.launch.shipped import names
-from tests.releases import INSTALLED, RELEASES, unpacked
-from tests.trainer import REPOSITORY, brief
+from tests.harness.releases import INSTALLED, RELEASES, unpacked
+from tests.harness.trainer import REPOSITORY, brief
 
 
 @pytest.mark.slow

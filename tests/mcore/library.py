@@ -6,7 +6,7 @@
         step(model, optimizer)
 
 The function runs in forks of a process that has imported Megatron and registered the plugin
-(:mod:`megatron_s3.launch.forks`), so that nothing of it reaches pytest's own process.
+(:mod:`tests.harness.forks`), so that nothing of it reaches pytest's own process.
 """
 
 import base64
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from tests.releases import INSTALLED, unpacked
-from tests.trainer import forks
+from tests.harness.releases import INSTALLED, unpacked
+from tests.harness.trainer import forks
 
 __all__ = ["build", "globally", "inner", "on_ranks", "step", "wrap"]
 
@@ -39,7 +39,7 @@ def on_ranks(ranks: int = 1, release: str = INSTALLED) -> Callable[[Callable], C
 
     Args:
         ranks: number of processes, 8 at most.
-        release: of Megatron-Core, one of :data:`tests.releases.RELEASES`.
+        release: of Megatron-Core, one of :data:`tests.harness.releases.RELEASES`.
     """
 
     def decorate(test: Callable) -> Callable:

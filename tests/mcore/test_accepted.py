@@ -5,9 +5,9 @@ from argparse import Namespace
 
 import pytest
 
+from tests.harness.releases import INSTALLED, RELEASES
+from tests.harness.trainer import train
 from tests.mcore.library import build, on_ranks
-from tests.releases import INSTALLED, RELEASES
-from tests.trainer import train
 
 RATES = {"lr": 1e-3, "min_lr": 0.0, "decoupled_lr": None, "decoupled_min_lr": None}
 

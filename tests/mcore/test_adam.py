@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer import REPOSITORY, assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import REPOSITORY, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 

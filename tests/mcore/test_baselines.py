@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3.optimizers import OPTIMIZERS
-from tests.trainer import REPOSITORY, assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import REPOSITORY, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 

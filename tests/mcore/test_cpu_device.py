@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_s3.mcore import cpu_device
-from tests.trainer import REPOSITORY, train
+from tests.harness.trainer import REPOSITORY, train
 
 ON_CPU = """
 import torch

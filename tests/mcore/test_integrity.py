@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_s3.mcore import integrity
 from megatron_s3.mcore.integrity import Damaged
-from tests.trainer import train
+from tests.harness.trainer import train
 
 STATE = {"weight": torch.arange(70.0), "other": torch.ones(3, 5), "object": io.BytesIO(b"")}
 

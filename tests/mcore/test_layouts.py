@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tests.trainer import ITERATIONS, PARAMETERS, Run, train
+from tests.harness.trainer import ITERATIONS, PARAMETERS, Run, train
 
 pytestmark = pytest.mark.slow
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.releases import RELEASES
+from tests.harness.trainer import brief, train
 from tests.mcore.library import on_ranks
-from tests.releases import RELEASES
-from tests.trainer import brief, train
 
 
 def literals(tree):

@@ -8,8 +8,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_s3.telemetry.runlog import read
-from tests.releases import INSTALLED, RELEASES, unpacked
-from tests.trainer import ITERATIONS, PARAMETERS, assert_bitwise_equal, brief, tensors, train
+from tests.harness.releases import INSTALLED, RELEASES, unpacked
+from tests.harness.trainer import (
+    ITERATIONS,
+    PARAMETERS,
+    assert_bitwise_equal,
+    brief,
+    tensors,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import numpy
 import pytest
 import torch
 
+from tests.harness.releases import RELEASES
 from tests.mcore.library import build, inner, on_ranks, step
-from tests.releases import RELEASES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HOW = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_s3.telemetry.runlog import read
-from tests.releases import RELEASES, unpacked
-from tests.trainer import PARAMETERS, assert_bitwise_equal, brief, tensors, train
+from tests.harness.releases import RELEASES, unpacked
+from tests.harness.trainer import PARAMETERS, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer import PARAMETERS, REPOSITORY, assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import (
+    PARAMETERS,
+    REPOSITORY,
+    assert_bitwise_equal,
+    brief,
+    tensors,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from tests.harness.releases import RELEASES
 from tests.mcore.library import build, inner, on_ranks, step, wrap
-from tests.releases import RELEASES
 
 WEIGHT = "*1.weight"
 
@@ -109,7 +109,7 @@ def test_mup_starts_from_the_optimizers_own_eps():
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.training import get_megatron_optimizer_config
 
-    from tests.trainer import TINY
+    from tests.harness.trainer import TINY
 
     sys.argv = ["pretrain", *TINY, "--train-iters", "6", "--optimizer", "adamw"]
     sys.argv += ["--adamw-eps", "1e-4", "--micro-batch-size", "8"]

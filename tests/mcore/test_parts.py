@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.harness.releases import RELEASES
 from tests.mcore.library import build, on_ranks, step, wrap
-from tests.releases import RELEASES
 
 
 def configured(**settings):

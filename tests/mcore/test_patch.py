@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.releases import INSTALLED, RELEASES, unpacked
-from tests.trainer import ITERATIONS, REPOSITORY, assert_bitwise_equal, brief, tensors, train
+from tests.harness.releases import INSTALLED, RELEASES, unpacked
+from tests.harness.trainer import (
+    ITERATIONS,
+    REPOSITORY,
+    assert_bitwise_equal,
+    brief,
+    tensors,
+    train,
+)
 
 PATCH = REPOSITORY / "patches/megatron-lm.patch"
 

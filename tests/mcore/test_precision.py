@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.releases import RELEASES, unpacked
-from tests.trainer import Run, assert_bitwise_equal, brief, tensors, train
+from tests.harness.releases import RELEASES, unpacked
+from tests.harness.trainer import Run, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 

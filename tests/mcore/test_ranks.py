@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer import REPOSITORY, forks, train
+from tests.harness.trainer import REPOSITORY, forks, train
 
 PROGRAMS = REPOSITORY / "tests/mcore/ranks"
 

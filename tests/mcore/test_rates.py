@@ -6,9 +6,9 @@ from argparse import Namespace
 import pytest
 import torch
 
+from tests.harness.releases import INSTALLED, RELEASES
+from tests.harness.trainer import brief
 from tests.mcore.library import build, globally, inner, on_ranks
-from tests.releases import INSTALLED, RELEASES
-from tests.trainer import brief
 
 KINDS = {
     "sharded": {},

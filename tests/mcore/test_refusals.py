@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer import train
+from tests.harness.trainer import train
 
 pytestmark = pytest.mark.slow
 

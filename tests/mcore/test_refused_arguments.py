@@ -4,7 +4,7 @@ import pytest
 
 from megatron_s3.mcore import refusal
 from megatron_s3.mcore.refusal import Refused, in_one_line
-from tests.trainer import train
+from tests.harness.trainer import train
 
 
 def test_one_line_of_rank_0(monkeypatch, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer import ITERATIONS, Run, assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import ITERATIONS, Run, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 

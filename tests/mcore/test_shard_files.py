@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_s3.mcore import shard_files
+from tests.harness.releases import INSTALLED, RELEASES
+from tests.harness.trainer import brief, tensors
 from tests.mcore.library import build, on_ranks
-from tests.releases import INSTALLED, RELEASES
-from tests.trainer import brief, tensors
 
 #: Of DistributedDataParallelConfig; without overlap everything is in one bucket.
 LAYOUTS = {

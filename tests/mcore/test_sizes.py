@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.trainer import REPOSITORY, train
+from tests.harness.trainer import REPOSITORY, train
 
 
 @pytest.mark.slow

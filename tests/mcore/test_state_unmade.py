@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.harness.releases import RELEASES
 from tests.mcore.library import build, inner, on_ranks, step
-from tests.releases import RELEASES
 
 HOW = (
     {},

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_s3.mcore import weights
 from megatron_s3.telemetry.runlog import read
-from tests.trainer import PARAMETERS, brief, train
+from tests.harness.trainer import PARAMETERS, brief, train
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3.telemetry.runlog import read
-from tests.trainer import Run, assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import Run, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 

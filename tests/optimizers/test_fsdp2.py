@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.trainer import REPOSITORY
+from tests.harness.trainer import REPOSITORY
 
 
 def test_fsdp2_on_two_ranks(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from torch.nn import Parameter
 
 import megatron_s3
 from megatron_s3 import S3
-from megatron_s3.kernels.reference import S3Reference
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update_bound
+from tests.harness.reference import S3Reference
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

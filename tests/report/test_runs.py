@@ -10,7 +10,7 @@ import pytest
 from megatron_s3.report import __main__ as verb
 from megatron_s3.report import compare
 from megatron_s3.report.runs import RunError, load
-from megatron_s3.telemetry import confusion
+from scripts.bench import spikes as confusion
 
 pytest.importorskip("matplotlib")
 

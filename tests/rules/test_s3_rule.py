@@ -10,8 +10,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_s3.kernels.reference import S3Reference
 from megatron_s3.rules.s3 import s3_beta_ramp, s3_correction, s3_update, s3_update_bound
+from tests.harness.reference import S3Reference
 
 PS = [1.0, 1.5, 2.0, 3.0, 4.0, 8.0]
 MAGNITUDES = [10.0**k for k in range(-36, 37, 6)]

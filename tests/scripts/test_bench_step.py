@@ -1,6 +1,5 @@
 """The benchmark of the step: what it counts and writes. No time is asserted."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,28 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_s3.mcore.shards import Shard
 from megatron_s3.optimizers import OPTIMIZERS
-from megatron_s3.report.bench import Comparison, Timing, paired, spread, table, write_png
+from scripts.bench import step as script
+from scripts.bench.shards import Shard
+from scripts.bench.timing import Comparison, Timing, paired, spread, table, write_png
 
 ROOT = Path(__file__).resolve().parents[2]
 
 ADAMW = {"norm": 4, "clip": 8, "step": 28, "copy": 6}
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("bench_step", ROOT / "scripts/bench_step.py")
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their own module up.
-    sys.modules["bench_step"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_step"]
-
-
 @pytest.fixture
-def small(script, monkeypatch):
+def small(monkeypatch):
     monkeypatch.setattr(script, "FLAT", {"cpu": 5000})
     monkeypatch.setattr(script, "COPIED", {"cpu": 1000})
     return script
@@ -111,7 +100,7 @@ def test_a_step_that_leaves_nan_is_no_result(small):
         memory.check()
 
 
-def test_shards_keep_their_alignment_and_do_not_overlap(script):
+def test_shards_keep_their_alignment_and_do_not_overlap():
     shards = [Shard(10, 9_000_003, 0, 0), Shard(5000, 64, 0, 1), Shard(7, 66, 1, 0)]
     starts, length = script.placed(shards)
     assert [s % 4096 for s in starts] == [9_000_003 % 4096, 64, 66]
@@ -122,7 +111,7 @@ def test_shards_keep_their_alignment_and_do_not_overlap(script):
     assert [(s.numel, s.offset, s.group) for s in kept] == [(10, 9_000_003, 0), (2, 64, 1)]
 
 
-def test_without_megatron_only_flat_can_be_had(script, monkeypatch, tmp_path, capsys):
+def test_without_megatron_only_flat_can_be_had(monkeypatch, tmp_path, capsys):
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron/__init__.py").write_text("raise ImportError('no megatron here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -134,7 +123,7 @@ def test_without_megatron_only_flat_can_be_had(script, monkeypatch, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_shards_are_those_of_the_plan(script, tmp_path):
+def test_shards_are_those_of_the_plan(tmp_path):
     pytest.importorskip("megatron.core")
     shards = script.shards_of("345m-dp8", 0, "cpu")
     command = [sys.executable, "-m", "megatron_s3.launch.plan", "layouts/gpt2-345m/8gpu"]

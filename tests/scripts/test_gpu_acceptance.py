@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_s3.acceptance import __main__ as command
-from megatron_s3.acceptance import kernels, runner, speed, training
-from megatron_s3.acceptance.rows import Row, Writer, read, table
-from megatron_s3.acceptance.runner import Section
 from megatron_s3.kernels import portable
 from megatron_s3.rules.s3 import s3_update
+from scripts.acceptance import __main__ as command
+from scripts.acceptance import kernels, runner, speed, training
+from scripts.acceptance.rows import Row, Writer, read, table
+from scripts.acceptance.runner import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/gpu_acceptance.sh"
@@ -290,7 +290,7 @@ def test_table_files_and_status(monkeypatch, capsys, tmp_path: Path) -> None:
 
 
 def test_every_section_has_its_module() -> None:
-    from megatron_s3.acceptance import section as child
+    from scripts.acceptance import section as child
 
     assert sorted(s.name for s in command.SECTIONS) == sorted(child.SECTIONS)
     # On one GPU they are to fit together; each alone may take its own limit.

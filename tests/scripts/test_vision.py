@@ -1,17 +1,11 @@
-"""scripts/vision.py: the models, the data, a search."""
+"""scripts.experiments.vision: the models, the data, a search."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-spec = importlib.util.spec_from_file_location(
-    "vision", Path(__file__).parents[2] / "scripts/vision.py"
-)
-vision = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(vision)
+from scripts.experiments import vision
 
 
 @pytest.fixture(scope="module")

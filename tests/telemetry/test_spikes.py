@@ -6,11 +6,12 @@ import random
 
 import pytest
 
-from megatron_s3.telemetry import confusion
-from megatron_s3.telemetry.confusion import DETECTORS, Score, curve, score
+from megatron_s3.telemetry.detectors import DETECTORS
 from megatron_s3.telemetry.spikes import SpikeDetector
 from megatron_s3.telemetry.updates import rising
 from megatron_s3.telemetry.watch import SpikeWatch
+from scripts.bench import spikes as confusion
+from scripts.bench.spikes import Score, curve, score
 
 
 def decaying(count: int = 600, noise: float = 0.01, seed: int = 0) -> list[float]:

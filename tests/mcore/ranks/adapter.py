@@ -24,9 +24,9 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.training import checkpointing, global_vars  # noqa: E402
 
-from megatron_s3.kernels.reference import S3Reference  # noqa: E402
 from megatron_s3.mcore import checkpoint  # noqa: E402
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer  # noqa: E402
+from tests.harness.reference import S3Reference  # noqa: E402
 
 torch.distributed.init_process_group("gloo")
 parallel_state.initialize_model_parallel()

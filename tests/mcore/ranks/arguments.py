@@ -14,7 +14,7 @@ from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
 from megatron_s3.mcore import arguments  # noqa: E402
 from megatron_s3.optimizers import S3  # noqa: E402
-from tests.trainer import TINY  # noqa: E402
+from tests.harness.trainer import TINY  # noqa: E402
 
 
 def parse(*flags: str):

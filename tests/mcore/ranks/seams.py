@@ -10,7 +10,7 @@ import megatron.training.arguments as arguments  # noqa: E402
 import megatron.training.checkpointing as checkpointing  # noqa: E402
 
 from megatron_s3.mcore import seams  # noqa: E402
-from tests.trainer import REPOSITORY  # noqa: E402
+from tests.harness.trainer import REPOSITORY  # noqa: E402
 
 
 def resolved():

@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.training import global_vars, initialize  # noqa: E402
 
 from megatron_s3.mcore import parse, sizes  # noqa: E402
-from tests.trainer import TINY  # noqa: E402
+from tests.harness.trainer import TINY  # noqa: E402
 
 # Sizes that leave gaps: no dimension is a multiple of 64 x ranks, and no bucket ends at one.
 ODD = """--s3-device cpu --train-iters 6 --hidden-size 40 --ffn-hidden-size 132

@@ -1,6 +1,0 @@
-"""Whether a machine with GPUs is fit, and whether S3 is right and fast there.
-
-``scripts/gpu_acceptance.sh`` runs it.  Each section is a process of its own with a time limit
-(:mod:`~megatron_s3.acceptance.runner`), so that a crash, a hang or a CUDA error ends nothing but
-its section; what a section had found by then is kept.
-"""

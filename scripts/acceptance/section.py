@@ -1,0 +1,42 @@
+"""One section in its own process: ``python -m scripts.acceptance.section NAME ...``."""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from scripts.acceptance.rows import Writer
+
+#: Modules of this package with a function ``check(writer, device, folder)``.
+SECTIONS = (
+    "environment",
+    "kernels",
+    "sanitizer",
+    "suite",
+    "training",
+    "graphs",
+    "memory",
+    "speed",
+)
+
+
+def main() -> None:
+    """Runs a section's ``check``; what it raises is this process's end."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=SECTIONS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.device == "cpu":
+        # Before Triton is imported: on a CPU its kernel is interpreted.
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    module = importlib.import_module(f"scripts.acceptance.{args.name}")
+    with (args.output / "rows.jsonl").open("w", encoding="utf-8") as file:
+        module.check(Writer(args.name, file), args.device, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The machine code of the Triton kernel: `python -m scripts.bench.compiled` needs no GPU.
+
+For each architecture and combination of dtypes: registers, stack and spills, and how wide the
+accesses of the fast loop are.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_s3.kernels.forms import Form, form
+from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.rules.s3 import s3_update
+
+__all__ = ["CAPABILITIES", "VARIANTS", "Compiled", "Variant", "compile_kernel", "main"]
+
+#: Ampere, Hopper, Blackwell.
+CAPABILITIES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled.
+
+    Attributes:
+        form: rule and hyperparameters.
+        grad, state, model: dtypes of the gradient, of all states and of the model parameter, or
+            None.
+        statistics: whether they are counted.
+    """
+
+    form: Form
+    grad: str = "fp32"
+    state: str = "fp32"
+    model: str | None = "bf16"
+    statistics: bool = False
+
+
+def _s3(p: float = 3, **hyperparameters: object) -> Form:
+    return form(s3_update, {"beta": 0.95, "p": p} | hyperparameters)
+
+
+def _default(name: str) -> Form:
+    """An optimizer's first step."""
+    optimizer = OPTIMIZERS[name]([torch.zeros(1)])
+    (group,) = optimizer.param_groups
+    values = optimizer.group_hyperparameters(group | {"step": 1})
+    return form(optimizer.description.rule, values)
+
+
+VARIANTS = {
+    "fp32": Variant(_s3()),
+    "fp32, no model parameter": Variant(_s3(), model=None),
+    "bf16 gradient": Variant(_s3(), grad="bf16"),
+    "bf16 states": Variant(_s3(), state="bf16"),
+    "bf16 gradient and states": Variant(_s3(), grad="bf16", state="bf16"),
+    "fp32, statistics": Variant(_s3(), statistics=True),
+    "fp32, bounded gradients": Variant(_s3(grad_bound=10.0)),
+    "fp32, p=2": Variant(_s3(2)),
+    "fp32, p=1": Variant(_s3(1)),
+    "fp32, any p": Variant(_s3(2.5)),
+}
+VARIANTS |= {name: Variant(_default(name)) for name in OPTIMIZERS if name != "s3"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code says.
+
+    Attributes:
+        registers: a thread.
+        stack: bytes a thread.
+        spills: loads and stores of local memory.
+        loads, stores: of global memory, by width in bits: of the whole kernel.
+        fused: fused multiply-adds on float32.
+        instructions: in all.
+    """
+
+    registers: int
+    stack: int
+    spills: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    fused: int
+    instructions: int
+
+
+def compile_kernel(variant: str, capability: int) -> Compiled:
+    """Compiles one of :data:`VARIANTS` for a compute capability, such as 90.
+
+    Raises:
+        ModuleNotFoundError: triton is not installed.
+    """
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_s3.kernels import gpu_kernel, gpu_rules
+
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, None: tl.float32}
+    chosen = VARIANTS[variant]
+    states = chosen.form.states
+    kernel = gpu_kernel.step_kernel
+    constants = {
+        "RULE": getattr(gpu_rules, chosen.form.name),
+        "VARIANT": chosen.form.variant,
+        "STATES": states,
+        "BF16": (1 << states) - 1 if chosen.state == "bf16" else 0,
+        "GRAD": types[chosen.grad],
+        "MODEL": types[chosen.model],
+        "HAS_MODEL": chosen.model is not None,
+        "RATES_ON_DEVICE": False,
+        "STATISTICS": chosen.statistics,
+        "CHUNK": gpu_kernel.CHUNK,
+        "BLOCK": gpu_kernel.BLOCK,
+    }
+    pointers = {"table": "*i64", "chunks": "*i32", "rates": "*fp32", "partials": "*fp64"}
+    types_of = pointers | dict.fromkeys(constants, "constexpr")
+    types_of["scalars"] = ("fp32",) * len(chosen.form.scalars)
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types_of.get(name, "fp32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    binary = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": gpu_kernel.NUM_WARPS, "enable_fp_fusion": False},
+    )
+    return _read(binary.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
+
+
+def _read(cubin: bytes, tools: Path) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = _output(tools / "nvdisasm", file.name)
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+)\s+STACK:(\d+)", usage).groups())
+    return Compiled(
+        registers,
+        stack,
+        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        _widths("LDG", code),
+        _widths("STG", code),
+        len(re.findall(r"\bFFMA\b", code)),
+        len(re.findall(r"/\*[0-9a-f]{4,5}\*/[^\n]*;", code)),
+    )
+
+
+def _widths(name: str, code: str) -> dict[int, int]:
+    """How many instructions access how many bits."""
+    widths: dict[int, int] = {}
+    for kind in re.findall(rf"\b{name}\.E((?:\.\w+)*)", code):
+        sizes = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+        found = [sizes[word] for word in kind.split(".") if word in sizes]
+        width = found[0] if found else 32
+        widths[width] = widths.get(width, 0) + 1
+    return dict(sorted(widths.items(), reverse=True))
+
+
+def _output(tool: Path, *words: str) -> str:
+    run = subprocess.run([tool, *words], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES))
+    args = parser.parse_args()
+    print(
+        f"{'':26s} {'':>6s} {'registers':>9s} {'stack':>5s} {'spills':>6s} {'FFMA':>4s} "
+        f"{'code':>5s}  loads, stores (bits x instructions)"
+    )
+    for variant in VARIANTS:
+        for capability in args.capability:
+            c = compile_kernel(variant, capability)
+            print(
+                f"{variant:26s} sm_{capability:<3d} {c.registers:9d} {c.stack:5d} {c.spills:6d} "
+                f"{c.fused:4d} {c.instructions:5d}  {_text(c.loads)}; {_text(c.stores)}",
+                flush=True,
+            )
+
+
+def _text(widths: dict[int, int]) -> str:
+    return ", ".join(f"{width} x {count}" for width, count in widths.items())
+
+
+if __name__ == "__main__":
+    main()

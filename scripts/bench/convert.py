@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Time and memory of `megatron-s3 convert`, beside reading and writing the same checkpoint.
+
+    python -m scripts.bench.convert [--checkpoints DIR] [--copies N] [--repeats N] [--cached]
+
+In turn: the newest iteration of DIR is copied (read once and written once, to the disk), loaded and
+saved by torch (its tensors, in one process), and converted.  The last two are processes of their
+own, and what one takes to import Megatron, which is part of converting, is printed too.  Each
+reads the checkpoint from the disk; with --cached, from the memory in which the one before has left
+it.  --scratch DIR is where to do this.
+
+Without --checkpoints a GPT of 163M parameters is trained for one step by Megatron's AdamW on 2 CPU
+ranks, and its checkpoint taken (2.3 GB; 6 GB of memory, a minute).  --copies N makes a larger one
+of it, with every tensor N times under N names: to train it would take N times the memory.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import pickle
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# GPT-2's 12 layers of 768, embeddings untied.
+MODEL = """--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 64
+--max-position-embeddings 1024 --micro-batch-size 1 --global-batch-size 2 --train-iters 1
+--save-interval 1 --lr 1e-4 --weight-decay 0.1 --mock-data --tokenizer-type NullTokenizer
+--vocab-size 50256 --untie-embeddings-and-output-weights --eval-iters 0 --eval-interval 1000
+--num-workers 0 --optimizer adam --bf16 --use-distributed-optimizer
+--dist-ckpt-optim-fully-reshardable""".split()
+BLOCK = 4 << 20
+
+
+def train(folder: Path) -> None:
+    """A checkpoint of AdamW's."""
+    print(f"training one step, saving to {folder}", flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "megatron_s3.pretrain_gpt", *MODEL, "--save", str(folder)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"error: no checkpoint could be made\n{(done.stdout + done.stderr)[-6000:]}")
+
+
+def enlarge(source: Path, target: Path, copies: int) -> None:
+    """A checkpoint that holds another's files and tensors so many times."""
+    import torch.distributed.checkpoint as dcp
+
+    iteration = target / source.name
+    iteration.mkdir(parents=True)
+    (target / "latest_checkpointed_iteration.txt").write_text(str(int(source.name[5:])))
+    shutil.copyfile(source / "metadata.json", iteration / "metadata.json")
+    index = dcp.FileSystemReader(source).read_metadata()
+    entries, places = {}, {}
+    for number in range(copies):
+        for file in source.glob("*.distcp"):
+            shutil.copyfile(file, iteration / f"{number}{file.name}")
+        end = f".{number}" if number else ""  # objects, as the arguments, are looked up by name
+        entries |= {name + end: entry for name, entry in index.state_dict_metadata.items()}
+        places |= {
+            dataclasses.replace(item, fqn=item.fqn + end): dataclasses.replace(
+                place, relative_path=f"{number}{place.relative_path}"
+            )
+            for item, place in index.storage_data.items()
+        }
+    index.state_dict_metadata, index.storage_data = entries, places
+    (iteration / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds to read every file and to write it, to the disk."""
+    began = time.perf_counter()
+    for file in sorted(f for f in source.rglob("*") if f.is_file()):
+        to = target / file.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "rb") as reading, open(to, "wb") as writing:
+            shutil.copyfileobj(reading, writing, BLOCK)
+            writing.flush()
+            os.fsync(writing.fileno())
+    return time.perf_counter() - began
+
+
+def forget(folder: Path) -> None:
+    """Takes the files out of the memory that the kernel keeps of a disk."""
+    os.sync()
+    for file in (f for f in folder.rglob("*") if f.is_file()):
+        fd = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+LOAD_AND_SAVE = """
+import sys
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+reader = dcp.FileSystemReader(sys.argv[1])
+state = {
+    name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    for name, entry in reader.read_metadata().state_dict_metadata.items()
+    if isinstance(entry, TensorStorageMetadata)
+}
+dcp.load(state, storage_reader=reader, no_dist=True)
+dcp.save(state, storage_writer=dcp.FileSystemWriter(sys.argv[2]), no_dist=True)
+"""
+CONVERT = """
+import sys
+from megatron_s3.checkpoints import convert
+if convert.main([*sys.argv[1:], "--to", "s3"]):
+    sys.exit(1)
+"""
+START = "import megatron_s3.checkpoints.convert, megatron.core.safe_globals"
+
+
+def process(code: str, *arguments: Path) -> tuple[float, float]:
+    """Seconds, and the most memory in GB (of the process and its libraries)."""
+    code += "\nimport resource\nprint('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"error: {done.stdout}{done.stderr}")
+    return seconds, int(re.findall(r"^KiB (\d+)", done.stdout, re.MULTILINE)[-1]) * 1024 / 1e9
+
+
+def main() -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoints", type=Path, help="of AdamW, --ckpt-format torch_dist")
+    parser.add_argument("--copies", type=int, default=1, help="of every tensor")
+    parser.add_argument("--cached", action="store_true", help="read it from memory")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="a folder on the disk to measure")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
+        folder = args.checkpoints
+        if folder is None:
+            folder = Path(temporary, "adamw")
+            train(folder)
+        iteration = max(folder.glob("iter_*"))
+        if args.copies > 1:
+            folder = Path(temporary, "larger")
+            enlarge(iteration, folder, args.copies)
+            iteration = folder / iteration.name
+        size = sum(f.stat().st_size for f in iteration.rglob("*") if f.is_file()) / 1e9
+        print(f"{iteration.name}: {size:.2f} GB")
+        print(f"importing Megatron {min(process(START)[0] for _ in range(2)):.1f} s")
+        print("copied  loaded, saved  converted    ratio to each    memory: torch  convert")
+        ready = os.sync if args.cached else functools.partial(forget, iteration)
+        ratios = []
+        for _ in range(args.repeats):
+            folders = [Path(temporary, name) for name in ("copy", "torch", "s3")]
+            ready()
+            plain = copy(iteration, folders[0])
+            ready()
+            torchs, most = process(LOAD_AND_SAVE, iteration, folders[1])
+            ready()
+            ours, memory = process(CONVERT, folder, folders[2])
+            ratios.append((ours / plain, ours / torchs))
+            one, other = ratios[-1]
+            print(
+                f"{plain:5.1f} s {torchs:12.1f} s {ours:8.1f} s {one:8.2f} {other:7.2f}"
+                f" {most:14.2f} GB {memory:5.2f} GB",
+                flush=True,
+            )
+            for each in folders:
+                shutil.rmtree(each)
+        one, other = map(statistics.median, zip(*ratios, strict=True))
+        print(f"median {one:27.2f} {other:7.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The shards that one rank's optimizer updates, as Megatron lays them out, without the job.
+
+Megatron builds model, buffers and distributed optimizer for a rank of a
+:mod:`megatron_s3.mcore.fake_world`; what is read here is where it has put each shard.  As a program
+it prints them, because the process that asks Megatron is one for the CPU from then on::
+
+    python -m scripts.bench.shards configs/layouts/gpt2-345m/8gpu.yaml [--gpus 8] [--rank 0]
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+__all__ = ["Shard", "main", "rank_shards", "read"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A rank's part of one parameter.
+
+    Attributes:
+        numel: number of its elements.
+        offset: of its first element in its buffer of gradients (and in that of parameters, which
+            is laid out alike), counted from the buffer's beginning.
+        buffer: which of the rank's buffers.
+        group: which of its param groups that hold anything.
+    """
+
+    numel: int
+    offset: int
+    buffer: int
+    group: int
+
+
+def rank_shards(args: argparse.Namespace, rank: int = 0) -> list[Shard]:
+    """The shards of a rank, in the order in which its optimizer has them.
+
+    Like :func:`megatron_s3.mcore.sizes.plan` it makes the process one for the CPU.
+
+    Args:
+        args: Megatron's, validated and :func:`megatron_s3.mcore.sizes.completed`.
+        rank: which.
+
+    Raises:
+        ValueError: nothing is sharded, or main parameters are not the optimizer's.
+        RuntimeError: a process group is there already.
+    """
+    from megatron_s3.mcore import fake_world, sizes
+
+    if not args.use_distributed_optimizer:
+        raise ValueError("without --use-distributed-optimizer there are no shards")
+    if getattr(args, "use_precision_aware_optimizer", False):
+        raise ValueError("shards are not known here under --use-precision-aware-optimizer")
+    found: list[Shard] = []
+    with fake_world.rank_of(args, rank):
+        _, optimizer = sizes.build()
+        buffers = groups = 0
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if part.optimizer is None:
+                continue
+            model_of = {}
+            for models, mains in (
+                (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+                (part.model_fp32_groups, part.shard_fp32_groups),
+            ):
+                for of_models, of_mains in zip(models, mains, strict=True):
+                    model_of.update(zip(of_mains, of_models, strict=True))
+            for group in part.optimizer.param_groups:
+                for main in group["params"]:
+                    model = model_of[main]
+                    place = part._get_model_param_range_map(model)["gbuf_world"]
+                    buffer = part.model_param_gbuf_map[model][0]
+                    found.append(Shard(main.numel(), place.start, buffers + buffer, groups))
+                groups += bool(group["params"])
+            buffers += len(part.buffers)
+    return found
+
+
+def read(config: str, gpus: int | None = None, rank: int = 0) -> list[Shard]:
+    """:func:`rank_shards` of a configuration.
+
+    Args:
+        config: its file, or the name of one that is shipped.
+        gpus: number of ranks; those of the configuration if None.
+        rank: which.
+
+    Raises:
+        ConfigError: the configuration cannot run.
+        ImportError: there is no megatron-core.
+        ValueError: as :func:`rank_shards`.
+    """
+    from megatron_s3.launch.check import check
+    from megatron_s3.launch.config import load
+    from megatron_s3.mcore import sizes
+
+    loaded = load([config])
+    if gpus is not None:
+        loaded.launch.nodes, loaded.launch.nproc_per_node = 1, gpus
+    return rank_shards(sizes.completed(check(loaded)), rank)
+
+
+def main(argv: list[str]) -> int:
+    """Prints a rank's shards as JSON, on one line: ``[[numel, offset, buffer, group], ...]``.
+
+    Returns:
+        The exit status: 2 where they cannot be told, with the reason on stderr.
+    """
+    parser = argparse.ArgumentParser(prog="scripts.bench.shards", description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--rank", type=int, default=0)
+    options = parser.parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the layout does not depend on this machine
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from megatron_s3.launch.config import ConfigError
+
+    try:
+        shards = read(options.config, options.gpus, options.rank)
+    except ImportError as error:
+        print(f"error: {error}; the layout of shards needs megatron-core", file=sys.stderr)
+        return 2
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps([dataclasses.astuple(shard) for shard in shards]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,687 @@
+#!/usr/bin/env python3
+"""Time of S3's optimizer step beside AdamW's, on the shards that a rank of a real job has.
+
+    python -m scripts.bench.step [--device cpu|cuda] [--shapes 345m-dp8 7b-dp64 flat] [...]
+
+AdamW's step is what Megatron does: the gradients' norm, clipping, the optimizer, the copy to the
+bf16 model parameters; S3's is its one pass, which writes the bf16 model parameters too.  Every
+round times every candidate once, in an order drawn anew, so that what else the machine does, and
+what the one before has left in the caches, hits all alike; ratios are taken within rounds.
+
+Gradients and model parameters lie in one buffer each at the distances that Megatron has given them
+(gaps shortened by multiples of 4096 elements); main parameters and states are tensors of their own,
+as there.  All candidates work on the same memory.
+
+On a GPU times are those between two events on a stream that was empty: where launching takes longer
+than the work, as with many small shards, they are the host's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_s3 import S3
+from megatron_s3.kernels import cpu
+from megatron_s3.kernels.operands import Operands
+from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.rules.s3 import s3_update
+from scripts.bench import timing as bench
+from scripts.bench.shards import Shard
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Shapes by name: a shipped configuration, and its number of GPUs.
+SHAPES = {
+    "64m-dp1": ("gpt2-345m-paper-s3", 1),
+    "345m-dp8": ("layouts/gpt2-345m/8gpu", 8),
+    "7b-dp64": ("layouts/gpt2-7b/512gpu", 128),  # tensor parallelism of 2
+}
+FLAT = {"cpu": 1 << 26, "cuda": 1 << 28}
+#: Elements of the tensor that is copied: too large for any cache.
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}
+BASELINE = "adamw-fused"
+#: Elements of a tensor for which a core has room in its own cache, with its gradient and states.
+IN_CACHE = 32768
+#: Distances in a buffer are kept modulo this many elements.
+_PAGE = 4096
+#: Bytes that a parameter takes here: fp32 x, g, m, v; bf16 x, g, m, v; temporaries, foreach's or
+#: Transformer Engine's and Apex's own states.
+_BYTES_HERE = 16 + 8 + 16
+
+# Bytes that a phase moves for a parameter, counted by hand.
+NORM, CLIP, ADAM, COPY = 4, 4 + 4, 4 + 8 + 8 + 8, 4 + 2
+
+
+def s3_bytes(grad: torch.dtype, state: torch.dtype) -> int:
+    """Of S3's one pass: g read; x, m and r read and written; the bf16 parameter written."""
+    return grad.itemsize + 2 * 4 + 2 * 2 * state.itemsize + 2
+
+
+class Unavailable(Exception):
+    """A shape or device cannot be had here; the message says why."""
+
+
+# ---- what is worked on ---------------------------------------------------------------------------
+
+
+def shards_of(shape: str, rank: int, device: str) -> list[Shard]:
+    """A rank's shards; Megatron is asked in a process of its own, which sees no GPU."""
+    if shape == "flat":
+        return [Shard(FLAT[device], 0, 0, 0)]
+    config, gpus = SHAPES[shape]
+    command = [sys.executable, "-m", "scripts.bench.shards", config, "--gpus", str(gpus)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [*command, "--rank", str(rank)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise Unavailable(
+            f"{shape}: {lines[-1].removeprefix('error: ')} (flat needs no megatron-core)"
+        )
+    return [Shard(*values) for values in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+def cut(shards: Sequence[Shard], limit: int) -> list[Shard]:
+    """The first shards with ``limit`` elements in all, the last of them cut off."""
+    kept, left = [], limit
+    for shard in shards:
+        if left <= 0:
+            break
+        kept.append(Shard(min(shard.numel, left), shard.offset, shard.buffer, shard.group))
+        left -= shard.numel
+    return kept
+
+
+def placed(shards: Sequence[Shard]) -> tuple[list[int], int]:
+    """Where each shard goes in one buffer without the other ranks' parts, and its length."""
+    starts, end = [0] * len(shards), 0
+    order = sorted(range(len(shards)), key=lambda i: (shards[i].buffer, shards[i].offset))
+    for i in order:
+        starts[i] = end + (shards[i].offset - end) % _PAGE
+        end = starts[i] + shards[i].numel
+    return starts, end
+
+
+class Memory:
+    """The tensors of all candidates.
+
+    Attributes:
+        groups: indices of the shards of each param group.
+        params: fp32 main parameters.
+        grads: by dtype, views of one buffer.
+        states: by dtype, the two states.
+        model_params: bf16, views of one buffer.
+        copied: source and destination of the large copy.
+        norm: what the norm of the fp32 gradients is, known without asking the device.
+    """
+
+    def __init__(self, shards: Sequence[Shard], device: str) -> None:
+        generator = torch.Generator(device).manual_seed(1)
+        starts, length = placed(shards)
+        spans = [(start, s.numel) for start, s in zip(starts, shards, strict=True)]
+        groups: dict[int, list[int]] = {}
+        for i, shard in enumerate(shards):
+            groups.setdefault(shard.group, []).append(i)
+        self.groups = list(groups.values())
+        self.elements = sum(n for _, n in spans)
+        fp32, bf16 = torch.float32, torch.bfloat16
+
+        def views(buffer: Tensor) -> list[Tensor]:
+            return [buffer[start : start + n] for start, n in spans]
+
+        gradients = torch.empty(length, device=device).normal_(0, 1e-3, generator=generator)
+        self.grads = {fp32: views(gradients), bf16: views(gradients.bfloat16())}
+        self.model_params = views(torch.zeros(length, device=device, dtype=bf16))
+        self.params = [
+            torch.empty(n, device=device).normal_(0, 0.02, generator=generator) for _, n in spans
+        ]
+        self.states = {
+            dtype: [
+                tuple(torch.zeros(n, device=device, dtype=dtype) for _ in range(2))
+                for _, n in spans
+            ]
+            for dtype in (fp32, bf16)
+        }
+        self.norm = float(torch.nn.utils.get_total_norm(self.grads[fp32]))
+        count = COPIED[device]
+        self.copied = (torch.ones(count, device=device), torch.empty(count, device=device))
+
+    def param_groups(self) -> tuple[list[dict], list[torch.nn.Parameter]]:
+        """Param groups for one optimizer, and their parameters in the shards' order.
+
+        Gradients are attributes of a parameter, so that each candidate has parameters of its own
+        on the shared memory.
+        """
+        params = [torch.nn.Parameter(p, requires_grad=True) for p in self.params]
+        return [{"params": [params[i] for i in group]} for group in self.groups], params
+
+    def check(self) -> None:
+        """Raises ArithmeticError unless everything is finite."""
+        states = [t for both in self.states.values() for pair in both for t in pair]
+        for tensor in (*self.params, *self.model_params, *states, *self.grads[torch.float32]):
+            if not bool(tensor.isfinite().all()):
+                raise ArithmeticError("a step has left NaN or inf behind: its time says nothing")
+
+
+# ---- candidates ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidate:
+    """One way to step.
+
+    Attributes:
+        key, label, kind: see :class:`scripts.bench.timing.Timing`.
+        phases: name, bytes per parameter and call, in order; together they are the step.
+        path: tells what ran.
+        in_cache: the same work on memory that a core's own cache holds, or None: what is left of
+            the time when memory costs nothing.
+    """
+
+    key: str
+    label: str
+    kind: str
+    phases: list[tuple[str, float, Callable[[], object]]]
+    path: Callable[[], str] = field(default=lambda: "")
+    in_cache: Callable[[], object] | None = None
+
+    def step(self) -> None:
+        """The whole of it."""
+        for _, _, phase in self.phases:
+            phase()
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Of the whole."""
+        return sum(count for _, count, _ in self.phases)
+
+
+class MegatronAdamW:
+    """Megatron's phases around some AdamW, with torch's own norm and clipping."""
+
+    def __init__(self, memory: Memory, make: Callable[..., torch.optim.Optimizer]) -> None:
+        self.memory = memory
+        self.grads = memory.grads[torch.float32]
+        groups, self.params = memory.param_groups()
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+        self.optimizer = make(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        self.total: Tensor | float = memory.norm
+
+    def norm(self) -> None:
+        """Of all gradients."""
+        self.total = torch.nn.utils.get_total_norm(self.grads, foreach=True)
+
+    def limit(self) -> float:
+        """A limit that does clip, each time by 1e-4, so that gradients stay what they are."""
+        self.memory.norm *= 1 - 1e-4
+        return self.memory.norm
+
+    def clip(self) -> None:
+        """Gradients in place."""
+        torch.nn.utils.clip_grads_with_norm_(self.params, self.limit(), self.total, foreach=True)
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """To the model's parameters, one by one as DistributedOptimizer does."""
+        for model, main in zip(self.memory.model_params, self.params, strict=True):
+            model.copy_(main)
+
+    def candidate(self, key: str, label: str) -> Candidate:
+        """With phases."""
+        return Candidate(
+            key,
+            label,
+            "adamw",
+            [
+                ("norm", NORM, self.norm),
+                ("clip", CLIP, self.clip),
+                ("step", ADAM, self.optimizer.step),
+                ("copy", COPY, self.copy),
+            ],
+            lambda: type(self.optimizer).__module__,
+        )
+
+
+class MultiTensorAdamW(MegatronAdamW):
+    """The same with the multi-tensor kernels that Megatron takes where they are installed."""
+
+    def __init__(self, memory: Memory, make: Callable, tools: dict[str, Callable]) -> None:
+        super().__init__(memory, make)
+        self.tools = tools
+
+    def norm(self) -> None:
+        """As get_grad_norm_fp32."""
+        overflow = torch.zeros(1, dtype=torch.int, device="cuda")
+        norm, _ = self.tools["apply"](self.tools["norm"], overflow, [self.grads], False)
+        total = norm**2.0  # then summed over ranks
+        # Without a kernel for a factor on the device the host waits for the norm.
+        self.total = total.pow(0.5) if self.tools["scale_tensor"] else total.item() ** 0.5
+
+    def clip(self) -> None:
+        """As clip_grad_by_total_norm_fp32."""
+        coefficient = self.limit() / (self.total + 1e-6)
+        overflow = torch.zeros(1, dtype=torch.int, device="cuda")
+        scale = self.tools["scale"]
+        if isinstance(coefficient, Tensor):
+            coefficient.clamp_max_(1.0)
+            scale = self.tools["scale_tensor"]
+        self.tools["apply"](scale, overflow, [self.grads, self.grads], coefficient)
+
+
+def adamw(memory: Memory, name: str) -> MegatronAdamW:
+    """torch's, "fused" or "foreach", on the shared states."""
+    made = MegatronAdamW(memory, partial(torch.optim.AdamW, **{name: True}))
+    for param, (first, second) in zip(made.params, memory.states[torch.float32], strict=True):
+        step = torch.zeros((), device=param.device if name == "fused" else "cpu")
+        made.optimizer.state[param] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    return made
+
+
+def multi_tensor_adamws(memory: Memory) -> Iterator[Candidate]:
+    """Transformer Engine's and Apex's, where they import."""
+    with contextlib.suppress(ImportError):
+        from transformer_engine.pytorch import optimizers as te
+
+        tools = {
+            "apply": te.multi_tensor_applier,
+            "norm": te.multi_tensor_l2norm,
+            "scale": te.multi_tensor_scale,
+            "scale_tensor": getattr(te, "multi_tensor_scale_tensor", None),
+        }
+        made = MultiTensorAdamW(memory, partial(te.FusedAdam, adam_w_mode=True), tools)
+        yield made.candidate("adamw-te", "AdamW, Transformer Engine")
+    with contextlib.suppress(ImportError):
+        import amp_C
+        from apex.multi_tensor_apply import multi_tensor_applier
+        from apex.optimizers import FusedAdam
+
+        tools = {
+            "apply": multi_tensor_applier,
+            "norm": amp_C.multi_tensor_l2norm,
+            "scale": amp_C.multi_tensor_scale,
+            "scale_tensor": None,
+        }
+        made = MultiTensorAdamW(memory, partial(FusedAdam, adam_w_mode=True), tools)
+        yield made.candidate("adamw-apex", "AdamW, Apex")
+
+
+def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dtype) -> Candidate:
+    """S3 with gradients and states of these dtypes."""
+    groups, params = memory.param_groups()
+    optimizer = S3(groups, lr=1e-4, p=p, weight_decay=0.1, fused=fused, state_dtype=state)
+    for i, param in enumerate(params):
+        if grad == torch.float32:
+            param.grad = memory.grads[grad][i]
+        else:
+            param.decoupled_grad = memory.grads[grad][i]
+        first, second = memory.states[state][i]
+        optimizer.state[param] = {"exp_avg": first, "exp_pnorm": second}
+        optimizer.model_params[param] = memory.model_params[i]
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    path = "portable"
+    if fused:
+        path = "triton" if params[0].is_cuda else "cpp"
+    name = {"portable": "portable", "triton": "Triton", "cpp": "C++"}[path]
+    return Candidate(
+        f"s3-{path}-p{p:g}-{short[grad]}-grads-{short[state]}-states",
+        f"S3 {name} p={p:g}, {short[grad]} grads, {short[state]} states",
+        "kernel" if fused else "portable",
+        [("step", s3_bytes(grad, state), optimizer.step)],
+        lambda: optimizer.path,
+        in_cache(memory.elements, p, grad, state) if path == "cpp" else None,
+    )
+
+
+def other(memory: Memory, name: str) -> Candidate:
+    """Another of the plugin's optimizers by its kernel, clipped as Megatron clips it by default."""
+    label = OPTIMIZERS[name].description.label
+    made = MegatronAdamW(memory, lambda groups, **_: OPTIMIZERS[name](groups, lr=1e-4, fused=True))
+    states = OPTIMIZERS[name].description.state
+    for i, param in enumerate(made.params):
+        # What is never negative stays apart; a third and fourth state are its own.
+        first, second = memory.states[torch.float32][i]
+        shared = {states[0]: first, "exp_avg_sq": second}
+        made.optimizer.state[param] = {
+            state: shared[state] if state in shared else torch.zeros_like(first) for state in states
+        }
+        made.optimizer.model_params[param] = memory.model_params[i]
+    count = 4 + 2 * 4 + 2 * 4 * len(states) + 2
+    path = "triton" if made.params[0].is_cuda else "cpp"
+    phases = [("norm", NORM, made.norm), ("clip", CLIP, made.clip)]
+    phases.append(("step", count, made.optimizer.step))
+    return Candidate(
+        f"{name}-{path}", f"{label}, ours", "other", phases, lambda: made.optimizer.path
+    )
+
+
+def in_cache(elements: int, p: float, grad: torch.dtype, state: torch.dtype) -> Callable:
+    """The C++ kernel's step of as many elements, all of them the same 32,768 for each thread."""
+    generator = torch.Generator().manual_seed(1)
+
+    def operands() -> Operands:
+        gradient = torch.empty(IN_CACHE).normal_(0, 1e-3, generator=generator).to(grad)
+        states = tuple(torch.zeros(IN_CACHE, dtype=state) for _ in range(2))
+        return Operands(
+            torch.ones(IN_CACHE), gradient, states, torch.ones(IN_CACHE, dtype=torch.bfloat16)
+        )
+
+    threads = torch.get_num_threads()
+    share = [operands() for _ in range(threads)]
+    work = [one for one in share for _ in range(max(1, round(elements / IN_CACHE / threads)))]
+    return lambda: cpu.step(s3_update, work, lr=1e-4, weight_decay=0.1, beta=0.95, p=p)
+
+
+def candidates(
+    memory: Memory, device: str, ps: Sequence[float], others: Sequence[str] = ()
+) -> Iterator[Candidate]:
+    """All that can run here, the baseline first."""
+    yield adamw(memory, "fused").candidate(BASELINE, "AdamW, torch fused")
+    yield adamw(memory, "foreach").candidate("adamw-foreach", "AdamW, torch foreach")
+    if device == "cuda":
+        yield from multi_tensor_adamws(memory)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    dtypes = ((fp32, fp32), (bf16, fp32), (fp32, bf16), (bf16, bf16))
+    for fused in (True, False):
+        for p in ps:
+            for grad, state in dtypes:
+                yield s3(memory, fused, p, grad, state)
+    for name in others:
+        yield other(memory, name)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def timed(call: Callable[[], object], device: str) -> tuple[float, float]:
+    """Milliseconds until the work is done, and until the call returned."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        call()
+        ms = 1e3 * (time.perf_counter() - begin)
+        return ms, ms
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    begin = time.perf_counter()
+    call()
+    host = 1e3 * (time.perf_counter() - begin)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), host
+
+
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+def launches(call: Callable[[], object], device: str) -> int | None:
+    """What a call puts on the GPU, as torch's profiler sees it."""
+    if device == "cpu":
+        return None
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.name.startswith(_LAUNCHES) for event in profile.events())
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def compare(
+    shape: str,
+    shards: Sequence[Shard],
+    options: argparse.Namespace,
+    threads: int | None,
+) -> bench.Comparison:
+    """All candidates on one list of shards."""
+    device = options.device
+    kept = cut(shards, options.elements_limit)
+    memory = Memory(kept, device)
+    chosen = [
+        c
+        for c in candidates(memory, device, options.p, options.optimizers)
+        if c.key == BASELINE or not options.only or any(word in c.key for word in options.only)
+    ]
+    name = shape if threads is None else f"{shape}, threads {threads}"
+    usable = []
+    for candidate in chosen:
+        say(f"{name}: warm-up of {candidate.key}")
+        try:
+            for _ in range(1 if device == "cpu" else 3):
+                candidate.step()
+        except RuntimeError as error:
+            if candidate.kind not in ("kernel", "other"):
+                raise
+            say(f"{name}: {candidate.key} is left out: {error}")
+            continue
+        usable.append(candidate)
+    # Every call that is timed in a round: a candidate as a whole, then its phases one by one.
+    calls: dict[str, list[tuple[str, Callable[[], object]]]] = {
+        c.key: [(c.key, c.step)]
+        + [(f"{c.key}/{phase}", call) for phase, _, call in c.phases if len(c.phases) > 1]
+        for c in usable
+    }
+    for c in usable:
+        if c.in_cache is not None:
+            calls[c.key].append((f"{c.key}/in cache", c.in_cache))
+    calls["copy"] = [("copy", lambda: memory.copied[1].copy_(memory.copied[0]))]
+    memory.copied[1].copy_(memory.copied[0])
+    order, drawn = list(calls), random.Random(1)
+    times: dict[str, list[tuple[float, float]]] = {}
+    for turn in range(options.rounds):
+        say(f"{name}: round {turn + 1} of {options.rounds}")
+        drawn.shuffle(order)
+        for key in order:
+            for part, call in calls[key]:
+                times.setdefault(part, []).append(timed(call, device))
+    memory.check()
+
+    def timing(key: str, label: str, kind: str, count: float, call: Callable, path: str = ""):
+        ms, host = zip(*times[key], strict=True)
+        return bench.Timing(key, label, kind, count, ms, host, launches(call, device), path)
+
+    timings = []
+    for c in usable:
+        timings.append(timing(c.key, c.label, c.kind, c.bytes_per_parameter, c.step, c.path()))
+        if len(c.phases) > 1:
+            timings += [
+                timing(f"{c.key}/{phase}", phase, "phase", count, call)
+                for phase, count, call in c.phases
+            ]
+        if c.in_cache is not None:
+            count = c.bytes_per_parameter
+            timings.append(
+                timing(f"{c.key}/in cache", "from the cache", "phase", count, c.in_cache)
+            )
+    total = sum(shard.numel for shard in shards)
+    return bench.Comparison(
+        shape=shape,
+        elements=memory.elements,
+        shards=len(kept),
+        cut_from=total if total > memory.elements else None,
+        device=device,
+        threads=threads,
+        baseline=BASELINE,
+        copy_bytes=2 * memory.copied[0].nbytes,
+        copy_ms=[ms for ms, _ in times["copy"]],
+        timings=timings,
+    )
+
+
+# ---- the machine, the command --------------------------------------------------------------------
+
+
+def said(*command: str) -> str | None:
+    """First line of what a command prints; None if it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else None
+
+
+def machine(device: str) -> dict:
+    """What the figures depend on."""
+    model = platform.processor()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    on_gpu = device == "cuda"
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg(),  # above this program's own threads others were running
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": said(*driver) if on_gpu else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+    }
+
+
+def most_elements(device: str) -> int:
+    """What half of the memory that is free holds."""
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        with contextlib.suppress(OSError, StopIteration):  # free or given back when asked for
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            line = next(line for line in lines if line.startswith("MemAvailable"))
+            free = 1024 * int(line.split()[1])
+    free -= 2 * 4 * COPIED[device]
+    return max(1, free // 2 // _BYTES_HERE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures; prints tables, and writes ``bench_step.json``, ``.txt`` and ``.png``.
+
+    Returns:
+        The exit status: 2 where a shape or device cannot be had.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--shapes", nargs="+", choices=(*SHAPES, "flat"), default=[*SHAPES, "flat"])
+    parser.add_argument(
+        "--elements-limit",
+        type=_positive,
+        metavar="N",
+        help="cut lists off there (default: what half of the free memory holds)",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, nargs="+", help="on the CPU (default: torch's number)"
+    )
+    parser.add_argument("--rounds", type=_positive, help="default: 7 on the CPU, 50 on a GPU")
+    parser.add_argument("--p", type=float, nargs="+", default=[3.0], help="S3's (default: 3)")
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=[name for name in OPTIMIZERS if name != "s3"],
+        default=[],
+        help="others of the plugin too, by their kernels",
+    )
+    parser.add_argument("--rank", type=int, default=0, help="whose shards (default: 0)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="candidates with such a word in their key"
+    )
+    parser.add_argument("--output", type=Path, default=Path("bench_step"), metavar="DIR")
+    options = parser.parse_args(argv)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("--device cuda: torch sees no GPU here")
+    options.rounds = options.rounds or (50 if options.device == "cuda" else 7)
+    options.elements_limit = options.elements_limit or most_elements(options.device)
+    try:
+        import matplotlib  # noqa: F401 (before minutes of measuring)
+    except ImportError:
+        return _refuse("the picture needs matplotlib: pip install matplotlib")
+    threads: list[int | None] = [None]
+    if options.device == "cpu":
+        threads = options.threads or [torch.get_num_threads()]
+    before = torch.get_num_threads()
+    comparisons = []
+    try:
+        for shape in options.shapes:
+            say(f"{shape}: the shards of rank {options.rank}")
+            shards = shards_of(shape, options.rank, options.device)
+            for number in threads:
+                if number is not None:
+                    torch.set_num_threads(number)
+                comparisons.append(compare(shape, shards, options, number))
+    except (Unavailable, ArithmeticError) as error:
+        return _refuse(str(error))
+    finally:
+        torch.set_num_threads(before)
+    _write(comparisons, options)
+    return 0
+
+
+def _write(comparisons: Sequence[bench.Comparison], options: argparse.Namespace) -> None:
+    here = machine(options.device)
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": said("git", "rev-parse", "HEAD"),
+        "changed": bool(said("git", "status", "--porcelain", "--untracked-files=no")),
+        "machine": here,
+        "options": {k: v for k, v in vars(options).items() if k != "output"},
+        "bytes": "read and written, counted by hand, each tensor once in each phase that needs it",
+        "ratio": "to the baseline's whole step in the same round",
+        "host": "on a GPU ms include the host's launches, as the stream is empty before each call",
+        "comparisons": [c.as_json() for c in comparisons],
+    }
+    text = "\n\n".join(bench.table(c) for c in comparisons)
+    print(text)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with (options.output / "bench_step.json").open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
+    (options.output / "bench_step.txt").write_text(text + "\n", encoding="utf-8")
+    title = f"Optimizer step on {here['gpu'] or here['cpu']}, torch {here['torch']}"
+    bench.write_png(comparisons, title, options.output / "bench_step.png")
+    say(f"written: {options.output}/bench_step.json, .txt, .png")
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _positive(word: str) -> int:
+    number = int(float(word))  # 1e6 is allowed
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {word}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

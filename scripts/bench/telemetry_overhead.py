@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Time of an iteration with --s3-log-updates beside without it, in Megatron's trainer on a CPU.
+
+    python -m scripts.bench.telemetry_overhead [--pairs 5] [--iters 120]
+
+Pairs of runs of the quickstart's model, the order drawn anew in each; of a run its median interval.
+"""
+
+import argparse
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+
+from megatron_s3 import data, quickstart
+
+_TIME = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+
+
+def main() -> int:
+    """Prints a line a pair, then the median ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--iters", type=int, default=120)
+    args = parser.parse_args()
+    drawn, ratios = random.Random(1), []
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = f"{folder}/text"
+        data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes", overwrite=True)
+        for pair in range(args.pairs):
+            times = {}
+            for on in drawn.sample([False, True], 2):
+                times[on] = iteration(args.iters, prefix, f"{folder}/{pair}-{on}", on)
+            ratios.append(times[True] / times[False])
+            print(
+                f"pair {pair + 1}: {times[True]:.1f} ms with, {times[False]:.1f} without, "
+                f"ratio {ratios[-1]:.3f}",
+                flush=True,
+            )
+    print(
+        f"median ratio {statistics.median(ratios):.3f}, "
+        f"from {min(ratios):.3f} to {max(ratios):.3f}, {args.pairs} pairs"
+    )
+    return 0
+
+
+def iteration(iters: int, prefix: str, folder: str, on: bool) -> float:
+    """Milliseconds of the median logged interval of a run on one rank."""
+    flags = quickstart.megatron_flags(quickstart.S3, iters, nproc=1)
+    words = [*(flag for flag in flags if flag != "--s3-log-updates"), "--tensorboard-dir", folder]
+    words += [*data.megatron_arguments(prefix), *(["--s3-log-updates"] if on else [])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command += ["--local-addr=127.0.0.1", "-m", quickstart.TRAINER, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    times = [float(found) for found in _TIME.findall(done.stdout)]
+    if done.returncode or len(times) < 3:
+        sys.exit(f"{done.stdout[-4000:]}\nerror: the run ended with status {done.returncode}")
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""Runs the suite: on this machine, two runs side by side, or through a configuration's launch."""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_s3 import data
+from megatron_s3.launch import lock
+from megatron_s3.report import __main__ as report
+from megatron_s3.telemetry.runlog import read
+from scripts.experiments import toy
+from scripts.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan
+from tests.harness.ports import free_port
+
+__all__ = ["main", "results"]
+
+TRAINER = "scripts.experiments.trainer"
+#: 0.12M parameters, 16 x 64 bytes a step.
+SMALL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+--max-position-embeddings 64 --attention-dropout 0 --hidden-dropout 0
+--make-vocab-size-divisible-by 16 --micro-batch-size 16 --global-batch-size 16
+--transformer-impl local --attention-backend unfused --no-persist-layer-norm
+--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
+--no-bias-dropout-fusion --no-rope-fusion --s3-device cpu --eval-iters 100
+--lr-decay-style cosine""".split()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 0, 1 if a run has failed, or 2 if another suite is trained there."""
+    args = _arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    _alike(args)
+    chosen = [name for name in args.only if name != "toy"]
+    if args.config is not None and "burst" in chosen:
+        print("left out: burst: a launch has no trainer that makes a gradient too large")
+        chosen.remove("burst")
+    if args.config is None:
+        data.build(
+            data.source("stdlib", "text", None),
+            str(args.out / "text"),
+            tokenizer="bytes",
+            overwrite=True,
+        )
+    if args.dry_run:
+        runs = plan(results(args.out), chosen, args.of)
+        for run in runs:
+            command = _words(run, args) if args.config is None else _command(run, args)
+            print(f"{run.key}: {shlex.join(command)}")
+        print(f"{len(runs)} runs are known; results decide on the others")
+        return 0
+    try:
+        with lock.hold([args.out]) as args.held:
+            return _suite(args, chosen)
+    except lock.InUse as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _suite(args: argparse.Namespace, chosen: list[str]) -> int:
+    if "toy" in args.only:
+        toy.write(args.out / "toy.json")
+    failed: set[str] = set()
+    begun, done = time.monotonic(), 0
+    while True:
+        if args.config is not None:
+            _collect(plan(results(args.out), chosen, args.of), args)
+        known = results(args.out)
+        runs = plan(known, chosen, args.of)
+        missing = [run for run in runs if run.key not in known and run.key not in failed]
+        if not missing:
+            break
+        if args.slurm:
+            return _submit(missing, args)
+        batch = missing[: args.jobs] if args.config is None else missing[:1]
+        failed |= _side_by_side(batch, args) if args.config is None else _launch(batch[0], args)
+        done += len(batch)
+        left = (time.monotonic() - begun) / done * (len(missing) - len(batch))
+        print(
+            f"{len(runs) - len(missing) + len(batch)} of {len(runs)} known runs, "
+            f"{left / 60:.0f} minutes for the rest of these: "
+            + "; ".join(f"{r.key} {results(args.out).get(r.key, math.nan):.4f}" for r in batch),
+            flush=True,
+        )
+    if results(args.out):
+        report.main([str(args.out), "--output", str(args.out / "report")])
+    for key in sorted(failed):
+        print(f"failed: {key}; its log is {args.out / key / 'log'}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    words = list(sys.argv[1:] if argv is None else argv)
+    words, megatron = (
+        (words[: words.index("--")], words[words.index("--") + 1 :])
+        if "--" in words
+        else (words, [])
+    )
+    parser = argparse.ArgumentParser(
+        prog="./scripts/reproduce.sh",
+        description=__doc__,
+        epilog="What follows -- goes to every run: Megatron's flags, such as --hidden-size 128.",
+    )
+    names = ("toy", *EXPERIMENTS)
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME",
+                        help=f"of {', '.join(names)}")  # fmt: skip
+    labels = [label for of in SEARCHES.values() for label in of]
+    parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
+                        help=f"only these, of {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--iters", type=int, help="of a run (600; the configuration's own)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs known so far")
+    parser.add_argument("--config", help="train this configuration through megatron-s3 launch")
+    parser.add_argument("--slurm", action="store_true", help="with --config: a job for each run")
+    args = parser.parse_args(words)
+    args.megatron = megatron
+    if megatron and args.config is not None:
+        parser.error("-- is for the small suite: change what --config launches in its file")
+    if args.iters is None and args.config is None:
+        args.iters = 600
+    if args.iters is not None and args.iters < 20:
+        parser.error(f"--iters {args.iters} is too few: give at least 20")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give at least 1")
+    if args.slurm and args.config is None:
+        parser.error("--slurm is for --config: the small suite runs on this machine")
+    return args
+
+
+def _alike(args: argparse.Namespace) -> None:
+    """Keeps runs that cannot be compared out of one folder.
+
+    Raises:
+        SystemExit: the folder's runs have other settings.
+    """
+    if args.config is not None:
+        settings = {"config": args.config, "iters": args.iters}
+    else:
+        settings = {"iters": args.iters, "megatron": args.megatron}
+    record = args.out / "suite.json"
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before != settings:
+            raise SystemExit(
+                f"error: the runs in {args.out} have {before}, these {settings}: "
+                "they cannot be compared; give another --out"
+            )
+    else:
+        record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def results(out: Path) -> dict[str, float]:
+    """The final validation loss of every finished run, by its key."""
+    found = {}
+    for record in out.glob("*/*/run.json"):
+        try:
+            run = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # cut off; it is trained again
+        if "valid_loss" in run:
+            found[f"{record.parent.parent.name}/{record.parent.name}"] = float(run["valid_loss"])
+    return found
+
+
+def _words(run: Run, args: argparse.Namespace) -> list[str]:
+    iters = args.iters
+    words = [
+        *SMALL,
+        *("--train-iters", str(iters), "--lr-warmup-fraction", "0.1"),
+        *("--eval-interval", str(max(1, iters // 6)), "--log-interval", str(max(1, iters // 120))),
+        *data.megatron_arguments(str(args.out / "text")),
+        *("--tensorboard-dir", str(args.out / run.key), "--s3-log-updates"),
+        *run.words,
+        *args.megatron,
+    ]
+    if "burst" in run.tags:
+        words += ["--burst-at", str(iters // 2), "--burst", f"{run.tags['burst']:g}"]
+    return words
+
+
+def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
+    """Trains runs, each in a process of its own; the keys of those that failed."""
+    _import_all(args.jobs)
+    context = multiprocessing.get_context("fork")
+    started = []
+    for run in runs:
+        folder = args.out / run.key
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in ("metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
+            (folder / old).unlink(missing_ok=True)
+        process = context.Process(
+            target=_rank, args=(_words(run, args), folder / "log", free_port(), args.held)
+        )
+        process.start()
+        started.append((run, process))
+    failed = set()
+    for run, process in started:
+        process.join()
+        if process.exitcode or not _finish(run, args):
+            failed.add(run.key)
+    return failed
+
+
+def _finish(run: Run, args: argparse.Namespace) -> bool:
+    """Records a run if it has been trained to its end; whether it has."""
+    folder = args.out / run.key
+    log = folder if args.config is None else folder / "tensorboard"
+    try:
+        records = read(log)
+    except FileNotFoundError:
+        return False
+    valid = [(r["iteration"], r["loss"]) for r in records if r["kind"] == "valid"]
+    if not valid or valid[-1][0] < records[0]["train_iters"]:
+        return False
+    record = {
+        "experiment": run.experiment,
+        "optimizer": run.flags.split()[1],
+        "label": run.label,
+        "lr": run.lr,
+        "seed": run.seed,
+        "tags": dict(run.tags),
+        "iterations": records[0]["train_iters"],
+        "valid_loss": valid[-1][1],
+    }
+    temporary = folder / "run.json.tmp"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / "run.json")
+    return True
+
+
+def _import_all(jobs: int) -> None:
+    """What every run needs, once: it takes longer than many a run."""
+    import torch
+
+    import megatron_s3
+
+    if "--s3-device" not in sys.argv:
+        sys.argv += ["--s3-device", "cpu"]
+    # More threads than cores wait for each other.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    megatron_s3.register()
+
+
+def _rank(words: list[str], log: Path, port: int, held: dict[str, str]) -> None:
+    """A process of one rank, as torchrun would start it."""
+    os.environ |= {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+        **held,
+    }
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [TRAINER, *words]
+    runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
+
+
+def _launch(run: Run, args: argparse.Namespace) -> set[str]:
+    """Trains a run through ``megatron-s3 launch``; its key if it failed."""
+    status = subprocess.run(_command(run, args)).returncode
+    return set() if status == 0 and _finish(run, args) else {run.key}
+
+
+def _submit(missing: Sequence[Run], args: argparse.Namespace) -> int:
+    """A job for each of the runs that has none yet; what they decide on is for the next call."""
+    waiting = [run for run in missing if (args.out / run.key / "submitted.txt").exists()]
+    for run in missing:
+        if run not in waiting:
+            subprocess.run([*_command(run, args), "--slurm"], check=True)
+    print(f"{len(missing) - len(waiting)} submitted, {len(waiting)} submitted before and not "
+          "finished; call again when they have ended (one that failed is submitted again once its "
+          "submitted.txt is removed)")  # fmt: skip
+    return 0
+
+
+def _collect(runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """Records the launched runs that have ended."""
+    for run in runs:
+        folder = args.out / run.key
+        if (folder / "tensorboard").exists() and not (folder / "run.json").exists():
+            _finish(run, args)
+
+
+def _command(run: Run, args: argparse.Namespace) -> list[str]:
+    settings = dict(_settings(run.words)) | {"s3_log_updates": "true"}
+    if "lr_warmup_fraction" in settings:
+        settings["lr_warmup_iters"] = "0"
+    if args.iters is not None:
+        settings["train_iters"] = str(args.iters)
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    folder = str((args.out / run.key).absolute())
+    launch = [sys.executable, "-m", "megatron_s3.cli", "launch", args.config]
+    return [*launch, "--run-dir", folder, *sets]
+
+
+def _settings(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Flags as a configuration's keys."""
+    found: list[tuple[str, str]] = []
+    for word in words:
+        if word.startswith("--"):
+            found.append((word[2:].replace("-", "_"), "true"))
+        else:
+            found[-1] = (found[-1][0], word)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Validation loss with S3's states in bf16 beside fp32, over seeds: the quickstart's run.
+
+    python -m scripts.experiments.state_precision [--iters 200] [--seeds 1234 2345 3456] [--out DIR]
+
+Real text (the running Python's standard library, bytes), Megatron's trainer, bf16 parameters, one
+rank a run on the CPU.  Writes state_precision.json to DIR, where finished runs are found again.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_s3 import data, quickstart
+
+STATES = {
+    "fp32": [],
+    "bf16": [
+        "--use-precision-aware-optimizer",
+        *("--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"),
+    ],
+}
+_LOSS = re.compile(r"validation loss at iteration (\d+) on .*?lm loss value: ([\d.E+-]+)")
+
+
+def main() -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 2345, 3456])
+    parser.add_argument("--out", type=Path, default=Path("runs/state-precision"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = args.out / "state_precision.json"
+    losses = json.loads(result.read_text()) if result.exists() else {}
+    prefix = str(args.out / "text")
+    data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes", overwrite=True)
+    for seed in args.seeds:
+        for states, flags in STATES.items():
+            key = f"{args.iters} iterations, seed {seed}, {states}"
+            if key not in losses:
+                losses[key] = train(args, prefix, seed, flags)
+                result.write_text(json.dumps(losses, indent=1) + "\n")
+            print(f"{key}: {losses[key]:.4f}", flush=True)
+    print(table(losses, args))
+    return 0
+
+
+def train(args: argparse.Namespace, prefix: str, seed: int, flags: list[str]) -> float:
+    """The validation loss at the end of a run."""
+    run = quickstart.megatron_flags(quickstart.S3, args.iters, nproc=1)
+    words = [
+        *(*run, *data.megatron_arguments(prefix), *flags),
+        *("--seed", str(seed), "--eval-interval", str(args.iters)),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command += ["--local-addr=127.0.0.1", "-m", quickstart.TRAINER, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = dict(_LOSS.findall(done.stdout))
+    if done.returncode or str(args.iters) not in found:
+        sys.exit(f"{done.stdout[-4000:]}\nerror: the run ended with status {done.returncode}")
+    return float(found[str(args.iters)])
+
+
+def table(losses: dict[str, float], args: argparse.Namespace) -> str:
+    """One row a seed, then means and standard deviations."""
+    rows = []
+    for seed in args.seeds:
+        pair = [losses[f"{args.iters} iterations, seed {seed}, {states}"] for states in STATES]
+        rows.append((*pair, pair[1] - pair[0]))
+    lines = [f"{'seed':>6s} {'fp32':>8s} {'bf16':>8s} {'difference':>11s}"]
+    lines += [
+        f"{seed:6d} {a:8.4f} {b:8.4f} {d:+11.4f}"
+        for seed, (a, b, d) in zip(args.seeds, rows, strict=True)
+    ]
+    a, b, d = (statistics.mean(column) for column in zip(*rows, strict=True))
+    lines.append(f"{'mean':>6s} {a:8.4f} {b:8.4f} {d:+11.4f}")
+    if len(rows) > 1:
+        a, b, d = (statistics.stdev(column) for column in zip(*rows, strict=True))
+        lines.append(f"{'s.d.':>6s} {a:8.4f} {b:8.4f} {d:11.4f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

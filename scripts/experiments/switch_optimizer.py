@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""The loss after an AdamW run is switched to S3, with and without its state, beside AdamW going on.
+
+    python -m scripts.experiments.switch_optimizer [--at 200] [--iters 350] [--lr 6e-4] [--out DIR]
+
+The quickstart's model and text (the running Python's standard library, bytes), one rank, bf16, the
+learning rate constant after a warmup. AdamW trains to --at; from its checkpoint go on AdamW, S3
+with the state that `megatron-s3 convert` makes of AdamW's, and S3 with the weights alone
+(--no-load-optim), all on the same samples. S3's rate is 10 times AdamW's, as in the paper's runs
+from the start, or 3 times; lr * weight_decay stays. Writes switch_optimizer.json, .txt and .png to
+DIR, where finished runs are found again.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_s3 import data, quickstart
+from megatron_s3.checkpoints import convert, transfer
+
+WARMUP = 20
+#: S3's learning rate over AdamW's.
+FACTORS = (10.0, 3.0)
+LR_TIMES_DECAY = 3e-5
+#: Steps after the switch over which losses are averaged.
+WINDOWS = ((1, 3), (4, 10), (11, 30), (31, 75), (76, 150))
+_LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+)")
+
+
+def main() -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--at", type=int, default=200, help="iteration of the switch")
+    parser.add_argument("--iters", type=int, default=350, help="iterations in all")
+    parser.add_argument("--lr", type=float, default=6e-4, help="AdamW's learning rate")
+    parser.add_argument("--out", type=Path, default=Path("runs/switch-optimizer"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    prefix = str(args.out / "text")
+    data.build(data.source("stdlib", "text", None), prefix, tokenizer="bytes", overwrite=True)
+    adamw = args.out / "adamw"
+    start = ["--save", adamw, "--save-interval", args.at, "--exit-interval", args.at]
+    before = train(args, prefix, "before", None, start)
+    after = {"AdamW goes on": train(args, prefix, "AdamW goes on", None, ["--load", adamw])}
+    for factor in FACTORS:
+        converted = args.out / f"converted-{factor:g}"
+        if not converted.exists():
+            convert.convert(adamw, converted, "s3", iteration=args.at, lr_factor=factor)
+        for name, flags in (
+            (f"S3, state converted, {factor:g} x lr", ["--load", converted]),
+            (f"S3, weights alone, {factor:g} x lr", ["--load", adamw, "--no-load-optim"]),
+        ):
+            after[name] = train(args, prefix, name, factor, flags)
+    result = {"at": args.at, "lr": args.lr, "before": before, "after": after}
+    (args.out / "switch_optimizer.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = table(before, after, args)
+    (args.out / "switch_optimizer.txt").write_text(text + "\n")
+    print(text)
+    draw(before, after, args)
+    return 0
+
+
+def train(
+    args: argparse.Namespace, prefix: str, name: str, factor: float | None, flags: list
+) -> dict[str, float]:
+    """The loss of each iteration of a run, by the iteration; S3's at a factor, else AdamW's."""
+    optimizer = "s3" if factor else "adam"
+    log = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+    if not (log.is_file() and log.read_text().endswith("finished\n")):
+        lr = transfer.scaled(args.lr, factor or 1.0)
+        decay = transfer.over(LR_TIMES_DECAY, args.lr)
+        recipe = quickstart.Recipe(
+            name,
+            "",
+            lr,
+            transfer.over(decay, factor or 1.0),
+            ("--optimizer", optimizer, "--clip-grad", "1" if optimizer == "adam" else "0")
+            + (("--adam-beta2", "0.95") if optimizer == "adam" else ()),
+        )
+        words = quickstart.megatron_flags(recipe, args.iters, nproc=1)
+        at = words.index("--lr-warmup-fraction")
+        # Without its state Megatron's schedule begins anew: there a warmup would be a second one.
+        warmup = "0" if "--no-load-optim" in flags else str(WARMUP)
+        words[at : at + 2] = ["--lr-warmup-iters", warmup]
+        words += ["--lr-decay-style", "constant"]
+        words += ["--log-interval", "1", "--eval-interval", "100000", "--eval-iters", "1"]
+        words += [*data.megatron_arguments(prefix), *map(str, flags)]
+        print(f"{name}: {args.iters} iterations at most, {log}", flush=True)
+        with log.open("w") as file:
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                    *("--nproc-per-node", "1", "-m", "megatron_s3.pretrain_gpt", *words),
+                ],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=True,
+            )
+        with log.open("a") as file:
+            file.write("finished\n")
+    found = _LOSS.findall(log.read_text())
+    # Megatron's second line after a start is the mean of the first two iterations.
+    return {i: float(loss) for n, (i, loss) in enumerate(found) if n != 1}
+
+
+def table(before: dict, after: dict, args: argparse.Namespace) -> str:
+    """Mean losses over windows of steps after the switch."""
+    windows = [w for w in WINDOWS if args.at + w[0] <= args.iters]
+    last = statistics.mean(v for i, v in before.items() if int(i) > args.at - 10)
+    heads = [f"{one}-{two}" for one, two in windows]
+    rows = [
+        f"AdamW's mean loss over the 10 steps before the switch, at {args.at}: {last:.3f} nats",
+        f"{'steps after the switch':34}" + "".join(f"{head:>9}" for head in heads) + "  largest",
+    ]
+    for name, losses in after.items():
+        means = [
+            statistics.mean(v for i, v in losses.items() if one <= int(i) - args.at <= two)
+            for one, two in windows
+        ]
+        rows.append(
+            f"{name:34}" + "".join(f"{x:9.3f}" for x in means) + f"{max(losses.values()):9.3f}"
+        )
+    return "\n".join(rows)
+
+
+def draw(before: dict, after: dict, args: argparse.Namespace) -> None:
+    """Writes switch_optimizer.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    late = {int(i): v for i, v in before.items() if int(i) >= args.at - 100}
+    axes.plot(late.keys(), late.values(), color="#222222", linewidth=1, label="AdamW")
+    colours = ("#DDAA33", "#004488", "#BB5566", "#66CCEE", "#EE99AA")
+    for (name, losses), colour in zip(after.items(), colours, strict=True):
+        means = [*losses.values()]
+        means = [statistics.mean(means[max(0, n - 4) : n + 1]) for n in range(len(means))]
+        axes.plot([int(i) for i in losses], means, color=colour, linewidth=1.2, label=name)
+    axes.axvline(args.at, color="#888888", linewidth=0.8, linestyle=":")
+    axes.set(
+        xlabel="iteration",
+        ylabel="training loss (nats per byte, mean of 5 steps)",
+        title=f"AdamW at lr {args.lr:g}, switched to S3 after {args.at} steps",
+    )
+    axes.legend(frameon=False)
+    figure.savefig(args.out / "switch_optimizer.png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The machine code of the Triton kernel, which needs no GPU to be compiled."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_s3.kernels import gpu
+from megatron_s3.kernels.operands import Operands
+from megatron_s3.rules.adamw import adamw_update
+from megatron_s3.rules.sgd import sgd_update
+from scripts.bench.compiled import CAPABILITIES, VARIANTS, compile_kernel
+
+triton = pytest.importorskip("triton")
+
+#: 128-bit loads and stores of the fast loop: one for each float32 operand of 4 elements a thread.
+WIDE = {
+    "fp32": (4, 3),
+    "bf16 gradient": (3, 3),
+    "bf16 gradient and states": (1, 1),
+    "fp32, p=2": (4, 3),
+    "fp32, statistics": (4, 3),
+    "fp32, bounded gradients": (4, 3),
+    "adamw": (4, 3),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", WIDE)
+def test_wide_accesses_no_spills(variant: str, capability: int) -> None:
+    """Exact; a 16-bit operand of 4 elements a thread is 64 bits, as are the table's 7 fields."""
+    compiled = compile_kernel(variant, capability)
+    loads, stores = WIDE[variant]
+    assert compiled.loads[128] == loads
+    assert compiled.stores[128] == stores
+    compiled_of = VARIANTS[variant]
+    states = 2 * (compiled_of.state == "bf16")
+    assert compiled.loads[64] == 7 + (compiled_of.grad == "bf16") + states
+    statistics = 8 if compiled_of.statistics else 0  # a float64 each
+    assert compiled.stores[64] == statistics + states + (compiled_of.model == "bf16")
+    assert compiled.spills == 0
+    assert compiled.stack == 0
+
+
+@pytest.mark.parametrize("variant", ["nadam", "adan", "lion", "sgdm", "signsgd"])
+def test_other_rules(variant: str) -> None:
+    """Exact, but for how often the compiler writes a small rule's loop out."""
+    compiled = compile_kernel(variant, 90)
+    tensors = VARIANTS[variant].form.states + 2  # gradient and parameter, which is written as well
+    assert compiled.loads[128] % tensors == 0
+    assert compiled.stores[128] == compiled.loads[128] // tensors * (tensors - 1)
+    assert compiled.spills == compiled.stack == 0
+    # Divisions and square roots are made of fused multiply-adds, as many in each of the three.
+    roots = variant in ("nadam", "adan")
+    assert compiled.fused == (compile_kernel("adamw", 90).fused if roots else 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_nothing_is_contracted(capability: int) -> None:
+    """Exact: no fused multiply-add, so that the results are the portable path's bits.
+
+    Correctly rounded divisions and square roots (p = 1, 2) are made of them, and stay.
+    """
+    assert compile_kernel("fp32", capability).fused == 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each launch would have run, on an H100 that is not there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from megatron_s3.kernels import gpu_kernel
+
+    kernel, found = gpu_kernel.step_kernel, []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: found.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    monkeypatch.setattr(gpu_kernel, "step_kernel", Kernel())
+    device = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(driver, "_active", device)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_rule_is_compiled_in_and_its_numbers_are_not(launched: list[Any]) -> None:
+    """As the kernel is launched: of the same dtypes one compilation a rule."""
+    o = Operands(*torch.ones(2, 8), tuple(torch.ones(2, 8)))
+    for beta1, correction, lr in ((0.9, 0.1, 0.01), (0.0, 1.0, 1.0)):
+        numbers = {"beta1": beta1, "beta2": 0.95, "eps": 1e-8}
+        numbers |= {"correction1": correction, "correction2": correction}
+        gpu.step(adamw_update, [o], lr=lr, weight_decay=0.0, **numbers)
+    one = Operands(o.param, o.grad, o.state[:1])
+    gpu.step(sgd_update, [one], lr=1.0, weight_decay=0.1, momentum=0.9, nesterov=False)
+    first, second, other = launched
+    assert first is second
+    assert "sqrt.rn" in first.asm["ptx"] and "sqrt" not in other.asm["ptx"]
+    for kernel, numbers in ((first, 8), (other, 1)):
+        assert kernel.src.signature["lr"] == kernel.src.signature["decay"] == "fp32"
+        assert kernel.src.signature["scalars"] == ("fp32",) * numbers
+        assert "fma" not in kernel.asm["ptx"]

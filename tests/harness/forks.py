@@ -14,17 +14,21 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_s3.launch import lock
-from tests.harness.ports import free_port
 
-__all__ = ["TIMED_OUT", "TRAINER", "Forks", "import_needed", "start"]
+from .ports import free_port
+
+__all__ = ["TIMED_OUT", "TRAINER", "Ended", "Forks", "fork", "kill", "prepare"]
+__all__ += ["run_program", "start", "wait"]
 
 TRAINER = "megatron_s3.pretrain_gpt"
-#: What :meth:`Forks.run` returns for ranks that were stopped at their limit, as timeout(1) does.
+#: The exit status of ranks that were stopped at their limit, as timeout(1) has it.
 TIMED_OUT = 124
 
 #: What a training run imports besides, and takes seconds.
@@ -54,7 +58,8 @@ class Forks:
 
     def __init__(self, megatron: str | Path | None = None, program: str | Path = TRAINER) -> None:
         self._program = str(program)
-        path = [str(p) for p in (megatron, _REPOSITORY, os.environ.get("PYTHONPATH")) if p]
+        # A Megatron-LM tree has a package `tests`, too.
+        path = [str(p) for p in (_REPOSITORY, megatron, os.environ.get("PYTHONPATH")) if p]
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, self._program],
             stdin=subprocess.PIPE,
@@ -82,7 +87,7 @@ class Forks:
         ranks: int,
         log: str | Path,
         program: str | Path | None = None,
-        limit: int = 0,
+        limit: float = 0,
     ) -> int:
         """Runs a program on so many ranks and waits; when one fails the others are killed.
 
@@ -116,10 +121,7 @@ class Forks:
 def main() -> None:
     """Answers each request, one JSON object a line of standard input, with the exit status."""
     answers = os.fdopen(os.dup(1), "w")
-    import megatron_s3
-
-    megatron_s3.register()
-    import_needed()
+    prepare()
     if sys.argv[1].endswith(".py"):
         _run_script(sys.argv[1], "imported")
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -129,60 +131,116 @@ def main() -> None:
     gc.freeze()  # or each rank's collections touch, and so copy, all that is shared
     print(_READY, end="", file=answers, flush=True)
     for line in sys.stdin:
-        print(_run(**json.loads(line)), file=answers, flush=True)
+        asked = json.loads(line)
+        limit = asked.pop("limit")
+        print(wait(start(**asked), limit).status, file=answers, flush=True)
 
 
-def import_needed() -> None:
-    """Imports what a run would import in each rank."""
+def prepare() -> None:
+    """Registers the plugin and imports what a run would import in each rank."""
+    import megatron_s3
+
+    megatron_s3.register()
     for name in _NEEDED:
         with contextlib.suppress(ImportError):  # of another release
             importlib.import_module(name)
 
 
-def _run(argv: list[str], ranks: int, log: str, program: str, limit: int) -> int:
-    running = set(start(argv, ranks, log, program))
-    signal.signal(signal.SIGALRM, _too_late)
-    signal.alarm(limit)
-    try:
-        while running:
-            pid, result = os.wait()
-            if pid in running:
-                running.remove(pid)
-                _kill(pid)  # what it has left behind
-                if result:
-                    return os.waitstatus_to_exitcode(result)
-        return 0
-    except TimeoutError:
-        return TIMED_OUT
-    finally:
-        signal.alarm(0)
-        for pid in running:
-            _kill(pid)
-            os.waitpid(pid, 0)
+class Ended(NamedTuple):
+    """How ranks ended.
+
+    Attributes:
+        status: the exit status of the first that failed, else 0; :data:`TIMED_OUT`.
+        killed: those that had to be killed.
+    """
+
+    status: int
+    killed: list[int]
 
 
-def start(argv: list[str], ranks: int, log: str, program: str = TRAINER) -> list[int]:
-    """Forks the ranks of a run from this process; their process ids, each that of a group."""
+def start(
+    argv: Sequence[str], ranks: int, log: str | Path, program: str | Path = TRAINER
+) -> list[int]:
+    """Forks the ranks of a program from this process; returns their process ids."""
+    return fork(lambda: run_program(str(program), argv), [log] * ranks)
+
+
+def run_program(program: str, argv: Sequence[str]) -> None:
+    """Runs a module, or a script where the name ends in ``.py``, as the main program."""
+    sys.argv = [program, *argv]
+    if program.endswith(".py"):
+        _run_script(program, "__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def fork(function: Callable[[], object], logs: Sequence[str | Path]) -> list[int]:
+    """Forks ranks that call a function and end.
+
+    Args:
+        function: is called with the environment that torchrun would give a rank.
+        logs: for each rank the file to which it appends what it prints.
+
+    Returns:
+        Their process ids, each that of a group with all that the rank starts.
+    """
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+        "WORLD_SIZE": str(len(logs)),
+        "LOCAL_WORLD_SIZE": str(len(logs)),
     }
-    return [_start(rank, argv, log, program) for rank in range(ranks)]
+    return [_fork(function, rank, log) for rank, log in enumerate(logs)]
 
 
-def _kill(group: int) -> None:
+def wait(
+    pids: Sequence[int],
+    limit: float = 0,
+    grace: float = 0,
+    watch: Callable[[], bool] | None = None,
+) -> Ended:
+    """Waits for the ranks of a run; none of them is left, nor what they started.
+
+    Args:
+        pids: of :func:`start` or :func:`fork`.
+        limit: seconds after which all are killed; 0: none.
+        grace: seconds after which the others are killed when one has failed.
+        watch: called again and again until it returns True.
+    """
+    running, status, killed = set(pids), 0, []
+    end = time.monotonic() + (limit or float("inf"))
+    try:
+        while running:
+            for pid in sorted(running):
+                ended, result = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    running.remove(pid)
+                    kill(pid)  # what it has left behind
+                    if result and not status:
+                        status = os.waitstatus_to_exitcode(result)
+                        end = min(end, time.monotonic() + grace)
+            if running and time.monotonic() >= end:
+                status = status or TIMED_OUT
+                killed = sorted(running)
+                break
+            if running and watch is not None and watch():
+                watch = None
+            if running:
+                time.sleep(0.0004 if watch else 0.005)
+    finally:
+        for pid in running:
+            kill(pid)
+            os.waitpid(pid, 0)
+    return Ended(status, killed)
+
+
+def kill(group: int, number: int = signal.SIGKILL) -> None:
+    """Signals a rank and what it has started."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(group, number)
 
 
-def _too_late(number: int, frame: object) -> None:
-    raise TimeoutError
-
-
-def _start(rank: int, argv: list[str], log: str, program: str) -> int:
-    """Forks a rank, the first of a process group with whatever it starts; its process id."""
+def _fork(function: Callable[[], object], rank: int, log: str | Path) -> int:
     pid = os.fork()
     if pid:
         os.setpgid(pid, pid)
@@ -196,11 +254,7 @@ def _start(rank: int, argv: list[str], log: str, program: str) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.argv = [program, *argv]
-        if program.endswith(".py"):
-            _run_script(program, "__main__")
-        else:
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        function()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -1,78 +1,39 @@
 """Megatron's real trainer on a tiny GPT, on as many CPU ranks as asked for."""
 
+import contextlib
 import functools
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from . import forks as _forks
+from .models import ITERATIONS, PARAMETERS, TINY
+from .runs import Run
+from .tensors import assert_bitwise_equal, tensors
 
-from tests.harness.forks import Forks
+__all__ = ["ITERATIONS", "PARAMETERS", "REPOSITORY", "TINY", "TRAINER", "Run"]
+__all__ += ["assert_bitwise_equal", "brief", "forks", "tensors", "train"]
 
 REPOSITORY = Path(__file__).parents[2]
+TRAINER = ("-m", _forks.TRAINER)
+#: Seconds that torchrun has to end its ranks.
+PATIENCE = 20
+#: What a SLURM step or a launcher around this process has set for ranks of its own.
+_RENDEZVOUS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def brief(cases: Iterable[str], *kept: str) -> list[Any]:
     """Parameters of a test of which every run takes those kept, `-m thorough` the others."""
+    import pytest  # which a machine that trains may lack
+
     cases = list(cases)
     assert set(kept) <= set(cases)
     thorough = pytest.mark.thorough
     return [case if case in kept else pytest.param(case, marks=thorough) for case in cases]
-
-
-#: 2 layers, 120,576 parameters, 8 sequences of 64 made-up tokens a step.
-TINY = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
---max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3
---lr-warmup-iters 2 --lr-decay-style cosine --weight-decay 0.01 --mock-data
---tokenizer-type NullTokenizer --vocab-size 255 --log-interval 1
---eval-iters 1 --eval-interval 1000""".split()
-PARAMETERS = 120_576
-ITERATIONS = 6
-TRAINER = ("-m", "megatron_s3.pretrain_gpt")
-
-
-@dataclass
-class Run:
-    """A finished training run.
-
-    Attributes:
-        returncode: of torchrun.
-        log: what all ranks printed.
-    """
-
-    returncode: int
-    log: str
-
-    @property
-    def losses(self) -> dict[int, str]:
-        """Losses as printed (7 digits), by iteration.
-
-        The second line after a start or a resume is left out: Megatron prints there the mean of
-        the first two iterations.
-        """
-        found = re.findall(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+)", self.log)
-        return {int(i): loss for n, (i, loss) in enumerate(found) if n != 1}
-
-    @property
-    def said(self) -> list[str]:
-        """The lines of the plugin, without its name."""
-        return re.findall(r"^\[megatron_s3\] (.*)", self.log, re.MULTILINE)
-
-    @property
-    def error(self) -> str:
-        """The last line of the first traceback, or the line that refuses the arguments."""
-        line = r"^(?:\[rank\d+\]: )?((?:\w*(?:Error|Moved)|error): .*)"
-        found = re.findall(line, self.log, re.MULTILINE)
-        return found[0] if found else ""
 
 
 def train(
@@ -83,12 +44,15 @@ def train(
     tiny: bool = True,
     check: bool = True,
     environment: dict[str, str] | None = None,
+    threads: int | None = 1,
+    log: Path | None = None,
+    limit: float = 0,
 ) -> Run:
     """Trains for 6 iterations, unless the flags say otherwise.
 
     The ranks are forks of one process that has imported everything
-    (:mod:`tests.harness.forks`), or torchrun's where another program or environment is asked
-    for.
+    (:mod:`tests.harness.forks`), or torchrun's where another program, environment or number of
+    threads is asked for.
 
     Args:
         *flags: added to :data:`TINY`; the last of two equal flags wins.
@@ -98,24 +62,67 @@ def train(
         tiny: whether to add :data:`TINY` at all.
         check: fail with the end of the log unless the run ends well.
         environment: added to this process's.
+        threads: of each rank; None: as many as torch takes by itself.
+        log: the file for what all ranks print; one that is removed by default.
+        limit: seconds after which the run is ended; 0: none.
     """
-    schedule = ["--train-iters", str(ITERATIONS), *TINY] if tiny else []
-    if command == TRAINER and not environment:
-        return _fork(megatron, ranks, [*schedule, *map(str, flags)], check)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--train-iters", str(ITERATIONS), *TINY] if tiny else []
+    words += map(str, flags)
+    with _opened(log) as path:
+        if command == TRAINER and not environment and threads == 1:
+            status = forks(megatron).run(words, ranks, path, limit=limit)
+        else:
+            status = _torchrun(
+                [*command, *words], ranks, megatron, environment, threads, path, limit
+            )
+        run = Run(status, path.read_text(encoding="utf-8", errors="replace"))
+    assert not check or run.returncode == 0, _why(run.log)
+    return run
+
+
+@contextlib.contextmanager
+def _opened(log: Path | None) -> Iterator[Path]:
+    if log is not None:
+        log.write_text("")
+        yield log
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        yield Path(file.name)
+
+
+def _torchrun(
+    words: list[str],
+    ranks: int,
+    megatron: str | Path | None,
+    environment: dict[str, str] | None,
+    threads: int | None,
+    log: Path,
+    limit: float,
+) -> int:
     path = [str(p) for p in (megatron, REPOSITORY, os.environ.get("PYTHONPATH")) if p]
-    run = subprocess.run(
-        [*torchrun, f"--nproc-per-node={ranks}", *command, *schedule, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        | (environment or {}),
-    )
-    result = Run(run.returncode, run.stdout)
-    assert not check or run.returncode == 0, _why(run.stdout)
-    return result
+    inherited = {k: v for k, v in os.environ.items() if k not in _RENDEZVOUS}
+    inherited |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"}
+    inherited |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*torchrun, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=inherited | (environment or {}),
+        )
+        try:
+            return process.wait(limit or None)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its ranks
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            return _forks.TIMED_OUT
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _why(log: str) -> str:
@@ -126,38 +133,6 @@ def _why(log: str) -> str:
 
 
 @functools.cache
-def forks(megatron: str | Path | None = None) -> Forks:
+def forks(megatron: str | Path | None = None) -> _forks.Forks:
     """The process that forks ranks, by the release of Megatron."""
-    return Forks(megatron)
-
-
-def _fork(megatron: str | Path | None, ranks: int, argv: list[str], check: bool) -> Run:
-    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-        result = Run(forks(megatron).run(argv, ranks, log.name), log.read())
-    assert not check or result.returncode == 0, _why(result.log)
-    return result
-
-
-def tensors(checkpoint: Path, iteration: int | None = ITERATIONS) -> dict[str, torch.Tensor]:
-    """Every tensor of a torch_dist checkpoint, by its name there; of the folder itself if None."""
-    folder = checkpoint if iteration is None else checkpoint / f"iter_{iteration:07d}"
-    reader = dcp.FileSystemReader(folder)
-    found = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(found, storage_reader=reader, no_dist=True)
-    return found
-
-
-def assert_bitwise_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [
-        name
-        for name in one
-        if not torch.equal(
-            one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)
-        )
-    ]
-    assert not different, different
+    return _forks.Forks(megatron)

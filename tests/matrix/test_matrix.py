@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import tests.matrix.__main__ as matrix
+from tests.harness.forks import TIMED_OUT, TRAINER
 from tests.harness.trainer import TINY, Run, forks
+from tests.matrix import features, results, verdicts
 
 TRAINED = {"outcome": "bitwise", "wrong": []}
 DIFFERS = {"outcome": "differs", "wrong": [], "values": 9, "differ": ["a", "b"]}
@@ -32,8 +33,8 @@ def failed(error: str, refused: bool = False) -> dict:
     ],
 )
 def test_a_cell_is_a_defect_where_adam_does_more(s3, adam, verdict, note) -> None:
-    assert matrix.verdict(s3, adam) == verdict
-    assert note is None or matrix.note(s3, adam) == note
+    assert verdicts.verdict(s3, adam) == verdict
+    assert note is None or verdicts.note(s3, adam) == note
 
 
 @pytest.mark.parametrize(
@@ -48,18 +49,18 @@ def test_a_cell_is_a_defect_where_adam_does_more(s3, adam, verdict, note) -> Non
         ("usage: ...\ntrain: error: unrecognized arguments: --new", 2,
          "train: error: unrecognized arguments: --new", False),
         ("one\nthe end\n", -11, "exit status -11: the end", False),
-        ("", matrix.TIMED_OUT, f"not finished after {matrix.LIMIT} s", False),
+        ("", TIMED_OUT, f"not finished after {verdicts.LIMIT} s", False),
     ],
 )  # fmt: skip
 def test_the_first_error_of_a_log(log: str, status: int, error: str, refused: bool) -> None:
-    assert matrix.failure(log, status) == {"error": error, "refused": refused}
+    assert verdicts.failure(Run(status, log)) == {"error": error, "refused": refused}
 
 
 def test_the_table_merges_equal_neighbours_and_numbers_notes() -> None:
-    cells = {row.name: {"verdict": "bitwise", "note": ""} for row in matrix.ROWS}
+    cells = {row.name: {"verdict": "bitwise", "note": ""} for row in features.ROWS}
     cells["torch FSDP2, torch_dist"] = {"verdict": "refused", "note": "why"}
     data = {"releases": {"main": {}, "1.0": {}}, "cells": {"1.0": cells, "main": cells}}
-    full, merged = (matrix.table(data, merged=m).splitlines() for m in (False, True))
+    full, merged = (results.markdown(data, merged=m).splitlines() for m in (False, True))
     assert sum(line.endswith("| 2 | bitwise | bitwise |") for line in full) > 30
     assert sum(line.endswith("| 2 | bitwise | bitwise |") for line in merged) < 15
     for lines in (full, merged):
@@ -77,11 +78,11 @@ def test_context_parallel_ranks_go_on_with_the_same_model(tmp_path: Path) -> Non
     argv = [*TINY, "--train-iters", "6", "--optimizer", "s3", "--use-distributed-optimizer"]
     argv += ["--dist-ckpt-optim-fully-reshardable", "--attention-dropout", "0"]
     argv += ["--hidden-dropout", "0", "--save-interval", "3"]
-    attention = ["attention", matrix.TRAINER]
+    attention = ["attention", TRAINER]
     runs = []
     for ranks, program, words in (
         (1, None, [*argv, "--save", str(tmp_path)]),
-        (2, matrix.RANK,
+        (2, "tests.matrix.changes",
          [*attention, *argv, "--context-parallel-size", "2", "--load", str(tmp_path)]),
     ):  # fmt: skip
         log = tmp_path / f"{ranks}.log"

@@ -1,26 +1,23 @@
-#!/usr/bin/env python3
 """Megatron-LM's own tests of optimizers and their checkpoints, with S3 in Adam's place.
 
     python -m tests.upstream TREE [--only PATTERN] [--ranks 8] [--output DIR]
 
 TREE is a checkout of Megatron-LM, which is neither edited nor written to: what the tests build as
-``OptimizerConfig(optimizer="adam")`` becomes S3 where it is built (``ranks.py``).  Every
+``OptimizerConfig(optimizer="adam")`` becomes S3 where it is built (``stand_ins.py``).  Every
 test runs on ranks of its own, on the CPU with gloo where there is no GPU.  What fails is run again
 with Adam itself, so that what this machine cannot do is told from what S3 cannot.
 
 Results are written test by test to DIR/NAME.jsonl: the same command goes on where it was stopped.
 At the end DIR/upstream_tests.txt, printed too, and .json tell for each test how it ended and which
 optimizer it had really built.  Exit status 1: a test fails with S3, passes with Adam, and
-``EXPLAINED`` does not say why.
+``EXPLAINED`` (``verdicts.py``) does not say why.
 
 Needs pytest-mock and mock; emerging-optimizers and nvidia-resiliency-ext (>= 0.6) for their tests.
 """
 
 import argparse
-import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -28,7 +25,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from tests.upstream.verdicts import judge, report
+
+TESTS = Path(__file__).resolve().parents[1]
 
 #: Below TREE/tests/unit_tests: what builds optimizers, lays out their parameters or saves them.
 FILES = (
@@ -54,37 +53,6 @@ FILES = (
     "test_optimizer_cpu_offloading.py",
     "distributed/test_param_layout.py",
     "distributed/test_param_and_grad_buffer.py",
-)
-
-#: Why a test cannot pass with another optimizer, or here: pattern of its id, reason.
-EXPLAINED: tuple[tuple[str, str], ...] = (
-    (
-        r"::test_optimizer_common_state_dict\[tp_pp_ep\d-\w+-\w+-True-",
-        "it sets `step` in some groups of rank 0 only, as FusedAdam may have none in the others; "
-        "S3 counts in every group, empty ones too, so that groups are never apart",
-    ),
-    (
-        r"::test_start_param_sync_dp_size_1$",
-        "it takes the process group that an earlier test of the same process has left",
-    ),
-)
-
-#: What a test needs that fails with Adam too: pattern of its id, error and place, name.
-NEEDS = (
-    # Without it Megatron reads torch AdamW's `step` of every state, and has mocks of its modules.
-    (
-        r"transformer.?engine|\bTE\b|FusedAdam|\bTE[A-Z]|k_channels|::test_fused_adam|"
-        r"KeyError: 'step'|StopIteration:",
-        "Transformer Engine",
-    ),
-    # A tensor moved to a device is another one there, and says is_cuda.
-    (
-        r"cuda|CUDA|[Nn][Cc][Cc][Ll]|[Tt]riton|GPU|cpu_offloading/|::test_chained_optimizer ",
-        "a GPU",
-    ),
-    (r"MambaSSM", "mamba-ssm"),
-    (r"nvidia_resiliency_ext", "nvidia-resiliency-ext 0.6"),
-    (r"emerging_optimizers", "emerging-optimizers"),
 )
 
 
@@ -127,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = ",\n".join(json.dumps(test) for test in tests)
     head = json.dumps(about)[:-1]
     (output / "upstream_tests.json").write_text(f'{head}, "tests": [\n{lines}\n]}}\n')
-    text = table(tests, about)
+    text = report(tests, about)
     (output / "upstream_tests.txt").write_text(text)
     print(text)
     return int(any(test["verdict"] == "failed" for test in tests))
@@ -155,7 +123,8 @@ def run(
         "only": only,
         "tree": str(tree),
     }
-    path = [str(tree), str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    # The package `tests` is upstream's there; ours are `harness` and `upstream`.
+    path = [str(tree), str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "UPSTREAM_TESTS": json.dumps(settings),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -163,7 +132,16 @@ def run(
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", *map(str, files), "-p", "ranks", "-s", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *map(str, files),
+        "-p",
+        "upstream.plugin",
+        "-s",
+        "-q",
+    ]
     command += ["-p", "no:cacheprovider", "--rootdir", str(tree), "-o", "addopts="]
     command += ["-c", str(tree / "pyproject.toml"), "--continue-on-collection-errors"]
     command += ["-k", args.only] if args.only else []
@@ -176,97 +154,6 @@ def read(output: Path, optimizer: str) -> dict[str, dict[str, Any]]:
     file = output / f"{optimizer}.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return {result["test"]: result for result in map(json.loads, lines)}
-
-
-def judge(
-    results: dict[str, dict[str, Any]], adams: dict[str, dict[str, Any]], optimizer: str
-) -> list[dict[str, Any]]:
-    """Adds ``verdict``, ``needs``, ``reason`` and ``adam`` to each result.
-
-    Verdicts: ``passed`` with the optimizer built; ``passed without`` it; ``skipped``;
-    ``explained``: failed for a reason in the test; ``fails with adam`` too; ``failed without``
-    having built the optimizer, and not run with Adam; ``failed``.
-    """
-    tests = []
-    for name, result in results.items():
-        adam = adams.get(name)
-        reason = next((why for pattern, why in EXPLAINED if re.search(pattern, name)), "")
-        built = any(map(re.compile(rf"\.{optimizer}w?\)?$", re.I).search, result["optimizers"]))
-        if result["outcome"] == "passed":
-            verdict, reason = "passed" if built else "passed without", ""
-        elif result["outcome"] == "skipped":
-            verdict, reason = "skipped", ""
-        elif adam and adam["outcome"] == "failed":
-            verdict = "fails with adam"
-        elif adam is None and not built:
-            verdict = "failed without"
-        else:
-            verdict = "explained" if reason else "failed"
-        needs = ""
-        if verdict in ("skipped", "fails with adam", "failed without"):
-            said = (
-                f"{name} {result['error']} {result['at']} {'' if adam is None else adam['error']}"
-            )
-            needs = next((need for pattern, need in NEEDS if re.search(pattern, said)), "")
-        tests.append(
-            result
-            | {"verdict": verdict, "needs": needs, "reason": reason}
-            | ({"adam": {k: adam[k] for k in ("outcome", "error", "at")}} if adam else {})
-        )
-    return tests
-
-
-HEADINGS = {
-    "failed": "failed with {0}, not known to fail with Adam, nor why",
-    "passed": "passed, {0} built",
-    "explained": "failed for a reason in the test itself",
-    "passed without": "passed, no {0} built",
-    "fails with adam": "failed on this machine with Adam too",
-    "failed without": "failed before {0} was built, not run with Adam",
-    "skipped": "skipped",
-}
-
-
-def table(tests: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The report: a block a verdict, cases of a test that ended alike in one line."""
-    name = about["optimizer"].upper()
-    lines = [f"{about['tree']}, {name} in Adam's place, {about['ranks']} ranks", ""]
-    for verdict, heading in HEADINGS.items():
-        count = sum(test["verdict"] == verdict for test in tests)
-        lines.append(f"{count:5}  {heading.format(name)}")
-    for verdict, heading in HEADINGS.items():
-        chosen = [test for test in tests if test["verdict"] == verdict]
-        if chosen:
-            lines += ["", f"== {heading.format(name)}: {len(chosen)}"]
-        for file, group in itertools.groupby(chosen, lambda test: test["test"].partition("::")[0]):
-            lines += ["", file.removeprefix("tests/unit_tests/")]
-            for said, count in _alike(list(group), verdict).items():
-                lines.append(f"  {said}" + (f"   x {count}" if count > 1 else ""))
-    return "\n".join(lines) + "\n"
-
-
-def _alike(tests: list[dict[str, Any]], verdict: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for test in tests:
-        said = test["test"].partition("::")[2].partition("[")[0] or "(the file)"
-        details = []
-        if verdict == "passed without" and not test["optimizers"]:
-            counts["no optimizer"] = counts.get("no optimizer", 0) + 1
-            continue
-        if verdict.startswith("passed"):
-            details.append(", ".join(test["optimizers"]) or "no optimizer")
-            if test["steps"]:
-                details.append("steps: " + ", ".join(f"{k} {v}" for k, v in test["steps"].items()))
-        else:
-            details.append(f"{test['error'][:160]}" + (f" ({test['at']})" if test["at"] else ""))
-            if "adam" in test and test["adam"]["outcome"] == "failed":
-                same = test["adam"]["error"] == test["error"]
-                details.append("Adam: " + ("the same" if same else test["adam"]["error"][:160]))
-        details += [f"needs {test['needs']}"] if test["needs"] else []
-        details += [test["reason"]] if test["reason"] else []
-        said = "\n      ".join([said, *details])
-        counts[said] = counts.get(said, 0) + 1
-    return counts
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import tests.upstream.__main__ as upstream_tests
 from tests.harness.trainer import REPOSITORY
-from tests.upstream import ranks as upstream_ranks
+from tests.upstream import __main__ as upstream_tests
+from tests.upstream import reports, verdicts
 
 TESTS = """
 import os
@@ -140,7 +140,7 @@ def phase(outcome: str, time: float, when: str = "teardown", **more) -> dict:
 def test_the_first_rank_that_fails_is_the_one_to_look_at() -> None:
     late = phase("failed", 2.0, "call", error="Connection closed by peer")
     early = phase("failed", 1.0, "call", error="AssertionError: 3 != 4", at="file.py:7")
-    merged = upstream_ranks.merge([[late], [early], []], "waited")
+    merged = reports.merge([[late], [early], []], "waited")
     assert (merged["outcome"], merged["error"], merged["at"]) == (
         "failed",
         "AssertionError: 3 != 4",
@@ -151,24 +151,24 @@ def test_the_first_rank_that_fails_is_the_one_to_look_at() -> None:
 def test_no_rank_may_be_missing() -> None:
     good = [phase("passed", 1.0, "call", optimizers=["A(x.S3)"], steps={"x.S3": 2})]
     whole = [*good, phase("passed", 2.0, optimizers=["A(x.S3)"], steps={"x.S3": 3})]
-    merged = upstream_ranks.merge([whole, whole], None)
+    merged = reports.merge([whole, whole], None)
     assert merged["outcome"] == "passed"
     assert (merged["optimizers"], merged["steps"]) == (["A(x.S3)"], {"x.S3": 3})
     for other in ([], good):
-        merged = upstream_ranks.merge([whole, other], None)
+        merged = reports.merge([whole, other], None)
         assert merged["outcome"] == "failed"
         assert merged["error"] == "1 ranks died without a report"
     skipped = [phase("skipped", 1.0, "setup", error="why"), phase("passed", 2.0)]
-    assert upstream_ranks.merge([whole, skipped], None)["outcome"] == "passed"
-    assert upstream_ranks.merge([skipped, skipped], None)["error"] == "why"
+    assert reports.merge([whole, skipped], None)["outcome"] == "passed"
+    assert reports.merge([skipped, skipped], None)["error"] == "why"
 
 
 def test_what_is_explained_is_named_by_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_tests, "EXPLAINED", ((r"::test_name$", "asserts Adam's name"),))
+    monkeypatch.setattr(verdicts, "EXPLAINED", ((r"::test_name$", "asserts Adam's name"),))
     result = {"outcome": "failed", "error": "KeyError", "at": "", "optimizers": [], "steps": {}}
     results = {name: result | {"test": name} for name in ("a::test_name", "a::test_names")}
     adams = {name: result | {"outcome": "passed"} for name in results}
-    (one, other) = upstream_tests.judge(results, adams, "s3")
+    (one, other) = verdicts.judge(results, adams, "s3")
     assert (one["verdict"], one["reason"]) == ("explained", "asserts Adam's name")
     assert (other["verdict"], other["reason"]) == ("failed", "")
 
@@ -185,7 +185,7 @@ def test_what_is_explained_is_named_by_a_pattern(monkeypatch: pytest.MonkeyPatch
 )
 def test_a_pass_counts_where_the_optimizer_was_built(built, optimizer, verdict) -> None:
     result = {"test": "a", "outcome": "passed", "error": "", "optimizers": built}
-    (test,) = upstream_tests.judge({"a": result}, {}, optimizer)
+    (test,) = verdicts.judge({"a": result}, {}, optimizer)
     assert test["verdict"] == verdict
 
 
@@ -200,5 +200,5 @@ def test_a_failure_before_the_optimizer_is_not_held_against_it() -> None:
         (early, {"a": adam | {"outcome": "failed"}}, "fails with adam", "Transformer Engine"),
         (late, {}, "failed", ""),
     ):
-        (test,) = upstream_tests.judge({"a": found}, adams, "s3")
+        (test,) = verdicts.judge({"a": found}, adams, "s3")
         assert (test["verdict"], test["needs"]) == (verdict, needs)

@@ -6,12 +6,12 @@ known to Megatron-LM; nothing of Megatron is imported before it is called, and t
 
 from typing import TYPE_CHECKING
 
+from megatron_s3.version import __version__
+
 if TYPE_CHECKING:
     from megatron_s3.optimizers import S3
 
 __all__ = ["S3", "__version__", "register"]
-
-__version__ = "0.1.0"
 
 
 def register() -> None:

@@ -6,13 +6,13 @@ import sys
 __all__ = ["main"]
 
 VERBS = {
-    "launch": ("megatron_s3.launch.run", "train a configuration, on this node or through SLURM"),
+    "launch": ("megatron_s3.launch.launch", "train a configuration, on this node or through SLURM"),
     "plan": (
         "megatron_s3.launch.plan",
         "memory, traffic and days of a configuration, on any layout",
     ),
-    "args": ("megatron_s3.launch.translate", "an AdamW launch as the S3 launch it becomes"),
-    "configs": ("megatron_s3.launch.shipped", "list and check the configurations"),
+    "args": ("megatron_s3.launch.args", "an AdamW launch as the S3 launch it becomes"),
+    "configs": ("megatron_s3.launch.configs", "list and check the configurations"),
     "data": ("megatron_s3.data.__main__", "text to Megatron's datasets"),
     "export": ("megatron_s3.checkpoints.export", "a checkpoint to a Hugging Face GPT-2 model"),
     "convert": (

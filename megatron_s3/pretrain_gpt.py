@@ -232,21 +232,6 @@ def train_valid_test_datasets_provider(
 train_valid_test_datasets_provider.is_distributed = True
 
 
-def _keep_built_helpers() -> None:
-    """Keeps Megatron from compiling the dataset helpers that came built with its wheel.
-
-    ``megatron.core.datasets.utils.compile_helpers`` calls make, and the wheels of 0.17 to 0.19 have
-    no Makefile: it would end the process.
-    """
-    try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    from megatron.core.datasets import utils
-
-    utils.compile_helpers = lambda: None
-
-
 @in_one_line()
 def main() -> None:
     """Trains as ``sys.argv`` says, with whatever optimizers Megatron knows by now.
@@ -257,7 +242,6 @@ def main() -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
-    _keep_built_helpers()
     trainer = partial(
         pretrain,
         train_valid_test_dataset_provider=train_valid_test_datasets_provider,

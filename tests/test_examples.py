@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3 import cli, data
-from megatron_s3.launch import run
+from megatron_s3.launch import launch
 from megatron_s3.launch.check import arithmetic
 from megatron_s3.launch.config import load
 
@@ -118,12 +118,12 @@ def _run(start, program: str) -> None:
 def _launch(words: list[str], options: dict[str, str], folder: Path, monkeypatch) -> None:
     if words[0] == "CONFIG":
         return
-    monkeypatch.setattr(run, "ask_megatron", lambda *args: None)
+    monkeypatch.setattr(launch, "ask_megatron", lambda *args: None)
     monkeypatch.setenv("RUN_DIR", str(folder / "run"))
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", options.get("nodes", ""))
     if not options:
         monkeypatch.delenv("SLURM_JOB_NUM_NODES")
-    assert run.main([*words, "--dry-run"]) == 0
+    assert launch.main([*words, "--dry-run"]) == 0
     given = [word for word in words if not word.startswith("--")]
     sets = [word for word in given if "=" in word]
     config = load([word for word in given if "=" not in word], sets)
@@ -142,8 +142,8 @@ def test_the_tiny_model_trains_on_text_as_its_file_says(tmp_path, capsys) -> Non
     source = ["data", "--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes"]
     assert cli.main([*source, "--output-prefix", str(prefix)]) == 0
     given = shlex.split(words.replace("PREFIX", str(prefix)))
-    launch = ["tiny-s3", *given, "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    assert run.main(launch) == 0
+    words = ["tiny-s3", *given, "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    assert launch.main(words) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert "--mock-data" not in command
     last = len(command) - 1 - command[::-1].index("--vocab-size")

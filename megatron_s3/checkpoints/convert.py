@@ -24,11 +24,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_s3 import __version__
 from megatron_s3.checkpoints import items, transfer
 from megatron_s3.checkpoints.items import Slice, Writer
 from megatron_s3.checkpoints.transfer import Settings, TransferError
 from megatron_s3.mcore import integrity, objects, weights
+from megatron_s3.version import __version__
 
 __all__ = ["ConvertError", "convert", "main"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_s3 import __version__
 from megatron_s3.checkpoints import gpt2
 from megatron_s3.folders import refuse_unwritable
 from megatron_s3.mcore import weights
+from megatron_s3.version import __version__
 
 __all__ = ["ExportError", "bound", "export", "main"]
 

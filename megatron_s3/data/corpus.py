@@ -20,12 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_s3.data import indexed, parts, tokenizers, work
+from megatron_s3.data import dataset_parts, indexed, tokenizers
+from megatron_s3.data.dataset_parts import SPLITS
 from megatron_s3.data.documents import Source
 from megatron_s3.data.errors import DataError, IncompleteError
-from megatron_s3.data.parts import SPLITS
-from megatron_s3.data.readers import Shard
+from megatron_s3.data.shards import Shard
 from megatron_s3.data.tokenizers import Tokenizer
+from megatron_s3.data.workers import Progress, write_parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,9 @@ def build(
             wanted = {
                 "format": _FORMAT,
                 "source": src.describe(),
-                "input": hashlib.sha256("".join(map(parts.identity, shards)).encode()).hexdigest(),
+                "input": hashlib.sha256(
+                    "".join(map(dataset_parts.identity, shards)).encode()
+                ).hexdigest(),
                 "split": list(split),
                 "tokenizer": made.describe(),
             }
@@ -96,11 +99,11 @@ def build(
             if not overwrite:
                 _refuse_to_replace(prefix, old, wanted)
             before = _resume(prefix, shards, settings)
-            progress = work.Progress(shards)
+            progress = Progress(shards)
             for number, part in before.items():
                 progress.resumed(number, part)
             todo = [number for number in range(len(shards)) if number not in before]
-            work.write_parts(folder, shards, todo, made, split, workers, progress)
+            write_parts(folder, shards, todo, made, split, workers, progress)
             description = _merge(src, prefix, len(shards), made, wanted)
             progress.show(last=True)
             _publish(prefix, description)
@@ -257,11 +260,11 @@ def _resume(
             for key in settings
             if key != "input" and old.get(key) != settings[key]
         ]
-        finished = {n: part for n in there if (part := parts.finished(str(folder), n))}
+        finished = {n: part for n in there if (part := dataset_parts.finished(str(folder), n))}
         for number, part in finished.items():
             if number >= len(shards):
                 differing.append("the input has become smaller")
-            elif part["shard"] != parts.identity(shards[number]):
+            elif part["shard"] != dataset_parts.identity(shards[number]):
                 differing.append(f"{shards[number].files[0]} has changed, or files before it")
             else:
                 continue
@@ -288,7 +291,7 @@ def _merge(
 ) -> dict[str, Any]:
     """Join the parts with Megatron's builder, into files beside them."""
     folder = f"{prefix}.parts"
-    described = [parts.finished(folder, n) for n in range(number_of_parts)]
+    described = [dataset_parts.finished(folder, n) for n in range(number_of_parts)]
     made = [part for part in described if part]
     if len(made) < number_of_parts:
         raise IncompleteError(f"{folder}: a part has vanished or been changed")
@@ -315,7 +318,7 @@ def _merge(
     for side in SPLITS:
         path = os.path.join(folder, side)
         pieces = [
-            os.path.join(folder, parts.name(number), side)
+            os.path.join(folder, dataset_parts.name(number), side)
             for number, part in enumerate(made)
             if part[side]["documents"]
         ]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_s3.data import hub, readers
 from megatron_s3.data.errors import DataError
-from megatron_s3.data.readers import Shard
+from megatron_s3.data.shards import Shard
 
 #: What a directory without data files is searched for when no --glob is given.
 TEXT_GLOBS = ("*.txt", "*.md", "*.rst", "*.py")

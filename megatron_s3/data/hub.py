@@ -2,12 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_s3.data.errors import DataError, IncompleteError
-
-if TYPE_CHECKING:
-    from megatron_s3.data.readers import Shard
+from megatron_s3.data.shards import Shard
 
 #: Names for `--input`: the dataset on the hub, and what it calls its text.
 NAMED = {
@@ -18,7 +16,7 @@ NAMED = {
 }
 
 
-def shards(repository: str, config: str, revision: str, key: str) -> "list[Shard]":
+def shards(repository: str, config: str, revision: str, key: str) -> list[Shard]:
     """The files of a dataset's train split, each pinned to the commit that was found.
 
     Args:
@@ -30,8 +28,6 @@ def shards(repository: str, config: str, revision: str, key: str) -> "list[Shard
     Raises:
         DataError: If there is no such dataset, or it cannot be reached.
     """
-    from megatron_s3.data.readers import Shard
-
     datasets = _library()
     asked = ":".join(filter(None, (f"hf:{repository}", config)))
     try:

@@ -2,11 +2,8 @@
 
 import gc
 import hashlib
-import logging
 import os
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.data.errors import DataError
@@ -24,25 +21,14 @@ def library() -> Any:
         DataError: If it cannot be imported.
     """
     try:
-        with _quiet():
-            from megatron.core.datasets import indexed_dataset
+        from megatron_s3.mcore import datasets
+
+        return datasets.indexed_dataset()
     except ImportError as error:
         raise DataError(
             f"megatron-core cannot be imported ({error}); it writes the dataset: "
             "pip install 'megatron-s3[megatron]'"
         ) from error
-    return indexed_dataset
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def builder(path: str, vocab_size: int) -> Any:
@@ -56,10 +42,12 @@ def builder(path: str, vocab_size: int) -> Any:
 def join(path: str, pieces: Iterable[str], vocab_size: int) -> None:
     """Write `path`.bin and `path`.idx of the datasets `pieces`, one after the other."""
     joined = builder(path, vocab_size)
+    from megatron_s3.mcore.parse import quiet
+
     # add_index() collects garbage each time, which takes long with torch's objects to look through.
     gc.freeze()
     try:
-        with _quiet():
+        with quiet():
             for piece in pieces:
                 joined.add_index(piece)
     finally:

@@ -27,10 +27,10 @@ from megatron_s3.mcore.arguments import (
     state_dtypes,
     switches,
 )
+from megatron_s3.mcore.coverage import check, collected
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
 from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
-from megatron_s3.mcore.parts import check, collected
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.offload import Offload
 

@@ -20,7 +20,7 @@ import torch
 
 from megatron_s3.mcore import cpu_device
 
-__all__ = ["parse", "parser", "prepare", "quiet"]
+__all__ = ["parse", "parser", "prepare", "quiet", "release"]
 
 #: What validation asks of a device, where there is none: an H100's (compute capability 9.0).
 _STANDIN = types.SimpleNamespace(
@@ -44,6 +44,14 @@ def prepare(words: Sequence[str]) -> None:
         from megatron_s3.mcore import seams  # imports Megatron
 
         seams.install()
+
+
+def release() -> str:
+    """Returns the version of the Megatron that is installed."""
+    from megatron.core.package_info import __version__
+
+    # What follows a "+" is the commit of whatever repository the environment lies in.
+    return __version__.partition("+")[0]
 
 
 def _device(words: Sequence[str]) -> str:

@@ -21,11 +21,12 @@ from megatron_s3.kernels.statistics import FIELDS, LARGEST, Statistics
 from megatron_s3.mcore.arguments import hyperparameters, needs_grad_norm
 from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.optimizers import OPTIMIZERS
-from megatron_s3.telemetry.buckets import Layout
+from megatron_s3.telemetry.parameter_kinds import Layout
 from megatron_s3.telemetry.runlog import RunLog, finite
+from megatron_s3.telemetry.spike_log import SpikeWatch
 from megatron_s3.telemetry.updates import summary, tags
-from megatron_s3.telemetry.watch import SpikeWatch
 from megatron_s3.telemetry.writers import Careful, say_without
+from megatron_s3.version import __version__
 
 __all__ = [
     "UpdateLog",
@@ -261,8 +262,6 @@ def _finite(values: Any) -> Any:
 
 def _start(args: Any, iteration: int) -> dict[str, Any]:
     from megatron.training.training import num_floating_point_operations
-
-    from megatron_s3 import __version__
 
     cls = OPTIMIZERS.get(args.optimizer)
     names = ("adam_beta1", "adam_beta2", "adam_eps") if args.optimizer == "adam" else ()

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from megatron_s3.kernels.statistics import FIELDS
-from megatron_s3.telemetry.buckets import Layout
+from megatron_s3.telemetry.parameter_kinds import Layout
 
 __all__ = ["rising", "sizes", "summary", "tags"]
 

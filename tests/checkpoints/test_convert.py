@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_s3.checkpoints import convert, items, transfer
-from megatron_s3.launch import translate
+from megatron_s3.launch.args import LR_FACTOR, translate
 from megatron_s3.mcore import weights
 from megatron_s3.optimizers import S3
 from megatron_s3.optimizers.description import FORMAT
@@ -167,13 +167,13 @@ def test_rates_are_scaled_as_on_paper() -> None:
 
 def test_both_ways_to_s3_give_the_same_rates_for_the_same_factor(tmp_path: Path) -> None:
     """`args` for a launch, `convert` for a checkpoint: it resumes with the flags of either."""
-    assert transfer.LR_FACTOR == {"s3": 3.0, "adam": 10.0} and translate.LR_FACTOR == "10"
+    assert transfer.LR_FACTOR == {"s3": 3.0, "adam": 10.0} and LR_FACTOR == "10"
     given = write(tmp_path / "adamw", states(), common(args=arguments(weight_decay=0.1)))
     launch = "--optimizer adam --lr 3e-4 --min-lr 3e-5 --weight-decay 0.1 --clip-grad 1.0"
     for factor in ("3", "10"):
         record = convert.convert(given, tmp_path / factor, "s3", lr_factor=float(factor))
         said = []
-        for words in (record["flags"].split(), translate.translate(launch, factor).text.split()):
+        for words in (record["flags"].split(), translate(launch, factor).text.split()):
             found = dict(zip(words[::2], words[1::2], strict=True))
             said.append(
                 {name: float(found[f"--{name}"]) for name in ("lr", "min-lr", "weight-decay")}

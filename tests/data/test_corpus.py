@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_s3 import data
-from megatron_s3.data import corpus, documents, indexed, parts, readers, tokenizers
+from megatron_s3.data import corpus, dataset_parts, documents, indexed, tokenizers
 from megatron_s3.data.__main__ import main
+from megatron_s3.data.shards import Shard
 
 pytest.importorskip("megatron.core")
 
@@ -82,17 +83,17 @@ def test_every_document_is_in_one_split_byte_for_byte(folder: Path, tmp_path: Pa
 
 @given(st.integers(0, 500), st.integers(1, 99), st.integers(1, 99))
 def test_split_has_the_parts_asked_for(count: int, train: int, valid: int) -> None:
-    picked = sum(parts.is_valid(i, (train, valid)) for i in range(count))
+    picked = sum(dataset_parts.is_valid(i, (train, valid)) for i in range(count))
     assert picked == math.ceil(count * valid / (train + valid))
 
 
 @pytest.mark.parametrize(("train", "valid"), [(95, 5), (1, 1), (999, 1), (2, 1)])
 def test_small_shards_of_unknown_place_keep_the_parts(train: int, valid: int) -> None:
-    shard, count = readers.Shard("jsonl", ("a",), ("",)), 4000
+    shard, count = Shard("jsonl", ("a",), ("",)), 4000
     picked = 0
     for number in range(count):
-        first = parts.first_index(number, shard, (train, valid))
-        picked += sum(parts.is_valid(first + i, (train, valid)) for i in range(number % 4))
+        first = dataset_parts.first_index(number, shard, (train, valid))
+        picked += sum(dataset_parts.is_valid(first + i, (train, valid)) for i in range(number % 4))
     assert picked == pytest.approx(count * 1.5 * valid / (train + valid), rel=0.02, abs=4)
 
 

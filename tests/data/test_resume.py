@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_s3 import data
-from megatron_s3.data import documents, indexed, parts
+from megatron_s3.data import dataset_parts, documents, indexed
 
 pytest.importorskip("megatron.core")
 
@@ -138,9 +138,9 @@ def broken_off(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         done.append(number)
         write(folder, number, *rest)
 
-    write = parts.write
+    write = dataset_parts.write
     with monkeypatch.context() as patched:
-        patched.setattr(parts, "write", interrupting)
+        patched.setattr(dataset_parts, "write", interrupting)
         with pytest.raises(KeyboardInterrupt):
             build(text, prefix)
     assert done
@@ -151,8 +151,8 @@ def test_finished_parts_are_not_made_again(
     broken_off: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    write = parts.write
-    monkeypatch.setattr(parts, "write", lambda *a: (made.append(a[1]), write(*a)))
+    write = dataset_parts.write
+    monkeypatch.setattr(dataset_parts, "write", lambda *a: (made.append(a[1]), write(*a)))
     done = parts_of(broken_off)
     build(text, broken_off)
     assert made and not set(made) & done
@@ -209,15 +209,15 @@ def test_part_that_is_not_as_it_was_written_is_made_again(
 def test_second_call_at_the_same_time_is_refused(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = parts.write
+    write = dataset_parts.write
 
     def meanwhile(*arguments: Any) -> None:
-        monkeypatch.setattr(parts, "write", write)
+        monkeypatch.setattr(dataset_parts, "write", write)
         with pytest.raises(data.DataError, match="another process is writing"):
             build(text, tmp_path / "set")
         write(*arguments)
 
-    monkeypatch.setattr(parts, "write", meanwhile)
+    monkeypatch.setattr(dataset_parts, "write", meanwhile)
     build(text, tmp_path / "set")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import pairs, preflight
+from megatron_s3.launch import blame, preflight
 
 
 def _node(rank: int, words: list[str], port: int, log: Path, break_it) -> None:
@@ -159,7 +159,7 @@ def test_finished_run_is_not_looked_at(nodes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nodes", range(2, 9))
 def test_rounds_meet_each_neighbour_once_and_nobody_twice_at_a_time(nodes: int) -> None:
-    rounds = pairs.rounds(nodes)
+    rounds = blame.rounds(nodes)
     for together in rounds:
         members = list(chain(*together))
         assert len(members) == len(set(members))
@@ -170,11 +170,11 @@ def test_rounds_meet_each_neighbour_once_and_nobody_twice_at_a_time(nodes: int) 
 
 def test_blame() -> None:
     names = ["a", "b", "c", "d"]
-    assert pairs.blame(names, []) == {}
-    assert list(pairs.blame(names, [(1, 2), (2, 3)])) == [2]
-    assert list(pairs.blame(names, [(0, 1), (1, 2), (2, 3)])) == [1, 2]
-    assert pairs.blame(names, [(3, 0)]) == {3: "d and a: no all-reduce between the two"}
-    assert list(pairs.blame(names[:2], [(0, 1)])) == [0]
+    assert blame.blame(names, []) == {}
+    assert list(blame.blame(names, [(1, 2), (2, 3)])) == [2]
+    assert list(blame.blame(names, [(0, 1), (1, 2), (2, 3)])) == [1, 2]
+    assert blame.blame(names, [(3, 0)]) == {3: "d and a: no all-reduce between the two"}
+    assert list(blame.blame(names[:2], [(0, 1)])) == [0]
 
 
 def test_outside_of_a_job(capsys: pytest.CaptureFixture) -> None:

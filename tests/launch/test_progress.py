@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import progress, provenance, run
+from megatron_s3.launch import launch, progress, provenance
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import Progress
 
@@ -63,7 +63,7 @@ def test_the_newest_is_where_the_run_saves(sets, iteration, tmp_path, capsys):
     config, run_dir = load(["tiny-s3"], sets), tmp_path / "run"
     assert progress.progress(config, run_dir) == Progress(folder, iteration, 30)
     words = ["tiny-s3", "--run-dir", str(run_dir), *(f"--set={word}" for word in sets)]
-    assert run.main([*words, "--print-checkpoint"]) == 0
+    assert launch.main([*words, "--print-checkpoint"]) == 0
     assert capsys.readouterr().out == f"{iteration}\n"
     assert progress.progress(config, run_dir).finished is (iteration == 30)
 
@@ -99,7 +99,7 @@ def test_load_of_another_folder_is_for_the_start(tmp_path):
     saved(tmp_path / "checkpoints", 10)
     told, left_out = progress.continued(config, tmp_path)
     assert left_out == ["load", "finetune", "ckpt_step"]
-    words = run.megatron_words(told, tmp_path)
+    words = launch.megatron_words(told, tmp_path)
     assert words[words.index("--load") + 1] == str(tmp_path / "checkpoints")
     assert not {"--finetune", "--ckpt-step"} & set(words)
 
@@ -129,19 +129,19 @@ def test_a_finished_run_of_another_configuration_is_not_this_one(tmp_path, capsy
     saved(tmp_path / "checkpoints", 30)
     provenance.record(tmp_path, load(["tiny-s3"]), [])
     words = ["tiny-s3", "--run-dir", str(tmp_path)]
-    assert run.main([*words, "--set", "lr=0.003", "--set", "launch.time=1:00"]) == 0
+    assert launch.main([*words, "--set", "lr=0.003", "--set", "launch.time=1:00"]) == 0
     assert "trained to iteration 30 of 30 already; nothing to do" in capsys.readouterr().out
-    assert run.main([*words, "--set", "train_iters=20", "--set", "s3_grad_bound=10"]) == 2
+    assert launch.main([*words, "--set", "train_iters=20", "--set", "s3_grad_bound=10"]) == 2
     assert capsys.readouterr().err == (
         f"error: training in {tmp_path} is finished, with another configuration than this: "
         "train_iters: 30 -> 20, s3_grad_bound: not given -> 10; take another --run-dir for another "
         "run\n"
     )
     (tmp_path / "config.yaml").write_text("arguments:\n  lr: [")
-    assert run.main(words) == 2
+    assert launch.main(words) == 2
     assert "what was trained cannot be read" in capsys.readouterr().err
     (tmp_path / "config.yaml").unlink()
-    assert run.main(words) == 0
+    assert launch.main(words) == 0
     assert f"(with which configuration {tmp_path} does not say)" in capsys.readouterr().out
 
 
@@ -163,6 +163,6 @@ def test_a_finished_run_of_another_configuration_is_not_this_one(tmp_path, capsy
 )
 def test_status(status, after, asked_by, ended):
     folder = Path("checkpoints")
-    assert run._ended(status, Progress(folder, 10, 30), Progress(folder, after, 30), asked_by) == (
-        ended
-    )
+    assert launch._ended(
+        status, Progress(folder, 10, 30), Progress(folder, after, 30), asked_by
+    ) == (ended)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import run, stopping
+from megatron_s3.launch import launch, stopping
 from megatron_s3.launch.config import ConfigError, load
 
 REPOSITORY = Path(__file__).parents[2]
@@ -162,7 +162,7 @@ def test_an_interrupt_before_there_are_ranks_ends_the_launcher():
 @pytest.mark.parametrize("more", [[], ["--slurm"]])
 def test_a_signal_that_nobody_serves_is_refused(sets, message, more, tmp_path, capsys):
     words = ["tiny-s3", "--run-dir", str(tmp_path), *(f"--set={word}" for word in sets), *more]
-    assert run.main(words) == 2
+    assert launch.main(words) == 2
     assert message in capsys.readouterr().err
 
 

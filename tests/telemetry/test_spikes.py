@@ -7,9 +7,9 @@ import random
 import pytest
 
 from megatron_s3.telemetry.detectors import DETECTORS
+from megatron_s3.telemetry.spike_log import SpikeWatch
 from megatron_s3.telemetry.spikes import SpikeDetector
 from megatron_s3.telemetry.updates import rising
-from megatron_s3.telemetry.watch import SpikeWatch
 from scripts.bench import spikes as confusion
 from scripts.bench.spikes import Score, curve, score
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_s3.telemetry.buckets import KINDS, Layout, kind_of
+from megatron_s3.telemetry.parameter_kinds import KINDS, Layout, kind_of
 from megatron_s3.telemetry.runlog import RunLog, finite, read
 from megatron_s3.telemetry.updates import summary, tags
 

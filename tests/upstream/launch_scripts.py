@@ -18,7 +18,7 @@ import tempfile
 from decimal import Decimal
 from pathlib import Path
 
-from megatron_s3.launch.translate import LaunchError, translate
+from megatron_s3.launch.args import LaunchError, translate
 
 RECORD = (
     '#!/bin/bash\nprintf \'%s\\x1f\' "${0##*/}" "$@" >> "$CALLS"; printf \'\\x1e\' >> "$CALLS"\n'

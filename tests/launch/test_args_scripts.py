@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import translate as module
-from megatron_s3.launch.translate import LaunchError, translate
+from megatron_s3.launch import args as module
+from megatron_s3.launch.args import LaunchError, translate
 
 STUBS = ("torchrun", "python", "python3", "uv", "ssh", "debugpy-run", "mpirun")
 RECORD = 'printf "%s" "${0##*/}" >> "$LOG"; printf " %s" "$@" >> "$LOG"; echo >> "$LOG"\n'

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_s3.launch.shipped import names
+from megatron_s3.launch.configs import names
 from tests.harness.releases import INSTALLED, RELEASES, unpacked
 from tests.harness.trainer import REPOSITORY, brief
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_s3.data import indexed, readers
-from megatron_s3.data.readers import Shard
+from megatron_s3.data.shards import Shard
 from megatron_s3.data.tokenizers import Tokenizer
 
 SPLITS = ("train", "valid")

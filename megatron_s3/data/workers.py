@@ -10,9 +10,9 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from megatron_s3.data import indexed, parts
+from megatron_s3.data import dataset_parts, indexed
 from megatron_s3.data.errors import IncompleteError
-from megatron_s3.data.readers import Shard
+from megatron_s3.data.shards import Shard
 from megatron_s3.data.tokenizers import Tokenizer
 
 
@@ -41,7 +41,7 @@ class Progress:
         self._finished += 1
         self._left -= self._weights[number]
         for i, what in enumerate(("documents", "bytes", "tokens")):
-            self._done[i] += sum(part[side][what] for side in parts.SPLITS)
+            self._done[i] += sum(part[side][what] for side in dataset_parts.SPLITS)
         self._before = self._done[1]
 
     def add(self, documents: int, text: int, tokens: int) -> None:
@@ -97,11 +97,11 @@ def write_parts(
     workers = min(workers, len(todo))
     if workers <= 1:
         for number in todo:
-            parts.write(folder, number, shards[number], tokenizer, split, progress.add)
+            dataset_parts.write(folder, number, shards[number], tokenizer, split, progress.add)
             progress.part(number)
         return
     context = multiprocessing.get_context("forkserver")  # each worker would import for seconds
-    context.set_forkserver_preload(["megatron_s3.data.warm"])
+    context.set_forkserver_preload(["megatron_s3.data.preload"])
     stop, done = context.Event(), context.SimpleQueue()
     executor = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin, initargs=(stop, done, tokenizer, split)
@@ -156,4 +156,4 @@ def _write(folder: str, number: int, shard: Shard) -> None:
 
     if _worker["stop"].is_set():
         raise _StoppedError
-    parts.write(folder, number, shard, _worker["tokenizer"], _worker["split"], report)
+    dataset_parts.write(folder, number, shard, _worker["tokenizer"], _worker["split"], report)

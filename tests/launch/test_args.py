@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megatron_s3.launch import translate as module
-from megatron_s3.launch.translate import LaunchError, translate
+from megatron_s3.launch import args as module
+from megatron_s3.launch.args import LaunchError, translate
 
 SCRIPT = """\
 #!/bin/bash

@@ -48,10 +48,9 @@ def main(argv: list[str]) -> int:
     tell(f"asking Megatron about {len(configs)} configurations; importing it takes a while")
     rows = _rows(configs, errors)
     _print([_COLUMNS, *rows])
-    from megatron.core.package_info import __version__ as release
+    from megatron_s3.mcore.parse import release
 
-    # What follows a "+" is the commit of whatever repository the environment lies in.
-    print(f"megatron-core {release.partition('+')[0]}: {len(rows)} accepted, {len(errors)} refused")
+    print(f"megatron-core {release()}: {len(rows)} accepted, {len(errors)} refused")
     return 2 if errors else 0
 
 

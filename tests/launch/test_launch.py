@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import lock, provenance, run, slurm, stopping
+from megatron_s3.launch import launch, lock, provenance, slurm, stopping
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import progress
 
@@ -28,13 +28,13 @@ def _no_job(monkeypatch):
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    run.add_config_arguments(parser)
-    run.add_run_arguments(parser)
+    launch.add_config_arguments(parser)
+    launch.add_run_arguments(parser)
     return parser.parse_args(words)
 
 
 def test_one_node_meets_itself():
-    command = run.torchrun(load(["tiny-s3"]), ["--lr", "1"])
+    command = launch.torchrun(load(["tiny-s3"]), ["--lr", "1"])
     assert command[1:] == [
         "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
         "--local-addr=127.0.0.1", "-m", "megatron_s3.pretrain_gpt", "--lr", "1",
@@ -46,14 +46,14 @@ def test_several_nodes_meet_where_slurm_says(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("MASTER_PORT", "12345")
     config = load(["layouts/gpt2-7b/64gpu"], ["launch.script=Megatron-LM/pretrain_gpt.py"])
-    assert run.torchrun(config, [])[3:] == [
+    assert launch.torchrun(config, [])[3:] == [
         "--nproc-per-node=8", "--nnodes=8", "--node-rank=3", "--master-addr=node0",
         "--master-port=12345", "-m", "megatron_s3", "Megatron-LM/pretrain_gpt.py",
     ]  # fmt: skip
 
 
 def test_a_run_keeps_everything_in_its_folder(tmp_path):
-    words = run.megatron_words(load(["tiny-s3"], ["save=elsewhere"]), tmp_path)
+    words = launch.megatron_words(load(["tiny-s3"], ["save=elsewhere"]), tmp_path)
     assert words[words.index("--save") + 1] == "elsewhere"
     assert words.count("--save") == 1
     assert words[words.index("--load") + 1] == "elsewhere"
@@ -62,12 +62,12 @@ def test_a_run_keeps_everything_in_its_folder(tmp_path):
 
 def test_without_data_nothing_starts(tmp_path):
     with pytest.raises(ConfigError, match="nothing to train on; --set dataset=PREFIX"):
-        run.megatron_words(load(["gpt2-7b-s3"]), tmp_path)
+        launch.megatron_words(load(["gpt2-7b-s3"]), tmp_path)
 
 
 def test_a_job_of_another_size_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
-    assert run.main(["tiny-s3", "--run-dir", str(tmp_path)]) == 2
+    assert launch.main(["tiny-s3", "--run-dir", str(tmp_path)]) == 2
     assert (
         "error: launch.nodes is 1 (configs/models/tiny.yaml:27), but the SLURM job has 3 nodes; "
         "submit with --nodes=1, or --set launch.nodes=3" in capsys.readouterr().err
@@ -76,7 +76,7 @@ def test_a_job_of_another_size_is_refused(monkeypatch, tmp_path, capsys):
 
 
 def test_several_nodes_without_slurm_are_refused(tmp_path, capsys):
-    status = run.main(["tiny-s3", "--set", "launch.nodes=2", "--run-dir", str(tmp_path)])
+    status = launch.main(["tiny-s3", "--set", "launch.nodes=2", "--run-dir", str(tmp_path)])
     assert status == 2
     assert (
         "2 nodes, but SLURM_NODEID, MASTER_ADDR, MASTER_PORT is not set" in capsys.readouterr().err
@@ -85,17 +85,17 @@ def test_several_nodes_without_slurm_are_refused(tmp_path, capsys):
 
 def test_an_array_has_a_run_for_each_combination(tmp_path):
     words = ["tiny-s3", "--set", "array.lr=[1e-3, 3e-3]", "--set", "array.seed=[1, 2]"]
-    assert list(run.array_tasks(load(words[:1], words[2::2]))) == [
+    assert list(launch.array_tasks(load(words[:1], words[2::2]))) == [
         "lr-1e-3-seed-1", "lr-1e-3-seed-2", "lr-3e-3-seed-1", "lr-3e-3-seed-2",
     ]  # fmt: skip
-    config, folder = run.resolve(arguments(*words, "--run-dir", str(tmp_path), "--task", "2"))
+    config, folder = launch.resolve(arguments(*words, "--run-dir", str(tmp_path), "--task", "2"))
     assert folder == tmp_path / "lr-3e-3-seed-1"
     assert (config.arguments["lr"], config.arguments["seed"]) == ("3e-3", "1")
     assert config.arguments["weight_decay"] == "0.01"
     with pytest.raises(ConfigError, match="an array of 4 runs"):
-        run.resolve(arguments(*words))
+        launch.resolve(arguments(*words))
     with pytest.raises(ConfigError, match="--task 4: the array has the runs 0 to 3"):
-        run.resolve(arguments(*words, "--task", "4"))
+        launch.resolve(arguments(*words, "--task", "4"))
 
 
 def test_sbatch_is_asked_for_what_the_configuration_says(tmp_path):
@@ -142,10 +142,10 @@ def test_null_takes_a_default_option_away(tmp_path):
 def test_a_run_of_an_array_stays_in_the_folder(tmp_path, values, names):
     words = ["tiny-s3", "--set", f"array.data_path={values}", "--run-dir", str(tmp_path)]
     config = load(words[:1], words[2:3])
-    assert list(run.array_tasks(config)) == names
+    assert list(launch.array_tasks(config)) == names
     for task, name in enumerate(names):
         if "\n" not in config.array["data_path"][task]:
-            _, folder = run.resolve(arguments(*words, "--task", str(task)))
+            _, folder = launch.resolve(arguments(*words, "--task", str(task)))
             assert folder == tmp_path / name and folder.parent == tmp_path
 
 
@@ -155,7 +155,7 @@ def test_a_run_of_an_array_stays_in_the_folder(tmp_path, values, names):
 )
 def test_an_array_whose_runs_have_no_folders_is_refused(values, why):
     with pytest.raises(ConfigError, match=f"--set array.seed=.*{why}"):
-        run.array_tasks(load(["tiny-s3"], [f"array.seed={values}"]))
+        launch.array_tasks(load(["tiny-s3"], [f"array.seed={values}"]))
 
 
 SBATCH = """#!/bin/bash
@@ -172,13 +172,13 @@ def submit(tmp_path, monkeypatch):
     (tmp_path / "bin/sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
-    monkeypatch.setattr(run, "ask_megatron", lambda *args: None)
+    monkeypatch.setattr(launch, "ask_megatron", lambda *args: None)
     for name in ("SBATCH_EXPORT", "CONTAINER", "VENV"):
         monkeypatch.delenv(name, raising=False)
 
     def submit(*words: str, status: int = 0) -> tuple[list[str], dict[str, str]]:
         folder = str(tmp_path / "run")
-        assert run.main([*words, "--slurm", "--run-dir", folder]) == status
+        assert launch.main([*words, "--slurm", "--run-dir", folder]) == status
         if status:
             assert not (tmp_path / "run").exists() and not (tmp_path / "seen").exists()
             return [], {}
@@ -210,7 +210,7 @@ def test_the_copy_of_an_array_derives_for_each_run(submit, tmp_path):
     line, _ = submit(*words)
     assert "--array=0-1" in line
     given = arguments(line[-1], "--run-dir", str(tmp_path / "run"), "--task", "1")
-    config, folder = run.resolve(given)
+    config, folder = launch.resolve(given)
     assert folder == tmp_path / "run/lr-3e-3"
     assert config.arguments["weight_decay"] == "0.01"
     assert config.arguments["min_lr"] == "0.0003"
@@ -285,8 +285,8 @@ def test_credentials_reach_the_job_and_no_file(submit, tmp_path, monkeypatch, ca
     assert environment["WANDB_API_KEY"] == "hush"
     assert environment["PROXY"] == "http://me:hush@host"
     assert "--export=ALL,OTHER_TOKEN=hush" in submit_line
-    assert run.main([*words, "--slurm", "--run-dir", str(tmp_path / "run")]) == 0
-    assert run.main([*words, "--run-dir", str(tmp_path / "run")]) == 0
+    assert launch.main([*words, "--slurm", "--run-dir", str(tmp_path / "run")]) == 0
+    assert launch.main([*words, "--run-dir", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr()
     assert "hush" not in printed.out + printed.err
     assert "export WANDB_API_KEY=(not written down)" in printed.out
@@ -346,12 +346,12 @@ def test_an_attempt_is_recorded_and_secrets_are_not(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("held", ["run", "run/checkpoints", "elsewhere"])
 def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, capsys, held):
-    monkeypatch.setattr(run, "ask_megatron", lambda *args: None)
+    monkeypatch.setattr(launch, "ask_megatron", lambda *args: None)
     words = ["tiny-s3", "--run-dir", str(tmp_path / "run")]
     if held == "elsewhere":
         words += ["--set", f"save={tmp_path}/elsewhere"]
     with lock.hold([tmp_path / held]):
-        assert run.main(words) == 2
+        assert launch.main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith(
         f"error: {tmp_path / held} is in use by another launch: process {os.getpid()} on "
@@ -362,9 +362,9 @@ def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, capsys, held):
 def test_other_nodes_of_a_job_share_its_folder(tmp_path, monkeypatch):
     """Only the first takes the lock; ranks of all nodes hold it."""
     config = load(["tiny-s3"])
-    with run._alone(config, tmp_path) as first:
+    with launch._alone(config, tmp_path) as first:
         monkeypatch.setenv("SLURM_NODEID", "1")
-        with run._alone(config, tmp_path) as second:
+        with launch._alone(config, tmp_path) as second:
             assert first == second
             files = json.loads(second[lock.VARIABLE])[1:]
     assert files == [f"{tmp_path}/lock", f"{tmp_path}/checkpoints/lock"]
@@ -394,7 +394,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
         while not stopping.catches(process.pid, signal.SIGTERM) and process.poll() is None:
             time.sleep(0.01)
         process.terminate()
-        assert process.wait() == run.STOPPED, log.read_text()[-4000:]
+        assert process.wait() == launch.STOPPED, log.read_text()[-4000:]
     stopped = progress(load(["tiny-s3"]), tmp_path).saved
     assert 0 < stopped < 100
     said = log.read_text()

@@ -1,0 +1,36 @@
+"""Megatron's indexed datasets: their format for those who write them, and their built helpers."""
+
+import os
+import shutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from megatron_s3.mcore.parse import quiet
+
+__all__ = ["compile_helpers", "indexed_dataset"]
+
+
+def indexed_dataset() -> ModuleType:
+    """Returns Megatron's module that reads and writes indexed datasets.
+
+    Raises:
+        ImportError: there is no Megatron, or it cannot be imported.
+    """
+    with quiet():
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def compile_helpers(original: Callable[..., Any]) -> Any:
+    """Around the compilation of the library that reads datasets: keeps one that came built.
+
+    Megatron calls make, and ends the process where that fails: the wheels of 0.17 to 0.19 hold the
+    library, and no Makefile.
+    """
+    try:
+        import megatron.core.datasets.helpers_cpp as built
+    except ImportError:
+        return original()
+    makefile = os.path.join(os.path.dirname(built.__file__), "Makefile")
+    return original() if os.path.exists(makefile) and shutil.which("make") else None

@@ -2,16 +2,14 @@
 
 import contextlib
 import functools
-import inspect
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_s3.mcore import shard_files
+from megatron_s3.mcore import compat_before_0_19, shard_files
 from megatron_s3.mcore.one_pass import OnePass, Place, is_plain, place, require_memory
 
 __all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
@@ -249,38 +247,12 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
                 yield from zip(models, own, strict=True)
 
 
-_ADAMS = ("param", "exp_avg", "exp_avg_sq")
-
-
 @functools.cache
 def sharded_class(
     state: tuple[str, ...],
     base: type[ElementwiseDistributedOptimizer] = ElementwiseDistributedOptimizer,
 ) -> type[ElementwiseDistributedOptimizer]:
-    """The class for an optimizer with these state tensors.
-
-    Before 0.19 upstream's checkpoint code holds the names of Adam's as a literal in four methods;
-    there the class gets those methods with the literal replaced, and nothing else changed.
-    """
-    methods = {}
-    if not hasattr(DistributedOptimizer, "optimizer_state_keys"):
-        for name, function in vars(DistributedOptimizer).items():
-            if inspect.isfunction(function) and _ADAMS in function.__code__.co_consts:
-                methods[name] = _with_constant(function, _ADAMS, ("param", *state))
+    """Returns the class for an optimizer with these state tensors."""
+    older = compat_before_0_19.needed()
+    methods = compat_before_0_19.methods_that_name(state) if older else {}
     return type(base.__name__, (base,), methods)
-
-
-def _with_constant(function: Callable[..., Any], old: object, new: object) -> Callable[..., Any]:
-    """A copy of the function in which one constant has another value."""
-    code = function.__code__
-    constants = tuple(new if constant == old else constant for constant in code.co_consts)
-    return functools.update_wrapper(
-        types.FunctionType(
-            code.replace(co_consts=constants),
-            function.__globals__,
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
-        ),
-        function,
-    )

@@ -15,7 +15,8 @@ from megatron_s3.mcore.one_pass import Place, is_plain, place, require_memory
 
 __all__ = ["ElementwiseFSDPOptimizer", "preprocess_fsdp_dtensor_state_dict"]
 
-_ADAMS = ("exp_avg", "exp_avg_sq")
+#: What Megatron's functions for such checkpoints hold as a constant.
+ADAMS = ("exp_avg", "exp_avg_sq")
 
 
 class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
@@ -101,7 +102,7 @@ def preprocess_fsdp_dtensor_state_dict(
         for name, value in state.items()
         if isinstance(value, Tensor) and value.dim()
     )
-    with _splitting(tuple(names) or _ADAMS):
+    with _splitting(tuple(names) or ADAMS):
         return original(args, raw_state_dict, model)
 
 
@@ -111,11 +112,11 @@ def _splitting(names: tuple[str, ...]) -> Iterator[None]:
     kept = {
         function: function.__code__
         for function in vars(fsdp_dtensor_checkpoint).values()
-        if inspect.isfunction(function) and _ADAMS in function.__code__.co_consts
+        if inspect.isfunction(function) and ADAMS in function.__code__.co_consts
     }
     try:
         for function, code in kept.items():
-            constants = tuple(names if c == _ADAMS else c for c in code.co_consts)
+            constants = tuple(names if c == ADAMS else c for c in code.co_consts)
             function.__code__ = code.replace(co_consts=constants)
         yield
     finally:

@@ -1,0 +1,57 @@
+"""Work-arounds for Megatron-Core before 0.19: delete this where no older release is supported.
+
+With it goes the row of :mod:`megatron_s3.mcore.seams` that names it.  Before 0.19 upstream's
+checkpoint code holds the names of Adam's states as a constant in four methods, where it asks for
+``optimizer_state_keys`` since then.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+__all__ = ["METHODS", "found", "methods_that_name", "needed"]
+
+#: The methods of DistributedOptimizer that hold the names.
+METHODS = (
+    "get_parameter_state_dp_zero",
+    "load_parameter_state_from_dp_zero",
+    "load_parameter_state_from_dp_zero_legacy",
+    "split_state_dict_if_needed",
+)
+
+_ADAMS = ("param", "exp_avg", "exp_avg_sq")
+
+
+def needed() -> bool:
+    """Returns whether the installed release holds the names."""
+    return not hasattr(DistributedOptimizer, "optimizer_state_keys")
+
+
+def found(cls: type) -> set[str]:
+    """Returns the names of the methods of a class that hold Adam's."""
+    functions = {name: value for name, value in vars(cls).items() if inspect.isfunction(value)}
+    return {name for name, value in functions.items() if _ADAMS in value.__code__.co_consts}
+
+
+def methods_that_name(state: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
+    """Returns copies of the methods with these names of states, and nothing else changed."""
+    return {name: _copy(vars(DistributedOptimizer)[name], ("param", *state)) for name in METHODS}
+
+
+def _copy(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    code = function.__code__
+    constants = tuple(names if constant == _ADAMS else constant for constant in code.co_consts)
+    return functools.update_wrapper(
+        types.FunctionType(
+            code.replace(co_consts=constants),
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        ),
+        function,
+    )

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from megatron_s3 import data, report
 from megatron_s3.launch import lock
+from megatron_s3.storage.newest import Unclear, newest
 
 TRAINER = "megatron_s3.pretrain_gpt"
 LAYERS, HIDDEN, HEADS, SEQ_LENGTH, BATCH = 4, 128, 4, 128, 16
@@ -281,11 +282,12 @@ def _store(path: Path, content: dict[str, Any]) -> None:
 
 
 def _checkpointed(folder: Path) -> int:
-    """Iteration of the last checkpoint, 0 if there is none."""
+    """Returns the iteration of the newest checkpoint, 0 if there is none."""
     try:
-        return int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    except (OSError, ValueError):
+        found = newest(folder / "checkpoints")
+    except (Unclear, OSError):
         return 0
+    return found if isinstance(found, int) else 0
 
 
 def _launch(arguments: list[str], nproc: int, log: Path) -> None:

@@ -24,19 +24,21 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_s3.checkpoints import items, transfer
-from megatron_s3.checkpoints.items import Slice, Writer
+from megatron_s3.checkpoints import transfer
 from megatron_s3.checkpoints.transfer import Settings, TransferError
-from megatron_s3.mcore import integrity, objects, weights
+from megatron_s3.mcore.checkpoint import read
+from megatron_s3.storage import checksums, copying
+from megatron_s3.storage.copying import Slice, Writer
+from megatron_s3.storage.index import read as read_index
+from megatron_s3.storage.layout import INDEX, SEAL, TRACKER, iteration_of
 from megatron_s3.version import __version__
 
 __all__ = ["ConvertError", "convert", "main"]
 
 _NAMES = {"s3": "S3", "adam": "AdamW"}
-_INDEX = ".metadata"
 _COMMON = "common.pt"
 #: Of the files as they were: ours, and that of Megatron's --verify-integrity.
-_CHECKSUMS = (integrity.SEAL, "integrity.json")
+_CHECKSUMS = (SEAL, "integrity.json")
 
 
 class ConvertError(ValueError):
@@ -70,7 +72,7 @@ def convert(
         What ``convert.json`` in the output holds.
 
     Raises:
-        ConvertError, weights.CheckpointError, TransferError: unusable input; nothing is written.
+        ConvertError, read.CheckpointError, TransferError: unusable input; nothing is written.
         Mismatch: what was written reads back wrongly; nothing is left of it.
     """
     output = Path(output)
@@ -78,8 +80,8 @@ def convert(
         raise ConvertError(f"{output} exists: choose another folder, or remove it")
     if not output.absolute().parent.is_dir():
         raise ConvertError(f"{output.parent}: no such folder; make it first")
-    found = weights.find(checkpoint, iteration)
-    if weights.number(found) is None:
+    found = read.find(checkpoint, iteration)
+    if iteration_of(found) is None:
         raise ConvertError(
             f"{found} is a release, of which Megatron loads the weights alone: there is nothing to "
             "convert, it loads into any optimizer as it is"
@@ -96,16 +98,19 @@ def convert(
     part.mkdir()
     try:
         began = time.monotonic()
-        counts = _write(source, part / source.folder.name, values)
-        _verify(source, part / source.folder.name, values)
+        unverified = part / "unverified" / source.folder.name  # where nothing looks for one
+        counts = _write(source, unverified, values)
+        _verify(source, unverified, values)
+        unverified.rename(part / source.folder.name)
+        unverified.parent.rmdir()
         seconds = time.monotonic() - began
         record = _record(source, values, counts, seconds)
         (part / "convert.json").write_text(json.dumps(record, indent=2) + "\n")
-        iteration_number = str(weights.number(source.folder))
-        (part / "latest_checkpointed_iteration.txt").write_text(iteration_number)
-        _sync(part)
+        iteration_number = str(iteration_of(source.folder))
+        (part / TRACKER).write_text(iteration_number)
+        checksums.sync(part)
         part.rename(output)
-        _sync(output.absolute().parent)
+        checksums.sync(output.absolute().parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return record
@@ -123,7 +128,7 @@ class _Source:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index = _read_index(folder)
+        self.index = read_index(folder)
         self.items: dict[str, list] = {}
         for index, place in self.index.storage_data.items():
             if getattr(place, "transform_descriptors", None):
@@ -147,7 +152,7 @@ class _Source:
     @staticmethod
     def _load(file: BinaryIO, path: Path) -> Any:
         try:
-            return objects.load(file)
+            return read.load_object(file)
         except ValueError as error:
             raise ConvertError(f"{path} cannot be read: {error}") from error
 
@@ -205,12 +210,6 @@ def _may_hold_settings(name: str) -> bool:
     return "optimizer" in name or "opt_param_scheduler" in name or name.startswith("common_state")
 
 
-def _read_index(folder: Path) -> Any:
-    import torch.distributed.checkpoint as dcp
-
-    return dcp.FileSystemReader(folder).read_metadata()
-
-
 def _rule(settings: Settings) -> str:
     one, two = settings.corrections
     if settings.to == "s3":
@@ -241,13 +240,13 @@ def _write(source: _Source, folder: Path, settings: Settings) -> Counter:
     Returns:
         What was done how often.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True)
     counts: Counter = Counter()
     places: dict = {}
     total = sum(place.length for place in source.index.storage_data.values())
     stop = threading.Event()
     done = dict.fromkeys(source.items, 0)  # bytes of each file; its size never changes
-    with ThreadPoolExecutor(weights.threads()) as pool:
+    with ThreadPoolExecutor(read.threads()) as pool:
         files = [
             pool.submit(_write_file, source, name, folder, settings, stop, done)
             for name in source.items
@@ -266,7 +265,7 @@ def _write(source: _Source, folder: Path, settings: Settings) -> Counter:
             stop.set()
             pool.shutdown(cancel_futures=True)
     for path in source.folder.iterdir():  # metadata.json, and what else lies there
-        if path.name in (_INDEX, _COMMON, *_CHECKSUMS) or path.suffix == ".distcp":
+        if path.name in (INDEX, _COMMON, *_CHECKSUMS) or path.suffix == ".distcp":
             continue
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
@@ -274,11 +273,11 @@ def _write(source: _Source, folder: Path, settings: Settings) -> Counter:
             shutil.copyfile(path, folder / path.name)
     if None in source.parsed:
         torch.save(transfer.convert_object(source.parsed[None], settings), folder / _COMMON)
-    with open(folder / _INDEX, "wb") as file:
+    with open(folder / INDEX, "wb") as file:
         pickle.dump(_index(source.index, places, settings.to), file)
         file.flush()
         os.fsync(file.fileno())
-    integrity.seal(folder)
+    checksums.seal(folder)
     return counts
 
 
@@ -336,10 +335,10 @@ def _write_item(
     with source.open(index) as given:
         if source.is_tensor(index) and transfer.changes(index.fqn, settings):
             dtype = source.index.state_dict_metadata[index.fqn].properties.dtype
-            items.rewrite(given, file, dtype, change)
+            copying.rewrite(given, file, dtype, change)
         else:
             counts["copied"] += 1
-            items.copy(given, file, given.length)
+            copying.copy(given, file, given.length)
 
 
 def _index(old: Any, places: dict, to: str) -> Any:
@@ -374,8 +373,8 @@ def _verify(source: _Source, folder: Path, settings: Settings) -> None:
         Mismatch: naming the first that is wrong.
     """
     try:
-        written = _Source(weights.find(folder))
-    except (ConvertError, weights.CheckpointError) as error:
+        written = _Source(read.find(folder))
+    except (ConvertError, read.CheckpointError) as error:
         raise Mismatch(
             f"what was written does not read back: {error}. Check the disk, and convert again."
         ) from error
@@ -383,7 +382,7 @@ def _verify(source: _Source, folder: Path, settings: Settings) -> None:
     for old in source.index.storage_data:
         index = new.get((transfer.rename(old.fqn, settings.to), old.offset, old.index))
         if index is None:
-            raise Mismatch(f"{folder / _INDEX} does not say where {old.fqn} is")
+            raise Mismatch(f"{folder / INDEX} does not say where {old.fqn} is")
         if old in source.parsed:
             _compare(source.parsed[old], written.parsed[index], old.fqn, settings)
     if None in source.parsed:
@@ -425,7 +424,7 @@ def _record(source: _Source, settings: Settings, counts: Counter, seconds: float
     _say(f"read back and compared: {size / 1e9:.3f} GB in {seconds:.1f} s")
     return {
         "checkpoint": str(source.folder.absolute()),
-        "iteration": weights.number(source.folder),
+        "iteration": iteration_of(source.folder),
         "to": settings.to,
         "step": settings.step,
         "rule": _rule(settings),
@@ -441,14 +440,6 @@ def _record(source: _Source, settings: Settings, counts: Counter, seconds: float
 
 
 _DEFAULTS = {h.name: h.default for h in transfer.S3.description.hyperparameters}
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _say(message: str) -> None:
@@ -508,7 +499,7 @@ def main(argv: list[str]) -> int:
             lr_factor=args.lr_factor,
             s3=s3,
         )
-    except (ConvertError, TransferError, weights.CheckpointError, OSError) as error:
+    except (ConvertError, TransferError, read.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Mismatch as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
-from megatron_s3.folders import refuse_unwritable
+from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.version import __version__
 
 if TYPE_CHECKING:

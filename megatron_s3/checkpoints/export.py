@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from megatron_s3.checkpoints import gpt2
-from megatron_s3.folders import refuse_unwritable
-from megatron_s3.mcore import weights
+from megatron_s3.mcore.checkpoint import forward, read
+from megatron_s3.storage.layout import iteration_of
+from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.version import __version__
 
 __all__ = ["ExportError", "bound", "export", "main"]
@@ -75,7 +76,7 @@ def export(
         What ``export.json`` holds: where the model is from, and how far its logits differ.
 
     Raises:
-        ExportError, gpt2.NotGPT2, weights.CheckpointError: unusable input; nothing is written.
+        ExportError, gpt2.NotGPT2, read.CheckpointError: unusable input; nothing is written.
         Mismatch: the logits differ by more than rounding; nothing is left of what was written.
     """
     output = Path(output)
@@ -92,18 +93,18 @@ def export(
     except ImportError as error:
         raise ExportError(f'{error}: pip install "megatron-s3[eval]"') from error
 
-    found = weights.find(checkpoint, iteration)
+    found = read.find(checkpoint, iteration)
     _say(f"reading {found}")
-    args = weights.arguments(found)
+    args = read.arguments(found)
     gpt2.check(args)
     folder = _tokenizer_folder(args, tokenizer)
     rows = _vocab_size(args, folder, vocab_size)
-    tensors = weights.tensors(found)
+    tensors = read.tensors(found)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ExportError(
             f"{found}: its weights are {', '.join(sorted(map(str, dtypes)))}, where one of "
-            "float32, bfloat16 and float16 is expected. Save it from a run without FP8 weights."
+            "float32, bfloat16 and float16 is expected. Save it from a run without FP8 read."
         )
     dtype = torch.float32 if widen else dtypes.pop()
     state = {k: v.to(dtype) for k, v in gpt2.state_dict(args, tensors, rows).items()}
@@ -118,7 +119,7 @@ def export(
         largest, scale = _compare(part, found, args, rows)
         record = {
             "checkpoint": str(found.absolute()),
-            "iteration": weights.number(found),
+            "iteration": iteration_of(found),
             "largest_logit": scale,
             "largest_logit_difference": largest,
             "bound": bound(args, scale),
@@ -214,7 +215,7 @@ def _compare(
     _say(f"computing {tokens.numel()} tokens' logits as Hugging Face does")
     ours = _hugging_face(folder, tokens)
     _say("computing them as Megatron does")
-    theirs = weights.logits(checkpoint, tokens)[..., :rows]
+    theirs = forward.logits(checkpoint, tokens)[..., :rows]
     return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
 
@@ -282,7 +283,7 @@ def main(argv: list[str]) -> int:
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
         )
-    except (ExportError, gpt2.NotGPT2, weights.CheckpointError, OSError) as error:
+    except (ExportError, gpt2.NotGPT2, read.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Mismatch as error:

@@ -76,8 +76,8 @@ def tell(message: str) -> None:
 
 
 def _check(config: Config, words: list[str]) -> argparse.Namespace:
-    from megatron_s3 import pretrain_gpt
-    from megatron_s3.mcore import parse
+    from megatron_s3.mcore import gpt
+    from megatron_s3.mcore.planning import parse
     from megatron_s3.mcore.refusal import Refused
 
     parse.prepare(words)
@@ -85,7 +85,7 @@ def _check(config: Config, words: list[str]) -> argparse.Namespace:
     try:
         args = parse.parse(words, config.world_size)
         if not config.launch.script:
-            pretrain_gpt.refuse_other_models(args)
+            gpt.refuse_other_models(args)
         return args
     except ValueError as error:
         named = [

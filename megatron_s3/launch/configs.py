@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     tell(f"asking Megatron about {len(configs)} configurations; importing it takes a while")
     rows = _rows(configs, errors)
     _print([_COLUMNS, *rows])
-    from megatron_s3.mcore.parse import release
+    from megatron_s3.mcore.planning.parse import release
 
     print(f"megatron-core {release()}: {len(rows)} accepted, {len(errors)} refused")
     return 2 if errors else 0
@@ -68,14 +68,14 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
         except ConfigError as error:
             errors.append(str(error))
             _say(error)
-    from megatron_s3.mcore import sizes
+    from megatron_s3.mcore.planning import job
 
     parameters: dict[tuple, int] = {}  # padding of the vocabulary depends on tensor parallelism
     rows = []
     for name, config, shape, args in checked:
         model = (args.num_layers, args.hidden_size, args.vocab_size, shape["tensor"])
         if model not in parameters:
-            parameters[model] = sizes.plan(sizes.completed(args)).parameters
+            parameters[model] = job.plan(job.completed(args)).parameters
         tokens = shape["global_batch_size"] * args.seq_length * (args.train_iters or 0)
         if config.array:
             name += f" ({', '.join(config.array)}: {', '.join(*config.array.values())})"

@@ -36,7 +36,7 @@ class Plan:
         sharded: whether the distributed optimizer is used.
         vocabulary: its size, padded.
         vocabulary_source: where its size was taken from.
-        sizes: a :class:`megatron_s3.mcore.sizes.Sizes`.
+        sizes: a :class:`megatron_s3.mcore.planning.memory.Sizes`.
         activations: bytes by Megatron's formula; 0 where it has none.
         formula: its name, or what it does not know.
         norm: whether the norm of the gradients is computed in each step.
@@ -48,8 +48,8 @@ class Plan:
         peak: of a GPU, FLOP/s.
         evaluated: iterations of an evaluation; 0 for none.
         signal: how long before its time limit the job is asked to save, seconds.
-        saved: a :class:`megatron_s3.mcore.sizes.Checkpoint` of the fullest rank, of the format that
-            is saved in, or None.
+        saved: a :class:`megatron_s3.mcore.planning.memory.Checkpoint` of the fullest rank, of the
+            format that is saved in, or None.
         otherwise: the same of the other format.
     """
 
@@ -141,7 +141,7 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
 
 
 def _make(config: Config, more: list[str], source: str, mfu: float, peak: float) -> Plan:
-    from megatron_s3.mcore import sizes
+    from megatron_s3.mcore.planning import job, memory
 
     args = check(config, more)
     batch = args.global_batch_size
@@ -149,8 +149,8 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
     if not steps:
         raise ConfigError(f"{config.name}: neither train_iters nor train_samples is given")
     try:
-        args = sizes.completed(args)
-        planned = sizes.plan(args)
+        args = job.completed(args)
+        planned = job.plan(args)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"{config.name}: {error}") from error
     except (TypeError, AttributeError, ImportError, RuntimeError, LookupError) as error:
@@ -159,9 +159,9 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
             f"{config.name}: cannot be planned: Megatron does not build this model without a GPU: "
             f"{type(error).__name__}: {error}"
         ) from error
-    activations, formula = sizes.activations(args)
+    activations, formula = memory.activations(args)
     fullest = max(planned.stages, key=lambda rank: rank.total)
-    saved = sizes.checkpoint(args, fullest)
+    saved = memory.checkpoint(args, fullest)
     forms = {"dp_reshardable": "fully_reshardable", "fully_reshardable": "dp_reshardable"}
     return Plan(
         name=config.name,
@@ -180,17 +180,17 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
         sizes=planned,
         activations=activations,
         formula=formula,
-        norm=sizes.needs_norm(args),
+        norm=job.needs_norm(args),
         batch=batch,
         sequence=args.seq_length,
         steps=steps,
-        flops=sizes.flops(args),
+        flops=job.flops(args),
         mfu=mfu,
         peak=peak,
         evaluated=args.eval_iters or 0,
         signal=_signal(config),
         saved=saved,
-        otherwise=saved and sizes.checkpoint(args, fullest, forms[saved.form]),
+        otherwise=saved and memory.checkpoint(args, fullest, forms[saved.form]),
     )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron_s3.launch.check import arithmetic, whole
 from megatron_s3.launch.config import Config, ConfigError, load
-from megatron_s3.mcore import integrity
+from megatron_s3.storage import newest
+from megatron_s3.storage.layout import TRACKER, has_config
 
 __all__ = [
-    "TRACKER",
     "Progress",
     "continued",
     "load_folder",
@@ -19,9 +19,6 @@ __all__ = [
     "refuse_another",
     "save_folder",
 ]
-
-#: Megatron writes the iteration into it after all else of a checkpoint.
-TRACKER = "latest_checkpointed_iteration.txt"
 
 #: What says how a run starts, and what makes it right for going on from the run's own checkpoints:
 #: without that, the same command would do the start again.
@@ -184,31 +181,15 @@ def _value(value: str | bool | list[str] | None) -> object:
 
 
 def _newest(folder: Path, config: Config) -> int | None:
-    """Iteration of the newest complete checkpoint in a folder, as the ranks will find it."""
-    tracker = folder / TRACKER
-    there = sorted(
-        int(path.name[5:]) for path in folder.glob("iter_*") if path.name[5:].isdecimal()
-    )
+    """Returns the newest complete checkpoint's iteration in a folder, as the ranks will find it."""
     try:
-        named = tracker.read_bytes().decode(errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        # Killed between the end of the first save and the file that names it.
-        own = config.arguments.get("ckpt_format") not in ("torch_dcp", "fsdp_dtensor")
-        complete = [n for n in there if integrity.is_complete(folder / f"iter_{n:07d}", config=own)]
-        return complete[0] if len(complete) == 1 else None
+        found = newest.newest(folder, config=has_config(config.arguments.get("ckpt_format")))
+    except newest.Unclear as error:
+        there = ", ".join(map(str, newest.saved(folder))) or "none"
+        raise ConfigError(f"{error}; write one of those that are there into it: {there}") from error
     except OSError as error:
-        raise ConfigError(f"{tracker} cannot be read: {error.strerror}") from error
-    if named == "release":
-        return None
-    choose = f"write one of those that are there into it: {', '.join(map(str, there)) or 'none'}"
-    if not (named.isascii() and named.isdecimal()):
-        raise ConfigError(f"{tracker} names no iteration, but {named[:20]!r}; {choose}")
-    if int(named) not in there:
-        raise ConfigError(
-            f"{tracker} names iteration {named}, and there is no "
-            f"{folder / f'iter_{int(named):07d}'}; {choose}"
-        )
-    return int(named)
+        raise ConfigError(f"{folder / TRACKER} cannot be read: {error.strerror}") from error
+    return found if isinstance(found, int) else None
 
 
 def _last(config: Config) -> int | None:

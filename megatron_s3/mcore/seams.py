@@ -15,7 +15,6 @@ from typing import Any
 from megatron_s3.mcore import (
     arguments,
     build,
-    checkpoint,
     compat_before_0_19,
     coverage,
     datasets,
@@ -24,8 +23,9 @@ from megatron_s3.mcore import (
     shard_files,
     telemetry,
     torch_adamw,
-    writers,
+    torch_fsdp2,
 )
+from megatron_s3.mcore.checkpoint import async_writers, loading, saving
 from megatron_s3.mcore.seam import Builtin, Replaced, Seam, SeamMoved, Wrapped
 
 __all__ = ["SEAMS", "Seam", "SeamMoved", "install", "table"]
@@ -182,7 +182,7 @@ SEAMS: tuple[Seam, ...] = (
         "with --optimizer adam too: finds a parameter of torch FSDP2's by its own local tensor, "
         "where torch from 2.13 on gives a new one each time",
         ("optim_params_iter",),
-        checkpoint.optim_param_to_id_map,
+        torch_fsdp2.optim_param_to_id_map,
     ),
     Wrapped(
         "megatron.training.global_vars",
@@ -223,7 +223,7 @@ SEAMS: tuple[Seam, ...] = (
         "with --optimizer adam too: refuses a damaged checkpoint, and another optimizer's state, "
         "before any of it is loaded",
         ("load_dir", "args"),
-        checkpoint.load_base_checkpoint,
+        loading.load_base_checkpoint,
     ),
     Wrapped(
         "megatron.training.checkpointing",
@@ -231,7 +231,7 @@ SEAMS: tuple[Seam, ...] = (
         "with --optimizer adam too: chooses the iteration once, for all that is read of it; a "
         "checkpoint that cannot be read ends the run with status 1, where Megatron ends it with 0",
         ("ddp_model", "optimizer", "opt_param_scheduler"),
-        checkpoint.load_checkpoint,
+        loading.load_checkpoint,
     ),
     Wrapped(
         "megatron.training.checkpointing",
@@ -239,7 +239,7 @@ SEAMS: tuple[Seam, ...] = (
         "with --optimizer adam too: the optimizer's state is of the iteration that was chosen and "
         "checked, where Megatron in the format torch reads the tracker file again",
         ("tracker_filename",),
-        checkpoint.read_metadata,
+        loading.read_metadata,
     ),
     Wrapped(
         "megatron.training.checkpointing",
@@ -256,14 +256,14 @@ SEAMS: tuple[Seam, ...] = (
         "for torch_dcp and fsdp_dtensor what save does; with --s3-metrics the spikes so far "
         "are in it",
         ("iteration", "model", "optimizer", "opt_param_scheduler"),
-        checkpoint.save_checkpoint,
+        saving.save_checkpoint,
     ),
     Wrapped(
         "megatron.training.async_utils",
         "maybe_finalize_async_save",
         "with --optimizer adam too: says so of asynchronous saves",
         ("blocking",),
-        checkpoint.maybe_finalize_async_save,
+        saving.maybe_finalize_async_save,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -271,21 +271,21 @@ SEAMS: tuple[Seam, ...] = (
         "with --optimizer adam too: a failed write does not kill the process that writes "
         "asynchronous checkpoints",
         ("transform_list", "local_proc_idx", "write_bucket"),
-        writers.write_preloaded_data,
+        async_writers.write_preloaded_data,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "PersistentAsyncCaller.schedule_async_call",
         "with --optimizer adam too: a save that would wait forever for a dead writer is an error",
         ("self", "async_req"),
-        writers.schedule_async_call,
+        async_writers.schedule_async_call,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "PersistentAsyncCaller.is_current_async_call_done",
         "with --optimizer adam too: a writer that died during a save is an error",
         ("self", "blocking", "no_dist"),
-        writers.is_current_async_call_done,
+        async_writers.is_current_async_call_done,
     ),
     Wrapped(
         "megatron.core.optimizer.optimizer_cuda_graph",
@@ -300,14 +300,14 @@ SEAMS: tuple[Seam, ...] = (
         "save",
         "with --optimizer adam too: an iteration that is overwritten is no complete one meanwhile",
         ("sharded_state_dict", "checkpoint_dir"),
-        checkpoint.save,
+        saving.save,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.serialization",
         "save_config",
         "with --optimizer adam too: writes checksums of the files that have none of their own",
         ("config", "checkpoint_dir"),
-        checkpoint.save_config,
+        saving.save_config,
     ),
     Builtin(
         "megatron.core.msc_utils",
@@ -316,7 +316,7 @@ SEAMS: tuple[Seam, ...] = (
         "kill and no full disk leaves it empty, and for torch_dcp and fsdp_dtensor does what "
         "save_config does",
         ("file", "mode"),
-        checkpoint.open_file,
+        saving.open_file,
     ),
     Wrapped(
         "megatron.core.datasets.utils",

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_s3.folders import refuse_unwritable
 from megatron_s3.report import compare
 from megatron_s3.report.runs import RunError, Suite, load
+from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.telemetry import runlog
 
 if TYPE_CHECKING:

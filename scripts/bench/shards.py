@@ -1,8 +1,8 @@
 """The shards that one rank's optimizer updates, as Megatron lays them out, without the job.
 
 Megatron builds model, buffers and distributed optimizer for a rank of a
-:mod:`megatron_s3.mcore.fake_world`; what is read here is where it has put each shard.  As a program
-it prints them, because the process that asks Megatron is one for the CPU from then on::
+:mod:`megatron_s3.mcore.planning.fake_world`; what is read here is where it has put each shard.
+As a program it prints them, because what asks Megatron is a process for the CPU from then on::
 
     python -m scripts.bench.shards configs/layouts/gpt2-345m/8gpu.yaml [--gpus 8] [--rank 0]
 """
@@ -37,17 +37,17 @@ class Shard:
 def rank_shards(args: argparse.Namespace, rank: int = 0) -> list[Shard]:
     """The shards of a rank, in the order in which its optimizer has them.
 
-    Like :func:`megatron_s3.mcore.sizes.plan` it makes the process one for the CPU.
+    Like :func:`megatron_s3.mcore.planning.job.plan` it makes the process one for the CPU.
 
     Args:
-        args: Megatron's, validated and :func:`megatron_s3.mcore.sizes.completed`.
+        args: Megatron's, validated and :func:`megatron_s3.mcore.planning.job.completed`.
         rank: which.
 
     Raises:
         ValueError: nothing is sharded, or main parameters are not the optimizer's.
         RuntimeError: a process group is there already.
     """
-    from megatron_s3.mcore import fake_world, sizes
+    from megatron_s3.mcore.planning import fake_world, job
 
     if not args.use_distributed_optimizer:
         raise ValueError("without --use-distributed-optimizer there are no shards")
@@ -55,7 +55,7 @@ def rank_shards(args: argparse.Namespace, rank: int = 0) -> list[Shard]:
         raise ValueError("shards are not known here under --use-precision-aware-optimizer")
     found: list[Shard] = []
     with fake_world.rank_of(args, rank):
-        _, optimizer = sizes.build()
+        _, optimizer = job.build()
         buffers = groups = 0
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             if part.optimizer is None:
@@ -93,12 +93,12 @@ def read(config: str, gpus: int | None = None, rank: int = 0) -> list[Shard]:
     """
     from megatron_s3.launch.check import check
     from megatron_s3.launch.config import load
-    from megatron_s3.mcore import sizes
+    from megatron_s3.mcore.planning import job
 
     loaded = load([config])
     if gpus is not None:
         loaded.launch.nodes, loaded.launch.nproc_per_node = 1, gpus
-    return rank_shards(sizes.completed(check(loaded)), rank)
+    return rank_shards(job.completed(check(loaded)), rank)
 
 
 def main(argv: list[str]) -> int:

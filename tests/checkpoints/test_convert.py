@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_s3.checkpoints import convert, items, transfer
+from megatron_s3.checkpoints import convert, transfer
 from megatron_s3.launch.args import LR_FACTOR, translate
-from megatron_s3.mcore import weights
+from megatron_s3.mcore.checkpoint import read
 from megatron_s3.optimizers import S3
 from megatron_s3.optimizers.description import FORMAT
+from megatron_s3.storage import copying
+from megatron_s3.storage.index import read as read_index
 from tests.harness.trainer import assert_bitwise_equal, brief, tensors, train
 
 GROUP = {
@@ -265,8 +267,7 @@ def test_a_release_is_found_and_has_nothing_to_convert(tmp_path: Path) -> None:
     released = given / "release"
     (given / "iter_0000100").rename(released)
     (given / "latest_checkpointed_iteration.txt").write_text("release\n")
-    assert weights.find(given) == weights.find(released) == released
-    assert weights.number(released) is None
+    assert read.find(given) == read.find(released) == released
     for folder in (given, released):
         assert "is a release, of which Megatron loads the weights alone" in error(
             folder, tmp_path / "out", "--to", "s3"
@@ -292,7 +293,7 @@ def test_what_reads_back_wrongly_is_not_left(name: str, tmp_path: Path, monkeypa
         result = honest(source, folder, settings)
         (file,) = folder.glob("*.distcp")
         content = bytearray(file.read_bytes())
-        places = convert._read_index(folder).storage_data
+        places = read_index(folder).storage_data
         (place,) = (place for index, place in places.items() if index.fqn == name)
         content[content.find(b"/data/0FB", place.offset) + 200] ^= 1
         file.write_bytes(content)
@@ -307,7 +308,7 @@ def test_what_reads_back_wrongly_is_not_left(name: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("call", [1, 5, 10])
 def test_a_full_disk_is_called_so(call: int, tmp_path: Path, monkeypatch) -> None:
     given = write(tmp_path / "adamw", states(), common())
-    honest, calls = items.Writer.write, []
+    honest, calls = copying.Writer.write, []
 
     def full(writer, data):
         calls.append(len(data))
@@ -317,7 +318,7 @@ def test_a_full_disk_is_called_so(call: int, tmp_path: Path, monkeypatch) -> Non
             patch.setattr(writer, "_file", file)
             return honest(writer, data)
 
-    monkeypatch.setattr(items.Writer, "write", full)
+    monkeypatch.setattr(copying.Writer, "write", full)
     assert "No space left on device" in error(given, tmp_path / "s3", "--to", "s3")
     assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
 
@@ -327,7 +328,7 @@ def test_one_file_that_fails_ends_them_all(tmp_path: Path, monkeypatch) -> None:
     given = write(tmp_path / "adamw", states(), common(), files=4)
     names = sorted(path.name for path in given.glob("*/*.distcp"))
     assert len(names) == 4
-    honest, running = items.Writer.write, threading.Barrier(4)
+    honest, running = copying.Writer.write, threading.Barrier(4)
     begun, stopped = set(), []
 
     def fails(writer, data):
@@ -340,8 +341,8 @@ def test_one_file_that_fails_ends_them_all(tmp_path: Path, monkeypatch) -> None:
         stopped.append(writer._stop.wait(60))
         return honest(writer, data)
 
-    monkeypatch.setattr(items.Writer, "write", fails)
-    monkeypatch.setattr(convert.weights, "threads", lambda: 4)
+    monkeypatch.setattr(copying.Writer, "write", fails)
+    monkeypatch.setattr(read, "threads", lambda: 4)
     assert "No space left on device" in error(given, tmp_path / "s3", "--to", "s3")
     assert stopped and all(stopped)
     assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
@@ -357,8 +358,8 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, monkeypat
     (left,) = tmp_path.glob(".s3.*.part")
     assert not (tmp_path / "s3").exists()
     assert not (left / "latest_checkpointed_iteration.txt").exists()
-    with pytest.raises(convert.weights.CheckpointError, match="no save has finished"):
-        convert.weights.find(left)
+    with pytest.raises(read.CheckpointError, match="no save has finished"):
+        read.find(left)
 
 
 BF16 = ["--bf16", "--use-distributed-optimizer"]

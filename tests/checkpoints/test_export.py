@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint
 
 from megatron_s3.checkpoints import export, gpt2
-from megatron_s3.mcore import weights
+from megatron_s3.mcore.checkpoint import forward, read
 
 #: Of a GPT-2 with 2 layers, 2 heads of 3 and a padded vocabulary of 16.
 ARGUMENTS = {
@@ -136,8 +136,8 @@ def test_what_is_no_gpt2_is_refused_by_name_before_anything_is_written(
 ) -> None:
     pytest.importorskip("transformers")
     gpt2.check(arguments())
-    monkeypatch.setattr(weights, "find", lambda folder, iteration: Path(folder))
-    monkeypatch.setattr(weights, "arguments", lambda found: arguments(**other))
+    monkeypatch.setattr(read, "find", lambda folder, iteration: Path(folder))
+    monkeypatch.setattr(read, "arguments", lambda found: arguments(**other))
     assert export.main(["checkpoint", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error and "Nothing was written" in error
@@ -156,8 +156,8 @@ CONFIG = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version":
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     def error(folder: Path, iteration: int | None = None) -> str:
-        with pytest.raises(weights.CheckpointError) as raised:
-            weights.find(folder, iteration)
+        with pytest.raises(read.CheckpointError) as raised:
+            read.find(folder, iteration)
         return str(raised.value)
 
     assert "no such folder" in error(tmp_path / "none")
@@ -173,7 +173,7 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     (iteration / "mp_rank_00").rmdir()
     torch.distributed.checkpoint.save({"a": torch.ones(100)}, checkpoint_id=iteration, no_dist=True)
     (iteration / "metadata.json").write_text(CONFIG)
-    assert weights.find(tmp_path) == weights.find(tmp_path, 6) == weights.find(iteration)
+    assert read.find(tmp_path) == read.find(tmp_path, 6) == read.find(iteration)
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path: Path) -> None:
@@ -185,17 +185,15 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path: Path)
     shard = iteration / "__0_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(
-        weights.CheckpointError, match=rf"{shard} has .* of at least {len(whole):,}"
-    ):
-        weights.find(iteration)
+    with pytest.raises(read.CheckpointError, match=rf"{shard} has .* of at least {len(whole):,}"):
+        read.find(iteration)
     shard.rename(iteration / "__1_0.distcp")
-    with pytest.raises(weights.CheckpointError, match=f"{shard} is missing"):
-        weights.find(iteration)
+    with pytest.raises(read.CheckpointError, match=f"{shard} is missing"):
+        read.find(iteration)
     index = iteration / ".metadata"
     index.write_bytes(index.read_bytes()[:10])
-    with pytest.raises(weights.CheckpointError, match=f"{index} cannot be read"):
-        weights.find(iteration)
+    with pytest.raises(read.CheckpointError, match=f"{index} cannot be read"):
+        read.find(iteration)
 
 
 def test_the_output_is_never_overwritten(
@@ -213,8 +211,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     def refusing(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(export.weights, "find", lambda *_: pytest.fail("the work began"))
-    monkeypatch.setattr("megatron_s3.folders.tempfile.TemporaryFile", refusing)
+    monkeypatch.setattr(read, "find", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("megatron_s3.storage.writable.tempfile.TemporaryFile", refusing)
     output = tmp_path / "model"
     assert export.main([str(tmp_path), str(output)]) == 2
     assert capsys.readouterr().err == (
@@ -261,9 +259,9 @@ def test_logits_of_trained_checkpoints(tmp_path: Path, monkeypatch: pytest.Monke
     train(*one, *staged, "--no-bias-gelu-fusion", "--save", tmp_path / "pp2", ranks=2)
 
     megatrons = {}
-    compute = weights.logits
+    compute = forward.logits
     monkeypatch.setattr(
-        weights,
+        forward,
         "logits",
         lambda found, tokens: megatrons.setdefault(found.parent.name, compute(found, tokens)),
     )
@@ -286,7 +284,7 @@ def test_logits_of_trained_checkpoints(tmp_path: Path, monkeypatch: pytest.Monke
     assert (config["vocab_size"], config["activation_function"]) == (256, "gelu")
     assert not config["tie_word_embeddings"]
 
-    monkeypatch.setattr(weights, "logits", lambda found, tokens: megatrons["pp2"])
+    monkeypatch.setattr(forward, "logits", lambda found, tokens: megatrons["pp2"])
     right = gpt2.config
     tanh = {"activation_function": "gelu_new"}
     faults = {

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.storage.layout import CONFIG, INDEX
+from megatron_s3.storage.newest import newest
 from tests.harness import forks
 from tests.harness.models import TINY
 from tests.harness.runs import Run
 
-__all__ = ["ADAMW", "EVERY_OTHER", "FORMATS", "INDEX", "MODES", "S3", "SHARDED", "TRACKER"]
+__all__ = ["ADAMW", "EVERY_OTHER", "FORMATS", "MODES", "S3", "SHARDED"]
 __all__ += ["Bench", "last_file", "latest", "saved_at_once"]
 
 S3 = ["--optimizer", "s3"]
@@ -36,9 +38,6 @@ MODES = {
     "fsdp_dtensor": FORMATS["fsdp_dtensor"],
     "torch_dcp": FORMATS["torch_dcp"],
 }
-TRACKER = "latest_checkpointed_iteration.txt"
-#: Of formats without ``metadata.json``: what torch writes last.
-INDEX = ".metadata"
 
 
 class Bench:
@@ -106,16 +105,13 @@ class Bench:
 
 def last_file(mode: str) -> str:
     """Of an iteration, before its checksums."""
-    return INDEX if mode in FORMATS else "metadata.json"
+    return INDEX if mode in FORMATS else CONFIG
 
 
-def latest(folder: Path, last: str = "metadata.json") -> int:
+def latest(folder: Path, last: str = CONFIG) -> int:
     """The iteration that would be resumed from, 0 if none."""
-    path = folder / TRACKER
-    if path.exists():
-        return int(path.read_text())
-    complete = [p for p in folder.glob("iter_*") if (p / last).exists()]
-    return int(complete[0].name[5:]) if len(complete) == 1 else 0
+    found = newest(folder, config=last == CONFIG)
+    return found if isinstance(found, int) else 0
 
 
 def saved_at_once(mode: str) -> list[str]:

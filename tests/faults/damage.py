@@ -2,7 +2,8 @@
 
 import shutil
 
-from tests.faults.bench import EVERY_OTHER, FORMATS, INDEX, S3, SHARDED, TRACKER, Bench
+from megatron_s3.storage.layout import INDEX, TRACKER
+from tests.faults.bench import EVERY_OTHER, FORMATS, S3, SHARDED, Bench
 from tests.faults.rows import Row
 from tests.harness.forks import TIMED_OUT
 

@@ -5,17 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.faults.bench import (
-    EVERY_OTHER,
-    INDEX,
-    MODES,
-    S3,
-    TRACKER,
-    Bench,
-    last_file,
-    latest,
-    saved_at_once,
-)
+from megatron_s3.storage.layout import INDEX, TRACKER
+from tests.faults.bench import EVERY_OTHER, MODES, S3, Bench, last_file, latest, saved_at_once
 from tests.faults.rows import Row
 from tests.harness.tensors import same, tensors
 

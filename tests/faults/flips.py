@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tests.faults.bench import FORMATS, TRACKER, Bench
+from megatron_s3.storage import checksums
+from megatron_s3.storage.errors import Damaged
+from megatron_s3.storage.layout import SEAL, TRACKER
+from tests.faults.bench import FORMATS, Bench
 from tests.faults.rows import Row
 from tests.harness.tensors import same, tensors
 
@@ -22,7 +25,7 @@ __all__ = ["flips", "reading"]
 
 def flips(bench: Bench) -> list[Row]:
     """Single bits, in every file; and what a loader that compares nothing makes of them."""
-    from megatron_s3.mcore import checkpoint, integrity
+    from megatron_s3.mcore.checkpoint import choice
 
     rows = []
     kinds = list(itertools.product(FORMATS, (True, False)))
@@ -32,7 +35,7 @@ def flips(bench: Bench) -> list[Row]:
         shutil.copytree(bench.reference(*FORMATS[format]), work)
         folder = work / "iter_0000006"
         if not sealed:
-            (folder / integrity.SEAL).unlink()
+            (folder / SEAL).unlink()
         truth = _everything(folder)
         files = sorted(f for f in folder.iterdir() if f.is_file())
         if not sealed:
@@ -58,14 +61,14 @@ def flips(bench: Bench) -> list[Row]:
         with _flipped(path, data, bit):
             try:
                 with contextlib.redirect_stdout(io.StringIO()) as said:
-                    checkpoint._say_once.cache_clear()
-                    chosen = checkpoint._choose(work, argparse.Namespace(ckpt_step=None)).folder
+                    choice.say_once.cache_clear()
+                    chosen = choice.choose(work, argparse.Namespace(ckpt_step=None)).folder
                 how = f"another complete iteration ({chosen.name}), and it is said"
                 ok = (
                     chosen.name != "iter_0000006" and "newer ones are complete: " in said.getvalue()
                 )
                 outcome = "survived" if ok else "falsely_accepted"
-            except integrity.Damaged as caught:
+            except Damaged as caught:
                 how = "refused by name" if str(path) in str(caught) else "refused without name"
                 outcome = "survived" if "by" in how else "lost"
             row.add(outcome, bit=bit, how=how)
@@ -90,7 +93,7 @@ def _everything(folder: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from megatron_s3.mcore import objects
+    from megatron_s3.mcore.checkpoint import read
 
     found: dict[str, Any] = tensors(folder.parent, int(folder.name[5:]))
     index = dcp.FileSystemReader(folder).read_metadata()
@@ -98,13 +101,11 @@ def _everything(folder: Path) -> dict[str, Any]:
         if not isinstance(index.state_dict_metadata[key.fqn], TensorStorageMetadata):
             with open(folder / place.relative_path, "rb") as file:
                 file.seek(place.offset)
-                found[key.fqn] = objects.load(io.BytesIO(file.read(place.length)))
+                found[key.fqn] = read.load_object(io.BytesIO(file.read(place.length)))
     return found
 
 
 def _judge(folder: Path, path: Path, truth: dict[str, Any], format: str) -> dict[str, str]:
-    from megatron_s3.mcore import integrity
-
     def read() -> str:
         try:
             return "equal" if same(_everything(folder), truth) else "different"
@@ -112,10 +113,10 @@ def _judge(folder: Path, path: Path, truth: dict[str, Any], format: str) -> dict
             return type(caught).__name__
 
     try:
-        integrity.check(folder, config=format == "torch_dist")
+        checksums.check(folder, config=format == "torch_dist")
         for share in range(2):
-            integrity.verify(folder, share, 2)
-    except integrity.Damaged as caught:
+            checksums.verify(folder, share, 2)
+    except Damaged as caught:
         if path.name in str(caught):
             return {"outcome": "survived", "how": "refused by name", "unchecked": read()}
         return {"outcome": "lost", "how": f"refused by another name: {caught}"}
@@ -129,8 +130,6 @@ def _judge(folder: Path, path: Path, truth: dict[str, Any], format: str) -> dict
 
 def reading(bench: Bench) -> list[Row]:
     """What comparing the checksums costs: the same files read plainly, verified, and by torch."""
-    from megatron_s3.mcore import integrity
-
     folder = bench.new("large") / "iter_0000001"
     path = folder / "mp_rank_00/model_optim_rng.pt"
     path.parent.mkdir(parents=True)
@@ -145,7 +144,7 @@ def reading(bench: Bench) -> list[Row]:
 
     ways: dict[str, Callable[[], Any]] = {
         "read": plain,
-        "verified": lambda: integrity.verify(folder),
+        "verified": lambda: checksums.verify(folder),
         "torch.load": lambda: torch.load(path, weights_only=True),
     }
     best = dict.fromkeys(ways, 0.0)

@@ -9,17 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.bench import (
-    EVERY_OTHER,
-    INDEX,
-    MODES,
-    S3,
-    TRACKER,
-    Bench,
-    last_file,
-    latest,
-    saved_at_once,
-)
+from megatron_s3.storage import checksums
+from megatron_s3.storage.errors import Damaged
+from megatron_s3.storage.layout import INDEX, TRACKER
+from tests.faults.bench import EVERY_OTHER, MODES, S3, Bench, last_file, latest, saved_at_once
 from tests.faults.rows import Row
 from tests.harness.forks import kill
 from tests.harness.runs import Run
@@ -104,8 +97,6 @@ def overwrites(bench: Bench) -> list[Row]:
 
     What is taken for a checkpoint afterwards has to be one of the two, whole.
     """
-    from megatron_s3.mcore import integrity
-
     rows = []
     for mode in list(MODES)[: bench.args.overwritten]:
         row = Row(f"kill -9 of all ranks, {mode} save over another")
@@ -139,9 +130,9 @@ def overwrites(bench: Bench) -> list[Row]:
             what = {"at": watch.at, "delay": round(watch.delay, 4)}
             written = folder / "iter_0000004"
             try:
-                integrity.check(written, config=last != INDEX)
-                integrity.verify(written)
-            except integrity.Damaged as caught:
+                checksums.check(written, config=last != INDEX)
+                checksums.verify(written)
+            except Damaged as caught:
                 row.add("survived", **what, then="refused", said=str(caught))
             else:
                 found = tensors(folder, 4)

@@ -13,8 +13,8 @@ import pytest
 from megatron_s3 import data
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.plan import Plan, _signal, _vocabulary, as_json, main, text
-from megatron_s3.mcore import sizes
-from megatron_s3.mcore.sizes import Buffer, Rank, Sizes
+from megatron_s3.mcore.planning import memory
+from megatron_s3.mcore.planning.memory import Buffer, Rank, Sizes
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -130,17 +130,17 @@ def test_the_seconds_of_the_signal(given, seconds):
 def test_what_checkpoints_take_beside_the_step():
     """By Megatron's code: fp32 of the whole buffers, and of a bucket while it is put together."""
     args = {"use_distributed_optimizer": True, "ckpt_format": "torch_dist"}
-    own = sizes.checkpoint(Namespace(**args), SHARDED)
+    own = memory.checkpoint(Namespace(**args), SHARDED)
     rank = replace(SHARDED, buffers=(replace(SHARDED.buffers[0], largest=1024),))
-    full = sizes.checkpoint(Namespace(**args, dist_ckpt_optim_fully_reshardable=True), rank)
-    assert own == sizes.Checkpoint("dp_reshardable", 128 * 12, 128 * 12)
-    assert full == sizes.Checkpoint("fully_reshardable", 12_000 + 4096 * 2 + 1536, 12_000)
+    full = memory.checkpoint(Namespace(**args, dist_ckpt_optim_fully_reshardable=True), rank)
+    assert own == memory.Checkpoint("dp_reshardable", 128 * 12, 128 * 12)
+    assert full == memory.Checkpoint("fully_reshardable", 12_000 + 4096 * 2 + 1536, 12_000)
     parallel = Namespace(**args, ckpt_fully_parallel_load=True)
-    assert sizes.checkpoint(parallel, rank, "fully_reshardable").reading == 1500
+    assert memory.checkpoint(parallel, rank, "fully_reshardable").reading == 1500
     fp32 = replace(rank, main_parameters=0)
-    assert sizes.checkpoint(Namespace(**args), fp32).saving == 128 * 12
+    assert memory.checkpoint(Namespace(**args), fp32).saving == 128 * 12
     for other in ({"ckpt_format": "torch"}, {"use_distributed_optimizer": False}):
-        assert sizes.checkpoint(Namespace(**args | other), rank) is None
+        assert memory.checkpoint(Namespace(**args | other), rank) is None
     assert "\ncheckpoints" not in text(plan(SHARDED))
     lines = text(replace(plan(SHARDED), saved=full, otherwise=own)).splitlines()
     (at,) = (n for n, line in enumerate(lines) if line.startswith("checkpoints"))
@@ -173,13 +173,13 @@ def test_refusals(words, message, capsys):
 def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsys):
     """As multi-latent attention, whose layers need a GPU."""
     from megatron_s3.launch import plan as module
-    from megatron_s3.mcore import sizes
+    from megatron_s3.mcore.planning import job
 
     def fails(args):
         raise TypeError("unexpected keyword argument 'k_channels'")
 
     monkeypatch.setattr(module, "check", lambda config, more: Namespace(**ARGS))
-    monkeypatch.setattr(sizes, "completed", fails)
+    monkeypatch.setattr(job, "completed", fails)
     assert main(["tiny-s3"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "[megatron-s3] asking Megatron for the sizes; importing it takes a while",

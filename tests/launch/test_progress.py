@@ -7,12 +7,13 @@ import pytest
 from megatron_s3.launch import launch, progress, provenance
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import Progress
+from megatron_s3.storage.layout import TRACKER
 
 
 def saved(folder: Path, iteration: int | str) -> Path:
     """A folder with a checkpoint, as far as its names go."""
     (folder / f"iter_{int(iteration):07d}").mkdir(parents=True)
-    (folder / progress.TRACKER).write_text(str(iteration))
+    (folder / TRACKER).write_text(str(iteration))
     return folder
 
 
@@ -78,7 +79,7 @@ def test_what_a_save_left(tmp_path):
     assert newest() is None  # killed within the first save
     (folder / "iter_0000010/metadata.json").write_text("{}")
     assert newest() == 10  # or before the file that names it
-    tracker = folder / progress.TRACKER
+    tracker = folder / TRACKER
     tracker.write_text("release")
     assert newest() is None
     tracker.write_text("20")

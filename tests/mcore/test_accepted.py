@@ -42,24 +42,24 @@ def test_the_checkpoints_weight_decay_is_in_force_at_once(name, release):
 
 @on_ranks(1)
 def test_another_weight_decay_is_said_before_anything_is_loaded():
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.checkpoint import differences
 
     saved = Namespace(**RATES, weight_decay=0.01)
     now = Namespace(**RATES, weight_decay=0.1, weight_decay_incr_style="constant")
     with pytest.raises(ValueError, match=r"saved with --weight-decay 0\.01, and this run has .*"):
-        checkpoint._compare_rates("d", now, saved)
+        differences.compare_rates("d", now, saved)
     now.use_checkpoint_opt_param_scheduler = True
-    checkpoint._compare_rates("d", now, saved)
+    differences.compare_rates("d", now, saved)
 
 
 @on_ranks(1)
 def test_a_vocabulary_padded_further_is_refused():
-    from megatron_s3.mcore.checkpoint import _compare_vocabulary
+    from megatron_s3.mcore.checkpoint.differences import compare_vocabularies
 
     def compare(then, now, ranks):
         saved = Namespace(padded_vocab_size=then, vocab_size=250)
         running = Namespace(padded_vocab_size=now, vocab_size=250, tensor_model_parallel_size=ranks)
-        _compare_vocabulary("d", running, saved)
+        compare_vocabularies("d", running, saved)
 
     compare(256, 256, 2)
     compare(512, 256, 1)  # rows that stand for nothing are left out

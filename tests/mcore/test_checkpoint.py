@@ -34,13 +34,13 @@ def flags(**other: object) -> Namespace:
 
 def write(folder: Path, *iterations: int, tracker: str | None = None) -> Path:
     """Checkpoints of the format torch_dist, sealed as a save does."""
-    from megatron_s3.mcore import integrity
+    from megatron_s3.storage import checksums
 
     for iteration in iterations:
         path = folder / f"iter_{iteration:07d}"
         dcp.save({"weight": torch.full((70,), iteration)}, checkpoint_id=path, no_dist=True)
         (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
-        integrity.seal(path)
+        checksums.seal(path)
     if tracker:
         (folder / TRACKER).write_text(tracker)
     return folder
@@ -56,7 +56,7 @@ def damage(path: Path) -> None:
 
 def read(folder: Path | None, args: Namespace, context: object = None) -> tuple:
     """What Megatron would read: iteration, and whether a non-persistent one may come before it."""
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.checkpoint import loading
 
     found = []
 
@@ -66,7 +66,7 @@ def read(folder: Path | None, args: Namespace, context: object = None) -> tuple:
 
     before = dict(vars(args))
     for rank0 in (True, False):
-        checkpoint.load_base_checkpoint(original, folder, args, rank0, None, context)
+        loading.load_base_checkpoint(original, folder, args, rank0, None, context)
     assert vars(args) == before
     assert found[0] == found[1]
     return found[0]
@@ -178,7 +178,7 @@ def test_all_that_is_read_of_an_iteration_is_of_the_same(tmp_path):
     """Where Megatron looks the iteration up again, too: of the optimizer in the format torch."""
     from megatron.training import checkpointing
 
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.checkpoint import loading
 
     load, found = write(tmp_path, 3, 6, tracker="6"), []
     tracker = str(load / TRACKER)
@@ -193,7 +193,7 @@ def test_all_that_is_read_of_an_iteration_is_of_the_same(tmp_path):
         before = dict(vars(args))
         found.clear()
         with globally(args):
-            checkpoint.load_checkpoint(original, [], None, None)
+            loading.load_checkpoint(original, [], None, None)
         assert vars(args) == before, "what was chosen stays in the arguments, and is saved"
         return found[0]
 
@@ -219,20 +219,21 @@ def test_all_that_is_read_of_an_iteration_is_of_the_same(tmp_path):
 @pytest.mark.parametrize("form", ["torch_dcp", "fsdp_dtensor"])
 @on_ranks(1)
 def test_an_asynchronous_save_is_sealed_when_it_has_ended(form, tmp_path):
-    from megatron_s3.mcore import checkpoint, integrity
+    from megatron_s3.mcore.checkpoint import saving
+    from megatron_s3.storage import layout
 
     folder = tmp_path / "iter_0000006"
     args = flags(save=str(tmp_path), ckpt_format=form)
     state = {"weight": torch.ones(70)}
     for _ in range(2):  # written over, the second time
         with globally(args):
-            checkpoint.save_checkpoint(lambda iteration: None, 6)  # scheduled
-        assert not (folder / integrity.SEAL).exists()
-        assert not (folder / integrity.INDEX).exists()
+            saving.save_checkpoint(lambda iteration: None, 6)  # scheduled
+        assert not (folder / layout.SEAL).exists()
+        assert not (folder / layout.INDEX).exists()
         dcp.save(state, checkpoint_id=folder, no_dist=True)
-        with checkpoint.open_file(open, str(tmp_path / TRACKER), "w") as file:
+        with saving.open_file(open, str(tmp_path / TRACKER), "w") as file:
             file.write("6")
-        assert (folder / integrity.SEAL).read_text().split()[1:] == [integrity.INDEX]
+        assert (folder / layout.SEAL).read_text().split()[1:] == [layout.INDEX]
         assert read(tmp_path, flags(ckpt_format=form)) == (6, None)
 
 
@@ -242,11 +243,11 @@ RATES = {"lr": 3e-3, "min_lr": 1e-4, "decoupled_lr": None, "decoupled_min_lr": N
 @pytest.mark.parametrize("optimizer", ["s3", "adam"])
 @on_ranks(1)
 def test_other_rates_are_refused_before_anything_is_read_unless_it_is_said_whose_count(optimizer):
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.checkpoint import differences
 
     def judge(now: dict, then: dict = RATES, **other) -> None:
         args = flags(optimizer=optimizer, **RATES | now, **other)
-        checkpoint._compare_rates("d", args, Namespace(optimizer=optimizer, **then))
+        differences.compare_rates("d", args, Namespace(optimizer=optimizer, **then))
 
     judge({})
     for name, value in (("lr", 1e-3), ("min_lr", 0.0), ("decoupled_lr", 1e-3)):
@@ -265,7 +266,8 @@ def test_other_rates_are_refused_before_anything_is_read_unless_it_is_said_whose
 @on_ranks(1)
 def test_what_is_finetuned_goes_on_with_nothing_of_the_run_before(tmp_path):
     """Whose optimizer and rates the checkpoint's are does not matter then, nor do its spikes."""
-    from megatron_s3.mcore import checkpoint, telemetry
+    from megatron_s3.mcore import telemetry
+    from megatron_s3.mcore.checkpoint import loading
 
     load = write(tmp_path, 3, tracker="3")
     saved = Namespace(optimizer="adam", s3_spikes={"of": "that run"}, **RATES)
@@ -274,7 +276,7 @@ def test_what_is_finetuned_goes_on_with_nothing_of_the_run_before(tmp_path):
         telemetry._spikes = None
         args = flags(optimizer="s3", **RATES | other)
         original = lambda load_dir, args, **kwargs: ({"args": saved}, "", False, None)
-        checkpoint.load_base_checkpoint(original, load, args, rank0=True)
+        loading.load_base_checkpoint(original, load, args, rank0=True)
         return telemetry._spikes
 
     assert loaded(finetune=True, no_load_optim=False, lr=1e-3) is None
@@ -287,11 +289,13 @@ def test_what_is_finetuned_goes_on_with_nothing_of_the_run_before(tmp_path):
 
 @on_ranks(1)
 def test_whose_state_it_is_is_compared_where_there_is_one():
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.checkpoint import differences
     from megatron_s3.optimizers.description import FORMAT
 
     def judge(**saved):
-        checkpoint._compare("d", flags(optimizer="s3"), Namespace(optimizer="s3", **saved))
+        differences.compare_optimizers(
+            "d", flags(optimizer="s3"), Namespace(optimizer="s3", **saved)
+        )
 
     judge(s3_p=None, s3_format=FORMAT)
     for saved, fault in (
@@ -305,11 +309,11 @@ def test_whose_state_it_is_is_compared_where_there_is_one():
 
 @on_ranks(1)
 def test_formats_that_are_read_once_are_verified_then(tmp_path):
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.checkpoint import loading
 
     def refusal(load, form):
         with pytest.raises(ValueError) as error:
-            checkpoint.load_base_checkpoint(None, load, flags(ckpt_format=form), rank0=False)
+            loading.load_base_checkpoint(None, load, flags(ckpt_format=form), rank0=False)
         return str(error.value)
 
     load = write(tmp_path / "torch_dcp", 6, tracker="6")
@@ -325,17 +329,17 @@ def test_formats_that_are_read_once_are_verified_then(tmp_path):
 
 @on_ranks(2)
 def test_a_fault_of_any_rank_is_an_error_on_all():
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.all_ranks import raise_first
 
     for rank in range(2):
         with pytest.raises(ValueError, match="found by one"):
-            checkpoint._agree("found by one" if torch.distributed.get_rank() == rank else None)
-    checkpoint._agree(None)
+            raise_first("found by one" if torch.distributed.get_rank() == rank else None)
+    raise_first(None)
 
 
 @on_ranks(1)
 def test_how_loading_ends(tmp_path):
-    from megatron_s3.mcore import checkpoint
+    from megatron_s3.mcore.checkpoint import loading
 
     load, (model, optimizer) = write(tmp_path, 3, tracker="3"), build()
 
@@ -346,7 +350,7 @@ def test_how_loading_ends(tmp_path):
                 raise end
 
         with globally(flags(load=str(load))):
-            checkpoint.load_checkpoint(original, [model], optimizer, None)
+            loading.load_checkpoint(original, [model], optimizer, None)
 
     loaded()
     with pytest.raises(ValueError, match="could not be loaded, for the reason that Megatron"):

@@ -244,7 +244,7 @@ def test_main_parameters_that_are_not_the_weights_are_noticed():
 def test_a_reshardable_save_gathers_what_the_plan_says():
     from argparse import Namespace
 
-    from megatron_s3.mcore import sizes
+    from megatron_s3.mcore.planning import memory
 
     args = Namespace(use_distributed_optimizer=True, ckpt_format="torch_dist")
     for layout in ("one bucket", "small buckets"):
@@ -253,7 +253,7 @@ def test_a_reshardable_save_gathers_what_the_plan_says():
         gathered = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
         (tensors_,) = gathered[0].values()
         found = sum(t.nbytes for t in tensors_.values() if isinstance(t, torch.Tensor))
-        plan = sizes.checkpoint(args, sizes.measure([built], optimizer), "fully_reshardable")
+        plan = memory.checkpoint(args, memory.measure([built], optimizer), "fully_reshardable")
         assert found == 12 * part.buffers[0].numel_unpadded
         assert plan.reading == 12 * sum(p.numel() for p in built.parameters())
         assert 0 <= found - plan.reading < 12 * 64 * len(list(built.parameters()))  # gaps

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_s3.mcore import weights
+from megatron_s3.mcore.checkpoint.read import arguments
 from megatron_s3.telemetry.runlog import read
 from tests.harness.trainer import PARAMETERS, brief, train
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_is_one_log(tmp_path) -> None:
     ]
     resumed = [r for r in records[1] if r != ("start", 3, None, None)]
     assert resumed == records[0]
-    spikes = [weights.arguments(tmp_path / name / "iter_0000006").s3_spikes for name in "ab"]
+    spikes = [arguments(tmp_path / name / "iter_0000006").s3_spikes for name in "ab"]
     assert spikes[0] == spikes[1] and len(spikes[0]["detector"]["accepted"]) == 6
     assert [r[:2] for r in records[0]] == [
         ("start", 0), *(("train", i) for i in (1, 2, 3)), ("valid", 3),

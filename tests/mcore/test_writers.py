@@ -36,7 +36,7 @@ def test_a_dead_writer_is_an_error(busy: bool) -> None:
         PersistentAsyncCaller,
     )
 
-    from megatron_s3.mcore.writers import WriterDied
+    from megatron_s3.mcore.checkpoint.async_writers import WriterDied
 
     caller = PersistentAsyncCaller()
     # As Megatron's trainer starts it (megatron/training/async_utils.py).

@@ -24,7 +24,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.training import checkpointing, global_vars  # noqa: E402
 
-from megatron_s3.mcore import checkpoint  # noqa: E402
+from megatron_s3.mcore.checkpoint import saving  # noqa: E402
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer  # noqa: E402
 from tests.harness.reference import S3Reference  # noqa: E402
 
@@ -319,7 +319,7 @@ def refuse(iteration):
 assert global_vars._GLOBAL_ARGS is None
 checkpointing.get_args = lambda: argparse.Namespace(save=None)
 try:
-    checkpoint.save_checkpoint(refuse, 3)
+    saving.save_checkpoint(refuse, 3)
 except Own:
     pass
 else:
@@ -334,9 +334,9 @@ with tempfile.TemporaryDirectory() as save:
     index.parent.mkdir()
     index.touch()
     for elsewhere in ("non_persistent_ckpt", "release"):
-        checkpoint.save_checkpoint(lambda iteration, **kw: None, 3, **{elsewhere: True})
+        saving.save_checkpoint(lambda iteration, **kw: None, 3, **{elsewhere: True})
     assert index.exists()
-    checkpoint.save_checkpoint(lambda iteration: None, 3)
+    saving.save_checkpoint(lambda iteration: None, 3)
     assert index.exists() is (RANK != 0)
 
 # The model's memory moves: the step follows it. What it cannot write is left to upstream.

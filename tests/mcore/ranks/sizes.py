@@ -16,7 +16,7 @@ megatron_s3.register()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.training import global_vars, initialize  # noqa: E402
 
-from megatron_s3.mcore import parse, sizes  # noqa: E402
+from megatron_s3.mcore.planning import job, memory, parse  # noqa: E402
 from tests.harness.trainer import TINY  # noqa: E402
 
 # Sizes that leave gaps: no dimension is a multiple of 64 x ranks, and no bucket ends at one.
@@ -85,13 +85,13 @@ class Allocations(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
-def allocated(args) -> tuple[sizes.Rank, int, int]:
+def allocated(args) -> tuple[memory.Rank, int, int]:
     """Builds, takes a step and counts: by category, by storage, and the scalars of states."""
     global_vars.set_global_variables(args)
     initialize._initialize_distributed(None, None, None)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     with Allocations() as allocations:
-        model, optimizer = sizes.build()
+        model, optimizer = job.build()
         for chunk in model:
             for param in chunk.parameters():
                 param.main_grad.normal_()
@@ -106,7 +106,7 @@ def allocated(args) -> tuple[sizes.Rank, int, int]:
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     gc.collect()  # what only cycles hold is freed whenever the collector comes by
-    found = sizes.measure(model, optimizer, stage)
+    found = memory.measure(model, optimizer, stage)
     alive = allocations.alive()
     parallel_state.destroy_model_parallel()
     global_vars.unset_global_variables()
@@ -142,7 +142,7 @@ for ranks in CASES:
     for args, title, every in world(ranks) if ranks > RANK else []:
         # Each rank plans for itself: its shard, its experts, its pipeline stage.
         found, alive, scalars = every[RANK]
-        planned = sizes.plan_rank(sizes.completed(args), RANK)
+        planned = job.plan_rank(job.completed(args), RANK)
         assert planned == found, f"{ranks} ranks, {title}:\nplan {planned}\nreal {found}"
         # What is left are a step's few numbers: found_inf, loss scale, norms.
         rest = alive - scalars - planned.total

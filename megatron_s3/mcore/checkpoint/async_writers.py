@@ -4,13 +4,9 @@ In Megatron, with any optimizer, a failed write can kill the process that writes
 checkpoints, and once that process is dead, the next save waits for it forever.
 """
 
-import contextlib
-import os
-import shutil
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -18,7 +14,6 @@ __all__ = [
     "clear_frames",
     "is_current_async_call_done",
     "schedule_async_call",
-    "why_not",
     "write_preloaded_data",
 ]
 
@@ -97,25 +92,3 @@ def _died(status: int) -> WriterDied:
         "holds a copy of the rank's state. Start the run again; it goes on from the newest "
         "complete checkpoint."
     )
-
-
-def why_not(folder: Path) -> str | None:
-    """Returns why a folder takes no file, or None if it does.
-
-    The disk is asked, because what Megatron and torch hand on from the writers says
-    "AssertionError" or "unexpected pos".
-    """
-    probe = folder / f".probe.{os.getpid()}"
-    try:
-        with open(probe, "wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        return f"{error.strerror} ({free / 1e6:,.1f} MB free)"
-    else:
-        return None
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)

@@ -1,10 +1,12 @@
-"""Folders for results, looked at before the work for them begins."""
+"""Whether a folder takes files: asked before the work for them begins, and after one failed."""
 
 import contextlib
+import os
+import shutil
 import tempfile
 from pathlib import Path
 
-__all__ = ["refuse_unwritable"]
+__all__ = ["refuse_unwritable", "why_not"]
 
 
 def refuse_unwritable(folder: Path, name: str) -> None:
@@ -30,3 +32,25 @@ def refuse_unwritable(folder: Path, name: str) -> None:
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def why_not(folder: Path) -> str | None:
+    """Returns why a folder takes no file, or None if it does.
+
+    The disk is asked, because what Megatron and torch hand on from the writers says
+    "AssertionError" or "unexpected pos".
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        return f"{error.strerror} ({free / 1e6:,.1f} MB free)"
+    else:
+        return None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

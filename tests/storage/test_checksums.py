@@ -5,14 +5,17 @@ import os
 import pickle
 import random
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_s3.mcore import integrity
-from megatron_s3.mcore.integrity import Damaged
+from megatron_s3.storage import archive, checksums
+from megatron_s3.storage.errors import Damaged
+from megatron_s3.storage.layout import SEAL
+from megatron_s3.storage.newest import is_complete
 from tests.harness.trainer import train
 
 STATE = {"weight": torch.arange(70.0), "other": torch.ones(3, 5), "object": io.BytesIO(b"")}
@@ -25,15 +28,15 @@ def folder(tmp_path: Path) -> Path:
     torch.save([1, {"a": 2}], STATE["object"])
     dcp.save(dict(STATE), checkpoint_id=path, no_dist=True)
     (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    integrity.seal(path)
+    checksums.seal(path)
     return path
 
 
 def judge(folder: Path) -> str:
     """What is said of a checkpoint, "" if nothing."""
     try:
-        integrity.check(folder)
-        integrity.verify(folder)
+        checksums.check(folder)
+        checksums.verify(folder)
     except Damaged as error:
         return str(error)
     return ""
@@ -49,7 +52,7 @@ def flip(path: Path, bit: int) -> None:
 
 def test_a_whole_checkpoint_is_found_whole_with_and_without_its_checksums(folder: Path) -> None:
     assert judge(folder) == ""
-    (folder / integrity.SEAL).unlink()
+    (folder / SEAL).unlink()
     assert judge(folder) == ""
 
 
@@ -65,8 +68,8 @@ def test_every_bit_of_a_tensors_file_is_checked_or_has_no_effect(tmp_path: Path)
         at, changed = bit // 8, data[bit // 8] ^ (1 << bit % 8)
         os.pwrite(fd, bytes([changed]), at)
         try:
-            integrity._verify_zip(fd, integrity._Item(path, 0, len(data), 160))
-        except (integrity._Differs, integrity.struct.error):
+            archive.verify(fd, archive.Archive(path, 0, len(data), 160))
+        except (archive.Differs, struct.error):
             pass
         else:
             passed += 1
@@ -77,7 +80,7 @@ def test_every_bit_of_a_tensors_file_is_checked_or_has_no_effect(tmp_path: Path)
     assert 0 < passed < len(data) * 4  # padding, dates
 
 
-@pytest.mark.parametrize("name", [".metadata", "metadata.json", integrity.SEAL])
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", SEAL])
 def test_every_bit_of_a_small_file_is_checked(name: str, folder: Path) -> None:
     path = folder / name
     bits = path.stat().st_size * 8
@@ -90,7 +93,7 @@ def test_every_bit_of_a_small_file_is_checked(name: str, folder: Path) -> None:
 
 
 def test_an_index_without_checksum_has_to_agree_with_itself(folder: Path) -> None:
-    (folder / integrity.SEAL).unlink()
+    (folder / SEAL).unlink()
     path = folder / ".metadata"
     whole = path.read_bytes()
 
@@ -142,7 +145,7 @@ def test_missing_and_cut_files_are_named(folder: Path) -> None:
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_every_byte_is_in_one_share(of: int, folder: Path) -> None:
     (data,) = folder.glob("*.distcp")
-    counts = [integrity.verify(folder, share, of) for share in range(of)]
+    counts = [checksums.verify(folder, share, of) for share in range(of)]
     assert sum(counts) == data.stat().st_size
     content = data.read_bytes()
     for at in (
@@ -153,7 +156,7 @@ def test_every_byte_is_in_one_share(of: int, folder: Path) -> None:
         found = []
         for share in range(of):
             try:
-                integrity.verify(folder, share, of)
+                checksums.verify(folder, share, of)
             except Damaged as error:
                 found.append(str(error))
         assert len(found) == 1 and str(data) in found[0]
@@ -174,16 +177,16 @@ def test_a_file_of_the_older_format_is_checked_too(tmp_path: Path) -> None:
 
 
 def test_what_is_overwritten_is_not_complete_meanwhile(folder: Path) -> None:
-    assert integrity.is_complete(folder)
-    integrity.reopen(folder)
-    assert not integrity.is_complete(folder)
+    assert is_complete(folder)
+    checksums.reopen(folder)
+    assert not is_complete(folder)
     assert "metadata.json is missing" in judge(folder)
     shutil.rmtree(folder)
-    assert not integrity.is_complete(folder)
+    assert not is_complete(folder)
 
 
 def test_the_checksums_name_what_is_there_and_nothing_else(folder: Path) -> None:
-    seal = folder / integrity.SEAL
+    seal = folder / SEAL
     whole = seal.read_text()
     seal.write_text(whole + f"{'0' * 64}  another\n")
     assert f"{seal} is not what was written" in judge(folder)
@@ -194,22 +197,22 @@ def test_the_checksums_name_what_is_there_and_nothing_else(folder: Path) -> None
 
 
 def test_a_format_without_that_file_has_its_index_for_it(folder: Path) -> None:
-    for name in ("metadata.json", integrity.SEAL):
+    for name in ("metadata.json", SEAL):
         (folder / name).unlink()
-    assert not integrity.is_complete(folder)
-    assert integrity.is_complete(folder, config=False)
-    integrity.check(folder, config=False)
-    integrity.seal(folder)
-    assert (folder / integrity.SEAL).read_text().split()[1:] == [".metadata"]
-    integrity.check(folder, config=False)
+    assert not is_complete(folder)
+    assert is_complete(folder, config=False)
+    checksums.check(folder, config=False)
+    checksums.seal(folder)
+    assert (folder / SEAL).read_text().split()[1:] == [".metadata"]
+    checksums.check(folder, config=False)
     flip(folder / ".metadata", 800)
     with pytest.raises(Damaged, match=r"/\.metadata is not what .*checksums\.sha256 says"):
-        integrity.check(folder, config=False)
-    integrity.reopen(folder, config=False)
-    assert not integrity.is_complete(folder, config=False)
-    assert not (folder / integrity.SEAL).exists()
+        checksums.check(folder, config=False)
+    checksums.reopen(folder, config=False)
+    assert not is_complete(folder, config=False)
+    assert not (folder / SEAL).exists()
     with pytest.raises(Damaged, match=r"/\.metadata is missing"):
-        integrity.check(folder, config=False)
+        checksums.check(folder, config=False)
 
 
 def test_a_file_that_is_gone_after_another_was_read_is_named(
@@ -217,12 +220,12 @@ def test_a_file_that_is_gone_after_another_was_read_is_named(
 ) -> None:
     for name in ("a.pt", "b.pt"):
         torch.save(torch.ones(50), tmp_path / name)
-    items = integrity._items(tmp_path)
-    monkeypatch.setattr(integrity, "_items", lambda folder: items)
-    assert integrity.verify(tmp_path) > 400
+    found = checksums._archives(tmp_path)
+    monkeypatch.setattr(checksums, "_archives", lambda folder: found)
+    assert checksums.verify(tmp_path) > 400
     (tmp_path / "b.pt").unlink()
     with pytest.raises(Damaged, match=r"/b\.pt cannot be read"):
-        integrity.verify(tmp_path)
+        checksums.verify(tmp_path)
 
 
 @pytest.mark.slow

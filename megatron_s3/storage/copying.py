@@ -1,4 +1,4 @@
-"""Items of a checkpoint's files, a zip file each: read, copied, and written with other elements."""
+"""Copies archives from file to file, as they are or with other elements in them."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_s3.mcore import integrity
+from megatron_s3.storage import archive
 
 __all__ = ["Slice", "Stopped", "Writer", "copy", "rewrite"]
 
@@ -25,17 +25,18 @@ class Slice(io.RawIOBase):
     def __init__(self, path: Path, offset: int, length: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._offset, self.length, self._at = offset, length, 0
+        self._archive = archive.Archive(path, offset, length)
 
-    def entries(self) -> list[integrity.Entry]:
-        """What it holds, as a zip file."""
-        return integrity.entries(self._file.fileno(), self._offset, self.length)
+    def entries(self) -> Iterator[archive.Entry]:
+        """Yields what it holds, as an archive."""
+        return archive.entries(self._file.fileno(), self._archive)
 
     def readable(self) -> bool:
-        """Yes."""
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Returns True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -45,11 +46,11 @@ class Slice(io.RawIOBase):
         return self._at
 
     def tell(self) -> int:
-        """The place in the part."""
+        """Returns the place in the part."""
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Reads as many bytes as there are and the buffer takes; how many that was."""
+        """Reads as many bytes as there are and the buffer takes, and returns how many."""
         view = memoryview(buffer).cast("B")
         view = view[: max(0, self.length - self._at)]
         count = os.preadv(self._file.fileno(), [view], self._offset + self._at) if len(view) else 0
@@ -93,7 +94,7 @@ class Writer:
         self._file.flush()
 
     def tell(self) -> int:
-        """The place in the file."""
+        """Returns the place in the file."""
         return self._file.tell()
 
     def seek(self, place: int) -> None:
@@ -106,13 +107,13 @@ class Stopped(Exception):
 
 
 def copy(given: Slice, file: Writer, length: int) -> None:
-    """So many bytes from here on."""
+    """Copies so many bytes from here on."""
     for block in _blocks(given, length):
         file.write(block)
 
 
 def _blocks(given: Slice, length: int) -> Iterator[memoryview]:
-    """So many bytes from here on; each block is overwritten by the next.
+    """Yields so many bytes from here on; each block is overwritten by the next.
 
     Raises:
         EOFError: there are fewer.

@@ -1,0 +1,1 @@
+"""Megatron's checkpoints: what is loaded into what, decided before anything is; whole saves."""

@@ -1,0 +1,155 @@
+"""Which iteration is read: chosen once, for all that Megatron reads of it."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_s3.mcore.all_ranks import raise_first
+from megatron_s3.mcore.arguments import say
+from megatron_s3.storage.layout import TRACKER, folder_of, has_config
+from megatron_s3.storage.newest import Unclear, absent, complete, named, newest
+
+__all__ = ["Choice", "choose", "chosen", "complete_ones", "instead", "say_once"]
+
+#: Megatron reads a checkpoint's arguments more than once.
+say_once = functools.cache(say)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The iteration that is read.
+
+    Attributes:
+        folder: of it; None where Megatron's own checks are all (``--non-persistent-ckpt-type
+            local``, object stores).
+        iteration: its number, None of a release.
+        persistent: whether it is under ``--load``.
+    """
+
+    folder: Path | None
+    iteration: int | None
+    persistent: bool = True
+
+
+@contextlib.contextmanager
+def chosen(load_dir: str | None, args: Any, context: Any) -> Iterator[Choice | None]:
+    """Inside, Megatron reads the iteration that is yielded, or says that it starts from nothing.
+
+    So it does where this is entered once more, inside.
+    """
+    if load_dir is None or "://" in str(load_dir):
+        yield None
+        return
+    choice, error = None, None
+    kind = getattr(args, "non_persistent_ckpt_type", None)
+    try:
+        # First, because its ranks talk to each other.
+        local = _local_iteration(context) if kind == "local" else -1
+        choice = choose(Path(load_dir), args, local)
+    except Unclear as caught:
+        error = f"{caught}. {instead(Path(load_dir), args)}"
+    except OSError as caught:
+        error = str(caught)
+    raise_first(error)
+    step = getattr(args, "ckpt_step", None)
+    if choice is not None:
+        args.ckpt_step = choice.iteration
+        args.non_persistent_ckpt_type = None if choice.persistent else kind
+    try:
+        yield choice
+    finally:
+        args.ckpt_step = step
+        args.non_persistent_ckpt_type = kind
+
+
+def _local_iteration(context: Any) -> int:
+    """Asks all ranks for the newest of ``--non-persistent-ckpt-type local``, -1 without any."""
+    manager = (context or {}).get("local_checkpoint_manager")
+    return -1 if manager is None else manager.find_latest()
+
+
+def choose(load_dir: Path, args: Any, local: int = -1) -> Choice | None:
+    """Returns the iteration to read, as Megatron chooses; what --ckpt-step names before all.
+
+    Args:
+        load_dir: of ``--load``.
+        args: Megatron's.
+        local: the newest one of ``--non-persistent-ckpt-type local``, or -1.
+
+    Raises:
+        Unclear: a tracker file is damaged, or what is named is not there.
+    """
+    step = getattr(args, "ckpt_step", None)
+    elsewhere = Path(
+        getattr(args, "non_persistent_global_ckpt_dir", None) or load_dir / "non_persistent"
+    )
+    latest = local
+    if getattr(args, "non_persistent_ckpt_type", None) == "global":
+        found = named(elsewhere / TRACKER)
+        latest = found if isinstance(found, int) else local
+    if step:
+        persistent = None if latest == step else _there(load_dir, step, "--ckpt-step")
+    else:
+        persistent = _persistent(load_dir, args)
+    if latest == -1 or (persistent is not None and latest < (persistent.iteration or 0)):
+        return persistent
+    if step and latest != step:
+        return persistent
+    if local != -1:
+        return Choice(None, latest, persistent=False)
+    newest_there = _there(elsewhere, latest, str(elsewhere / TRACKER))
+    return dataclasses.replace(newest_there, persistent=False)
+
+
+def _persistent(load_dir: Path, args: Any) -> Choice | None:
+    found = newest(load_dir, config=has_config(getattr(args, "ckpt_format", None)))
+    if found is None:
+        return None
+    if not isinstance(found, int):  # a release
+        return Choice(folder_of(load_dir, None), None)
+    tracker = load_dir / TRACKER
+    if not tracker.is_file():
+        say_once(f"{tracker} is missing: iteration {found}, the only one there, is complete")
+    elif os.environ.get("RANK", "0") == "0":
+        _say_newer(load_dir, found, args)
+    return Choice(folder_of(load_dir, found), found)
+
+
+def _there(load_dir: Path, iteration: int, source: str) -> Choice:
+    folder = folder_of(load_dir, iteration)
+    if not folder.is_dir():
+        raise Unclear(absent(source, load_dir, iteration))
+    return Choice(folder, iteration)
+
+
+def _say_newer(load_dir: Path, found: int, args: Any) -> None:
+    """Names newer iterations: of a job killed before the tracker file, or an edited one's."""
+    if newer := [str(i) for i in complete_ones(load_dir, args) if i > found]:
+        say_once(
+            f"{load_dir / TRACKER} names iteration {found}, which is loaded; newer ones are "
+            f"complete: {', '.join(newer)}"
+        )
+
+
+def complete_ones(load_dir: Path, args: Any) -> list[int]:
+    """Returns the iterations of which a save in the arguments' format has ended, in order."""
+    return complete(load_dir, config=has_config(getattr(args, "ckpt_format", None)))
+
+
+def instead(load_dir: Path, args: Any, but: Path | None = None) -> str:
+    """Returns what to do, for the end of an error.
+
+    Args:
+        load_dir: of ``--load``.
+        args: Megatron's.
+        but: the folder of an iteration that is of no use.
+    """
+    others = (i for i in complete_ones(load_dir, args) if folder_of(load_dir, i) != but)
+    there = ", ".join(map(str, others))
+    if not there:
+        return "Nothing was loaded, and no other iteration is complete."
+    return f"Nothing was loaded. Choose an iteration with --ckpt-step; complete: {there}."

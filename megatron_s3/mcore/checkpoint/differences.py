@@ -1,0 +1,108 @@
+"""What of a checkpoint's run is not as in this one: refused before it is loaded, or said."""
+
+from typing import Any
+
+from megatron_s3.mcore.arguments import destination, flag, state_dtypes
+from megatron_s3.mcore.checkpoint.choice import say_once
+from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.optimizers.description import FORMAT
+
+__all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies"]
+
+
+def compare_vocabularies(load_dir: str, args: Any, saved: Any) -> None:
+    """Compares the lengths of the embeddings, which Megatron pads with rows of its own.
+
+    Raises:
+        ValueError: it would, and say nothing.
+    """
+    now, then = (getattr(each, "padded_vocab_size", None) for each in (args, saved))
+    multiples = [
+        getattr(each, "make_vocab_size_divisible_by", 128)
+        * getattr(each, "tensor_model_parallel_size", 1)
+        for each in (args, saved)
+    ]  # where these are equal it is another tokenizer's
+    if now and then and now > then and multiples[0] != multiples[1]:
+        ranks = args.tensor_model_parallel_size
+        advice = f"a --tensor-model-parallel-size that divides {then}"
+        if then % ranks == 0:
+            advice = f"--make-vocab-size-divisible-by {then // ranks}, which pads to {then}"
+        raise ValueError(
+            f"{load_dir} holds a vocabulary padded to {then} tokens, and this run pads it to "
+            f"{now}: the {now - then} new ones are untrained, and each takes part in the loss. "
+            f"Nothing was loaded. Give {advice}."
+        )
+
+
+def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
+    """Compares the rates and decays, which Megatron does after all is read.
+
+    Raises:
+        ValueError: they differ, and nothing says which are to be in force.
+    """
+    names = ["lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"]
+    if getattr(args, "weight_decay_incr_style", "constant") != "constant":  # else they are that
+        names += ["start_weight_decay", "end_weight_decay"]
+    differing = [
+        (f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name))
+        for name in names
+        if hasattr(saved, name) and getattr(saved, name) != getattr(args, name, None)
+    ]
+    if not differing or getattr(saved, "no_save_optim", False):
+        return
+    then = " ".join(f"{flag} {value}" for flag, value, _ in differing)
+    now = " ".join(f"{flag} {value}" for flag, _, value in differing)
+    if getattr(args, "override_opt_param_scheduler", False):
+        say_once(f"{load_dir} was saved with {then}; from here on it is {now}")
+    elif getattr(args, "use_checkpoint_opt_param_scheduler", False):
+        say_once(f"{load_dir} was saved with {then}, which stays in force in place of {now}")
+    else:
+        raise ValueError(
+            f"{load_dir} was saved with {then}, and this run has {now}. Nothing was loaded. Give "
+            "the same, or say which is to be in force: this run's with "
+            "--override-opt_param-scheduler, or the checkpoint's with "
+            "--use-checkpoint-opt_param-scheduler."
+        )
+
+
+def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
+    """Compares whose state the checkpoint has, and the hyperparameters of it.
+
+    Raises:
+        ValueError: the state means nothing to the running optimizer.
+    """
+    running, written = (getattr(each, "optimizer", "adam") for each in (args, saved))
+    if running not in OPTIMIZERS and written not in OPTIMIZERS:
+        return  # Megatron's own optimizers: Megatron's own checks
+    if getattr(saved, "no_save_optim", False):
+        return
+    advice = "or load the model's weights alone with --no-load-optim"
+    if running != written:
+        raise ValueError(
+            f"{load_dir} was saved by --optimizer {written}, whose state means nothing to "
+            f"--optimizer {running}. Nothing was loaded. Resume with --optimizer {written}, "
+            f"{advice}."
+        )
+    if getattr(saved, "s3_format", 1) > FORMAT:
+        raise ValueError(
+            f"{load_dir} was saved by a newer megatron_s3, in format {saved.s3_format}: this one "
+            f"knows formats up to {FORMAT}. Nothing was loaded. Update megatron_s3, {advice}."
+        )
+    description = OPTIMIZERS[running].description
+    for h in description.hyperparameters:
+        now = getattr(args, destination(description, h), h.default)
+        then = getattr(saved, destination(description, h), h.default)
+        now, then = (h.default if value is None else value for value in (now, then))
+        if now == then:
+            continue
+        if h.fixes_state:
+            raise ValueError(
+                f"{load_dir} was saved with {flag(description, h)} {then}; its state means "
+                f"nothing with {flag(description, h)} {now}. Nothing was loaded. Resume with "
+                f"{flag(description, h)} {then}, {advice}."
+            )
+        say_once(f"{load_dir} was saved with {h.name}={then}; from here on it is {h.name}={now}")
+    now, then = (state_dtypes(OPTIMIZERS[running], each) for each in (args, saved))
+    for name in now:
+        if now[name] != then[name]:
+            say_once(f"{load_dir} was saved with {name} in {then[name]}: loaded into {now[name]}")

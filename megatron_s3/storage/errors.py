@@ -1,0 +1,12 @@
+"""What is raised about files."""
+
+__all__ = ["Damaged", "unreadable"]
+
+
+class Damaged(ValueError):
+    """A checkpoint is not what was written; the message begins with the file's path."""
+
+
+def unreadable(path: object, error: Exception) -> Damaged:
+    """Returns the error of a file whose content cannot be read."""
+    return Damaged(f"{path} cannot be read ({type(error).__name__}: {error})")

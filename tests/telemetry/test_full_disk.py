@@ -67,6 +67,16 @@ def test_only_so_many_lines_wait(tmp_path, monkeypatch, capsys):
     log_some(log, 4)
     assert iterations(folder) == [3, 4]
     assert capsys.readouterr().out.splitlines()[1].endswith("is written again; 2 lines are lost")
+    log_some(log, 5)
+    assert not capsys.readouterr().out
+    (folder / runlog.NAME).unlink()
+    folder.rmdir()
+    folder.write_text("no folder")  # once more
+    log_some(log, 6)
+    folder.unlink()
+    log_some(log, 7)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "cannot be written" in first and second.endswith("again, and no line is lost")
 
 
 def test_a_full_disk_under_the_output_too(tmp_path, monkeypatch):

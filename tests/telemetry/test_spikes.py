@@ -76,6 +76,44 @@ def test_a_new_level_is_learned() -> None:
     detector = feed(losses, patience=100)
     (spike,) = detector.spikes
     assert (spike.onset, spike.recovered, detector.open) == (301, False, None)
+    assert spike.end == 401  # 100 losses after the first
+
+
+def test_a_spike_lasts_until_the_loss_is_well_below_where_it_began() -> None:
+    """Five deviations begin none, and end none; nor do three fifths of the floor."""
+    for noise, above in ((0.01, 4 * math.expm1(0.05)), (1e-4, 0.03)):
+        losses = [4 * (1 + noise * random.Random(i).gauss(0, 1)) for i in range(300)]
+        assert not feed([*losses, *[4 + above] * 5, *losses]).spikes
+        (spike,) = feed([*losses, 6.0, *[4 + above] * 5, *losses]).spikes
+        assert (spike.onset, spike.end) == (301, 306)
+
+
+def test_patience_is_with_each_spike() -> None:
+    """Two that are shorter have recovered, also where a run was resumed in the middle of one."""
+    losses = decaying(400)
+    for start in (200, 300):
+        losses[start : start + 8] = [x + 1 for x in losses[start : start + 8]]
+    detector = feed(losses, patience=10)
+    assert [(s.end - s.onset, s.recovered) for s in detector.spikes] == [(7, True)] * 2
+    shifted = [*decaying(300), *(x + 1 for x in decaying(340, seed=1)[-40:])]
+    first, second = SpikeDetector(patience=20), SpikeDetector(patience=20)
+    for i, loss in enumerate(losses[:205]):
+        second.add(i, loss)  # of another run, in a spike
+    for i, loss in enumerate(shifted):
+        (first if i < 310 else second).add(i, loss)
+        if i == 309:
+            second.load_state_dict(first.state_dict())
+    assert [(s.onset, s.end, s.recovered) for s in second.spikes] == [(300, 320, False)]
+
+
+def test_a_detector_that_was_used_goes_on_as_a_new_one() -> None:
+    state = feed(decaying(300)).state_dict()
+    used, fresh = feed([0.1] * 300), SpikeDetector()
+    used._fit = used._line()  # as after a loss that stood out
+    for detector in (used, fresh):
+        detector.load_state_dict(state)
+        detector.add(301, 20.0)
+    assert used.open == fresh.open
 
 
 @pytest.mark.parametrize("cut", [50, 399, 401, 450])
@@ -159,6 +197,8 @@ def test_a_resumed_watch_is_the_same(cut: int) -> None:
     assert (began["onset"], began["first"]) == (80, ["layer 1 x4.0"])
     assert (ended["onset"], ended["end"], ended["first"]) == (80, 81, ["layer 1 x4.0"])
     assert second.count == whole.count == 1
+    whole.add(90, 9.0, None)
+    assert whole.count == 2  # under way
     with pytest.raises(ValueError, match="no state"):
         second.load_state_dict({"detector": {}})
 
@@ -191,3 +231,25 @@ def test_recorded_curves_know_their_spikes(tmp_path, capsys) -> None:
     assert confusion.main([str(report)]) == 0
     row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("megatron_s3"))
     assert row.split()[1:] == ["1", "0", "0.00", "0"]
+
+
+def test_a_spike_is_measured_against_what_was_before_it() -> None:
+    """Neither against updates inside of an earlier spike, nor against those that led it."""
+    watch = SpikeWatch()
+    losses = [*[4.0 + 0.01 * (i % 2) for i in range(60)], *[9.0] * 70, *[4.0] * 5, 9.0]
+
+    def updates(i: int) -> dict | None:
+        size = 0.1 if i < 60 else 0.4 if i < 130 else 0.1 if i < 134 else 0.3
+        return {"layers": {}, "kinds": {"norm": {"mean_abs": size}}} if i >= 58 else None
+
+    records = [r for i, loss in enumerate(losses) for r in watch.add(i, loss, updates(i))]
+    assert [(r["onset"], r["end"], r["first"]) for r in records] == [
+        (60, None, []), (60, 129, []), (135, None, ["norm x3.0"]),
+    ]  # fmt: skip
+    short = SpikeWatch()
+    for i in range(60):
+        short.add(i, 4.0 + 0.01 * (i % 2), None)
+    for i, size in enumerate((0.1, 0.4), 60):
+        short.add(i, 4.0, {"layers": {}, "kinds": {"norm": {"mean_abs": size}}})
+    (record,) = short.add(62, 9.0, {"layers": {}, "kinds": {"norm": {"mean_abs": 0.4}}})
+    assert record["first"] == ["norm x4.0"]

@@ -25,6 +25,10 @@ from megatron_s3.telemetry.updates import summary, tags
         ("decoder.layers.11.mlp.linear_fc2.weight", "mlp.fc2"),
         ("decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight", "experts"),
         ("decoder.layers.1.mlp.router.weight", "router"),
+        ("decoder.layers.1.mlp.experts.linear_fc1.bias3", "bias"),
+        ("decoder.layers.0.cross_attention.linear_q.weight", "attention.qkv"),
+        ("decoder.layers.0.cross_attention.linear_kv.weight", "attention.qkv"),
+        ("language_model.embedding.word_embeddings.weight", "embedding"),
         ("output_layer.weight", "output"),
         ("something.weight", "other"),
     ],
@@ -41,7 +45,10 @@ def test_rows_are_a_partition() -> None:
     assert len(set(layers)) == len(layers) == 3 * len(KINDS)
     row = layout.row("decoder.layers.0.mlp.linear_fc1.weight", 2)
     assert row in layout.kinds()["mlp.fc1"] and row in layout.by_layer()["2"]
-    assert layout.row("decoder.final_layernorm.weight", None) not in layers
+    outside = layout.row("decoder.final_layernorm.weight", None)
+    assert outside not in layers and outside in layout.kinds()["norm"]
+    # Layers for further tokens (MTP) are numbered on, and are none of the model's.
+    assert layout.row("mtp.layers.0.final_layernorm.weight", 3) == outside
 
 
 def test_sums_become_means_per_element_and_step() -> None:
@@ -90,8 +97,19 @@ def test_a_spike_is_one_record(tmp_path) -> None:
     assert [(r["onset"], r["end"]) for r in read(tmp_path)] == [(2, 4), (9, None)]
 
 
+def test_a_spike_that_ends_beyond_the_checkpoint_is_found_again(tmp_path) -> None:
+    log = RunLog(tmp_path)
+    for spike in ({"onset": 2, "end": 3}, {"onset": 4, "end": 9}, {"onset": 5, "end": None}):
+        log.write("spike", spike)
+    log.write("start", {"iteration": 5})
+    assert [r["onset"] for r in read(tmp_path) if r["kind"] == "spike"] == [2, 5]
+
+
 def test_what_json_has_no_number_for(tmp_path) -> None:
     log = RunLog(tmp_path / "new")
     log.write("train", {"iteration": 1, "loss": finite(float("nan")), "lr": finite(float("inf"))})
     (record,) = (json.loads(line) for line in log.path.read_text().splitlines())
     assert (record["loss"], record["lr"]) == ("nan", "inf") and float(record["loss"]) != 0
+    with pytest.raises(ValueError):
+        log.write("train", {"iteration": 2, "loss": float("nan")})  # no program could read it
+    assert [r["iteration"] for r in read(tmp_path / "new")] == [1]

@@ -174,7 +174,7 @@ def flatten(
     param, grad, *state = tensors = [local(tensor) for tensor in (param, grad, *state)]
     model_param = None if model_param is None else local(model_param)
     if all(map(Tensor.is_contiguous, tensors)):
-        if param.dim() == 1 and (model_param is None or model_param.dim() == 1):
+        if param.dim() == 1 and (model_param is None or _is_flat(model_param)):
             return Operands(param, grad, tuple(state), model_param, row), []
         flat = [tensor.view(-1) for tensor in tensors]
         copies = []
@@ -182,22 +182,27 @@ def flatten(
     else:
         order = sorted(range(param.dim()), key=param.stride, reverse=True)
         ordered = [tensor.permute(order) for tensor in tensors]
-        flat = [tensor.reshape(-1) for tensor in ordered]
+        # A 1-d tensor with gaps is its own reshape(-1), and no memory that is the elements.
+        flat = [tensor.reshape(-1).contiguous() for tensor in ordered]
         copies = [
             (f, o)
             for f, o in zip(flat, ordered, strict=True)
             if f is not flat[1] and _is_copy(f, o)
         ]
-    if model_param is not None and model_param.dim() != 1:
+    if model_param is not None and not _is_flat(model_param):
         o = model_param.permute(order) if model_param.dim() == len(order) else model_param
-        model_param = o.reshape(-1)
+        model_param = o.reshape(-1).contiguous()
         if _is_copy(model_param, o):
             copies.append((model_param, o))
     return Operands(flat[0], flat[1], tuple(flat[2:]), model_param, row), copies
 
 
+def _is_flat(tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and tensor.is_contiguous()
+
+
 def _is_copy(flat: Tensor, tensor: Tensor) -> bool:
-    """Whether ``reshape(-1)`` copied: by the address, and where there is none by the layout."""
+    """Whether flattening copied: by the address, and where there is none by the layout."""
     address = _address(tensor)
     return _address(flat) != address if address else not tensor.is_contiguous()
 

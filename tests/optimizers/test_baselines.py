@@ -21,8 +21,10 @@ def params(seed: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
     ]
 
 
-def run(optimizer: torch.optim.Optimizer, own: list[Tensor], steps: int) -> list[Tensor]:
-    for t in range(steps):
+def run(
+    optimizer: torch.optim.Optimizer, own: list[Tensor], steps: int, begin: int = 0
+) -> list[Tensor]:
+    for t in range(begin, begin + steps):
         for param, grad in zip(own, params(100 + t, own[0].dtype), strict=True):
             param.grad = grad.detach() * 10.0 ** (t % 3 - 1)
             param.grad.view(-1)[::5] = 0
@@ -86,6 +88,21 @@ def test_agrees_with_the_well_kept_implementation(name: str, dtype: torch.dtype)
     eps = torch.finfo(torch.float32 if name == "nadam" else dtype).eps
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=60 * eps, atol=60 * eps)
+
+
+def test_nadams_of_other_schedules_step_beside_one_another() -> None:
+    """Bitwise as each alone: every pair of momentum and decay has a schedule of its own."""
+    options = ({}, {"momentum_decay": 0.1}, {"beta1": 0.5})
+    alone = [params(0, torch.float32) for _ in options]
+    for some, other in zip(alone, options, strict=True):
+        run(NAdam(some, lr=0.01, **other), some, 6)
+    beside = [params(0, torch.float32) for _ in options]
+    pairs = [(NAdam(own, lr=0.01, **o), own) for own, o in zip(beside, options, strict=True)]
+    for t in range(6):
+        for optimizer, own in pairs:
+            run(optimizer, own, 1, t)
+    for some, others in zip(alone, beside, strict=True):
+        assert all(map(torch.equal, some, others))
 
 
 def test_updates_are_clipped_element_by_element() -> None:

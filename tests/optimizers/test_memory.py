@@ -1,6 +1,7 @@
 """Tensors without memory of their own, in shared memory, and of kinds that no kernel takes."""
 
 import logging
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from megatron_s3 import S3
+from megatron_s3.kernels.operands import flatten
+from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.optimizers import OPTIMIZERS, AdamW
 
 
@@ -162,6 +165,64 @@ def test_overlapping_copies_are_written_in_order() -> None:
         param.grad = random(COUNT, 5)
     optimizer.step()
     assert torch.equal(memory, params[1].detach().bfloat16())
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """From the first byte of a tensor to the one after its last."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def meet(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    spans = [[extent(t) for t in tensors] for tensors in (some, others)]
+    return any(a < d and c < b for a, b in spans[0] for c, d in spans[1])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_step_is_cut_where_memory_is_shared_and_nowhere_else(seed: int) -> None:
+    """Exact, by comparing everything, in steps that follow one another."""
+    draw, memory = Random(seed), torch.zeros(240)
+
+    def part(of: torch.Tensor, strided: bool = False) -> torch.Tensor:
+        begin = draw.randrange(len(of) - 24)
+        found = of[begin : begin + draw.randrange(1, 24)]
+        return found[:: draw.choice([1, 3])] if strided else found
+
+    views = [memory, memory.view(torch.float64)]
+    params = [part(draw.choice(views), strided=True) for _ in range(6)]
+    states = [[torch.zeros_like(p), torch.zeros_like(p)] for p in params]
+    models: list[torch.Tensor | None] = []
+    for param in params:
+        begin, half = draw.randrange(400), memory.view(torch.bfloat16)
+        shared, own = half[begin : begin + len(param)], torch.zeros(len(param)).bfloat16()
+        models.append(draw.choice([None, shared, own]))
+    overlaps, counts = Overlaps(), {False: 0, True: 0}
+    grads = [torch.zeros(len(p)) for p in params]
+    chosen: list[int] = []
+    for _ in range(40):
+        for i in range(6):
+            if draw.random() < 0.3:
+                grads[i] = torch.zeros(len(params[i]))
+            elif draw.random() < 0.1:
+                begin = draw.randrange(240 - 24)
+                grads[i] = memory[begin : begin + len(params[i])]
+        if not chosen or draw.random() < 0.7:
+            chosen = draw.choices(range(6), k=draw.randrange(1, 4))
+        cuts, begin = [], 0
+        for at, i in enumerate(chosen):
+            for j in chosen[begin:at]:
+                wrote, writes = (
+                    [params[k], *states[k], *([] if models[k] is None else [models[k]])]
+                    for k in (j, i)
+                )
+                if meet(wrote, [*writes, grads[i]]) or meet([grads[j]], writes):
+                    cuts.append(at)
+                    begin = at
+                    break
+        flat = [flatten(params[i], grads[i], states[i], models[i]) for i in chosen]
+        assert overlaps.cuts(flat) == cuts
+        counts[bool(cuts)] += 1
+    assert min(counts.values()) > 2
 
 
 def test_what_lies_apart_is_one_call() -> None:

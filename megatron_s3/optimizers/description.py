@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_s3.optimizers.from_adam import FromAdam
+
 __all__ = [
     "FORMAT",
     "FORMAT_WITH_STEPS",
@@ -140,6 +142,8 @@ class Description:
         kernels: where to look for a fused kernel of the rule: device type -> name of a module,
             which is imported when it is needed (see :mod:`megatron_s3.kernels`); :data:`KERNELS`
             for the rules in :mod:`megatron_s3.kernels.forms`.
+        from_adam: how ``megatron-s3 convert`` makes its state of AdamW's, and back; None where
+            nothing of one continues the other.
     """
 
     name: str
@@ -151,3 +155,4 @@ class Description:
     bound: Callable[..., float | None] = lambda **hyperparameters: None
     momentum: str | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)
+    from_adam: FromAdam | None = None

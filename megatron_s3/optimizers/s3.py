@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_s3.optimizers.base import ElementwiseOptimizer
 from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
+from megatron_s3.optimizers.from_adam import FromAdam, FromAverage
 from megatron_s3.rules.s3 import s3_beta_ramp, s3_bound, s3_correction, s3_update
 
 __all__ = ["S3"]
@@ -20,6 +21,37 @@ def _bound(
     """Theorem 2's; under bias correction that of one shared beta alone."""
     bound = s3_bound(beta, p, beta2)
     return None if math.isinf(bound) or (bias_correction and bound != 1) else bound
+
+
+#: S3's update does not make up for averages that began at 0, so that it is given AdamW's without
+#: that bias.  Both denominators are then what they divide by at this moment, root mean square and
+#: p-norm of recent gradients, of one unit and one scale.  They are not equal (of normally
+#: distributed gradients the 3-norm is 1.17 times the 2-norm); S3's average, which remembers
+#: 1/(1-beta) = 20 steps, forgets the difference within about 60.  ``|m| <= r``, which holds of S3's
+#: own state, need not hold of AdamW's; S3's update is clamped at its bound, so that no element moves
+#: by more than lr all the same.  Negative squares, which memory between parameters may hold, become
+#: 0; NaN stays NaN.
+#:
+#: Three times AdamW's rate goes well in mid-run (README).  The paper's 10 is between a run of
+#: AdamW's and one of S3's, each from its beginning, and is what S3's is divided by on the way back.
+_FROM_ADAM = FromAdam(
+    states={
+        "exp_avg": FromAverage(
+            "exp_avg",
+            lambda m, correction: m.div_(correction),
+            lambda m, correction: m.mul_(correction),
+            ("exp_avg / {}", "exp_avg * {}"),
+        ),
+        "exp_pnorm": FromAverage(
+            "exp_avg_sq",
+            lambda v, correction: v.clamp_min_(0).div_(correction).sqrt_(),
+            lambda r, correction: r.square_().mul_(correction),
+            ("sqrt(exp_avg_sq / {})", "exp_pnorm^2 * {}"),
+        ),
+    },
+    lr_factor=3.0,
+    lr_factor_back=10.0,
+)
 
 
 class S3(ElementwiseOptimizer):
@@ -86,6 +118,7 @@ class S3(ElementwiseOptimizer):
         bound=_bound,
         momentum="beta",
         kernels=KERNELS,
+        from_adam=_FROM_ADAM,
     )
 
     def __init__(

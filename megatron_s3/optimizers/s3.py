@@ -28,9 +28,9 @@ def _bound(
 #: p-norm of recent gradients, of one unit and one scale.  They are not equal (of normally
 #: distributed gradients the 3-norm is 1.17 times the 2-norm); S3's average, which remembers
 #: 1/(1-beta) = 20 steps, forgets the difference within about 60.  ``|m| <= r``, which holds of S3's
-#: own state, need not hold of AdamW's; S3's update is clamped at its bound, so that no element moves
-#: by more than lr all the same.  Negative squares, which memory between parameters may hold, become
-#: 0; NaN stays NaN.
+#: own state, need not hold of AdamW's; S3's update is clamped at its bound, so that no element
+#: moves by more than lr all the same.  Negative squares, which memory between parameters may hold,
+#: become 0; NaN stays NaN.
 #:
 #: Three times AdamW's rate goes well in mid-run (README).  The paper's 10 is between a run of
 #: AdamW's and one of S3's, each from its beginning, and is what S3's is divided by on the way back.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_s3.checkpoints import gpt2
+from megatron_s3.checkpoints.errors import Mismatch
 from megatron_s3.mcore.checkpoint import forward, read
 from megatron_s3.storage.layout import iteration_of
 from megatron_s3.storage.writable import refuse_unwritable
@@ -31,10 +32,6 @@ _SAMPLE = 1024  # tokens compared
 
 class ExportError(ValueError):
     """The export cannot be made; the message says why, and what to do."""
-
-
-class Mismatch(RuntimeError):
-    """What was written computes something else than Megatron does."""
 
 
 def bound(args: argparse.Namespace, scale: float) -> float:

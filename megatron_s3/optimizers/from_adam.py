@@ -38,7 +38,7 @@ class FromAdam:
     lr * weight_decay stays as it was.
 
     Attributes:
-        states: by the optimizer's own names.
+        states: by the optimizer's own names; each of AdamW's averages is in one.
         lr_factor: its learning rate over AdamW's, on the way from AdamW.
         lr_factor_back: the same on the way to AdamW.
     """

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from megatron_s3 import data, quickstart
-from megatron_s3.checkpoints import convert, transfer
+from megatron_s3.checkpoints import convert, rates
 
 WARMUP = 20
 #: S3's learning rate over AdamW's.
@@ -73,13 +73,13 @@ def train(
     optimizer = "s3" if factor else "adam"
     log = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log"
     if not (log.is_file() and log.read_text().endswith("finished\n")):
-        lr = transfer.scaled(args.lr, factor or 1.0)
-        decay = transfer.over(LR_TIMES_DECAY, args.lr)
+        lr = rates.scaled(args.lr, factor or 1.0)
+        decay = rates.over(LR_TIMES_DECAY, args.lr)
         recipe = quickstart.Recipe(
             name,
             "",
             lr,
-            transfer.over(decay, factor or 1.0),
+            rates.over(decay, factor or 1.0),
             ("--optimizer", optimizer, "--clip-grad", "1" if optimizer == "adam" else "0")
             + (("--adam-beta2", "0.95") if optimizer == "adam" else ()),
         )

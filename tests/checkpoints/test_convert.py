@@ -1,5 +1,7 @@
 """AdamW's checkpoints under S3 and back, with the real trainer, and what is refused."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -12,11 +14,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_s3.checkpoints import convert, transfer
+from megatron_s3.checkpoints import convert, groups, rates, rewriting, transfer
 from megatron_s3.launch.args import LR_FACTOR, translate
 from megatron_s3.mcore.checkpoint import read
-from megatron_s3.optimizers import S3
+from megatron_s3.optimizers import S3, NAdam
 from megatron_s3.optimizers.description import FORMAT
+from megatron_s3.optimizers.from_adam import FromAdam, FromAverage
 from megatron_s3.storage import copying
 from megatron_s3.storage.index import read as read_index
 from tests.harness.trainer import assert_bitwise_equal, brief, tensors, train
@@ -111,7 +114,7 @@ def test_states_follow_the_rule_and_weights_stay(dtype: torch.dtype, tmp_path: P
 
 def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
     given = write(tmp_path / "adamw", states(), common())
-    convert.convert(given, tmp_path / "s3", "s3", lr_factor=10, s3={"p": 2.0})
+    convert.convert(given, tmp_path / "s3", "s3", lr_factor=10, hyperparameters={"p": 2.0})
     folder = tmp_path / "s3/iter_0000100"
     found = torch.load(folder / "common.pt", weights_only=False)
     args = found["args"]
@@ -135,41 +138,46 @@ def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
     assert "algorithm" not in group and "beta" not in group
 
 
+def corrections(settings: transfer.Settings) -> list[float]:
+    return [settings.correction(state) for state in settings.states.values()]
+
+
 def test_a_step_beside_the_groups_is_found_and_put_back() -> None:
     """torch's AdamW where the state is not sharded."""
     group = {k: v for k, v in GROUP.items() if k != "step"}
     optimizer = {"state": {"common_step": torch.tensor(7.0)}, "param_groups": [group]}
     given = {"args": arguments(use_distributed_optimizer=False), "optimizer": optimizer}
     there = transfer.settings([given], "s3")
-    assert (there.step, there.corrections) == (7, (1 - 0.9**7, 1 - 0.95**7))
-    new = transfer.convert_object(given, there)
+    assert (there.step, corrections(there)) == (7, [1 - 0.9**7, 1 - 0.95**7])
+    new = groups.convert(given, there)
     assert "state" not in new["optimizer"] and new["optimizer"]["param_groups"][0]["step"] == 7
-    back = transfer.convert_object(new, transfer.settings([new], "adam"))
+    back = groups.convert(new, transfer.settings([new], "adam"))
     assert back["optimizer"]["state"] == {"common_step": torch.tensor(7.0)}
 
 
 def test_an_exact_factor_needs_no_new_bytes() -> None:
     """After 400 updates 0.9**t is nothing to a float64's 1."""
     there = transfer.settings([common(optimizer={"param_groups": [GROUP | {"step": 400}]})], "s3")
-    assert there.corrections[0] == 1
+    assert corrections(there)[0] == 1
     assert not transfer.changes(SHARDED.format("exp_avg"), there)
     assert transfer.changes(SHARDED.format("exp_avg_sq"), there)
 
 
 def test_rates_are_scaled_as_on_paper() -> None:
     assert 3e-4 * 10 != 3e-3
-    assert transfer.scaled(3e-4, 10.0) == 3e-3
-    assert transfer.over(0.1, 10.0) == 0.01
-    assert transfer.over(0.1, 3.0) == 0.1 / 3
+    assert rates.scaled(3e-4, 10.0) == 3e-3
+    assert rates.over(0.1, 10.0) == 0.01
+    assert rates.over(0.1, 3.0) == 0.1 / 3
     for value in (0.1, 0.01, 3e-4, 6e-4, 1.7e-5, 0.0):
         for factor in (3.0, 7.0, 10.0, 0.3):
-            assert transfer.scaled(transfer.over(value, factor), factor) == value
-            assert transfer.over(transfer.scaled(value, factor), factor) == value
+            assert rates.scaled(rates.over(value, factor), factor) == value
+            assert rates.over(rates.scaled(value, factor), factor) == value
 
 
 def test_both_ways_to_s3_give_the_same_rates_for_the_same_factor(tmp_path: Path) -> None:
     """`args` for a launch, `convert` for a checkpoint: it resumes with the flags of either."""
-    assert transfer.LR_FACTOR == {"s3": 3.0, "adam": 10.0} and LR_FACTOR == "10"
+    own = S3.description.from_adam
+    assert (own.lr_factor, own.lr_factor_back) == (3, 10) and LR_FACTOR == "10"
     given = write(tmp_path / "adamw", states(), common(args=arguments(weight_decay=0.1)))
     launch = "--optimizer adam --lr 3e-4 --min-lr 3e-5 --weight-decay 0.1 --clip-grad 1.0"
     for factor in ("3", "10"):
@@ -184,10 +192,41 @@ def test_both_ways_to_s3_give_the_same_rates_for_the_same_factor(tmp_path: Path)
     assert said[0] == {"lr": 3e-3, "min-lr": 3e-4, "weight-decay": 0.01}
 
 
+def test_an_optimizer_is_known_by_its_description(tmp_path: Path, monkeypatch) -> None:
+    """Nothing but that says how its state is made: here of NAdam, which has none."""
+    half = FromAverage("exp_avg", lambda m, c: m / 2, lambda m, c: m * 2, ("{} / 2", "{} * 2"))
+    same = FromAverage("exp_avg_sq", lambda v, c: v, lambda v, c: v, ("{}", "{}"))
+    own = FromAdam({"exp_avg": half, "exp_avg_sq": same}, lr_factor=2.0, lr_factor_back=4.0)
+    with_it = dataclasses.replace(NAdam.description, from_adam=own)
+    monkeypatch.setattr(NAdam, "description", with_it)
+    before = states()
+    given = write(tmp_path / "adamw", before, common())
+    assert "invalid choice" not in help_of("--to", "nadam")
+    record = convert.convert(given, tmp_path / "nadam", "nadam")
+    assert record["flags"].startswith("--optimizer nadam --lr 0.0006 --min-lr 6e-05 --weight-decay")
+    name = SHARDED.format("exp_avg")
+    assert_bitwise_equal(tensors(tmp_path / "nadam", 100), before | {name: before[name] / 2})
+    found = torch.load(tmp_path / "nadam/iter_0000100/common.pt", weights_only=False)
+    (group,) = found["optimizer"]["optimizer"]["param_groups"]
+    assert group["algorithm"] == "nadam"
+    assert group.keys() >= {h.name for h in with_it.hyperparameters}
+    record = convert.convert(tmp_path / "nadam", tmp_path / "back", "adam")
+    assert (record["changed"]["lr"], record["lr_factor"]) == ((0.0006, 0.00015), 4)
+    assert_bitwise_equal(tensors(tmp_path / "back", 100), before)
+
+
+def help_of(*argv: str) -> str:
+    """What the command says to arguments that are not enough."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
+        convert.main(list(argv))
+    return said.getvalue()
+
+
 def test_names_of_states() -> None:
+    there = transfer.settings([common()], "s3")
     assert transfer.state_of("chained_1." + SHARDED.format("exp_avg")) == "exp_avg"
-    assert transfer.rename(BUCKET.format("exp_avg_sq"), "s3") == BUCKET.format("exp_pnorm")
-    assert transfer.rename("decoder.exp_avg_sq", "s3") == "decoder.exp_avg_sq"
+    assert transfer.rename(BUCKET.format("exp_avg_sq"), there) == BUCKET.format("exp_pnorm")
+    assert transfer.rename("decoder.exp_avg_sq", there) == "decoder.exp_avg_sq"
     assert transfer.state_of("optimizer.state.param.exp_avg_sq") == "param"
 
 
@@ -287,10 +326,10 @@ def test_a_release_is_found_and_has_nothing_to_convert(tmp_path: Path) -> None:
 )
 def test_what_reads_back_wrongly_is_not_left(name: str, tmp_path: Path, monkeypatch) -> None:
     given = write(tmp_path / "adamw", states(), common())
-    honest = convert._write
+    honest = rewriting.write
 
-    def flipped(source, folder, settings):
-        result = honest(source, folder, settings)
+    def flipped(source, folder, settings, say):
+        result = honest(source, folder, settings, say)
         (file,) = folder.glob("*.distcp")
         content = bytearray(file.read_bytes())
         places = read_index(folder).storage_data
@@ -299,7 +338,7 @@ def test_what_reads_back_wrongly_is_not_left(name: str, tmp_path: Path, monkeypa
         file.write_bytes(content)
         return result
 
-    monkeypatch.setattr(convert, "_write", flipped)
+    monkeypatch.setattr(rewriting, "write", flipped)
     with pytest.raises(convert.Mismatch):
         convert.convert(given, tmp_path / "s3", "s3")
     assert {path.name for path in tmp_path.iterdir()} == {"adamw"}
@@ -351,7 +390,7 @@ def test_one_file_that_fails_ends_them_all(tmp_path: Path, monkeypatch) -> None:
 def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, monkeypatch) -> None:
     """Nothing is cleaned up, as after kill -9 at the last moment before the verification."""
     given = write(tmp_path / "adamw", states(), common())
-    monkeypatch.setattr(convert, "_verify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(rewriting, "verify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         convert.convert(given, tmp_path / "s3", "s3")
@@ -401,7 +440,7 @@ def test_the_trainer_resumes_what_was_converted(layout: str, tmp_path: Path) -> 
     assert set(run.losses) == {3, 5, 6}
     before, after = tensors(adamw, 2), tensors(s3, 2)
     for name, value in before.items():
-        there = after[transfer.rename(name, "s3")]
+        there = after[name.replace("exp_avg_sq", "exp_pnorm")]
         state = transfer.state_of(name)
         if state == "exp_avg":
             assert torch.equal(there, value / (1 - 0.9**2))

@@ -89,14 +89,14 @@ def test_arguments_alone(old: str, new: str) -> None:
 
 def test_rates_are_those_of_a_converted_checkpoint() -> None:
     """Megatron compares them exactly."""
-    from megatron_s3.checkpoints import transfer
+    from megatron_s3.checkpoints import rates
 
     for lr, decay in (("3e-4", "0.1"), ("0.00017", "0.033"), ("6.0e-5", "1e-1")):
         words = translate(f"--optimizer adam --lr {lr} --weight-decay {decay}").text.split()
-        assert float(words[3]) == transfer.scaled(float(lr), 10.0)
-        assert float(words[5]) == transfer.over(float(decay), 10.0)
+        assert float(words[3]) == rates.scaled(float(lr), 10.0)
+        assert float(words[5]) == rates.over(float(decay), 10.0)
     words = translate("--optimizer adam --lr 3e-4 --weight-decay 0.1", "3").text.split()
-    assert float(words[5]) == transfer.over(0.1, 3.0)
+    assert float(words[5]) == rates.over(0.1, 3.0)
 
 
 def test_a_registered_launch_is_not_registered_twice() -> None:

@@ -1,0 +1,123 @@
+"""The checkpoint that a conversion reads: its index, its archives, and the objects to change."""
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_s3.checkpoints import transfer
+from megatron_s3.checkpoints.errors import ConvertError
+from megatron_s3.checkpoints.transfer import Settings
+from megatron_s3.mcore.checkpoint import read
+from megatron_s3.storage.copying import Slice
+from megatron_s3.storage.index import read as read_index
+
+__all__ = ["COMMON", "Source"]
+
+#: Arguments and param groups in checkpoints of older releases.
+COMMON = "common.pt"
+
+
+class Source:
+    """The checkpoint that is read.
+
+    Attributes:
+        folder: of its iteration.
+        index: its ``.metadata``.
+        archives: of each file, the indices of the archives in it, in the order of their places.
+        states: of the optimizer, by name.
+        parsed: objects that a conversion may change, by their index (None: ``common.pt``).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        self.archives: dict[str, list] = {}
+        for index, place in self.index.storage_data.items():
+            if getattr(place, "transform_descriptors", None):
+                raise ConvertError(
+                    f"{folder / place.relative_path} is compressed "
+                    f"({', '.join(place.transform_descriptors)}), which Megatron does not write"
+                )
+            self.archives.setdefault(place.relative_path, []).append(index)
+        for found in self.archives.values():
+            found.sort(key=lambda index: self.index.storage_data[index].offset)
+        self.parsed: dict[Any, Any] = {}
+        for index in self.index.storage_data:
+            if not self.is_tensor(index) and _may_hold_settings(index.fqn):
+                with self.open(index) as file:
+                    self.parsed[index] = self._load(file, folder / self.place(index).relative_path)
+        if (folder / COMMON).is_file():
+            with open(folder / COMMON, "rb") as file:
+                self.parsed[None] = self._load(file, folder / COMMON)
+        self._check_states()
+
+    @staticmethod
+    def _load(file: BinaryIO, path: Path) -> Any:
+        try:
+            return read.load_object(file)
+        except ValueError as error:
+            raise ConvertError(f"{path} cannot be read: {error}") from error
+
+    def place(self, index: Any) -> Any:
+        """Returns where an archive is."""
+        return self.index.storage_data[index]
+
+    def is_tensor(self, index: Any) -> bool:
+        """Returns whether an archive is of a part of a tensor, and not of an object."""
+        return hasattr(self.index.state_dict_metadata[index.fqn], "chunks")
+
+    def open(self, index: Any) -> Slice:
+        """Opens an archive."""
+        place = self.place(index)
+        return Slice(self.folder / place.relative_path, place.offset, place.length)
+
+    def _check_states(self) -> None:
+        shapes: dict[str, dict[str, Any]] = {}
+        for name, entry in self.index.state_dict_metadata.items():
+            state = transfer.state_of(name)
+            if state is None or not hasattr(entry, "chunks"):
+                continue
+            dtype = entry.properties.dtype
+            if dtype not in (torch.float32, torch.bfloat16):
+                raise ConvertError(
+                    f"{self.folder}: {name} is {dtype}, and float32 or bfloat16 is expected: "
+                    + (
+                        "Transformer Engine keeps the rest of a bfloat16 parameter there "
+                        "(store_param_remainders), which is not read here. Save it from a run "
+                        "without --use-precision-aware-optimizer."
+                        if "param" in state
+                        else "states are kept in no other. Save it from a run with "
+                        "--exp-avg-dtype and --exp-avg-sq-dtype fp32 or bf16."
+                    )
+                )
+            if "param" not in state:
+                shapes.setdefault(name.replace(state, "*"), {})[state] = entry.size
+        pairs = {frozenset(states) for states in shapes.values()}
+        if len(pairs) > 1:
+            raise ConvertError(f"{self.folder}: not every parameter has all states")
+        self.states = set(*pairs)
+
+    def settings(
+        self, to: str, lr_factor: float | None, hyperparameters: dict[str, Any] | None
+    ) -> Settings:
+        """Returns what the checkpoint says about its conversion; see :func:`transfer.settings`.
+
+        Raises:
+            ConvertError: it cannot be converted so.
+        """
+        try:
+            found = transfer.settings([*self.parsed.values()], to, lr_factor, hyperparameters)
+        except ValueError as error:
+            raise ConvertError(f"{self.folder}: {error}") from error
+        if self.states != set(found.states):
+            raise ConvertError(
+                f"{self.folder}: its states are {', '.join(sorted(self.states)) or 'not there'}, "
+                f"and {' and '.join(found.states)} are expected in a checkpoint of the format "
+                "torch_dist"
+            )
+        return found
+
+
+def _may_hold_settings(name: str) -> bool:
+    return "optimizer" in name or "opt_param_scheduler" in name or name.startswith("common_state")

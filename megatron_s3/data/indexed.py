@@ -42,7 +42,7 @@ def builder(path: str, vocab_size: int) -> Any:
 def join(path: str, pieces: Iterable[str], vocab_size: int) -> None:
     """Write `path`.bin and `path`.idx of the datasets `pieces`, one after the other."""
     joined = builder(path, vocab_size)
-    from megatron_s3.mcore.planning.parse import quiet
+    from megatron_s3.mcore.output import quiet
 
     # add_index() collects garbage each time, which takes long with torch's objects to look through.
     gc.freeze()

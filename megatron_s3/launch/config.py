@@ -26,261 +26,27 @@ Later files win over earlier ones, key by key, and ``--set`` wins over all files
 """
 
 import difflib
-import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_s3.launch.redact import is_secret, redact, redact_word
+from megatron_s3.launch.config_paths import find, name_of
+from megatron_s3.launch.resolved import DERIVED, LAUNCH, Config, ConfigError, Launch, Origin, Value
 
-__all__ = [
-    "COPY",
-    "Config",
-    "ConfigError",
-    "Launch",
-    "Origin",
-    "load",
-    "name_of",
-    "refuse_credentials",
-    "shipped",
-]
+__all__ = ["COPY", "Config", "ConfigError", "load"]
 
 #: First line of a copy that :meth:`Config.yaml` has made for a job: the comment behind a value is
 #: the place that it was given at, which errors and records then name.
 COPY = "# A copy for a job; behind each value, where it was given."
 
-Value = str | bool | None | list[str]
 
 _SECTIONS = ("arguments", "derived", "launch", "array")
-#: What is derived, and the argument that it gives.
-_DERIVED = {"lr_times_weight_decay": "weight_decay", "min_lr_over_lr": "min_lr"}
-_LAUNCH = ("nodes", "nproc_per_node", "script", "time", "environment", "sbatch")
+
+
 _TABLES = ("environment", "sbatch")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names file, line, reason and remedy.
-
-    What looks like a credential in it is left out.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(redact(message))
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a value was given.
-
-    Attributes:
-        source: the file as the user named it, or the ``--set`` word.
-        line: counted from 1; 0 for ``--set``.
-    """
-
-    source: str
-    line: int = 0
-
-    def __str__(self) -> str:
-        text = f"{self.source}:{self.line}" if self.line else f"--set {redact_word(self.source)}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-@dataclass
-class Launch:
-    """Where the ranks run.
-
-    Attributes:
-        nodes: number of machines.
-        nproc_per_node: ranks on each: one for each GPU.
-        script: a training script of Megatron-LM's; None for :mod:`megatron_s3.pretrain_gpt`.
-        time: SLURM's time limit, as sbatch takes it; None for the partition's own.
-        environment: variables set for every rank.
-        sbatch: further long options of sbatch, without dashes; "" for one without a value, None
-            for a default one that is not wanted.
-    """
-
-    nodes: int = 1
-    nproc_per_node: int = 1
-    script: str | None = None
-    time: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
-    sbatch: dict[str, str | None] = field(default_factory=dict)
-
-
-@dataclass
-class Config:
-    """A configuration, resolved.
-
-    Attributes:
-        name: the first file's, without its ending.
-        arguments: Megatron's, by the names of their flags with underscores; flags without a value
-            are True. Derived ones included, those that the dataset brings not.
-        launch: nodes, ranks, environment.
-        derived: the factors that some of the arguments were computed from.
-        array: values of arguments for as many runs; empty for one run.
-        dataset: prefix of what ``megatron-s3 data`` wrote, or None.
-        origins: where each value was given, by ``section.key``.
-    """
-
-    name: str
-    arguments: dict[str, str | bool | list[str]]
-    launch: Launch
-    derived: dict[str, str]
-    array: dict[str, list[str]]
-    dataset: str | None
-    origins: dict[str, Origin]
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.launch.nodes * self.launch.nproc_per_node
-
-    def words(self) -> list[str]:
-        """Megatron's command line."""
-        words = []
-        for name, value in self.arguments.items():
-            words.append(_flag(name))
-            if isinstance(value, list):
-                words += value
-            elif value is not True:
-                words.append(str(value))
-        return words
-
-    def where(self, name: str) -> str:
-        """Where argument ``name`` was given, for messages."""
-        origin = self.origins.get(f"arguments.{name}")
-        return str(origin) if origin else "a default"
-
-    def yaml(self, whole: bool = False) -> str:
-        """The resolved configuration as YAML, each value with the place it came from.
-
-        In place of a credential there is a comment, and the ranks have to get it from the
-        environment.
-
-        Args:
-            whole: the array too, and in place of what is derived the factors: what a job of all
-                these runs is made from.
-        """
-        derived = {_DERIVED[key] for key in self.derived} if whole else set()
-        sections: dict[str, dict[str, Any]] = {
-            "arguments": {k: v for k, v in self.arguments.items() if k not in derived},
-            "derived": self.derived if whole else {},
-            "launch": {name: getattr(self.launch, name) for name in _LAUNCH},
-            "array": self.array if whole else {},
-        }
-        if self.dataset:
-            sections["dataset"] = self.dataset
-        return "\n".join(self._lines("", sections, "")) + "\n"
-
-    def _lines(self, within: str, values: dict[str, Any], indent: str) -> list[str]:
-        lines = []
-        for name, value in values.items():
-            key = f"{within}.{name}".lstrip(".")
-            if isinstance(value, dict):
-                inner = self._lines(key, value, indent + "  ")
-                if any(not line.lstrip().startswith("#") for line in inner):
-                    lines.append(f"{indent}{name}:")
-                lines += inner
-            elif value is not None or within == "launch.sbatch":
-                if self._is_secret(key, name, value):
-                    lines.append(f"{indent}# {name}: a credential, which is not written down")
-                    continue
-                origin = self.origins.get(key)
-                place = f"  # {origin}" if origin else ""
-                lines.append(f"{indent}{_text(name)}: {_text(value)}{place}")
-        return lines
-
-    @staticmethod
-    def _is_secret(key: str, name: str, value: Any) -> bool:
-        if key.startswith("launch.environment."):
-            return is_secret(name, value)
-        texts = value if isinstance(value, list) else [value]
-        return any(isinstance(text, str) and redact_word(text) != text for text in texts)
-
-
-def refuse_credentials(config: Config) -> None:
-    """Refuses a credential where it cannot be kept out of files.
-
-    Raises:
-        ConfigError: an argument of Megatron's looks like one.
-    """
-    for name, value in config.arguments.items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and redact(text) != text:
-                raise ConfigError(
-                    f"{config.where(name)}: {name} looks like a credential, or like a URL with one "
-                    f"({redact(text)}): Megatron prints its arguments and saves them in each "
-                    "checkpoint; give it to the ranks by launch.environment or by a file"
-                )
-
-
-def _text(value: Any) -> str:
-    """A value in YAML, on one line and without #, so that :func:`load` reads the same one."""
-    if isinstance(value, list):
-        return "[" + ", ".join(_text(item) for item in value) + "]"
-    if value is None:
-        return "null"
-    if value is True:
-        return "true"
-    plain = re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*", str(value))
-    spoken_for = str(value).lower() in ("true", "false", "yes", "no", "on", "off", "null", "~")
-    if plain and not spoken_for:
-        return str(value)
-    quoted = yaml.safe_dump(str(value), default_style='"', width=float("inf")).rstrip("\n")
-    return quoted.replace("#", "\\x23")
-
-
-def _flag(name: str) -> str:
-    # The one spelling of Megatron's with an underscore in it.
-    return "--" + name.replace("_", "-").replace("opt-param-scheduler", "opt_param-scheduler")
-
-
-def shipped() -> Path:
-    """The folder of the configurations that came with this package."""
-    package = Path(__file__).parents[1]
-    inside = package / "configs"  # as installed from the wheel
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
-    """The file that a user means, a path or the name of a shipped configuration, and its name.
-
-    Args:
-        name: ``my.yaml``, ``gpt2-7b-s3`` or ``configs/layouts/gpt2-7b-64gpu.yaml``.
-        beside: the folder that a relative path is looked for in first; the working directory
-            unless given.
-
-    Raises:
-        ConfigError: there is none; the message names the nearest.
-    """
-    given = Path(beside or ".") / name
-    if given.is_file():
-        return given, _shown(given)
-    inside = shipped() / name.removeprefix("configs/")
-    for candidate in (inside, inside.with_name(inside.name + ".yaml")):
-        if candidate.is_file():
-            return candidate, _shown(candidate)
-    known = sorted(
-        str(path.relative_to(shipped()).with_suffix("")) for path in shipped().rglob("*.yaml")
-    )
-    short = name.removeprefix("configs/").removesuffix(".yaml")
-    near = difflib.get_close_matches(short, known, n=3, cutoff=0.5) or known
-    raise ConfigError(
-        f"{name}: no such file, and no shipped configuration; near: {', '.join(near)}"
-    )
-
-
-def _shown(path: Path) -> str:
-    """How messages call a file: from configs/ if it came with the package, else as given."""
-    real = path.resolve()
-    if real.is_relative_to(shipped().resolve()):
-        return str(Path("configs") / real.relative_to(shipped().resolve()))
-    return os.path.normpath(path)
 
 
 def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
@@ -300,13 +66,6 @@ def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
     for word in sets:
         _set(word, merged)
     return _resolve(name_of(files[0]), merged)
-
-
-def name_of(name: str) -> str:
-    """What a file is called in names of runs: ``configs/overlays/table-iv/3-s3`` table-iv-3-s3."""
-    path = Path(find(name)[1]).with_suffix("")
-    parts = path.parts if path.parts[0] == "configs" else path.parts[-1:]
-    return "-".join(p for p in parts if p not in ("configs", "overlays", "layouts"))
 
 
 def _read(
@@ -423,9 +182,9 @@ def _put(
     section: str, name: str, value: Value, origin: Origin, merged: dict[str, tuple[Value, Origin]]
 ) -> None:
     if section == "derived":
-        _known(name, _DERIVED, origin, "derived value")
+        _known(name, DERIVED, origin, "derived value")
     elif section == "launch":
-        _known(name, _LAUNCH, origin, "launch setting")
+        _known(name, LAUNCH, origin, "launch setting")
     else:
         name = name.replace("-", "_")
     merged[f"{section}.{name}"] = (value, origin)
@@ -522,7 +281,7 @@ def _derive(
         ("lr_times_weight_decay", lambda x, lr: x / lr),
         ("min_lr_over_lr", lambda x, lr: x * lr),
     ):
-        target = _DERIVED[key]
+        target = DERIVED[key]
         value, origin = merged.get(f"derived.{key}", (None, None))
         if value is None or target in arguments:
             continue

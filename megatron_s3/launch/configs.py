@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron_s3.launch.check import arithmetic, check, megatron_is_here, schedule, tell
-from megatron_s3.launch.config import Config, ConfigError, load, shipped
+from megatron_s3.launch.config import Config, ConfigError, load
+from megatron_s3.launch.config_paths import shipped
 
 __all__ = ["main", "names"]
 

@@ -4,27 +4,15 @@ Nothing is run.  What this grammar does not have is an error.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from megatron_s3.launch.shell import (
-    Assignment,
-    Char,
-    Literal,
-    Node,
-    ShellError,
-    Substitution,
-    Variable,
-    Word,
-    value,
-)
+from megatron_s3.launch.shell import Assignment, Char, Literal, Node, Variable, Word, value
+from megatron_s3.launch.words import META, OPERATORS, Words
 
 __all__ = ["here_document", "parse"]
 
-_BLANK = " \t"
-_META = " \t\n;&|()<>"
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\[[^]]*\])?\+?=")
-_OPERATORS = ("&&", "||", ";;&", ";;", ";&", "|&", "&>>", "&>", "&", "|", ";", "(", ")", "\n")
 _REDIRECTION = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<>|<&|>&|>>|>\||<(?!\()|>(?!\()|&>>|&>)")
 # Of a condition, what may change although no variable of a name does.
 _CHANGES = re.compile(r"[`\n;]|\$\(|\$\{?[?@*#0-9]|\]\s*(&&|\|\|)|\s-(?![nzv]\s)[a-zA-Z]\s")
@@ -38,11 +26,7 @@ def parse(chars: Sequence[Char]) -> Node:
     Raises:
         ShellError: it is no shell script.
     """
-    parser = _Parser(chars)
-    found = parser.sequence(())
-    if parser.at < len(parser.text):
-        raise parser.error(f"unexpected {parser.text[parser.at]!r}")
-    return found
+    return _Parser(chars).script()
 
 
 def here_document(chars: Sequence[Char]) -> Word:
@@ -50,263 +34,7 @@ def here_document(chars: Sequence[Char]) -> Word:
     return _Parser(chars).double_quoted(None)
 
 
-class _Parser:
-    def __init__(self, chars: Sequence[Char]) -> None:
-        self.chars = list(chars)
-        self.text = value(chars)
-        self.at = 0
-        self.waiting: list[tuple[str, bool, bool, list]] = []  # here-documents: end, tabs, raw, to
-
-    def error(self, what: str) -> ShellError:
-        place = self.chars[min(self.at, len(self.chars) - 1)].start if self.chars else 0
-        return ShellError(what, place)
-
-    # Tokens.
-
-    def blank(self) -> None:
-        while self.at < len(self.text):
-            if self.text[self.at] in _BLANK:
-                self.at += 1
-            elif self.text.startswith("\\\n", self.at):
-                self.at += 2
-            elif self.text[self.at] == "#" and (
-                not self.at or self.text[self.at - 1] in _META or self.text[self.at - 1] == "\n"
-            ):
-                end = self.text.find("\n", self.at)
-                self.at = len(self.text) if end < 0 else end
-            else:
-                return
-
-    def peek(self) -> str:
-        """The operator or the reserved word that comes next; empty for another word or the end."""
-        self.blank()
-        for operator in _OPERATORS:
-            if self.text.startswith(operator, self.at):
-                return operator
-        found = re.compile(r"[^\s;&|()<>'\"\\$`]+").match(self.text, self.at)
-        ends = found and (found.end() == len(self.text) or self.text[found.end()] in _META)
-        return found[0] if found and ends else ""
-
-    def take(self, token: str) -> None:
-        if self.peek() != token:
-            what = self.peek() or self.text[self.at : self.at + 10] or "the end"
-            raise self.error(f"{what!r} where {token!r} has to be")
-        self.at += len(token)
-        if token == "\n":
-            self.here_documents()
-
-    def newlines(self) -> None:
-        while self.peek() == "\n":
-            self.take("\n")
-
-    def here_documents(self) -> None:
-        for end, tabs, raw, where in self.waiting:
-            start = self.at
-            while True:
-                if self.at >= len(self.text):
-                    line_end = stop = self.at
-                    break
-                line_end = self.text.find("\n", self.at)
-                line_end = len(self.text) if line_end < 0 else line_end
-                line = self.text[self.at : line_end]
-                if (line.lstrip("\t") if tabs else line) == end:
-                    stop = self.at
-                    break
-                self.at = line_end + 1
-            self.at = min(line_end + 1, len(self.text))
-            where.extend([self.chars[start:stop], raw])
-        self.waiting = []
-
-    # Words.
-
-    def word(self) -> Word:
-        """The next word; an empty list if there is none."""
-        self.blank()
-        return self.parts(lambda c: c in _META)
-
-    def parts(self, ends: Callable[[str], bool]) -> Word:
-        parts: Word = []
-        while self.at < len(self.text):
-            c = self.text[self.at]
-            if self.text.startswith("\\\n", self.at):
-                self.at += 2
-            elif c in "<>" and self.text.startswith("(", self.at + 1):
-                parts.append(self.substitution(self.at + 2, False))
-            elif ends(c):
-                break
-            elif c == "\\":
-                parts.append(Literal(self.chars[self.at + 1 : self.at + 2], True))
-                self.at += 2
-            elif c == "'":
-                end = self.text.find("'", self.at + 1)
-                if end < 0:
-                    raise self.error("a quote without its end")
-                parts.append(Literal(self.chars[self.at + 1 : end], True))
-                self.at = end + 1
-            elif c == "$" and self.text.startswith("$'", self.at):
-                parts.append(self.ansi())
-            elif c == '"' or self.text.startswith('$"', self.at):
-                self.at += 1 if c == '"' else 2
-                parts += [Literal([], True), *self.double_quoted('"')]
-                self.at += 1
-            elif c in "$`":
-                parts.append(self.expansion(False))
-            else:
-                self.literal(parts, False)
-        return parts
-
-    def literal(self, parts: Word, quoted: bool) -> None:
-        char = self.chars[self.at]
-        last = parts[-1] if parts else None
-        if isinstance(last, Literal) and last.quoted == quoted and last.chars:
-            last.chars.append(char)
-        else:
-            parts.append(Literal([char], quoted))
-        self.at += 1
-
-    def ansi(self) -> Literal:
-        chars = []
-        start = self.at
-        self.at += 2
-        escapes = {"n": "\n", "t": "\t"}
-        while not self.text.startswith("'", self.at):
-            if self.at >= len(self.text):
-                self.at = start
-                raise self.error("a quote without its end")
-            char = self.chars[self.at]
-            if char.c == "\\" and self.at + 1 < len(self.text):
-                self.at += 1
-                end = self.chars[self.at]
-                char = char._replace(c=escapes.get(end.c, end.c), end=end.end)
-            chars.append(char)
-            self.at += 1
-        self.at += 1
-        return Literal(chars, True)
-
-    def double_quoted(self, end: str | None) -> Word:
-        """Up to the character ``end``, which is left; up to the end of the text if None."""
-        parts: Word = []
-        start = self.at
-        while end is None or not self.text.startswith(end, self.at):
-            if self.at >= len(self.text):
-                if end is None:
-                    break
-                self.at = start
-                raise self.error("a quote without its end")
-            c, following = self.text[self.at], self.text[self.at + 1 : self.at + 2]
-            if c == "\\" and following == "\n":
-                self.at += 2
-            elif c == "\\" and following and following in '$`\\"' and (end or following != '"'):
-                self.at += 1
-                escaped = self.chars[self.at]
-                self.chars[self.at] = escaped._replace(start=self.chars[self.at - 1].start)
-                self.literal(parts, True)
-            elif c in "$`":
-                parts.append(self.expansion(True))
-            else:
-                self.literal(parts, True)
-        return parts
-
-    def expansion(self, quoted: bool) -> Literal | Variable | Substitution:
-        at = self.chars[self.at]
-        if at.c == "`":
-            end = self.at + 1
-            while end < len(self.text) and self.text[end] != "`":
-                end += 2 if self.text[end] == "\\" else 1
-            if end >= len(self.text):
-                raise self.error("a ` without its end")
-            inside = self.chars[self.at + 1 : end]
-            text = self.text[self.at : end + 1]
-            self.at = end + 1
-            return Substitution(parse(inside), text, quoted, at, (at.start, self.chars[end].end))
-        if self.text.startswith("$((", self.at):
-            return self.arithmetic(quoted)
-        if self.text.startswith("$(", self.at):
-            return self.substitution(self.at + 2, quoted)
-        if self.text.startswith("${", self.at):
-            return self.braces(quoted)
-        name = re.compile(r"[A-Za-z_]\w*|[0-9@*#?$!-]").match(self.text, self.at + 1)
-        if not name:
-            self.at += 1
-            return Literal([at], quoted)
-        self.at = name.end()
-        span = (at.start, self.chars[self.at - 1].end)
-        index = name[0] if name[0] in "@*" else ""
-        return Variable("@" if index else name[0], index, "", None, quoted, at, span)
-
-    def braces(self, quoted: bool) -> Variable:
-        start = self.at
-        at = self.chars[start]
-        self.at += 2
-        found = re.compile(r"([A-Za-z_]\w*|\d+|[@*])(\[([^]]*)\])?").match(self.text, self.at)
-        if found:
-            self.at = found.end()
-        name = found[1] if found else "?"
-        index = (found[3] or "") if found else ""
-        if name in ("@", "*"):
-            name, index = "@", name
-        operator = re.compile(r":?[-=+]|").match(self.text, self.at)[0] if found else "?"
-        self.at += len(operator) if found else 0
-        if not operator and not self.text.startswith("}", self.at):
-            operator = "?"
-        rest: Word = []
-        while not self.text.startswith("}", self.at):
-            if self.at >= len(self.text):
-                self.at = start
-                raise self.error("a ${ without its end")
-            if quoted:
-                part = self.at
-                rest += self.quoted_rest()
-                if self.at == part:
-                    break
-            else:
-                rest += self.parts(lambda c: c == "}")
-        self.at += 1
-        span = (at.start, self.chars[self.at - 1].end)
-        return Variable(name, index, operator, rest or None, quoted, at, span)
-
-    def quoted_rest(self) -> Word:
-        """In ``"${NAME:-"`` up to ``}``: text, in which quotes are taken away."""
-        parts: Word = []
-        while self.at < len(self.text) and self.text[self.at] != "}":
-            if self.text[self.at] == '"':
-                self.at += 1
-                parts += [Literal([], True), *self.double_quoted('"')]
-                self.at += 1
-            elif self.text[self.at] in "$`":
-                parts.append(self.expansion(True))
-            else:
-                self.literal(parts, True)
-        return parts
-
-    def arithmetic(self, quoted: bool) -> Substitution:
-        start, at = self.at, self.chars[self.at]
-        self.at += 1
-        depth = 0
-        while self.at < len(self.text):
-            c = self.text[self.at]
-            depth += (c == "(") - (c == ")")
-            self.at += 1
-            if not depth:
-                break
-        if depth:
-            self.at = start
-            raise self.error("a $(( without its end")
-        text = self.text[start : self.at]
-        return Substitution(None, text, quoted, at, (at.start, self.chars[self.at - 1].end))
-
-    def substitution(self, inside: int, quoted: bool) -> Substitution:
-        start, at = self.at, self.chars[self.at]
-        waiting, self.waiting = self.waiting, []
-        self.at = inside
-        body = self.sequence((")",))
-        self.take(")")
-        self.waiting = waiting
-        text = self.text[start : self.at]
-        return Substitution(body, text, quoted, at, (at.start, self.chars[self.at - 1].end))
-
-    # Commands.
-
+class _Parser(Words):
     def sequence(self, ends: Sequence[str]) -> Node:
         """Commands up to one of the words or operators ``ends``, which is left."""
         found = Node("sequence")
@@ -318,7 +46,7 @@ class _Parser:
             if token in (";", "&"):
                 self.take(token)
                 continue
-            if token in _ENDS or (token in _OPERATORS and token != "("):
+            if token in _ENDS or (token in OPERATORS and token != "("):
                 raise self.error(f"unexpected {token!r}")
             found.children.append(self.and_or())
             token = self.peek()
@@ -515,7 +243,7 @@ class _Parser:
         name = _NAME.match(given)[0]
         append = given.endswith("+=") or "[" in given
         if not self.text.startswith("(", self.at):
-            return Assignment(name, append, self.parts(lambda c: c in _META), "[" in given)
+            return Assignment(name, append, self.parts(lambda c: c in META), "[" in given)
         self.at += 1
         words = []
         while True:

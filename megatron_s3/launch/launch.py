@@ -11,13 +11,11 @@ saving; else the ranks failed.
 
 import argparse
 import contextlib
-import itertools
 import os
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 from megatron_s3.launch import lock, provenance, slurm
 from megatron_s3.launch.check import (
@@ -26,27 +24,32 @@ from megatron_s3.launch.check import (
     refuse_missing_gpus,
     schedule,
 )
-from megatron_s3.launch.config import Config, ConfigError, load, name_of, refuse_credentials
-from megatron_s3.launch.content import cache_folder, changed
+from megatron_s3.launch.commands import megatron_words, torchrun
+from megatron_s3.launch.config import Config, ConfigError, load
+from megatron_s3.launch.content import changed
 from megatron_s3.launch.output import first_node, say
 from megatron_s3.launch.progress import (
     Progress,
     continued,
-    load_folder,
     progress,
     refuse_another,
     save_folder,
 )
 from megatron_s3.launch.redact import HIDDEN, is_secret
+from megatron_s3.launch.resolved import refuse_credentials
+from megatron_s3.launch.selection import (
+    add_config_arguments,
+    add_run_arguments,
+    array_tasks,
+    resolve,
+    run_dir_of,
+)
 from megatron_s3.launch.stopping import StopRequest, exit_signal
 
-__all__ = ["STOPPED", "add_config_arguments", "add_run_arguments", "main", "resolve"]
+__all__ = ["STOPPED", "main"]
 
 #: EX_TEMPFAIL: stopped before the end, to be run again.
 STOPPED = 75
-
-#: What stands as it is in the name of a run of an array, beside letters, digits and ``_.-~``.
-_IN_A_NAME = "+,=:@"
 
 
 def main(argv: list[str]) -> int:
@@ -81,36 +84,6 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, OVERLAY and --set, for every verb that takes a configuration."""
-    parser.add_argument("config", help="a YAML file, or the name of a shipped one (gpt2-7b-s3)")
-    parser.add_argument("overlay", nargs="*", help="more files; the later ones win")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="sets",
-        help="override an argument of Megatron's, dataset, or launch.NAME; may be repeated",
-    )
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """--run-dir and --task."""
-    parser.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="where everything is written (default: $RUN_DIR, else runs/NAME)",
-    )
-    parser.add_argument(
-        "--task",
-        type=int,
-        metavar="K",
-        help="the K-th run, from 0, of a configuration with an array (default: "
-        "$SLURM_ARRAY_TASK_ID)",
-    )
-
-
 def _main(args: argparse.Namespace) -> int:
     if args.slurm:
         config = load([args.config, *args.overlay], args.sets)
@@ -119,8 +92,8 @@ def _main(args: argparse.Namespace) -> int:
         tasks = array_tasks(config) if config.array else {}
         for name, sets in (tasks or {"": []}).items():
             one = load([args.config, *args.overlay], [*args.sets, *sets])
-            _check(one, _run_dir(args) / name, in_container=bool(os.environ.get("CONTAINER")))
-        return slurm.submit(config, _run_dir(args), len(tasks), args.dry_run)
+            _check(one, run_dir_of(args) / name, in_container=bool(os.environ.get("CONTAINER")))
+        return slurm.submit(config, run_dir_of(args), len(tasks), args.dry_run)
     config, run_dir = resolve(args)
     if args.print_run_dir:
         print(run_dir)
@@ -131,147 +104,6 @@ def _main(args: argparse.Namespace) -> int:
     stop = StopRequest(exit_signal(config))
     with contextlib.nullcontext() if args.dry_run else stop:
         return _launch(config, run_dir, args.dry_run, stop)
-
-
-def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
-    """The configuration and the run directory that the arguments mean, those of the array's task.
-
-    Args:
-        args: of :func:`add_config_arguments` and :func:`add_run_arguments`.
-
-    Raises:
-        ConfigError: the files cannot be read, or no run of the array is chosen.
-    """
-    config = load([args.config, *args.overlay], args.sets)
-    if not config.array:
-        _refuse_task(config, args)
-        return config, _run_dir(args)
-    tasks = array_tasks(config)
-    task = args.task
-    if task is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        task = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    if task is None:
-        raise ConfigError(
-            f"{config.name} is an array of {len(tasks)} runs ({', '.join(tasks)}): submit it "
-            "with --slurm, or run one of them with --task K"
-        )
-    if not 0 <= task < len(tasks):
-        raise ConfigError(f"--task {task}: the array has the runs 0 to {len(tasks) - 1}")
-    name, sets = list(tasks.items())[task]
-    return load([args.config, *args.overlay], [*args.sets, *sets]), _run_dir(args) / name
-
-
-def _refuse_task(config: Config, args: argparse.Namespace) -> None:
-    # $SLURM_ARRAY_TASK_ID alone says nothing: jobs that follow one another can be an array too.
-    if args.task is not None:
-        raise ConfigError(
-            f"--task {args.task}: {config.name} is one run, since no file gives an array; leave "
-            "--task out, or add what differs between the runs (--set array.seed=[1,2])"
-        )
-
-
-def _run_dir(args: argparse.Namespace) -> Path:
-    names = [name_of(name) for name in (args.config, *args.overlay)]
-    return Path(args.run_dir or os.environ.get("RUN_DIR") or "runs/" + "-".join(names))
-
-
-def array_tasks(config: Config) -> dict[str, list[str]]:
-    """The runs of an array: name -> overrides; all combinations of its values.
-
-    A name is that of one folder in the run's own: what a path would take for more is written as in
-    URLs.
-
-    Raises:
-        ConfigError: two runs would have one folder, or a name is longer than a folder's may be.
-    """
-    tasks: dict[str, list[str]] = {}
-    for values in itertools.product(*config.array.values()):
-        pairs = list(zip(config.array, values, strict=True))
-        name = "-".join(quote(f"{key}-{value}", safe=_IN_A_NAME) for key, value in pairs)
-        where = ", ".join(str(config.origins[f"array.{key}"]) for key in config.array)
-        if name in tasks:
-            raise ConfigError(f"{where}: the array has the run {name} twice; remove one")
-        if len(name) > 255:
-            raise ConfigError(
-                f"{where}: the folder of a run of the array would be called {name}, and a file "
-                "system takes names of at most 255 bytes: give shorter values, or each run a file"
-            )
-        tasks[name] = [f"{key}={value}" for key, value in pairs]
-    return tasks
-
-
-def megatron_words(config: Config, run_dir: Path) -> list[str]:
-    """Megatron's command line for a run: the configuration's, the dataset's, and its folders.
-
-    Raises:
-        ConfigError: there is no data to train on, or the dataset is not there.
-    """
-    words = config.words()
-    given = config.arguments
-    if config.dataset:
-        from megatron_s3 import data
-
-        try:
-            words += data.megatron_arguments(config.dataset)
-        except data.DataError as error:
-            raise ConfigError(f"{config.origins['dataset']}: dataset: {error}") from error
-    elif (
-        not {
-            "data_path",
-            "train_data_path",
-            "mock_data",
-            "data_args_path",
-            "per_split_data_args_path",
-        }
-        & given.keys()
-    ):
-        raise ConfigError(
-            f"{config.name}: nothing to train on; --set dataset=PREFIX names what `megatron-s3 "
-            "data` wrote (or data_path=PREFIX a dataset of Megatron's, or mock_data=true)"
-        )
-    for name, folder in {
-        "save": save_folder(config, run_dir),
-        "load": load_folder(config, run_dir),
-        "tensorboard_dir": run_dir.absolute() / "tensorboard",
-        "data_cache_path": cache_folder(config, run_dir),
-    }.items():
-        if name not in given:
-            words += ["--" + name.replace("_", "-"), str(folder)]
-    return words
-
-
-def torchrun(config: Config, words: list[str]) -> list[str]:
-    """The command that starts this node's ranks.
-
-    Raises:
-        ConfigError: the SLURM job has another number of nodes, or does not say where they meet.
-    """
-    launch = config.launch
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={launch.nproc_per_node}",
-    ]
-    if launch.nodes == 1:
-        # The address, because a container's host name may not resolve.
-        command += ["--standalone", "--local-addr=127.0.0.1"]
-    else:
-        rank, address, port = (
-            os.environ.get(name) for name in ("SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT")
-        )
-        command += [
-            f"--nnodes={launch.nodes}",
-            f"--node-rank={rank or '$SLURM_NODEID'}",
-            f"--master-addr={address or '$MASTER_ADDR'}",
-            f"--master-port={port or '$MASTER_PORT'}",
-        ]
-    program = (
-        ["-m", "megatron_s3", launch.script]
-        if launch.script
-        else ["-m", "megatron_s3.pretrain_gpt"]
-    )
-    return [*command, *program, *words]
 
 
 def _check(

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_s3.launch import grammar, shell
+from megatron_s3.launch.expansion import State
 from megatron_s3.launch.shell import UNKNOWN, Argument, Char, value
-from megatron_s3.launch.trace import Command, State, Trace
+from megatron_s3.launch.trace import Command, Trace
 
 __all__ = ["Flag", "Launch", "LaunchError", "find", "place", "shown"]
 

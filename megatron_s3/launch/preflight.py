@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the preflight on this node; see the module."""
     from megatron_s3.launch.check import environment
     from megatron_s3.launch.config import ConfigError
-    from megatron_s3.launch.launch import add_config_arguments, add_run_arguments, resolve
+    from megatron_s3.launch.selection import add_config_arguments, add_run_arguments, resolve
 
     parser = argparse.ArgumentParser(
         prog="python -m megatron_s3.launch.preflight",

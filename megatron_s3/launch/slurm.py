@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from megatron_s3.launch import private
-from megatron_s3.launch.config import COPY, Config, shipped
+from megatron_s3.launch.config import COPY, Config
+from megatron_s3.launch.config_paths import shipped
 from megatron_s3.launch.redact import is_secret, redact_word
 
 __all__ = ["SlurmError", "command", "submit"]

@@ -1,9 +1,7 @@
 """The optimizer that Megatron's trainer gets: built as Adam, then given another update rule."""
 
 import contextlib
-import importlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,31 +12,29 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
-from megatron_s3.kernels.operands import local
-from megatron_s3.mcore import overrides, param_groups, telemetry
+from megatron_s3.mcore import overrides, param_groups, state
+from megatron_s3.mcore.announcement import announce
 from megatron_s3.mcore.arguments import (
     as_adam,
     changes_by_step,
     check_config,
     destination,
     hyperparameters,
-    needs_grad_norm,
-    say,
     state_dtypes,
     switches,
 )
+from megatron_s3.mcore.chained import ElementwiseChainedOptimizer
 from megatron_s3.mcore.coverage import check, collected
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
-from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
+from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer, in_megatron_fsdp
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
+from megatron_s3.mcore.update_log import UpdateLog
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.offload import Offload
 
 __all__ = [
-    "ElementwiseChainedOptimizer",
     "get_megatron_optimizer",
     "get_megatron_optimizer_config",
-    "replay",
     "restore_step",
 ]
 
@@ -52,10 +48,6 @@ _WITHOUT_FUSED_ADAM = {
 }
 
 
-#: The optimizer that was built last.
-_latest: Callable[[], "ElementwiseChainedOptimizer | None"] = lambda: None
-
-
 def restore_step(saved: dict[str, Any]) -> None:
     """Takes the number of steps from a checkpoint whose tensors Megatron loads where they are.
 
@@ -64,7 +56,7 @@ def restore_step(saved: dict[str, Any]) -> None:
     Args:
         saved: the checkpoint's state dict.
     """
-    built = _latest()
+    built = state.running().optimizer()
     if built is None or "optimizer" not in saved:
         return
     optimizer = saved["optimizer"]
@@ -80,21 +72,6 @@ def restore_step(saved: dict[str, Any]) -> None:
                         group["steps"] = its["steps"]
             part.optimizer.counts.load(part.optimizer.param_groups)
             param_groups.restore_scheduled(part.optimizer.param_groups, groups)
-
-
-def replay(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around a call that replays the optimizer's CUDA graph, which runs no Python: counts the step.
-
-    The call that captures runs the Python of the step that it then replays.
-    """
-    replays = wrapper.cuda_graph is not None
-    result = original(wrapper, *args, **kwargs)
-    built = getattr(wrapper.optimizer_step_func, "__self__", None)
-    if replays and result[0] and isinstance(built, ElementwiseChainedOptimizer):
-        for part in built.chained_optimizers:
-            for group in part.optimizer.param_groups if part.optimizer is not None else ():
-                group["step"] += 1
-    return result
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:
@@ -145,7 +122,6 @@ def get_megatron_optimizer(
         ValueError: before training, on all ranks: an override that would not be in force, or a
             trainable parameter that is not stepped by one optimizer.
     """
-    global _latest
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
@@ -179,20 +155,18 @@ def get_megatron_optimizer(
     log_updates = bool(getattr(config, "s3_log_updates", False))
     if any(built is part.optimizer for part in found):  # a release that returns it as it is
         built = ChainedOptimizer([built])
-    update_log = None
+    training = state.Training()
     if isinstance(built, ChainedOptimizer):
-        built.__class__ = ElementwiseChainedOptimizer
         if log_updates:
-            update_log = telemetry.UpdateLog(stepping, chunks)
-        built.update_log = update_log
-        _latest = weakref.ref(built)
+            training.update_log = UpdateLog(stepping, chunks)
+        ElementwiseChainedOptimizer.adopt(built, training)
     elif log_updates:
         raise ValueError(
             f"--s3-log-updates does not know the parts of a {type(built).__name__}, which Megatron "
             "builds for this kind of model. Leave it out."
         )
-    telemetry.watch(update_log)
-    _announce(stepping, cls, config)
+    state.start(training)
+    announce(stepping, cls, config, training)
     return built
 
 
@@ -233,7 +207,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         state_dtype=state_dtypes(cls, config),
         **hyperparameters(cls, config),
     )
-    in_fsdp = _in_megatron_fsdp(part)  # which holds main parameters whatever the optimizer is
+    in_fsdp = in_megatron_fsdp(part)  # which holds main parameters whatever the optimizer is
     optimizer.master_params = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not in_fsdp
     # fp32 shards are views of parameters, which torch refuses to new optimizers; as upstream does,
     # they are put in afterwards.
@@ -284,153 +258,3 @@ def _with_lr_as_number(optimizer: ElementwiseOptimizer, state_dict: dict[str, An
 def _init_state(optimizer: ElementwiseOptimizer, config: Any = None) -> None:
     """Megatron's ``init_state_fn``."""
     optimizer.init_state()
-
-
-class ElementwiseChainedOptimizer(ChainedOptimizer):
-    """The whole optimizer of a trainer.
-
-    Upstream's :meth:`step` computes the global gradient norm each time, also where neither clipping
-    nor a skip threshold needs it: 4 bytes a parameter, an all-reduce and a host synchronisation.
-    Here it computes it where something needs it (:func:`~megatron_s3.mcore.arguments.\
-needs_grad_norm`).
-    """
-
-    update_log: telemetry.UpdateLog | None = None
-
-    #: Whether rank 0 has said which path its first update took.
-    said_path = False
-
-    #: Whether :meth:`step` is running and has no use for the norm.
-    _without_grad_norm = False
-
-    def state_dict(self, is_loading: bool = False) -> Any:
-        """As upstream, which lacks what torch_dcp asks with; the state is there in either case."""
-        return super().state_dict()
-
-    @torch.no_grad()
-    def get_grad_norm(self) -> Any:
-        """As upstream: the norm of the prepared gradients over all ranks, whoever asks for it."""
-        return 0.0 if self._without_grad_norm else super().get_grad_norm()
-
-    @torch.no_grad()
-    def step(self) -> tuple[bool, Any, Any]:
-        """As upstream.
-
-        Returns:
-            Whether the parameters were updated; the gradient norm, 0.0 where it was not computed
-            (``config.s3_log_grad_norm = True`` has it computed); the number of zeros, None unless
-            ``config.log_num_zeros_in_grad``. Both are None where a gradient overflowed, as
-            upstream's.
-        """
-        self._without_grad_norm = not (self.chained_optimizers and needs_grad_norm(self.config))
-        try:
-            result = super().step()
-        finally:
-            self._without_grad_norm = False
-        if not self.said_path:
-            self._say_path()
-        return result
-
-    @torch.no_grad()
-    def step_with_ready_grads(self) -> bool:
-        """As upstream; counted where updates are logged."""
-        rates = None if self.update_log is None else self.update_log.rates()
-        success = super().step_with_ready_grads()
-        if rates is not None and success:
-            self.update_log.count(rates)
-        return success
-
-    def _synchronize_steps(self) -> Any:
-        """As upstream; parts that had nothing to update in some step are brought to the others'.
-
-        Upstream fails there.  Each of their parameters keeps its own number of updates.
-        """
-        parts = [part.optimizer for part in self.chained_optimizers if part.optimizer is not None]
-        groups = [(part, group) for part in parts for group in part.param_groups]
-        steps = [group["step"] for _, group in groups if group["params"]]
-        for part, group in groups:
-            if group["params"] and group["step"] != max(steps):
-                part.counts.keep(group)
-            group["step"] = max(steps, default=group["step"])
-        return max(steps, default=None)
-
-    def _say_path(self) -> None:
-        optimizers = [p.optimizer for p in self.chained_optimizers if p.optimizer is not None]
-        paths = sorted({o.path for o in optimizers if o.path})
-        if not paths:
-            return  # no update yet
-        self.said_path = True
-        for path in paths:
-            if "portable" in path and optimizers[0].fused is not False:
-                part = "" if path.startswith("portable") else " in part"
-                label = optimizers[0].description.label
-                say(f"{label} is updated by torch operations{part} ({path})")
-
-
-def _announce(parts: list[MegatronOptimizer], cls: type[ElementwiseOptimizer], config: Any) -> None:
-    """One line: what was built, over how much, how."""
-    params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
-    sharding = set(map(_sharding, parts))
-    groups = [group for part in parts for group in part.optimizer.param_groups]
-    asked = hyperparameters(cls, config) | {"weight_decay": config.weight_decay}
-    settings = " ".join(
-        f"{name}={_either(value, (group[name] for group in groups))}"
-        for name, value in asked.items()
-    )
-    main = {
-        torch.float32 if part.optimizer.master_params else p.dtype
-        for part in parts
-        for g in part.optimizer.param_groups
-        for p in g["params"]
-    }
-    states = ", ".join(
-        f"{name} {_name(dtype)}" for name, dtype in state_dtypes(cls, config).items()
-    )
-    devices = {p.device.type for p in params}
-    offloaded = ""
-    if getattr(config, "optimizer_cpu_offload", False):
-        count = sum(p.numel() for part in parts for p in part.optimizer.offload.params)
-        offloaded = f"{count:,} of them kept and updated by the CPU, "
-        devices.add("cpu")
-    say(
-        f"{cls.description.label} with {settings}: "
-        f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
-        f"{', '.join(sorted(map(_name, main)))}, state ({states}) "
-        f"{' and '.join(sorted(sharding))}, {offloaded}"
-        f"{', '.join(sorted(_path(cls, device, config) for device in devices))}, "
-        + (f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping")
-    )
-
-
-def _either(value: Any, found: Iterable[Any]) -> str:
-    """The configuration's value and, where param groups have others, those."""
-    others = [other for other in dict.fromkeys(found) if other != value]
-    return " or ".join(map(str, [value, *others]))
-
-
-def _in_megatron_fsdp(part: MegatronOptimizer) -> bool:
-    return getattr(getattr(part, "ddp_config", None), "use_megatron_fsdp", False)
-
-
-def _sharding(part: MegatronOptimizer) -> str:
-    if _in_megatron_fsdp(part):
-        strategy = part.ddp_config.data_parallel_sharding_strategy
-        how = "not sharded" if strategy == "no_shard" else "sharded"
-        return f"{how} by Megatron-FSDP ({strategy})"
-    if isinstance(part, DistributedOptimizer):
-        return f"sharded over {part.data_parallel_group.size()} data-parallel ranks"
-    return "not sharded"
-
-
-def _path(cls: type[ElementwiseOptimizer], device: str, config: Any) -> str:
-    """What is tried first on a device; what an update then took is known after it."""
-    if switches(config)["s3_no_fused"]:
-        return f"portable path on {device} (--s3-no-fused)"
-    kernel = cls.description.kernels.get(device)
-    if kernel is None:
-        return f"portable path on {device}"
-    return f"{importlib.import_module(kernel).NAME} on {device}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

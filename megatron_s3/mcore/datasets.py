@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from megatron_s3.mcore.planning.parse import quiet
+from megatron_s3.mcore.output import quiet
 
 __all__ = ["compile_helpers", "indexed_dataset"]
 

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_s3.mcore import (
     arguments,
     build,
+    chained,
     compat_before_0_19,
     coverage,
     datasets,
@@ -292,7 +293,7 @@ SEAMS: tuple[Seam, ...] = (
         "OptimizerCudaGraphWrapper.__call__",
         "counts the steps that a CUDA graph of the optimizer replays",
         ("self",),
-        build.replay,
+        chained.replay,
         optional=True,
     ),
     Wrapped(
@@ -363,14 +364,14 @@ SEAMS: tuple[Seam, ...] = (
         "ChainedOptimizer",
         "computes the gradient norm only where something needs it, counts the updates that are "
         "logged, and says what path a step took (it becomes ElementwiseChainedOptimizer)",
-        by="build.get_megatron_optimizer",
+        by="chained.ElementwiseChainedOptimizer.adopt",
         **_with("step", "step_with_ready_grads", "get_grad_norm", "_synchronize_steps"),
     ),
     Replaced(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer",
         "before 0.19: has the states' names where four methods hold Adam's as a constant",
-        by="compat_before_0_19.methods_that_name",
+        by="compat_before_0_19._copy",
         shape=f"Adam's names in {', '.join(compat_before_0_19.METHODS)} alone",
         fits=lambda cls: compat_before_0_19.found(cls) == set(compat_before_0_19.METHODS),
         needed=compat_before_0_19.needed,
@@ -410,7 +411,7 @@ SEAMS: tuple[Seam, ...] = (
         "megatron.training.training",
         "get_args",
         "checks the schedule of a job that is planned, and is not running here",
-        by="parse._schedule",
+        by="planning.parse._schedule",
         shape="a function that get_optimizer_param_scheduler calls",
         fits=callable,
     ),

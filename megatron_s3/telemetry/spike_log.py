@@ -8,13 +8,13 @@ from typing import Any
 from megatron_s3.telemetry.spikes import SpikeDetector
 from megatron_s3.telemetry.updates import rising, sizes
 
-__all__ = ["SpikeWatch"]
+__all__ = ["SpikeLog"]
 
 #: Intervals against which a rise of the updates is measured.
 REMEMBERED = 64
 
 
-class SpikeWatch:
+class SpikeLog:
     """A :class:`~megatron_s3.telemetry.spikes.SpikeDetector` that is shown a run's intervals.
 
     Attributes:
@@ -76,7 +76,7 @@ class SpikeWatch:
             ValueError: the state is none of this class.
         """
         if {"detector", "sizes", "first"} - set(state):
-            raise ValueError("this is no state of a SpikeWatch")
+            raise ValueError("this is no state of a SpikeLog")
         self.detector.load_state_dict(state["detector"])
         self._sizes = deque(state["sizes"], maxlen=REMEMBERED)
         self._first = list(state["first"])

@@ -1,15 +1,12 @@
 """Configuration files: merging, origins, derived values, errors."""
 
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_s3.launch.config import COPY, ConfigError, load, shipped
+from megatron_s3.launch.config import COPY, ConfigError, load
+from megatron_s3.launch.config_paths import shipped
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -144,25 +141,6 @@ def test_the_papers_settings():
         "adam_beta1": 0.9, "adam_beta2": 0.95, "clip_grad": 1,
     }  # fmt: skip
     assert {name: float(adamw[name]) for name in wanted} == wanted
-
-
-def test_configurations_and_job_script_are_in_the_wheel(tmp_path):
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "tests")
-    shutil.copytree(REPOSITORY, source, ignore=ignored)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", tmp_path, source], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    here = {
-        f"megatron_s3/configs/{path.relative_to(shipped())}" for path in shipped().rglob("*.yaml")
-    }
-    assert here <= inside
-    assert "megatron_s3/scripts/pretrain.sbatch" in inside
-    packages = {
-        str(p.parent.relative_to(REPOSITORY)) for p in REPOSITORY.glob("megatron_s3/**/*.py")
-    }
-    assert packages <= {str(Path(name).parent) for name in inside}
 
 
 @pytest.mark.parametrize(

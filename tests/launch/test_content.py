@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from megatron_s3 import data
-from megatron_s3.launch import content, launch
+from megatron_s3.launch import commands, content
 from megatron_s3.launch.config import load
 
 
@@ -19,7 +19,7 @@ def test_a_dataset_made_anew_has_other_indices_and_the_run_is_told(tmp_path: Pat
     sets = [f"dataset={tmp_path}/set", "mock_data=false", "tokenizer_type=null", "vocab_size=null"]
     config, run_dir = load(["tiny-s3"], sets), tmp_path / "run"
     first = content.cache_folder(config, run_dir)
-    words = launch.megatron_words(config, run_dir)
+    words = commands.megatron_words(config, run_dir)
     assert words[words.index("--data-cache-path") + 1] == str(first)
     assert first.parent == run_dir / "data-cache"
     assert not content.changed(config, run_dir)  # nothing is there yet

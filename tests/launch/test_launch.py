@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import launch, lock, provenance, slurm, stopping
+from megatron_s3.launch import commands, launch, lock, provenance, selection, slurm, stopping
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import progress
 
@@ -28,13 +28,13 @@ def _no_job(monkeypatch):
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    launch.add_config_arguments(parser)
-    launch.add_run_arguments(parser)
+    selection.add_config_arguments(parser)
+    selection.add_run_arguments(parser)
     return parser.parse_args(words)
 
 
 def test_one_node_meets_itself():
-    command = launch.torchrun(load(["tiny-s3"]), ["--lr", "1"])
+    command = commands.torchrun(load(["tiny-s3"]), ["--lr", "1"])
     assert command[1:] == [
         "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
         "--local-addr=127.0.0.1", "-m", "megatron_s3.pretrain_gpt", "--lr", "1",
@@ -46,14 +46,14 @@ def test_several_nodes_meet_where_slurm_says(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("MASTER_PORT", "12345")
     config = load(["layouts/gpt2-7b/64gpu"], ["launch.script=Megatron-LM/pretrain_gpt.py"])
-    assert launch.torchrun(config, [])[3:] == [
+    assert commands.torchrun(config, [])[3:] == [
         "--nproc-per-node=8", "--nnodes=8", "--node-rank=3", "--master-addr=node0",
         "--master-port=12345", "-m", "megatron_s3", "Megatron-LM/pretrain_gpt.py",
     ]  # fmt: skip
 
 
 def test_a_run_keeps_everything_in_its_folder(tmp_path):
-    words = launch.megatron_words(load(["tiny-s3"], ["save=elsewhere"]), tmp_path)
+    words = commands.megatron_words(load(["tiny-s3"], ["save=elsewhere"]), tmp_path)
     assert words[words.index("--save") + 1] == "elsewhere"
     assert words.count("--save") == 1
     assert words[words.index("--load") + 1] == "elsewhere"
@@ -62,7 +62,7 @@ def test_a_run_keeps_everything_in_its_folder(tmp_path):
 
 def test_without_data_nothing_starts(tmp_path):
     with pytest.raises(ConfigError, match="nothing to train on; --set dataset=PREFIX"):
-        launch.megatron_words(load(["gpt2-7b-s3"]), tmp_path)
+        commands.megatron_words(load(["gpt2-7b-s3"]), tmp_path)
 
 
 def test_a_job_of_another_size_is_refused(monkeypatch, tmp_path, capsys):
@@ -85,17 +85,17 @@ def test_several_nodes_without_slurm_are_refused(tmp_path, capsys):
 
 def test_an_array_has_a_run_for_each_combination(tmp_path):
     words = ["tiny-s3", "--set", "array.lr=[1e-3, 3e-3]", "--set", "array.seed=[1, 2]"]
-    assert list(launch.array_tasks(load(words[:1], words[2::2]))) == [
+    assert list(selection.array_tasks(load(words[:1], words[2::2]))) == [
         "lr-1e-3-seed-1", "lr-1e-3-seed-2", "lr-3e-3-seed-1", "lr-3e-3-seed-2",
     ]  # fmt: skip
-    config, folder = launch.resolve(arguments(*words, "--run-dir", str(tmp_path), "--task", "2"))
+    config, folder = selection.resolve(arguments(*words, "--run-dir", str(tmp_path), "--task", "2"))
     assert folder == tmp_path / "lr-3e-3-seed-1"
     assert (config.arguments["lr"], config.arguments["seed"]) == ("3e-3", "1")
     assert config.arguments["weight_decay"] == "0.01"
     with pytest.raises(ConfigError, match="an array of 4 runs"):
-        launch.resolve(arguments(*words))
+        selection.resolve(arguments(*words))
     with pytest.raises(ConfigError, match="--task 4: the array has the runs 0 to 3"):
-        launch.resolve(arguments(*words, "--task", "4"))
+        selection.resolve(arguments(*words, "--task", "4"))
 
 
 def test_sbatch_is_asked_for_what_the_configuration_says(tmp_path):
@@ -142,10 +142,10 @@ def test_null_takes_a_default_option_away(tmp_path):
 def test_a_run_of_an_array_stays_in_the_folder(tmp_path, values, names):
     words = ["tiny-s3", "--set", f"array.data_path={values}", "--run-dir", str(tmp_path)]
     config = load(words[:1], words[2:3])
-    assert list(launch.array_tasks(config)) == names
+    assert list(selection.array_tasks(config)) == names
     for task, name in enumerate(names):
         if "\n" not in config.array["data_path"][task]:
-            _, folder = launch.resolve(arguments(*words, "--task", str(task)))
+            _, folder = selection.resolve(arguments(*words, "--task", str(task)))
             assert folder == tmp_path / name and folder.parent == tmp_path
 
 
@@ -155,7 +155,7 @@ def test_a_run_of_an_array_stays_in_the_folder(tmp_path, values, names):
 )
 def test_an_array_whose_runs_have_no_folders_is_refused(values, why):
     with pytest.raises(ConfigError, match=f"--set array.seed=.*{why}"):
-        launch.array_tasks(load(["tiny-s3"], [f"array.seed={values}"]))
+        selection.array_tasks(load(["tiny-s3"], [f"array.seed={values}"]))
 
 
 SBATCH = """#!/bin/bash
@@ -210,7 +210,7 @@ def test_the_copy_of_an_array_derives_for_each_run(submit, tmp_path):
     line, _ = submit(*words)
     assert "--array=0-1" in line
     given = arguments(line[-1], "--run-dir", str(tmp_path / "run"), "--task", "1")
-    config, folder = launch.resolve(given)
+    config, folder = selection.resolve(given)
     assert folder == tmp_path / "run/lr-3e-3"
     assert config.arguments["weight_decay"] == "0.01"
     assert config.arguments["min_lr"] == "0.0003"

@@ -12,7 +12,9 @@ import pytest
 
 from megatron_s3 import data
 from megatron_s3.launch.config import ConfigError, load
-from megatron_s3.launch.plan import Plan, _signal, _vocabulary, as_json, main, text
+from megatron_s3.launch.plan import main
+from megatron_s3.launch.plan_text import as_json, text
+from megatron_s3.launch.planning import Plan, _signal, _vocabulary
 from megatron_s3.mcore.planning import memory
 from megatron_s3.mcore.planning.memory import Buffer, Rank, Sizes
 
@@ -172,7 +174,7 @@ def test_refusals(words, message, capsys):
 
 def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsys):
     """As multi-latent attention, whose layers need a GPU."""
-    from megatron_s3.launch import plan as module
+    from megatron_s3.launch import planning as module
     from megatron_s3.mcore.planning import job
 
     def fails(args):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch import launch, progress, provenance
+from megatron_s3.launch import commands, launch, progress, provenance
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import Progress
 from megatron_s3.storage.layout import TRACKER
@@ -100,7 +100,7 @@ def test_load_of_another_folder_is_for_the_start(tmp_path):
     saved(tmp_path / "checkpoints", 10)
     told, left_out = progress.continued(config, tmp_path)
     assert left_out == ["load", "finetune", "ckpt_step"]
-    words = launch.megatron_words(told, tmp_path)
+    words = commands.megatron_words(told, tmp_path)
     assert words[words.index("--load") + 1] == str(tmp_path / "checkpoints")
     assert not {"--finetune", "--ckpt-step"} & set(words)
 

@@ -266,18 +266,18 @@ def test_other_rates_are_refused_before_anything_is_read_unless_it_is_said_whose
 @on_ranks(1)
 def test_what_is_finetuned_goes_on_with_nothing_of_the_run_before(tmp_path):
     """Whose optimizer and rates the checkpoint's are does not matter then, nor do its spikes."""
-    from megatron_s3.mcore import telemetry
+    from megatron_s3.mcore import state
     from megatron_s3.mcore.checkpoint import loading
 
     load = write(tmp_path, 3, tracker="3")
     saved = Namespace(optimizer="adam", s3_spikes={"of": "that run"}, **RATES)
 
     def loaded(**other):
-        telemetry._spikes = None
+        state.running().spikes = None
         args = flags(optimizer="s3", **RATES | other)
         original = lambda load_dir, args, **kwargs: ({"args": saved}, "", False, None)
         loading.load_base_checkpoint(original, load, args, rank0=True)
-        return telemetry._spikes
+        return state.running().spikes
 
     assert loaded(finetune=True, no_load_optim=False, lr=1e-3) is None
     assert loaded(no_load_optim=True, lr=1e-3) == {"of": "that run"}

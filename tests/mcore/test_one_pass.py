@@ -117,6 +117,7 @@ def test_upstreams_phases_are_taken_without_the_kernel() -> None:
 def test_where_the_kernel_cannot_run_it_is_said_once(tmp_path: Path) -> None:
     """p = 2.5 has no C++ kernel."""
     run = train(*S3, "--bf16", "--s3-p", "2.5", ranks=2)
-    (line,) = [line for line in run.said if "is updated by torch operations" in line]
-    assert line.startswith("S3 (SoftSignSGD)")
-    assert "p = 1, 2 and 3, not 2.5" in line
+    (line,) = [line for line in run.said if "torch operations" in line]
+    assert line.startswith("S3 (SoftSignSGD) with ")
+    assert "torch operations on cpu (the C++ kernel has p = 1, 2 and 3, not 2.5), " in line
+    assert not [line for line in run.said if "C++ kernel on" in line]

@@ -15,13 +15,16 @@ class Run:
     """A trainer's calls of telemetry; each iteration takes a second, each evaluation a hundred."""
 
     def __init__(self, folder, **flags):
-        from megatron_s3.mcore import telemetry
+        from megatron_s3.mcore import metrics_log, state, telemetry
 
         values = {"optimizer": "s3", "clip_grad": 1.0, "log_interval": 2, "s3_metrics": True}
         values |= {"tensorboard_dir": str(folder), "consumed_train_samples": 0, "seq_length": 8}
         self.args, self.telemetry, self.now = Namespace(**values | flags), telemetry, 0.0
+        self.begin = lambda: state.start(state.Training())
+        # In a forked rank:
         telemetry.time = Namespace(perf_counter=lambda: self.now, time=lambda: 0.0)
-        telemetry._start = lambda args, iteration: {"iteration": iteration}  # in a forked rank
+        metrics_log.time = telemetry.time
+        metrics_log._start = lambda args, iteration, update_log: {"iteration": iteration}
 
     def iterate(self, iteration, loss, skipped=0):
         self.now += 1
@@ -71,7 +74,7 @@ def test_each_interval_is_of_its_own_iterations(tmp_path):
     assert rows(tmp_path, "train", "seconds") == [(1.0,)] * 5
     assert rows(tmp_path, "valid", "iteration", "loss") == [(3, 4.0)]
     assert rows(tmp_path, "test", "iteration", "loss") == [(3, 4.0)]
-    run.telemetry.watch(None)  # another optimizer: another log
+    run.begin()  # another optimizer: another log
     run.iterate(11, 3.0)
     assert rows(tmp_path, "start", "iteration") == [(0,), (10,)]
 
@@ -88,7 +91,7 @@ def test_a_checkpoint_holds_what_the_rank_that_writes_knows(tmp_path):
     accepted = run.args.s3_spikes["detector"]["accepted"]
     assert [iteration for iteration, _ in accepted] == [1, 2, 3]
     # A run that goes on from it, another optimizer in between.
-    run.telemetry.watch(None)
+    run.begin()
     run.telemetry.resume(run.args)
     run.args.s3_spikes = None
     run.telemetry.save_checkpoint(lambda iteration: None, 3)
@@ -96,7 +99,7 @@ def test_a_checkpoint_holds_what_the_rank_that_writes_knows(tmp_path):
     run.iterate(4, 3.0)
     run.telemetry.save_checkpoint(lambda iteration: None, 4)
     assert len(run.args.s3_spikes["detector"]["accepted"]) == 4
-    run.telemetry.watch(None)
+    run.begin()
     run.telemetry.save_checkpoint(lambda iteration: None, 4)
     assert run.args.s3_spikes is None
 

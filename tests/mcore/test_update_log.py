@@ -10,10 +10,10 @@ from tests.mcore.library import build, on_ranks, step
 
 def mains(optimizer):
     """The optimizer's parameters of this rank, by what they are part of."""
-    from megatron_s3.mcore import telemetry
+    from megatron_s3.mcore import update_log
 
     (part,) = optimizer.chained_optimizers
-    return list(telemetry._pairs(part))
+    return list(update_log._pairs(part))
 
 
 def measured(before, after):

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from megatron_s3.telemetry.detectors import DETECTORS
-from megatron_s3.telemetry.spike_log import SpikeWatch
+from megatron_s3.telemetry.spike_log import SpikeLog
 from megatron_s3.telemetry.spikes import SpikeDetector
 from megatron_s3.telemetry.updates import rising
 from scripts.bench import spikes as confusion
@@ -178,7 +178,7 @@ def test_a_resumed_watch_is_the_same(cut: int) -> None:
     """Exact, through JSON: before, at and in a spike whose updates rose an interval before it."""
     losses = decaying(90)
     losses[80] = losses[81] = 9.0
-    whole, first, second = SpikeWatch(), SpikeWatch(), SpikeWatch()
+    whole, first, second = SpikeLog(), SpikeLog(), SpikeLog()
     records: list[list[dict]] = [[], []]
     for i, loss in enumerate(losses):
         updates = {
@@ -235,7 +235,7 @@ def test_recorded_curves_know_their_spikes(tmp_path, capsys) -> None:
 
 def test_a_spike_is_measured_against_what_was_before_it() -> None:
     """Neither against updates inside of an earlier spike, nor against those that led it."""
-    watch = SpikeWatch()
+    watch = SpikeLog()
     losses = [*[4.0 + 0.01 * (i % 2) for i in range(60)], *[9.0] * 70, *[4.0] * 5, 9.0]
 
     def updates(i: int) -> dict | None:
@@ -246,7 +246,7 @@ def test_a_spike_is_measured_against_what_was_before_it() -> None:
     assert [(r["onset"], r["end"], r["first"]) for r in records] == [
         (60, None, []), (60, 129, []), (135, None, ["norm x3.0"]),
     ]  # fmt: skip
-    short = SpikeWatch()
+    short = SpikeLog()
     for i in range(60):
         short.add(i, 4.0 + 0.01 * (i % 2), None)
     for i, size in enumerate((0.1, 0.4), 60):

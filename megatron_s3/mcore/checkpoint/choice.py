@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_s3.mcore.all_ranks import raise_first
-from megatron_s3.mcore.arguments import say
+from megatron_s3.mcore.output import say
 from megatron_s3.storage.layout import TRACKER, folder_of, has_config
 from megatron_s3.storage.newest import Unclear, absent, complete, named, newest
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments import CPU_DEFAULTS
-from megatron_s3.mcore.planning.parse import quiet
+from megatron_s3.mcore.output import quiet
 
 __all__ = ["rank_of"]
 

@@ -7,20 +7,19 @@ import argparse
 import contextlib
 import copy
 import io
-import logging
 import os
 import sys
 import traceback
 import types
-import warnings
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
 
 from megatron_s3.mcore import cpu_device
+from megatron_s3.mcore.output import quiet
 
-__all__ = ["parse", "parser", "prepare", "quiet", "release"]
+__all__ = ["parse", "parser", "prepare", "release"]
 
 #: What validation asks of a device, where there is none: an H100's (compute capability 9.0).
 _STANDIN = types.SimpleNamespace(
@@ -135,15 +134,3 @@ def _device_standin() -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
     ):
         yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without Megatron's table of arguments and its warnings about optional packages."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -12,7 +12,7 @@ megatron_s3.register()
 
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
-from megatron_s3.mcore import arguments  # noqa: E402
+from megatron_s3.mcore.arguments import checks  # noqa: E402
 from megatron_s3.optimizers import S3  # noqa: E402
 from tests.harness.trainer import TINY  # noqa: E402
 
@@ -103,7 +103,7 @@ assert args.optimizer_cpu_offload and args.optimizer_offload_fraction == 0.5
 
 # As for GPUs: what a replayed step cannot do.
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(arguments.cpu_device, "active", lambda: False)
+    patch.setattr(checks.cpu_device, "active", lambda: False)
     graph = argparse.Namespace(
         optimizer_cuda_graph=True,
         s3_no_fused=False,
@@ -114,7 +114,7 @@ with pytest.MonkeyPatch.context() as patch:
         s3_bias_correction=False,
         s3_beta_ramp=False,
     )
-    arguments._check_cuda_graph(graph, S3)
+    checks.check_cuda_graph(graph, S3)
     for name, value in {
         "s3_no_fused": True,
         "s3_log_updates": True,
@@ -126,7 +126,7 @@ with pytest.MonkeyPatch.context() as patch:
     }.items():
         changed = argparse.Namespace(**{**vars(graph), name: value})
         with pytest.raises(ValueError, match="--optimizer-cuda-graph here"):
-            arguments._check_cuda_graph(changed, S3)
+            checks.check_cuda_graph(changed, S3)
 
 refused("--optimizer", "adam", "--s3-p", "2", with_message="--s3-p is a flag of --optimizer s3")
 for flag in ("--s3-log-updates", "--s3-log-grad-norm", "--s3-no-fused"):

@@ -12,7 +12,7 @@ import megatron_s3
 
 megatron_s3.register()
 
-from megatron_s3.mcore.build import ElementwiseChainedOptimizer  # noqa: E402
+from megatron_s3.mcore.chained import ElementwiseChainedOptimizer  # noqa: E402
 from megatron_s3.pretrain_gpt import main  # noqa: E402
 
 COUNTED = []

@@ -1,0 +1,85 @@
+"""The command lines of a run: Megatron's, and the one that starts the ranks."""
+
+import os
+import sys
+from pathlib import Path
+
+from megatron_s3.launch.config import Config, ConfigError
+from megatron_s3.launch.content import cache_folder
+from megatron_s3.launch.progress import load_folder, save_folder
+
+__all__ = ["megatron_words", "torchrun"]
+
+
+def megatron_words(config: Config, run_dir: Path) -> list[str]:
+    """Megatron's command line for a run: the configuration's, the dataset's, and its folders.
+
+    Raises:
+        ConfigError: there is no data to train on, or the dataset is not there.
+    """
+    words = config.words()
+    given = config.arguments
+    if config.dataset:
+        from megatron_s3 import data
+
+        try:
+            words += data.megatron_arguments(config.dataset)
+        except data.DataError as error:
+            raise ConfigError(f"{config.origins['dataset']}: dataset: {error}") from error
+    elif (
+        not {
+            "data_path",
+            "train_data_path",
+            "mock_data",
+            "data_args_path",
+            "per_split_data_args_path",
+        }
+        & given.keys()
+    ):
+        raise ConfigError(
+            f"{config.name}: nothing to train on; --set dataset=PREFIX names what `megatron-s3 "
+            "data` wrote (or data_path=PREFIX a dataset of Megatron's, or mock_data=true)"
+        )
+    for name, folder in {
+        "save": save_folder(config, run_dir),
+        "load": load_folder(config, run_dir),
+        "tensorboard_dir": run_dir.absolute() / "tensorboard",
+        "data_cache_path": cache_folder(config, run_dir),
+    }.items():
+        if name not in given:
+            words += ["--" + name.replace("_", "-"), str(folder)]
+    return words
+
+
+def torchrun(config: Config, words: list[str]) -> list[str]:
+    """The command that starts this node's ranks.
+
+    Raises:
+        ConfigError: the SLURM job has another number of nodes, or does not say where they meet.
+    """
+    launch = config.launch
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={launch.nproc_per_node}",
+    ]
+    if launch.nodes == 1:
+        # The address, because a container's host name may not resolve.
+        command += ["--standalone", "--local-addr=127.0.0.1"]
+    else:
+        rank, address, port = (
+            os.environ.get(name) for name in ("SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT")
+        )
+        command += [
+            f"--nnodes={launch.nodes}",
+            f"--node-rank={rank or '$SLURM_NODEID'}",
+            f"--master-addr={address or '$MASTER_ADDR'}",
+            f"--master-port={port or '$MASTER_PORT'}",
+        ]
+    program = (
+        ["-m", "megatron_s3", launch.script]
+        if launch.script
+        else ["-m", "megatron_s3.pretrain_gpt"]
+    )
+    return [*command, *program, *words]

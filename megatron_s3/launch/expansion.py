@@ -1,0 +1,159 @@
+"""What is known at a point of a shell script, and the words that its expansions make of it."""
+
+import re
+from dataclasses import dataclass, field, replace
+
+from megatron_s3.launch.shell import (
+    UNKNOWN,
+    Argument,
+    Char,
+    Literal,
+    Node,
+    Substitution,
+    Variable,
+    Word,
+)
+
+__all__ = ["Expansion", "State"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known at a point of the script.
+
+    Attributes:
+        variables: name -> arguments; a plain variable has exactly one.
+        arrays: the names of those that are arrays.
+        exported: the names that programs see.
+        functions: name -> body.
+        parameters: ``$1`` and on; None if they are the script's own, which are not known.
+        decided: text of a condition -> whether it holds on this way.
+    """
+
+    variables: dict[str, tuple[Argument, ...]] = field(default_factory=dict)
+    arrays: frozenset[str] = frozenset()
+    exported: frozenset[str] = frozenset()
+    functions: dict[str, Node] = field(default_factory=dict)
+    parameters: tuple[Argument, ...] | None = None
+    decided: dict[str, bool] = field(default_factory=dict)
+
+    def put(self, name: str, found: tuple[Argument, ...], array: bool) -> "State":
+        """The state after an assignment."""
+        arrays = self.arrays | {name} if array else self.arrays - {name}
+        variables = {**self.variables, name: found}
+        return replace(self, variables=variables, arrays=arrays, decided=self._still(name))
+
+    def without(self, name: str) -> "State":
+        """The state in which a variable is not known."""
+        kept = {k: v for k, v in self.variables.items() if k != name}
+        arrays = self.arrays - {name}
+        return replace(self, variables=kept, arrays=arrays, decided=self._still(name))
+
+    def _still(self, name: str) -> dict[str, bool]:
+        """Returns what stays decided when a variable changes."""
+        return {text: holds for text, holds in self.decided.items() if name not in _names(text)}
+
+
+class Expansion:
+    """Expands the words of a script, each character with the places that it came from."""
+
+    def follow(self, node: Node, state: State) -> None:
+        """Follows the commands of a substitution."""
+        raise NotImplementedError
+
+    def join(self, word: Word, state: State) -> Argument:
+        """A word as one argument, as in an assignment."""
+        chars: list[Char] = []
+        for field_ in self._fields(word, state, split=False):
+            chars += [Char(" ", field_[0].start, field_[0].start)] if chars and field_ else []
+            chars += field_
+        return tuple(chars)
+
+    def expand(self, word: Word, state: State) -> list[Argument]:
+        """A word as the arguments that become of it."""
+        return self._fields(word, state, split=True)
+
+    def _fields(self, word: Word, state: State, split: bool) -> list[Argument]:
+        fields: list[list[Char]] = [[]]
+        quoted = False
+        for part in word:
+            if isinstance(part, Literal):
+                fields[-1] += part.chars
+                quoted |= part.quoted
+                continue
+            if isinstance(part, Substitution):
+                if part.body:
+                    self.follow(part.body, state)
+                fields[-1].append(_unknown(part, part.text))
+                continue
+            found, separate = self._value(part, state)
+            quoted |= part.quoted and not separate
+            if separate and part.quoted:
+                if not found and len(word) == 1:
+                    return []
+                for number, item in enumerate(found):
+                    if number:
+                        fields.append([])
+                    fields[-1] += item
+                    quoted = True
+            else:
+                for number, item in enumerate(found):
+                    if number:
+                        fields.append([]) if split else fields[-1].append(Char(" ", *part.span))
+                    self._append(fields, item, split and not part.quoted)
+        kept = [tuple(each) for each in fields if each]
+        return kept or ([()] if quoted or not split else [])
+
+    def _append(self, fields: list[list[Char]], item: Argument, split: bool) -> None:
+        for char in item:
+            if not split or not char.c.isspace():
+                fields[-1].append(char)
+            elif fields[-1]:
+                fields.append([])
+
+    def _value(self, part: Variable, state: State) -> tuple[list[Argument], bool]:
+        """What a variable holds, with this place in each character; whether it is a list."""
+        via = (part.span, *part.at.via)
+        found: tuple[Argument, ...] | None
+        separate = part.index in ("@", "*")
+        if part.name == "@":
+            found, separate = state.parameters, True
+        elif part.name.isdecimal() and part.name != "0":
+            number = int(part.name) - 1
+            given = state.parameters
+            found = None if given is None else given[number : number + 1]
+        else:
+            found = state.variables.get(part.name)
+            if found is not None and not separate:
+                number = int(part.index) if part.index.isdecimal() else 0
+                found = found[number : number + 1]
+                if part.index and not part.index.isdecimal():
+                    found = None
+        operator = part.operator
+        if operator == "?":
+            found = None
+        elif "+" in operator or (operator and (found is None or not any(found))):
+            return self._rest(part, via, state), False
+        if found is None:
+            return [(_unknown(part, _written(part)),)], separate
+        return [
+            tuple(char._replace(via=char.via + via) for char in item) for item in found
+        ], separate
+
+    def _rest(
+        self, part: Variable, via: tuple[tuple[int, int], ...], state: State
+    ) -> list[Argument]:
+        found = self.join(part.rest or [], state)
+        return [tuple(char._replace(via=char.via + via) for char in found)]
+
+
+def _names(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def _unknown(part: Variable | Substitution, text: str) -> Char:
+    return Char(UNKNOWN, *part.span, part.at.via, text)
+
+
+def _written(part: Variable) -> str:
+    return f"${part.name}" if not part.operator and not part.index else f"${{{part.name}...}}"

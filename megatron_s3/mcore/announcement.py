@@ -1,0 +1,118 @@
+"""What rank 0 says of the optimizer that was built: how it steps, once."""
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_s3.kernels.operands import local
+from megatron_s3.mcore.arguments import hyperparameters, state_dtypes, switches
+from megatron_s3.mcore.megatron_fsdp import in_megatron_fsdp
+from megatron_s3.mcore.output import say
+from megatron_s3.mcore.state import Training
+from megatron_s3.optimizers import ElementwiseOptimizer
+
+__all__ = ["announce", "say_path"]
+
+
+def announce(
+    parts: list[MegatronOptimizer],
+    cls: type[ElementwiseOptimizer],
+    config: Any,
+    training: Training,
+) -> None:
+    """Says in one line what was built, over how much, and how it is stepped."""
+    params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
+    sharding = set(map(_sharding, parts))
+    groups = [group for part in parts for group in part.optimizer.param_groups]
+    asked = hyperparameters(cls, config) | {"weight_decay": config.weight_decay}
+    settings = " ".join(
+        f"{name}={_either(value, (group[name] for group in groups))}"
+        for name, value in asked.items()
+    )
+    main = {
+        torch.float32 if part.optimizer.master_params else p.dtype
+        for part in parts
+        for g in part.optimizer.param_groups
+        for p in g["params"]
+    }
+    states = ", ".join(
+        f"{name} {_name(dtype)}" for name, dtype in state_dtypes(cls, config).items()
+    )
+    devices = {p.device.type for p in params}
+    offloaded = ""
+    if getattr(config, "optimizer_cpu_offload", False):
+        count = sum(p.numel() for part in parts for p in part.optimizer.offload.params)
+        offloaded = f"{count:,} of them kept and updated by the CPU, "
+        devices.add("cpu")
+    say(
+        f"{cls.description.label} with {settings}: "
+        f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
+        f"{', '.join(sorted(map(_name, main)))}, state ({states}) "
+        f"{' and '.join(sorted(sharding))}, {offloaded}"
+        f"{', '.join(sorted(_path(cls, parts, device, config, training) for device in devices))}, "
+        + (f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping")
+    )
+
+
+def _either(value: Any, found: Iterable[Any]) -> str:
+    """The configuration's value and, where param groups have others, those."""
+    others = [other for other in dict.fromkeys(found) if other != value]
+    return " or ".join(map(str, [value, *others]))
+
+
+def _sharding(part: MegatronOptimizer) -> str:
+    if in_megatron_fsdp(part):
+        strategy = part.ddp_config.data_parallel_sharding_strategy
+        how = "not sharded" if strategy == "no_shard" else "sharded"
+        return f"{how} by Megatron-FSDP ({strategy})"
+    if isinstance(part, DistributedOptimizer):
+        return f"sharded over {part.data_parallel_group.size()} data-parallel ranks"
+    return "not sharded"
+
+
+def _path(
+    cls: type[ElementwiseOptimizer],
+    parts: list[MegatronOptimizer],
+    device: str,
+    config: Any,
+    training: Training,
+) -> str:
+    """Returns what steps on a device, as far as that depends on settings alone."""
+    if switches(config)["s3_no_fused"]:
+        return f"portable path on {device} (--s3-no-fused)"
+    description = cls.description
+    if device not in description.kernels:
+        reasons = {f"no kernel for {description.label} on {device}"}
+    else:
+        kernel = importlib.import_module(description.kernels[device])
+        values = (
+            part.optimizer.group_hyperparameters(group | {"step": 1})
+            for part in parts
+            for group in part.optimizer.param_groups
+        )
+        reasons = {kernel.reason(description.rule, [], **each) for each in values}
+        if len(reasons) != 1 or None in reasons:
+            return f"{kernel.NAME} on {device}"
+    (reason,) = reasons
+    training.said.add(f"portable: {reason}")
+    return f"torch operations on {device} ({reason})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def say_path(parts: Iterable[MegatronOptimizer], training: Training) -> None:
+    """Says what the first update took, where that is not what was announced."""
+    optimizers = [part.optimizer for part in parts if part.optimizer is not None]
+    paths = {optimizer.path for optimizer in optimizers if optimizer.path}
+    training.updated = bool(paths)
+    for path in sorted(paths - training.said):
+        if "portable" in path and optimizers[0].fused is not False:
+            part = "" if path.startswith("portable") else " in part"
+            label = optimizers[0].description.label
+            say(f"{label} is updated by torch operations{part} ({path})")

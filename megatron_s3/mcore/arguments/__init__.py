@@ -1,0 +1,37 @@
+"""Flags: those of the plugin's optimizers, their validation, and what is refused with them.
+
+``flags`` adds them to Megatron's parser, ``validation`` is put around its validation and asks
+``checks``, ``readers`` say what arguments or an optimizer configuration ask for, ``mask`` lets
+Megatron take the optimizer for Adam, and ``names`` knows what everything is called.
+"""
+
+from megatron_s3.mcore.arguments.checks import check_config
+from megatron_s3.mcore.arguments.flags import CPU_DEFAULTS, DEVICES, add_megatron_arguments
+from megatron_s3.mcore.arguments.mask import as_adam, print_args
+from megatron_s3.mcore.arguments.names import destination, flag
+from megatron_s3.mcore.arguments.readers import (
+    changes_by_step,
+    hyperparameters,
+    needs_grad_norm,
+    state_dtypes,
+    switches,
+)
+from megatron_s3.mcore.arguments.validation import UNSUPPORTED, validate_args
+
+__all__ = [
+    "CPU_DEFAULTS",
+    "DEVICES",
+    "UNSUPPORTED",
+    "add_megatron_arguments",
+    "as_adam",
+    "changes_by_step",
+    "check_config",
+    "destination",
+    "flag",
+    "hyperparameters",
+    "needs_grad_norm",
+    "print_args",
+    "state_dtypes",
+    "switches",
+    "validate_args",
+]

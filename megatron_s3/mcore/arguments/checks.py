@@ -1,0 +1,227 @@
+"""What cannot be kept, stepped or written as it is asked for, each with the reason."""
+
+import argparse
+from collections.abc import Container
+from typing import Any
+
+import torch
+
+from megatron_s3.mcore import cpu_device
+from megatron_s3.mcore.arguments.names import (
+    STATE_DTYPES,
+    destination,
+    dtype_name,
+    dtype_of,
+    flag,
+    flag_named,
+)
+from megatron_s3.mcore.arguments.readers import changes_by_step, hyperparameters, switches
+from megatron_s3.mcore.output import say
+from megatron_s3.optimizers import ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description
+
+__all__ = [
+    "check_config",
+    "check_cuda_graph",
+    "check_device",
+    "check_megatron_fsdp",
+    "check_memory",
+    "check_metrics",
+    "refuse_flags_of",
+]
+
+
+def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) -> None:
+    """For callers without a command line, what :func:`validate_args` refuses of these.
+
+    Args:
+        config: Megatron's OptimizerConfig.
+        ddp_config: the model's DistributedDataParallelConfig, or None.
+        cls: the optimizer.
+
+    Raises:
+        ValueError: naming a field as the flag of the same name.
+    """
+    of_ddp = {} if ddp_config is None else vars(ddp_config)
+    holder = argparse.Namespace(**of_ddp | vars(config))
+    holder.accumulate_allreduce_grads_in_fp32 = of_ddp.get("grad_reduce_in_fp32", True)
+    check_memory(holder, cls, anywhere=True)
+
+
+def check_memory(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:
+    """Raises ValueError for what cannot be kept, or stepped, where and how it is asked for."""
+    _check_precision(args, cls)
+    _check_offload(args, cls)
+    check_cuda_graph(args, cls, anywhere)
+
+
+def _check_precision(args: Any, cls: type[ElementwiseOptimizer]) -> None:
+    """Raises ValueError for dtypes that the optimizer, or what is around it, cannot keep."""
+    asked = {
+        name: dtype_of(getattr(args, name, torch.float32))
+        for name in ("main_grads_dtype", "main_params_dtype", *STATE_DTYPES)
+    }
+    label = f"--optimizer {cls.description.name}"
+    if not getattr(args, "use_precision_aware_optimizer", False):
+        for name, dtype in asked.items():
+            if dtype != torch.float32:
+                raise ValueError(
+                    f"{flag_named(name)} {dtype_name(dtype)} is a flag of "
+                    "--use-precision-aware-optimizer, which is not given: everything would be "
+                    "fp32. Add it, or leave "
+                    f"{flag_named(name)} out."
+                )
+        return
+    if getattr(args, "use_megatron_fsdp", False):
+        if asked["main_grads_dtype"] != torch.float32:
+            raise ValueError(
+                f"--main-grads-dtype {dtype_name(asked['main_grads_dtype'])} has no effect with "
+                "--use-megatron-fsdp. Give --megatron-fsdp-main-grads-dtype instead."
+            )
+    elif not args.use_distributed_optimizer:
+        raise ValueError(
+            "--use-precision-aware-optimizer needs --use-distributed-optimizer: Megatron has it "
+            "nowhere else. Add that, or leave --use-precision-aware-optimizer out."
+        )
+    for name in ("fp8_param_gather", "fp4_param_gather"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{flag_named(name)} with --use-precision-aware-optimizer is not supported by "
+                f"{label}: it does not write quantized parameters. Leave one of the two out."
+            )
+    if asked["main_params_dtype"] != torch.float32:
+        raise ValueError(
+            f"--main-params-dtype {dtype_name(asked['main_params_dtype'])} is not supported by "
+            f"{label}: an update is smaller than what fp16 resolves of a parameter. Leave it out "
+            "(fp32)."
+        )
+    if args.fp16 and not args.accumulate_allreduce_grads_in_fp32:
+        raise ValueError(
+            "--use-precision-aware-optimizer with --fp16 needs "
+            "--accumulate-allreduce-grads-in-fp32: gradients would be unscaled in fp16, where all "
+            "below 6e-8 vanish. Add that, or use --bf16."
+        )
+    values = hyperparameters(cls, args)
+    for state, name in zip(cls.description.state, STATE_DTYPES, strict=False):
+        try:
+            cls.check_state_dtype(state, asked[name], values)
+        except ValueError as error:
+            raise ValueError(f"{flag_named(name)} {dtype_name(asked[name])}: {error}") from None
+
+
+def _check_offload(args: Any, cls: type[ElementwiseOptimizer]) -> None:
+    """Raises ValueError for what an optimizer that is partly in the CPU's memory cannot do."""
+    if not getattr(args, "optimizer_cpu_offload", False):
+        return
+    label = f"--optimizer {cls.description.name} with --optimizer-cpu-offload"
+    if not args.use_precision_aware_optimizer:
+        raise ValueError(
+            f"{label} needs --use-precision-aware-optimizer (and --use-distributed-optimizer), as "
+            "Megatron has it with Adam. Add that, or leave --optimizer-cpu-offload out."
+        )
+    if not 0 < args.optimizer_offload_fraction <= 1:
+        raise ValueError(
+            f"--optimizer-offload-fraction {args.optimizer_offload_fraction} must be in (0, 1]: "
+            "which part of the optimizer's states the CPU keeps and updates. Change it, or leave "
+            "--optimizer-cpu-offload out."
+        )
+    for name, reason in (
+        ("optimizer_cuda_graph", "a graph does not replay the CPU's part"),
+        ("async_save", "the writer would read memory of the CPU's that training goes on changing"),
+        ("use_megatron_fsdp", "its main parameters are Megatron-FSDP's, on the GPU"),
+    ):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{label} does not support {flag_named(name)}: {reason}. Leave one of the two out."
+            )
+
+
+def check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:
+    """Raises ValueError for what a step that is replayed from a CUDA graph cannot do."""
+    if not getattr(args, "optimizer_cuda_graph", False):
+        return
+    why_not = None
+    if cpu_device.active() and not anywhere:
+        why_not = "there are no CUDA graphs where it trains on the CPU"
+    elif switches(args)["s3_no_fused"]:
+        why_not = "with --s3-no-fused there is no kernel to record"
+    elif switches(args)["s3_log_updates"]:
+        why_not = "nothing would count for --s3-log-updates: a replay runs no Python"
+    elif args.fp16 or getattr(args, "loss_scale", None):
+        why_not = "under a loss scale the host reads whether gradients overflowed"
+    elif getattr(args, "rl_offload_optimizer_during_inference", False):
+        why_not = "--rl-offload-optimizer-during-inference moves what a graph goes on writing to"
+    elif getattr(args, "use_megatron_fsdp", False):
+        why_not = "Megatron-FSDP's gradients lie elsewhere from step to step"
+    elif getattr(args, "weight_decay_incr_style", "constant") != "constant":
+        why_not = (
+            f"--weight-decay-incr-style {args.weight_decay_incr_style} changes a number that is "
+            "recorded"
+        )
+    elif changes_by_step(cls, hyperparameters(cls, args)):
+        why_not = "bias correction or a ramp changes a number each step that is recorded"
+    if why_not:
+        raise ValueError(
+            f"--optimizer {cls.description.name} does not support --optimizer-cuda-graph here: "
+            f"{why_not}. Leave one of the two out."
+        )
+
+
+def check_megatron_fsdp(args: argparse.Namespace) -> None:
+    """Raises ValueError for what this release's Megatron-FSDP cannot do; of validated arguments."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    if not args.use_distributed_optimizer:  # from 0.18 on Megatron adds it
+        raise ValueError(
+            "--use-megatron-fsdp needs --use-distributed-optimizer: without it this release of "
+            "Megatron steps with gradients that are not the model's. Add it."
+        )
+    if getattr(args, "use_precision_aware_optimizer", False) and not hasattr(
+        DistributedDataParallelConfig, "megatron_fsdp_use_decoupled_grad"
+    ):
+        raise ValueError(
+            "--use-precision-aware-optimizer with --use-megatron-fsdp needs Megatron-Core 0.18: "
+            "before, gradients are not where Megatron measures and clips them. Leave one of the "
+            "two out."
+        )
+    dtype = getattr(args, "megatron_fsdp_main_params_dtype", torch.float32)
+    dtype = dtype or args.params_dtype  # None is auto
+    if dtype != torch.float32:
+        say(
+            f"main parameters are kept in {dtype}, as --megatron-fsdp-main-params-dtype asks: what "
+            "an update changes by less than their rounding is lost"
+        )
+
+
+def check_metrics(args: argparse.Namespace) -> None:
+    """Raises ValueError where a log is asked for and no folder to write it to."""
+    args.s3_metrics = args.s3_metrics or args.s3_log_updates
+    if args.s3_metrics and not (args.tensorboard_dir or args.save):
+        asked = "--s3-log-updates" if args.s3_log_updates else "--s3-metrics"
+        raise ValueError(
+            f"{asked} has no folder to write metrics.jsonl to. Give --tensorboard-dir or --save, "
+            f"or leave {asked} out."
+        )
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Raises ValueError for a backend of GPUs on the CPU."""
+    if cpu_device.active() and args.distributed_backend != "gloo":
+        raise ValueError(
+            f"--distributed-backend {args.distributed_backend} needs GPUs, and this job trains on "
+            "the CPU. Leave the flag out, or train on GPUs (--s3-device cuda)."
+        )
+
+
+def refuse_flags_of(
+    description: Description, args: argparse.Namespace, upstream: Container[str]
+) -> None:
+    """Raises ValueError where a flag of another optimizer is given; ``upstream`` are Megatron's."""
+    for h in description.hyperparameters:
+        name = destination(description, h)
+        if name not in upstream and getattr(args, name, None) is not None:
+            raise ValueError(
+                f"{flag(description, h)} is a flag of --optimizer {description.name}, but this is "
+                f"--optimizer {args.optimizer}. Leave it out, or choose --optimizer "
+                f"{description.name}."
+            )

@@ -1,0 +1,119 @@
+"""The flags that the plugin adds to Megatron's parser, and the defaults that it changes there."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from megatron_s3.mcore import cpu_device
+from megatron_s3.mcore.arguments.names import destination, flag, flag_named
+from megatron_s3.optimizers import OPTIMIZERS
+
+__all__ = ["CPU_DEFAULTS", "DEVICES", "FOR_ALL", "SWITCHES", "Default", "add_megatron_arguments"]
+
+#: Values of ``--s3-device``.
+DEVICES = ("auto", "cuda", "cpu")
+
+
+#: Other defaults of Megatron's flags where it trains on the CPU: its own name GPU kernels.
+CPU_DEFAULTS = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "gradient_reduce_div_fusion": False,  # gloo sums, and does no more
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
+
+
+#: Switches for all of the plugin's optimizers: destination, help.
+SWITCHES = (
+    (
+        "s3_log_grad_norm",
+        "compute and log the gradient norm although nothing needs it: a pass over the gradients, "
+        "an all-reduce and a host synchronisation each step; else the step returns 0.0 for it",
+    ),
+    (
+        "s3_log_updates",
+        "log size, share of large ones and ratio to the weights of each logging interval's "
+        "updates, by kind of parameter and layer, to TensorBoard, Weights & Biases and "
+        "metrics.jsonl",
+    ),
+    (
+        "s3_metrics",
+        "write losses, learning rate and the like to metrics.jsonl in --tensorboard-dir (else "
+        "--save), with any --optimizer; implied by --s3-log-updates",
+    ),
+    (
+        "s3_no_verify_checkpoint",
+        "do not compare a checkpoint's data with its checksums before it is loaded (with any "
+        "--optimizer)",
+    ),
+    (
+        "s3_no_fused",
+        "step with torch operations, between Megatron's copies of gradients and of parameters, "
+        "instead of a fused kernel that needs neither; slower, with the same result",
+    ),
+)
+
+
+#: Those that have an effect with Megatron's own optimizers too.
+FOR_ALL = ("s3_metrics", "s3_no_verify_checkpoint")
+
+
+#: Flags of Megatron's own optimizers that have no effect under another one.
+_OF_OTHER_OPTIMIZERS = (
+    *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
+    "use_torch_optimizer_for_cpu_offload",
+)
+
+
+class Default(float):
+    """A default value that can be told from the same number given by the user."""
+
+
+def add_megatron_arguments(
+    original: Callable[..., Any], parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """Around Megatron's parser: more choices for ``--optimizer``, and the plugin's own flags."""
+    parser = original(parser)
+    known = parser._option_string_actions
+    # Of two of one name (Megatron's lion is a hybrid with Adam) the plugin's is taken, and said.
+    known["--optimizer"].choices = list(dict.fromkeys((*known["--optimizer"].choices, *OPTIMIZERS)))
+    known["--clip-grad"].default = Default(known["--clip-grad"].default)
+    if cpu_device.active():
+        here = {action.dest for action in known.values()}
+        parser.set_defaults(**{k: v for k, v in CPU_DEFAULTS.items() if k in here})
+
+    group = parser.add_argument_group("megatron_s3")
+    group.add_argument(
+        "--s3-device",
+        choices=DEVICES,
+        default="auto",
+        help="where to train; auto takes the CPU, with gloo, where there is no GPU",
+    )
+    for name, meaning in SWITCHES:
+        group.add_argument(flag_named(name), action="store_true", help=meaning)
+    upstream = list(_OF_OTHER_OPTIMIZERS)
+    for cls in OPTIMIZERS.values():
+        description = cls.description
+        group = parser.add_argument_group(description.label)
+        for h in description.hyperparameters:
+            if flag(description, h) in known:  # Megatron has the same, with the same meaning
+                upstream.append(destination(description, h))
+                continue
+            kind: dict[str, Any] = (
+                {"action": "store_const", "const": not h.default}
+                if h.is_switch
+                else {"type": float, "metavar": "X"}
+            )
+            # None until validated, so that a flag can be seen to have been given.
+            group.add_argument(
+                flag(description, h),
+                dest=destination(description, h),
+                default=None,
+                help=f"{'do not: ' if h.default is True else ''}{h.help} (default {h.default})",
+                **kind,
+            )
+    parser.set_defaults(_s3_upstream_defaults={name: parser.get_default(name) for name in upstream})
+    return parser

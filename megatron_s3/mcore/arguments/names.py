@@ -1,0 +1,45 @@
+"""What flags are called, on the command line and in Megatron's arguments; and their dtypes."""
+
+import torch
+
+from megatron_s3.optimizers.description import Description, Hyperparameter
+
+__all__ = ["STATE_DTYPES", "destination", "dtype_name", "dtype_of", "flag", "flag_named"]
+
+#: Flags of ``--use-precision-aware-optimizer``: destination, in the order of an optimizer's states.
+STATE_DTYPES = ("exp_avg_dtype", "exp_avg_sq_dtype")
+
+
+#: What Megatron's flags call the dtypes; its validation replaces the names.
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,
+}
+
+
+def flag(description: Description, hyperparameter: Hyperparameter) -> str:
+    """Returns the command-line flag of an optimizer's hyperparameter, such as ``--s3-beta``."""
+    negation = "no-" if hyperparameter.default is True else ""
+    return f"--{description.name}-{negation}{hyperparameter.name}".replace("_", "-")
+
+
+def destination(description: Description, hyperparameter: Hyperparameter) -> str:
+    """Returns its name in Megatron's arguments and optimizer configuration, such as ``s3_beta``."""
+    return f"{description.name}_{hyperparameter.name}".replace("-", "_")
+
+
+def flag_named(name: str) -> str:
+    """Returns the flag of a destination."""
+    return f"--{name.replace('_', '-')}"
+
+
+def dtype_of(value: str | torch.dtype) -> torch.dtype:
+    """Returns the dtype that Megatron's flags call so; a dtype is itself."""
+    return _DTYPES.get(value, value)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns what Megatron's flags call a dtype."""
+    return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))

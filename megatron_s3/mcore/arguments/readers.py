@@ -1,0 +1,55 @@
+"""What Megatron's arguments, or its optimizer configuration, ask of an optimizer."""
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_s3.mcore.arguments.flags import SWITCHES
+from megatron_s3.mcore.arguments.names import STATE_DTYPES, destination, dtype_of
+from megatron_s3.optimizers import ElementwiseOptimizer
+
+__all__ = ["changes_by_step", "hyperparameters", "needs_grad_norm", "state_dtypes", "switches"]
+
+
+def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, Any]:
+    """The optimizer's, as ``holder`` has them under their flags' destinations, or by default."""
+    values = {}
+    for h in cls.description.hyperparameters:
+        value = getattr(holder, destination(cls.description, h), None)
+        values[h.name] = h.default if value is None else value
+    return values
+
+
+def switches(holder: Any) -> dict[str, bool]:
+    """The values of :data:`SWITCHES` in Megatron's arguments or optimizer configuration."""
+    return {name: bool(getattr(holder, name, False)) for name, _ in SWITCHES}
+
+
+def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torch.dtype]:
+    """The dtypes that arguments or an optimizer configuration ask for, by the states' names.
+
+    ``--exp-avg-dtype`` is the first state's and ``--exp-avg-sq-dtype`` the second's, whatever the
+    optimizer calls them; without ``--use-precision-aware-optimizer`` all are float32.
+    """
+    if not getattr(holder, "use_precision_aware_optimizer", False):
+        return dict.fromkeys(cls.description.state, torch.float32)
+    pairs = zip(cls.description.state, STATE_DTYPES, strict=False)
+    return {name: dtype_of(getattr(holder, asked)) for name, asked in pairs}
+
+
+def needs_grad_norm(holder: Any) -> bool:
+    """Whether something reads the gradients' norm each step: clipping, a threshold, the log."""
+    return (
+        holder.clip_grad > 0
+        or math.isfinite(getattr(holder, "grad_norm_skip_threshold", math.inf))
+        or bool(getattr(holder, "s3_log_grad_norm", False))
+    )
+
+
+def changes_by_step(cls: type[ElementwiseOptimizer], values: dict[str, Any]) -> bool:
+    """Returns whether the rule's arguments differ from step to step."""
+    optimizer = cls([torch.zeros(1)], lr=0.0, **values)
+    (group,) = optimizer.param_groups
+    one, other = (optimizer.group_hyperparameters(group | {"step": t}) for t in (1, 100))
+    return one != other

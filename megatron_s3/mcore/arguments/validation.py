@@ -1,0 +1,147 @@
+"""Around Megatron's validation of its arguments: the plugin's own comes first."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_s3.mcore.arguments.checks import (
+    check_device,
+    check_megatron_fsdp,
+    check_memory,
+    check_metrics,
+    refuse_flags_of,
+)
+from megatron_s3.mcore.arguments.flags import FOR_ALL, SWITCHES, Default
+from megatron_s3.mcore.arguments.mask import as_adam
+from megatron_s3.mcore.arguments.names import (
+    STATE_DTYPES,
+    destination,
+    dtype_name,
+    dtype_of,
+    flag,
+    flag_named,
+)
+from megatron_s3.mcore.output import say
+from megatron_s3.mcore.refusal import Refused
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
+from megatron_s3.optimizers.description import FORMAT, Description
+
+__all__ = ["UNSUPPORTED", "validate_args"]
+
+#: Arguments that the plugin's optimizers do not support yet: destination, flag, reason.
+UNSUPPORTED = (("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),)
+
+
+def validate_args(
+    original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any
+) -> Any:
+    """Around Megatron's validation: ours first, then Megatron's as it treats adam.
+
+    Raises:
+        Refused: naming the flag, the reason and what to do.
+    """
+    theirs: list[ValueError] = []
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except ValueError as error:
+            theirs.append(error)
+            raise
+
+    try:
+        return _validate(asked, args, *rest, **more)
+    except ValueError as error:
+        if error in theirs:
+            raise
+        raise Refused(str(error)) from None
+
+
+def _validate(
+    original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any
+) -> Any:
+    defaults = args.__dict__.pop("_s3_upstream_defaults", {})
+    clip_grad_given = not isinstance(args.clip_grad, Default)
+    args.s3_format = FORMAT  # saved with the arguments
+    check_device(args)
+    if getattr(args, "rampup_batch_size", None) and hasattr(args, "step_batch_size_schedule"):
+        raise ValueError(
+            f"--rampup-batch-size {' '.join(map(str, args.rampup_batch_size))} has no effect in "
+            "this release of Megatron: every batch would be of the full size. Give "
+            "--step-batch-size-schedule instead, or leave it out."
+        )
+    for other in OPTIMIZERS.values():
+        if other.description.name != args.optimizer:
+            refuse_flags_of(other.description, args, defaults)
+    cls = OPTIMIZERS.get(args.optimizer)
+    if cls is None:
+        for name, _ in SWITCHES:
+            if getattr(args, name) and name not in FOR_ALL:
+                known = ", ".join(OPTIMIZERS)
+                raise ValueError(
+                    f"{flag_named(name)} does nothing with --optimizer {args.optimizer}: "
+                    f"it is for the plugin's optimizers ({known}). Leave it out."
+                )
+        check_metrics(args)
+        args.clip_grad = float(args.clip_grad)
+        return original(args, *rest, **more)
+
+    _check_own(args, cls)
+    _say_what_has_no_effect(args, cls.description, defaults)
+    if not clip_grad_given:
+        args.clip_grad = cls.description.clip_grad
+    elif args.clip_grad != cls.description.clip_grad:
+        say(
+            f"gradients are clipped at {args.clip_grad}, as --clip-grad asks; the default with "
+            f"--optimizer {cls.description.name} is {cls.description.clip_grad:g}"
+        )
+    with as_adam(args):
+        result = original(args, *rest, **more)
+    if getattr(args, "use_megatron_fsdp", False):
+        check_megatron_fsdp(args)
+    return result
+
+
+def _check_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+    """Sets hyperparameters that were not given, and checks what is asked of the optimizer."""
+    description = cls.description
+    for h in description.hyperparameters:
+        name = destination(description, h)
+        if getattr(args, name) is None:
+            setattr(args, name, h.default)
+        h.check(getattr(args, name), flag(description, h))
+    for name, unsupported, reason in UNSUPPORTED:
+        if getattr(args, name, False):
+            raise ValueError(
+                f"--optimizer {description.name} does not support {unsupported}: {reason}. Leave "
+                f"{unsupported} out, or train with --optimizer adam."
+            )
+    check_metrics(args)
+    if getattr(args, "use_megatron_fsdp", False) and (
+        getattr(args, "megatron_fsdp_version", 1) == 2  # from main of 2026 on
+    ):
+        raise ValueError(
+            f"--optimizer {description.name} does not support --megatron-fsdp-version 2: it steps "
+            "by Megatron's DistributedOptimizer, which version 2 does without. Leave it out (1), "
+            "or give --use-torch-fsdp2 instead of --use-megatron-fsdp."
+        )
+    check_memory(args, cls)
+
+
+def _say_what_has_no_effect(
+    args: argparse.Namespace, description: Description, defaults: dict[str, Any]
+) -> None:
+    own = {destination(description, h) for h in description.hyperparameters}
+    given = [
+        (name, getattr(args, name, default))
+        for name, default in defaults.items()
+        if name not in own and getattr(args, name, default) != default
+    ]
+    for name in STATE_DTYPES[len(description.state) :]:
+        dtype = dtype_of(getattr(args, name, torch.float32))
+        if args.use_precision_aware_optimizer and dtype != torch.float32:
+            given.append((name, dtype_name(dtype)))
+    for name, value in given:
+        say(f"{flag_named(name)} {value} has no effect with --optimizer {description.name}")

@@ -1,0 +1,150 @@
+"""The log of a run that programs read: losses, rates, updates and spikes of each interval."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_s3.mcore.arguments import hyperparameters
+from megatron_s3.mcore.update_log import UpdateLog
+from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.telemetry.runlog import RunLog, finite
+from megatron_s3.telemetry.spike_log import SpikeLog
+from megatron_s3.telemetry.updates import tags
+from megatron_s3.version import __version__
+
+__all__ = ["MetricsLog", "writing_rank"]
+
+
+class MetricsLog:
+    """Writes ``metrics.jsonl`` and TensorBoard's scalars; an interval's losses stay on the device.
+
+    Args:
+        args: Megatron's.
+        iteration: the one before the first that is logged.
+        update_log: whose totals are written, if anyone's.
+        spikes: of the checkpoint that was loaded: a state of SpikeLog.
+    """
+
+    def __init__(
+        self, args: Any, iteration: int, update_log: UpdateLog | None, spikes: dict | None
+    ) -> None:
+        self.update_log = update_log
+        self.losses: list[Tensor] = []
+        self.skipped = 0
+        self.timed = -1  # iterations since then; the first has begun before
+        self.begun = time.perf_counter()
+        self.file = None
+        if torch.distributed.get_rank() == writing_rank():
+            self.spikes = SpikeLog()
+            if spikes is not None:
+                self.spikes.load_state_dict(spikes)
+            self.file = RunLog(args.tensorboard_dir or args.save)
+            self.file.write("start", _start(args, iteration, update_log))
+
+    def count(self, losses: dict[str, Tensor], skipped: bool) -> None:
+        """Counts an iteration."""
+        self.timed += 1
+        if skipped:
+            self.skipped += 1
+        elif "lm loss" in losses:
+            self.losses.append(losses["lm loss"].detach().float().reshape(-1).sum())
+
+    def evaluated(
+        self, begun: float, kind: str | None, iteration: int, losses: dict | None
+    ) -> None:
+        """Writes the loss of an evaluation, which is no time of training.
+
+        Args:
+            begun: when, by ``time.perf_counter``.
+            kind: valid or test; None of an evaluation that is not the trainer's.
+            iteration: after which.
+            losses: by their names.
+        """
+        self.begun += time.perf_counter() - begun
+        if self.file is not None and kind is not None and losses and "lm loss" in losses:
+            loss = finite(losses["lm loss"].item())
+            self.file.write(kind, {"time": time.time(), "iteration": iteration, "loss": loss})
+
+    def interval(self, args: Any, iteration: int, lr: float | None, grad_norm: Any) -> None:
+        """Writes a line, and TensorBoard's scalars."""
+        from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+        updates = None if self.update_log is None else self.update_log.take()
+        losses, self.losses = self.losses, []
+        now = time.perf_counter()
+        seconds, self.begun = now - self.begun, now
+        skipped, self.skipped = self.skipped, 0
+        timed, self.timed = self.timed, 0
+        if self.file is None:
+            return
+        # An interval whose updates were all skipped has no loss.
+        loss = float(torch.stack(losses).mean()) if losses else None
+        record = {
+            "time": time.time(),
+            "iteration": iteration,
+            "loss": finite(loss),
+            "lr": lr,
+            "grad_norm": None if grad_norm is None else finite(float(grad_norm)),
+            "tokens": args.consumed_train_samples * args.seq_length,
+            "seconds": seconds / timed if timed > 0 else None,
+            "skipped": skipped,
+        }
+        if updates is not None:
+            record["updates"] = _finite(updates)
+            scalars = tags(updates)
+            bound = self.update_log.bound()
+            if bound is not None:
+                scalars["update/bound"] = bound
+            if writer := get_tensorboard_writer():
+                for tag, value in scalars.items():
+                    writer.add_scalar(tag, value, iteration)
+            if wandb := get_wandb_writer():
+                wandb.log(scalars, iteration)
+        self.file.write("train", record)
+        for spike in self.spikes.add(iteration, loss, updates) if loss is not None else ():
+            self.file.write("spike", _finite(spike))
+        if writer := get_tensorboard_writer():
+            writer.add_scalar("spikes/count", self.spikes.count, iteration)
+
+
+def writing_rank() -> int:
+    """The rank that writes, as Megatron's own writers do: it has the loss."""
+    return torch.distributed.get_world_size() - 1
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    return finite(values)
+
+
+def _start(args: Any, iteration: int, update_log: UpdateLog | None) -> dict[str, Any]:
+    from megatron.training.training import num_floating_point_operations
+
+    cls = OPTIMIZERS.get(args.optimizer)
+    names = ("adam_beta1", "adam_beta2", "adam_eps") if args.optimizer == "adam" else ()
+    own = hyperparameters(cls, args) if cls else {name: getattr(args, name) for name in names}
+    return {
+        "time": time.time(),
+        "iteration": iteration,
+        "optimizer": args.optimizer,
+        "label": cls.description.label if cls else args.optimizer,
+        "hyperparameters": own
+        | {"lr": args.lr, "weight_decay": args.weight_decay, "clip_grad": args.clip_grad},
+        "bound": _bound(args) if update_log is None else update_log.bound(),
+        "seed": args.seed,
+        "world_size": args.world_size,
+        "global_batch_size": args.global_batch_size,
+        "seq_length": args.seq_length,
+        "train_iters": args.train_iters,
+        # Of an iteration over all ranks, by Megatron's own count.
+        "flops": float(num_floating_point_operations(args, args.global_batch_size)),
+        "version": __version__,
+    }
+
+
+def _bound(args: Any) -> float | None:
+    cls = OPTIMIZERS.get(args.optimizer)
+    return cls.description.bound(**hyperparameters(cls, args)) if cls else None

@@ -1,0 +1,164 @@
+"""Counts a trainer's updates, by kind of parameter and layer, for the whole model.
+
+Nothing is exchanged or read back but at the iterations that Megatron logs; there, two all-reduces
+of a few kilobytes: of all sums, and of all maxima.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
+
+from megatron_s3.kernels.operands import local
+from megatron_s3.kernels.statistics import FIELDS, LARGEST, Statistics
+from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
+from megatron_s3.telemetry.parameter_kinds import Layout
+from megatron_s3.telemetry.updates import summary
+
+__all__ = ["UpdateLog"]
+
+
+class UpdateLog:
+    """Counts the updates of a trainer's optimizers, every parameter of the model once.
+
+    A parameter that several ranks update alike (replicated over data- or tensor-parallel ranks,
+    tied between pipeline stages) is counted by one of them.
+
+    Args:
+        parts: Megatron's optimizers of this rank, with the plugin's in them.
+        model_chunks: of this rank.
+
+    Attributes:
+        layout: of the rows.
+        steps: updates since the last :meth:`take`.
+    """
+
+    def __init__(
+        self, parts: Sequence[MegatronOptimizer], model_chunks: Sequence[torch.nn.Module]
+    ) -> None:
+        self.layout = Layout(_unwrapped(model_chunks[0]).config.num_layers)
+        self.steps = 0
+        self._optimizers = [part.optimizer for part in parts]
+        device = torch.cuda.current_device()
+        # One set of rows for each param group, which has its own learning rate.
+        groups = max(1, len(self._groups()))
+        self._statistics = Statistics(device, groups * self.layout.rows)
+        self._squared_rates = [0.0] * groups
+        group_of = {p: i for i, group in enumerate(self._groups()) for p in group["params"]}
+        rows = _rows(self.layout, model_chunks)
+        numel = torch.zeros(self.layout.rows, dtype=torch.float64)
+        for part in parts:
+            part.optimizer.statistics = self._statistics
+            for param, model_param in _pairs(part):
+                row = rows[model_param] if _counts(part, model_param) else self.layout.uncounted
+                self._statistics.rows[param] = group_of[param] * self.layout.rows + row
+                numel[row] += local(param.detach()).numel()
+        numel = numel.to(device)
+        torch.distributed.all_reduce(numel)
+        self._numel = numel.tolist()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def rates(self) -> list[float]:
+        """The learning rate of each param group now."""
+        return [float(group["lr"] or 0.0) for group in self._groups()]
+
+    def count(self, rates: Sequence[float]) -> None:
+        """Counts an update that was made with these :meth:`rates`."""
+        self.steps += 1
+        for i, rate in enumerate(rates):
+            self._squared_rates[i] += rate**2
+
+    def bound(self) -> float | None:
+        """Returns what no group's updates exceed; None where one has no bound."""
+        bounds = [
+            optimizer.description.bound(
+                **{h.name: group[h.name] for h in optimizer.description.hyperparameters}
+            )
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+        ]
+        return None if None in bounds else max(bounds, default=None)
+
+    def take(self) -> dict[str, dict]:
+        """The interval's :func:`~megatron_s3.telemetry.updates.summary`; collective."""
+        by_group = self._statistics.values.view(-1, self.layout.rows, len(FIELDS))
+        largest = by_group[:, :, LARGEST].amax(0)
+        # The square of each group's learning rate, by its mean over the interval.
+        mean_squares = by_group.new_tensor(self._squared_rates) / max(1, self.steps)
+        squares = by_group[:, :, FIELDS.index("sum_sq_update")]
+        moved = (squares * mean_squares[:, None]).sum(0)
+        totals = torch.cat([by_group.sum(0), moved[:, None]], dim=1)
+        self._statistics.values.zero_()
+        self._squared_rates = [0.0] * len(self._squared_rates)
+        handles = [
+            torch.distributed.all_reduce(totals, async_op=True),
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, async_op=True),
+        ]
+        for handle in handles:
+            handle.wait()
+        totals[:, LARGEST] = largest
+        steps, self.steps = self.steps, 0
+        return summary(self.layout, totals.tolist(), self._numel, steps)
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def _rows(layout: Layout, model_chunks: Iterable[torch.nn.Module]) -> dict[Tensor, int]:
+    rows = {}
+    for chunk in model_chunks:
+        model = _unwrapped(chunk)
+        # Layers know their number in the whole model; what they are made of is told it as well.
+        numbers = {
+            name: module.layer_number - 1
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "layer_number", None), int)
+        }
+        for name, param in model.named_parameters():
+            places = name.split(".")
+            layers = (numbers.get(".".join(places[:i])) for i in range(1, len(places)))
+            rows[param] = layout.row(name, next((n for n in layers if n is not None), None))
+    return rows
+
+
+def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter of the plugin's optimizer, and the model's that it is or is a part of."""
+    if isinstance(part, DistributedOptimizer) and not isinstance(part, ElementwiseFSDPOptimizer):
+        mains = part.shard_fp32_from_float16_groups
+        if part.optimizer.master_params:
+            mains = part.shard_float16_groups
+        models = (*part.model_float16_groups, *part.model_fp32_groups)
+        mains = (*mains, *part.shard_fp32_groups)
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        models = (*part.float16_groups, *part.fp32_from_fp32_groups)
+        mains = (*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups)
+    else:
+        models = mains = [group["params"] for group in part.optimizer.param_groups]
+    for main_group, model_group in zip(mains, models, strict=True):
+        yield from zip(main_group, model_group, strict=True)
+
+
+def _counts(part: MegatronOptimizer, param: Tensor) -> bool:
+    """Whether this rank is the one that counts what it updates of a parameter."""
+    if not param_is_not_shared(param):
+        return False
+    if not tensor_parallel.param_is_not_tensor_parallel_duplicate(param):
+        return False
+    if hasattr(param, "placements"):  # a DTensor's, of Megatron-FSDP or torch FSDP2
+        places = zip(param.placements, param.device_mesh.get_coordinate(), strict=True)
+        return all(placement.is_shard() or rank == 0 for placement, rank in places)
+    if isinstance(part, DistributedOptimizer):
+        return getattr(part, "distributed_optimizer_instance_id", 0) == 0
+    if getattr(param, "allreduce", True):
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    return parallel_state.get_expert_data_parallel_rank() == 0

@@ -19,6 +19,7 @@ from megatron_s3.kernels.operands import Operands
 from megatron_s3.rules.s3 import s3_bound, s3_update
 from scripts.acceptance.rows import Writer
 from tests.harness.reference import S3Reference
+from tests.harness.tensors import bitwise
 
 __all__ = ["Case", "Placed", "check", "compare", "stepped"]
 
@@ -142,7 +143,7 @@ def compare(placed: Placed, *, interpreted: bool, device: str, **options: Any) -
             # A parameter is a sum, and may come to lie close to 0.
             size = b.abs() + options["lr"] if "param" in name else b.abs()
             if exact and not (interpreted and a.dtype != F32):
-                if not _same_bits(a, rounded):
+                if not bitwise(a, rounded):
                     wrong = int((a != rounded).sum())
                     return f"{name} is not bitwise the portable step's on {where}: {wrong} elements"
             elif not _close(a, b, 3e-6 + 1.01 * _ULP[a.dtype], size):
@@ -181,10 +182,6 @@ def _pairs(ours: Operands, theirs: Operands) -> Iterator[tuple[str, Tensor, Tens
         yield name, a.cpu(), b
     if ours.model_param is not None:
         yield "model_param", ours.model_param.cpu(), theirs.param
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _close(a: Tensor, b: Tensor, relative: float, size: Tensor | None = None) -> bool:
@@ -315,7 +312,7 @@ def _large(writer: Writer) -> None:
             given.model_param[part],
         )
         for name, a, b in _pairs(ours, theirs):
-            if not _same_bits(a, b.to(a.dtype)):
+            if not bitwise(a, b.to(a.dtype)):
                 writer.failed(what, f"{name} differs from the portable step's in {part}")
                 return
     writer.passed(
@@ -337,7 +334,7 @@ def _other_stream(writer: Writer) -> None:
     torch.cuda.current_stream().wait_stream(side)
     doubled = Operands(one.start.param, one.start.grad * 2, one.start.state, one.start.model_param)
     theirs = stepped(doubled, "cpu", **OPTIONS)
-    right = all(_same_bits(a, b.to(a.dtype)) for _, a, b in _pairs(one.operands, theirs))
+    right = all(bitwise(a, b.to(a.dtype)) for _, a, b in _pairs(one.operands, theirs))
     if right:
         writer.passed("another stream", "bitwise")
     else:

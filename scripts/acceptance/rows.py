@@ -2,10 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from tests.harness.tables import columns
 
 __all__ = ["FAILED", "PASSED", "SKIPPED", "Row", "Writer", "read", "table"]
 
@@ -110,16 +112,11 @@ def read(path: Path) -> list[Row]:
 
 def table(rows: Iterable[Row], width: int = 78) -> str:
     """Rows for people; details are cut off at a width, the JSON has them whole."""
-    cells: list[Sequence[str]] = [("section", "check", "result", "bar", "detail")]
+    cells = [("section", "check", "result", "bar", "detail")]
+    previous = ""
     for row in rows:
         detail = row.detail if len(row.detail) <= width else row.detail[: width - 3] + "..."
-        cells.append((row.section, row.check, row.status.upper(), row.bar, detail))
-    widths = [max(len(line[i]) for line in cells) for i in range(4)]
-    lines = []
-    previous = ""
-    for section, *rest in cells:
-        shown = "" if section == previous else section
-        previous = section
-        parts = [text.ljust(n) for text, n in zip((shown, *rest[:3]), widths, strict=True)]
-        lines.append("  ".join((*parts, rest[3])).rstrip())
-    return "\n".join(lines)
+        section = "" if row.section == previous else row.section
+        cells.append((section, row.check, row.status.upper(), row.bar, detail))
+        previous = row.section
+    return columns(cells)

@@ -28,28 +28,21 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.harness import trainer
+from tests.harness.models import GPT2
+
 ROOT = Path(__file__).resolve().parents[2]
-# GPT-2's 12 layers of 768, embeddings untied.
-MODEL = """--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 64
---max-position-embeddings 1024 --micro-batch-size 1 --global-batch-size 2 --train-iters 1
---save-interval 1 --lr 1e-4 --weight-decay 0.1 --mock-data --tokenizer-type NullTokenizer
---vocab-size 50256 --untie-embeddings-and-output-weights --eval-iters 0 --eval-interval 1000
---num-workers 0 --optimizer adam --bf16 --use-distributed-optimizer
---dist-ckpt-optim-fully-reshardable""".split()
 BLOCK = 4 << 20
 
 
 def train(folder: Path) -> None:
     """A checkpoint of AdamW's."""
     print(f"training one step, saving to {folder}", flush=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "megatron_s3.pretrain_gpt", *MODEL, "--save", str(folder)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"error: no checkpoint could be made\n{(done.stdout + done.stderr)[-6000:]}")
+    flags = ["--optimizer", "adam", "--bf16", "--use-distributed-optimizer", "--num-workers", "0"]
+    flags += ["--dist-ckpt-optim-fully-reshardable", "--save", folder, "--save-interval", "1"]
+    run = trainer.train(*GPT2, *flags, ranks=2, tiny=False, check=False)
+    if run.returncode:
+        sys.exit(f"error: no checkpoint could be made\n{run.log[-6000:]}")
 
 
 def enlarge(source: Path, target: Path, copies: int) -> None:
@@ -101,16 +94,10 @@ def forget(folder: Path) -> None:
 
 LOAD_AND_SAVE = """
 import sys
-import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-reader = dcp.FileSystemReader(sys.argv[1])
-state = {
-    name: torch.empty(entry.size, dtype=entry.properties.dtype)
-    for name, entry in reader.read_metadata().state_dict_metadata.items()
-    if isinstance(entry, TensorStorageMetadata)
-}
-dcp.load(state, storage_reader=reader, no_dist=True)
+from pathlib import Path
+from tests.harness.tensors import contents
+state = contents(Path(sys.argv[1]), objects=False)
 dcp.save(state, storage_writer=dcp.FileSystemWriter(sys.argv[2]), no_dist=True)
 """
 CONVERT = """

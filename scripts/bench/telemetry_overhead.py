@@ -8,15 +8,12 @@ Pairs of runs of the quickstart's model, the order drawn anew in each; of a run 
 
 import argparse
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 
 from megatron_s3 import data, quickstart
-
-_TIME = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+from tests.harness.trainer import train
 
 
 def main() -> int:
@@ -51,12 +48,10 @@ def iteration(iters: int, prefix: str, folder: str, on: bool) -> float:
     flags = quickstart.megatron_flags(quickstart.S3, iters, nproc=1)
     words = [*(flag for flag in flags if flag != "--s3-log-updates"), "--tensorboard-dir", folder]
     words += [*data.megatron_arguments(prefix), *(["--s3-log-updates"] if on else [])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    command += ["--local-addr=127.0.0.1", "-m", quickstart.TRAINER, *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    times = [float(found) for found in _TIME.findall(done.stdout)]
-    if done.returncode or len(times) < 3:
-        sys.exit(f"{done.stdout[-4000:]}\nerror: the run ended with status {done.returncode}")
+    run = train(*words, tiny=False, check=False, threads=None)
+    times = [*map(float, run.column("elapsed time per iteration (ms)").values())]
+    if run.returncode or len(times) < 3:
+        sys.exit(f"{run.log[-4000:]}\nerror: the run ended with status {run.returncode}")
     return statistics.median(times[1:])
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.harness.tables import columns
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -168,12 +170,7 @@ def table(comparison: Comparison) -> str:
                 "n/a" if t.launches is None else str(t.launches),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    lines = [comparison.title]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells))
+    lines = [comparison.title, columns(rows, right=range(1, len(_HEADINGS)))]
     copied = comparison.copy_bytes / 1e6
     lines.append(f"copy of one tensor, {copied:,.0f} MB moved: {comparison.copy_gb_s:.1f} GB/s")
     if comparison.device == "cpu":  # write-allocate: what is counted is two thirds of it

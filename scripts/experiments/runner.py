@@ -3,9 +3,7 @@
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import runpy
 import shlex
 import subprocess
 import sys
@@ -19,19 +17,20 @@ from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 from scripts.experiments import toy
 from scripts.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan
-from tests.harness.ports import free_port
+from tests.harness import forks
+from tests.harness.models import LOCAL, SHAPE
 
 __all__ = ["main", "results"]
 
 TRAINER = "scripts.experiments.trainer"
 #: 0.12M parameters, 16 x 64 bytes a step.
-SMALL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
---max-position-embeddings 64 --attention-dropout 0 --hidden-dropout 0
---make-vocab-size-divisible-by 16 --micro-batch-size 16 --global-batch-size 16
---transformer-impl local --attention-backend unfused --no-persist-layer-norm
---no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
---no-bias-dropout-fusion --no-rope-fusion --s3-device cpu --eval-iters 100
---lr-decay-style cosine""".split()
+SMALL = [
+    *SHAPE,
+    *"""--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 16
+    --micro-batch-size 16 --global-batch-size 16 --attention-backend unfused --no-rope-fusion
+    --s3-device cpu --eval-iters 100 --lr-decay-style cosine""".split(),
+    *LOCAL,
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,23 +188,17 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
 
 def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
     """Trains runs, each in a process of its own; the keys of those that failed."""
-    _import_all(args.jobs)
-    context = multiprocessing.get_context("fork")
+    _prepare(args)
     started = []
     for run in runs:
         folder = args.out / run.key
         folder.mkdir(parents=True, exist_ok=True)
-        for old in ("metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
+        for old in ("log", "metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
             (folder / old).unlink(missing_ok=True)
-        process = context.Process(
-            target=_rank, args=(_words(run, args), folder / "log", free_port(), args.held)
-        )
-        process.start()
-        started.append((run, process))
+        started.append((run, forks.start(_words(run, args), 1, folder / "log", TRAINER)))
     failed = set()
-    for run, process in started:
-        process.join()
-        if process.exitcode or not _finish(run, args):
+    for run, rank in started:
+        if forks.wait(rank).status or not _finish(run, args):
             failed.add(run.key)
     return failed
 
@@ -237,31 +230,16 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
     return True
 
 
-def _import_all(jobs: int) -> None:
+def _prepare(args: argparse.Namespace) -> None:
     """What every run needs, once: it takes longer than many a run."""
     import torch
-
-    import megatron_s3
 
     if "--s3-device" not in sys.argv:
         sys.argv += ["--s3-device", "cpu"]
     # More threads than cores wait for each other.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    megatron_s3.register()
-
-
-def _rank(words: list[str], log: Path, port: int, held: dict[str, str]) -> None:
-    """A process of one rank, as torchrun would start it."""
-    os.environ |= {
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
-        **held,
-    }
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = [TRAINER, *words]
-    runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    os.environ |= args.held
+    forks.prepare()
 
 
 def _launch(run: Run, args: argparse.Namespace) -> set[str]:

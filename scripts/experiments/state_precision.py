@@ -11,11 +11,12 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from megatron_s3 import data, quickstart
+from tests.harness import trainer
+from tests.harness.tables import columns
 
 STATES = {
     "fp32": [],
@@ -56,15 +57,14 @@ def train(args: argparse.Namespace, prefix: str, seed: int, flags: list[str]) ->
     """The validation loss at the end of a run."""
     run = quickstart.megatron_flags(quickstart.S3, args.iters, nproc=1)
     words = [
-        *(*run, *data.megatron_arguments(prefix), *flags),
+        *(word for word in run if word != "--s3-log-updates"),
+        *(*data.megatron_arguments(prefix), *flags),
         *("--seed", str(seed), "--eval-interval", str(args.iters)),
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    command += ["--local-addr=127.0.0.1", "-m", quickstart.TRAINER, *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    found = dict(_LOSS.findall(done.stdout))
+    done = trainer.train(*words, tiny=False, check=False, threads=None)
+    found = dict(_LOSS.findall(done.log))
     if done.returncode or str(args.iters) not in found:
-        sys.exit(f"{done.stdout[-4000:]}\nerror: the run ended with status {done.returncode}")
+        sys.exit(f"{done.log[-4000:]}\nerror: the run ended with status {done.returncode}")
     return float(found[str(args.iters)])
 
 
@@ -74,17 +74,15 @@ def table(losses: dict[str, float], args: argparse.Namespace) -> str:
     for seed in args.seeds:
         pair = [losses[f"{args.iters} iterations, seed {seed}, {states}"] for states in STATES]
         rows.append((*pair, pair[1] - pair[0]))
-    lines = [f"{'seed':>6s} {'fp32':>8s} {'bf16':>8s} {'difference':>11s}"]
-    lines += [
-        f"{seed:6d} {a:8.4f} {b:8.4f} {d:+11.4f}"
-        for seed, (a, b, d) in zip(args.seeds, rows, strict=True)
-    ]
+    cells = [("seed", *STATES, "difference")]
+    for seed, (a, b, d) in zip(args.seeds, rows, strict=True):
+        cells.append((str(seed), f"{a:.4f}", f"{b:.4f}", f"{d:+.4f}"))
     a, b, d = (statistics.mean(column) for column in zip(*rows, strict=True))
-    lines.append(f"{'mean':>6s} {a:8.4f} {b:8.4f} {d:+11.4f}")
+    cells.append(("mean", f"{a:.4f}", f"{b:.4f}", f"{d:+.4f}"))
     if len(rows) > 1:
-        a, b, d = (statistics.stdev(column) for column in zip(*rows, strict=True))
-        lines.append(f"{'s.d.':>6s} {a:8.4f} {b:8.4f} {d:11.4f}")
-    return "\n".join(lines)
+        deviations = (statistics.stdev(column) for column in zip(*rows, strict=True))
+        cells.append(("s.d.", *(f"{x:.4f}" for x in deviations)))
+    return columns(cells, right=range(4))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ DIR, where finished runs are found again.
 
 import argparse
 import json
-import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from megatron_s3 import data, quickstart
 from megatron_s3.checkpoints import convert, rates
+from tests.harness import trainer
+from tests.harness.runs import Run
 
 WARMUP = 20
 #: S3's learning rate over AdamW's.
@@ -28,7 +28,6 @@ FACTORS = (10.0, 3.0)
 LR_TIMES_DECAY = 3e-5
 #: Steps after the switch over which losses are averaged.
 WINDOWS = ((1, 3), (4, 10), (11, 30), (31, 75), (76, 150))
-_LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+)")
 
 
 def main() -> int:
@@ -92,21 +91,11 @@ def train(
         words += ["--log-interval", "1", "--eval-interval", "100000", "--eval-iters", "1"]
         words += [*data.megatron_arguments(prefix), *map(str, flags)]
         print(f"{name}: {args.iters} iterations at most, {log}", flush=True)
-        with log.open("w") as file:
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                    *("--nproc-per-node", "1", "-m", "megatron_s3.pretrain_gpt", *words),
-                ],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=True,
-            )
+        trainer.train(*words, tiny=False, threads=None, log=log)
         with log.open("a") as file:
             file.write("finished\n")
-    found = _LOSS.findall(log.read_text())
-    # Megatron's second line after a start is the mean of the first two iterations.
-    return {i: float(loss) for n, (i, loss) in enumerate(found) if n != 1}
+    losses = Run(0, log.read_text()).losses
+    return {str(iteration): float(loss) for iteration, loss in losses.items()}
 
 
 def table(before: dict, after: dict, args: argparse.Namespace) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_s3.optimizers.checks import of_shape, state_fault
 from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS
+from megatron_s3.optimizers.stamp import Stamp, settings
 
 __all__ = ["Loading", "check_stamps"]
 
@@ -101,34 +102,24 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
         saved_groups: param groups as saved, with or without their parameters.
     """
     ours = optimizer.description
+
+    def called(name: str, value: Any) -> str:
+        if name == "optimizer":
+            return ours.label if value == ours.name else value
+        return f"{name}={value}"
+
     own_groups = optimizer.param_groups or [optimizer.defaults]
     if len(own_groups) != len(saved_groups):
         own_groups = own_groups[:1] * len(saved_groups)
     for own, group in zip(own_groups, saved_groups, strict=True):
-        name = group.get("algorithm", "another optimizer")
-        if name != ours.name:
-            raise ValueError(
-                f"this optimizer is {ours.label}, but the state to load was saved by {name}; the "
-                "two keep different averages. Load the model's weights alone, or resume with the "
-                "optimizer that saved it."
-            )
-        if group.get("format", 1) > FORMAT_WITH_STEPS:
-            raise ValueError(
-                f"the state to load is of format {group['format']}, from a newer megatron_s3: "
-                f"this one knows formats up to {FORMAT_WITH_STEPS}. Update megatron_s3, or load "
-                "the model's weights alone."
-            )
-        if group.get("format", 1) == FORMAT_WITH_STEPS and "steps" not in group:
+        whose, form = group.get("algorithm", "another optimizer"), group.get("format", 1)
+        Stamp(ours.name, FORMAT_WITH_STEPS, settings(ours, own)).check(
+            Stamp(whose, form, settings(ours, group)), called=called
+        )
+        if form == FORMAT_WITH_STEPS and "steps" not in group:
             raise ValueError(
                 "the state to load was saved with the number of updates of every parameter, which "
                 "is missing: group['steps'], a list beside group['params']. Where a checkpoint is "
                 "loaded into a state dict (torch.distributed.checkpoint), give each group of that "
                 "one such a list first: [0] * len(group['params'])."
             )
-        for h in ours.hyperparameters:
-            if h.fixes_state and group.get(h.name, h.default) != own[h.name]:
-                raise ValueError(
-                    f"the state to load was made by {ours.label} with {h.name}={group[h.name]}, "
-                    f"and has no meaning with {h.name}={own[h.name]}. Resume with "
-                    f"{h.name}={group[h.name]}, or load the model's weights alone."
-                )

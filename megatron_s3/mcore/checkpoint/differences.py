@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from megatron_s3.mcore.arguments import destination, flag, state_dtypes
+from megatron_s3.mcore.arguments import flag, hyperparameters, state_dtypes
 from megatron_s3.mcore.checkpoint.choice import say_once
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT
+from megatron_s3.optimizers.stamp import Stamp, settings
 
 __all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies"]
 
@@ -76,32 +77,23 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
         return  # Megatron's own optimizers: Megatron's own checks
     if getattr(saved, "no_save_optim", False):
         return
-    advice = "or load the model's weights alone with --no-load-optim"
-    if running != written:
-        raise ValueError(
-            f"{load_dir} was saved by --optimizer {written}, whose state means nothing to "
-            f"--optimizer {running}. Nothing was loaded. Resume with --optimizer {written}, "
-            f"{advice}."
-        )
-    if getattr(saved, "s3_format", 1) > FORMAT:
-        raise ValueError(
-            f"{load_dir} was saved by a newer megatron_s3, in format {saved.s3_format}: this one "
-            f"knows formats up to {FORMAT}. Nothing was loaded. Update megatron_s3, {advice}."
-        )
-    description = OPTIMIZERS[running].description
-    for h in description.hyperparameters:
-        now = getattr(args, destination(description, h), h.default)
-        then = getattr(saved, destination(description, h), h.default)
-        now, then = (h.default if value is None else value for value in (now, then))
-        if now == then:
-            continue
-        if h.fixes_state:
-            raise ValueError(
-                f"{load_dir} was saved with {flag(description, h)} {then}; its state means "
-                f"nothing with {flag(description, h)} {now}. Nothing was loaded. Resume with "
-                f"{flag(description, h)} {then}, {advice}."
-            )
-        say_once(f"{load_dir} was saved with {h.name}={then}; from here on it is {h.name}={now}")
+    labels, now, then = {"optimizer": "--optimizer"}, {}, {}
+    own, others = {}, {}
+    if running == written:
+        cls = OPTIMIZERS[running]
+        labels |= {h.name: flag(cls.description, h) for h in cls.description.hyperparameters}
+        now, then = (hyperparameters(cls, each) for each in (args, saved))
+        own, others = (settings(cls.description, values) for values in (now, then))
+    Stamp(running, FORMAT, own).check(
+        Stamp(written, getattr(saved, "s3_format", 1), others),
+        source=load_dir,
+        called=lambda name, value: f"{labels[name]} {value}",
+        advice="load the model's weights alone with --no-load-optim",
+    )
+    for name in now:
+        if now[name] != then[name]:
+            was, is_now = f"{name}={then[name]}", f"{name}={now[name]}"
+            say_once(f"{load_dir} was saved with {was}; from here on it is {is_now}")
     now, then = (state_dtypes(OPTIMIZERS[running], each) for each in (args, saved))
     for name in now:
         if now[name] != then[name]:

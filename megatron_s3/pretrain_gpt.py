@@ -8,12 +8,12 @@ those run Megatron-LM's own script with ``-m megatron_s3 pretrain_gpt.py``.
 Megatron is imported inside the functions, because ``register`` has to come first.
 """
 
-import inspect
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
+from megatron_s3.mcore import compat_before_0_18
 from megatron_s3.mcore.gpt import model_provider
 from megatron_s3.mcore.refusal import in_one_line
 
@@ -167,7 +167,7 @@ def main() -> None:
         forward_step_func=forward_step,
     )
     defaults = {"tokenizer_type": "GPT2BPETokenizer"}
-    if "cfg_container" not in inspect.signature(pretrain).parameters:  # before 0.18
+    if compat_before_0_18.takes_defaults(pretrain):
         trainer(args_defaults=defaults)
         return
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

@@ -1,8 +1,9 @@
 """Work-arounds for Megatron-Core before 0.19: delete this where no older release is supported.
 
-With it goes the row of :mod:`megatron_s3.mcore.seams` that names it.  Before 0.19 upstream's
-checkpoint code holds the names of Adam's states as a constant in four methods, where it asks for
-``optimizer_state_keys`` since then.
+With it go the row of :mod:`megatron_s3.mcore.seams` that names it, and a base of ``OnePass``.
+Before 0.19 upstream's checkpoint code holds the names of Adam's states as a constant in four
+methods, where it asks for ``optimizer_state_keys`` since then; and it asks for the gradients of the
+norm under another name.
 """
 
 import functools
@@ -12,8 +13,20 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
 
-__all__ = ["METHODS", "found", "methods_that_name", "needed"]
+__all__ = ["METHODS", "MainGradsForNorm", "found", "methods_that_name", "needed"]
+
+
+class MainGradsForNorm(MegatronOptimizer):
+    """Hands the gradients on to whoever asks for a norm that the step does not need."""
+
+    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
+        """As upstream; all of them are there."""
+        self.give_main_grads()
+        return super().get_main_grads_for_grad_norm()
+
 
 #: The methods of DistributedOptimizer that hold the names.
 METHODS = (

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.arguments import needs_grad_norm
+from megatron_s3.mcore.compat_before_0_19 import MainGradsForNorm
 from megatron_s3.optimizers import ElementwiseOptimizer
 
 __all__ = ["ElementwiseFloat16Optimizer", "OnePass", "Place", "is_plain", "place", "require_memory"]
@@ -26,7 +27,7 @@ __all__ = ["ElementwiseFloat16Optimizer", "OnePass", "Place", "is_plain", "place
 Place = tuple[int, int, int]
 
 
-class OnePass(MixedPrecisionOptimizer):
+class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
     """Comes before one of Megatron's mixed-precision optimizers in a class's bases.
 
     With ``fused=False`` in the optimizer, or where :meth:`_find_model_params` finds that a model
@@ -94,15 +95,11 @@ class OnePass(MixedPrecisionOptimizer):
 
     def get_grads_for_grad_norm(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """As upstream; whoever asks for a norm that the step does not need is given all of it."""
-        self._give_main_grads()
+        self.give_main_grads()
         return super().get_grads_for_grad_norm(*args, **kwargs)
 
-    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
-        """The same, as it is called before 0.19."""
-        self._give_main_grads()
-        return super().get_main_grads_for_grad_norm()
-
-    def _give_main_grads(self) -> None:
+    def give_main_grads(self) -> None:
+        """Copies the gradients to the main ones, where a step has not done so."""
         if self._grads_in_place:
             self._clear_decoupled_grads()
             super()._copy_model_grads_to_main_grads()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_s3.mcore import cpu_device
+from megatron_s3.mcore import compat_before_0_18, cpu_device
 from megatron_s3.mcore.arguments.names import (
     STATE_DTYPES,
     destination,
@@ -168,22 +168,12 @@ def check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool 
 
 
 def check_megatron_fsdp(args: argparse.Namespace) -> None:
-    """Raises ValueError for what this release's Megatron-FSDP cannot do; of validated arguments."""
-    from megatron.core.distributed import DistributedDataParallelConfig
+    """Raises ValueError for what Megatron-FSDP cannot do, and says what it loses.
 
-    if not args.use_distributed_optimizer:  # from 0.18 on Megatron adds it
-        raise ValueError(
-            "--use-megatron-fsdp needs --use-distributed-optimizer: without it this release of "
-            "Megatron steps with gradients that are not the model's. Add it."
-        )
-    if getattr(args, "use_precision_aware_optimizer", False) and not hasattr(
-        DistributedDataParallelConfig, "megatron_fsdp_use_decoupled_grad"
-    ):
-        raise ValueError(
-            "--use-precision-aware-optimizer with --use-megatron-fsdp needs Megatron-Core 0.18: "
-            "before, gradients are not where Megatron measures and clips them. Leave one of the "
-            "two out."
-        )
+    Args:
+        args: Megatron's, validated.
+    """
+    compat_before_0_18.check_megatron_fsdp(args)
     dtype = getattr(args, "megatron_fsdp_main_params_dtype", torch.float32)
     dtype = dtype or args.params_dtype  # None is auto
     if dtype != torch.float32:

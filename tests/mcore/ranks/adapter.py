@@ -317,7 +317,7 @@ def refuse(iteration):
 
 
 assert global_vars._GLOBAL_ARGS is None
-checkpointing.get_args = lambda: argparse.Namespace(save=None)
+checkpointing.get_args = lambda: argparse.Namespace(save=None, ckpt_format="torch_dist")
 try:
     saving.save_checkpoint(refuse, 3)
 except Own:

@@ -523,6 +523,21 @@ def test_key(cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -
     assert len(list(cache.iterdir())) == 2
 
 
+def test_another_compiler_is_another_file(
+    cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether it lies elsewhere or says of itself that it is another one now."""
+    for name in ("one", "other"):
+        for version in (1, 2):
+            script = tmp_path / name
+            script.write_text(f'#!/bin/sh\nexec c++ -DOF_VERSION={version} "$@"\n')
+            script.chmod(0o755)
+            monkeypatch.setenv("CXX", str(script))
+            monkeypatch.setattr(cpu, "_loaded", None)
+            assert works()
+    assert len(set(builds)) == len(list(cache.iterdir())) == 4
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "changed"])
 def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     """It is compiled again, and the file replaced."""
@@ -611,6 +626,37 @@ def test_compiler_that_has_gone(
     monkeypatch.setattr(cpu, "_loaded", None)
     monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-O2"))
     assert "compiler" in cpu.reason(s3_update, [make(8)], **RULE)
+
+
+@pytest.mark.parametrize("changed", ["source", "machine", "instruction sets", "file"])
+def test_without_a_compiler_no_other_kernel_is_used(
+    builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str
+) -> None:
+    """A kernel of another source would step wrongly, one of another CPU end the process."""
+    assert works()
+    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setenv("CXX", "/nonexistent")
+    if changed == "source":
+        source = tmp_path / "cpu.cpp"
+        source.write_bytes(cpu._SOURCE.read_bytes() + b"\n")
+        monkeypatch.setattr(cpu, "_SOURCE", source)
+    elif changed == "machine":
+        monkeypatch.setattr("platform.machine", lambda: "another")
+    elif changed == "instruction sets":
+        read = Path.read_text
+        monkeypatch.setattr(
+            Path,
+            "read_text",
+            lambda path, *rest, **kw: (
+                "flags\t\t: fpu\n" if str(path) == "/proc/cpuinfo" else read(path, *rest, **kw)
+            ),
+        )
+    else:
+        (file,) = builds
+        content = file.read_bytes()
+        file.unlink()  # what is loaded keeps its own
+        file.write_bytes(content[:-1])
+    assert "no C++ compiler" in cpu.reason(s3_update, [make(8)], **RULE)
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

@@ -164,6 +164,9 @@ def test_what_is_loaded_replaces_what_was_counted() -> None:
     whole.step(), uneven.step()
     assert uneven.state_dict()["param_groups"][0]["steps"] == [1, 0]
     uneven.log_path = False
+    third = AdamW([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
+    third.load_state_dict(uneven.state_dict())
+    assert third.param_groups[0]["format"] == 1  # what a group holds has no steps beside it
     uneven.load_state_dict(whole.state_dict())
     assert uneven.log_path is False
     assert "steps" not in uneven.state_dict()["param_groups"][0]

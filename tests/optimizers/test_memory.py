@@ -105,6 +105,37 @@ def test_memory_that_was_freed_is_an_error(fused: bool | None) -> None:
     assert torch.equal(params[0], before)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_copy_in_the_model_that_was_freed_is_an_error(fused: bool | None) -> None:
+    param, copied = Parameter(random(50, 0)), torch.zeros(50).bfloat16()
+    param.grad = random(50, 3)
+    optimizer = S3([param], fused=fused)
+    optimizer.model_params[param] = copied
+    copied.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="copy in the model was freed"):
+        optimizer.step()
+
+
+def test_a_gradient_that_is_zero_without_memory_is_stepped() -> None:
+    """Bitwise as zeros; autograd makes such ones in forward mode."""
+    params = [Parameter(random(9, 0)) for _ in range(2)]
+    params[0].grad, params[1].grad = torch._efficientzerotensor(9), torch.zeros(9)
+    for param in params:
+        S3([param], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(*params)
+
+
+def test_parameters_with_one_reason_are_counted_together() -> None:
+    params = [Parameter(random(9, i).double()) for i in range(3)]
+    params.append(Parameter(random(9, 3)))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = S3(groups)
+    optimizer.step()
+    assert "portable for 3 of 4 parameters" in optimizer.path
+
+
 COUNT = 300_000
 
 
@@ -223,6 +254,19 @@ def test_a_step_is_cut_where_memory_is_shared_and_nowhere_else(seed: int) -> Non
         assert overlaps.cuts(flat) == cuts
         counts[bool(cuts)] += 1
     assert min(counts.values()) > 2
+
+
+def test_what_has_moved_onto_a_gradient_is_seen_in_each_step() -> None:
+    memory, overlaps = torch.zeros(90), Overlaps()
+    params, grads = [*torch.zeros(2, 10)], [memory[:10], torch.zeros(10)]
+    states = [[torch.zeros(10)], [torch.zeros(10)]]
+
+    def cuts() -> list[int]:
+        return overlaps.cuts([flatten(*each) for each in zip(params, grads, states, strict=True)])
+
+    assert cuts() == cuts() == []
+    params[1] = memory[5:15]
+    assert cuts() == cuts() == cuts() == [1]
 
 
 def test_what_lies_apart_is_one_call() -> None:

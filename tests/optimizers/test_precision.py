@@ -85,6 +85,30 @@ def test_state_dict_of_low_precision_states(loaded: torch.dtype) -> None:
     assert all(torch.equal(new[name], old[name].to(new[name].dtype)) for name in old)
 
 
+def test_a_loaded_state_is_no_memory_of_the_file() -> None:
+    """Where torch would have cast it to the parameter's dtype, a copy is left to the caller."""
+    optimizer = trained(S3([parameter(dtype=torch.bfloat16)]))
+    saved = optimizer.state_dict()
+    before = {name: saved["state"][0][name].clone() for name in STATE}
+    new = S3([parameter(dtype=torch.bfloat16)])
+    new.load_state_dict(saved)
+    trained(new)
+    assert all(torch.equal(saved["state"][0][name], before[name]) for name in STATE)
+
+
+def test_a_main_parameter_is_loaded_where_one_is_kept_and_nowhere_else() -> None:
+    optimizer = S3([parameter(dtype=torch.bfloat16)], lr=1e-4)
+    optimizer.master_params = True
+    saved = trained(optimizer).state_dict()
+    assert "master_param" in saved["state"][0]
+    for keeps in (False, True):
+        new = S3([parameter(dtype=torch.bfloat16)])
+        new.master_params = keeps
+        new.load_state_dict(saved)
+        (state,) = new.state.values()
+        assert state.keys() == {*STATE, *(["master_param"] if keeps else [])}
+
+
 def test_states_may_differ_in_dtype() -> None:
     param = parameter()
     trained(S3([param], state_dtype={"exp_avg": torch.bfloat16}))

@@ -399,6 +399,43 @@ def test_state_of_another_order_is_refused() -> None:
     refused(optimizer, other.state_dict(), "p=2.0", "p=3.0")
 
 
+def test_a_state_that_names_no_order_is_of_the_default_one() -> None:
+    optimizer = S3(mixed())
+    optimizer.step()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["p"]
+    S3(mixed()).load_state_dict(copy.deepcopy(saved))
+    refused(S3(mixed(), p=2.0), saved, "p=3.0", "p=2.0")
+
+
+def test_state_in_more_groups_is_refused_for_what_it_is() -> None:
+    saved = torch.optim.AdamW([{"params": [parameter(3)]}, {"params": [parameter(3)]}])
+    refused(S3([parameter(3)]), saved.state_dict(), "S3", "another optimizer")
+
+
+def test_state_of_a_newer_format_is_refused() -> None:
+    optimizer = S3(mixed())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["format"] = 3
+    saved["param_groups"][0]["steps"] = [0] * len(saved["param_groups"][0]["params"])
+    refused(optimizer, saved, "by a newer megatron_s3, in format 3")
+
+
+def test_state_is_found_by_the_numbers_that_it_was_saved_with() -> None:
+    """torch counts the parameters; others number them otherwise."""
+    optimizer, new = S3(mixed()), S3(mixed())
+    optimizer.step()
+    saved = optimizer.state_dict()
+    (group,) = saved["param_groups"]
+    numbers = {i: 10 * i + 7 for i in group["params"]}
+    renamed = {numbers[i]: state for i, state in saved["state"].items()}
+    groups = [group | {"params": list(numbers.values())}]
+    new.load_state_dict({"state": renamed, "param_groups": groups})
+    assert new.state_dict()["state"].keys() == saved["state"].keys() != set()
+    for i, state in new.state_dict()["state"].items():
+        assert all(torch.equal(state[k], saved["state"][i][k]) for k in optimizer.description.state)
+
+
 def test_groups_of_different_orders_load() -> None:
     """Bitwise; and each group is compared with its own."""
 

@@ -8,8 +8,8 @@ from types import ModuleType
 from torch import Tensor
 
 from megatron_s3.kernels import portable
-from megatron_s3.kernels.forms import form
 from megatron_s3.kernels.operands import Operands, fault
+from megatron_s3.rules.kernel_form import form
 
 __all__ = ["Choice", "choose", "path"]
 
@@ -92,10 +92,11 @@ def _on_device(
         return [Choice(portable, mine, f"no kernel for {label} on {device}")]
     if (reason := kernel.reason(rule, [], **hyperparameters)) is not None:  # whatever the tensors
         return [Choice(portable, mine, reason)]
-    states = form(rule, hyperparameters).states
+    given = form(rule, hyperparameters)
+    assert not isinstance(given, str), "the kernel would have refused it"
     faults: dict[str | None, list[int]] = {}
     for i in mine:
-        faults.setdefault(fault([operands[i]], device, states), []).append(i)
+        faults.setdefault(fault([operands[i]], device, given.states), []).append(i)
     choices = []
     if good := faults.pop(None, None):
         reason = kernel.reason(rule, [operands[i] for i in good], **hyperparameters)

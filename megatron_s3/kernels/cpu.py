@@ -1,4 +1,4 @@
-"""The fused step on the CPU: rules in C++ (:file:`cpu.cpp`), compiled where it is first used."""
+"""The fused step on the CPU: C++ (:file:`cpu.cpp`), compiled where it is first used."""
 
 import ctypes
 import functools
@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from megatron_s3.kernels.building import sole_builder
-from megatron_s3.kernels.forms import form, names
 from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.kernels.threads import spread
+from megatron_s3.rules import RULES
+from megatron_s3.rules.kernel_form import KernelForm, cpp_declarations, form
 
 __all__ = ["NAME", "reason", "step"]
 
@@ -53,13 +54,13 @@ def reason(
         **hyperparameters: the rule's.
     """
     given = form(rule, hyperparameters)
-    if given is None:
-        return f"the C++ kernel does not have {names(rule)}"
-    if given.general:
-        return f"the C++ kernel has {given.general}"
+    if isinstance(given, str) or (not given.kernel.own and given.kernel.cpp is None):
+        return f"the C++ kernel does not have {given if isinstance(given, str) else given.name}"
+    if given.inexact:
+        return f"the C++ kernel has {given.inexact}"
     if found := fault(operands, "cpu", given.states):
         return f"the C++ kernel cannot take {found}"
-    library = _library()
+    library = _library(given.kernel)
     return library if isinstance(library, str) else None
 
 
@@ -86,10 +87,10 @@ def step(
     Raises:
         RuntimeError: there is no compiled kernel.
     """
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
     given = form(rule, hyperparameters)
+    library = given if isinstance(given, str) else _library(given.kernel)
+    if isinstance(given, str) or isinstance(library, str):
+        raise RuntimeError(library)
     chunk_of = _chunk_of(library, given.name, given.variant)
     numbers = (float(lr), float(1 - lr * weight_decay), *given.scalars)
     scalars = (ctypes.c_float * len(numbers))(*numbers)
@@ -135,7 +136,8 @@ def _chunk_of(library: ctypes.CDLL, name: str, variant: int) -> int:
 # ---- compilation ---------------------------------------------------------------------------------
 
 _lock = threading.Lock()
-_loaded: ctypes.CDLL | str | None = None
+#: What was compiled, or why it could not be, by the rule whose library it is (None: the plugin's).
+_loaded: dict[KernelForm | None, ctypes.CDLL | str] = {}
 
 
 def _renew_lock() -> None:
@@ -147,19 +149,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _library() -> ctypes.CDLL | str:
-    """The compiled kernel, or why there is none; tried once in a process."""
-    global _loaded
-    if _loaded is None:
+def _library(kernel: KernelForm | None = None) -> ctypes.CDLL | str:
+    """Returns the compiled library that holds a rule, or why there is none; tried once each."""
+    if kernel is not None and kernel.own:
+        kernel = None
+    if kernel not in _loaded:
         with _lock:
-            if _loaded is None:
-                _loaded = _compiled()
-    return _loaded
+            if kernel not in _loaded:
+                _loaded[kernel] = _compiled(_source(kernel))
+    return _loaded[kernel]
 
 
-def _compiled() -> ctypes.CDLL | str:
+#: Files by name, :file:`cpu.cpp` among them.
+_Source = dict[str, bytes]
+
+
+def _source(kernel: KernelForm | None) -> _Source:
+    """Returns the files of the library of a rule; of the plugin's rules, if None."""
+    if kernel is None:
+        kernels = [rule.kernel for rule in RULES]
+        rules = _SOURCE.with_name("cpu_rules.h").read_bytes()
+    else:
+        kernels, rules = [kernel], (kernel.cpp or "").encode()
+    declarations = "\n".join(map(cpp_declarations, kernels)).encode()
+    return {
+        "cpu.cpp": _SOURCE.read_bytes(),
+        "declarations.h": declarations,
+        "rules.h": rules,
+    }
+
+
+def _compiled(source: _Source) -> ctypes.CDLL | str:
     try:
-        source = _SOURCE.read_bytes()
         compiler = _compiler()
         if isinstance(compiler, str):
             return _built_elsewhere(source) or compiler
@@ -168,14 +189,14 @@ def _compiled() -> ctypes.CDLL | str:
             # folders are shared between nodes of different kinds.
             macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
             key = hashlib.sha256(repr((source, compiler, _FLAGS, macros)).encode()).hexdigest()
-            return _cached(compiler, f"{_stem(source)}-{key[:24]}.so")
+            return _cached(compiler, f"{_stem(source)}-{key[:24]}.so", source)
         except _CompilerError as error:
             return _built_elsewhere(source) or f"the C++ compiler failed: {error}"
     except OSError as error:
         return f"the C++ kernel cannot be built or loaded: {error}"
 
 
-def _stem(source: bytes) -> str:
+def _stem(source: _Source) -> str:
     """Begins the name of every file that this source gives on this kind of CPU."""
     try:
         about = Path("/proc/cpuinfo").read_text()
@@ -187,7 +208,7 @@ def _stem(source: bytes) -> str:
     return f"cpu-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
 
 
-def _built_elsewhere(source: bytes) -> ctypes.CDLL | None:
+def _built_elsewhere(source: _Source) -> ctypes.CDLL | None:
     """Returns what a compiler that is not here has built before, as for an image's later stage."""
     for folder in _cache_folders():
         for path in sorted(folder.glob(f"{_stem(source)}-*.so")):
@@ -228,7 +249,7 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _cached(compiler: list[str], name: str) -> ctypes.CDLL:
+def _cached(compiler: list[str], name: str, source: _Source) -> ctypes.CDLL:
     for folder in _cache_folders():
         path = folder / name
 
@@ -239,13 +260,13 @@ def _cached(compiler: list[str], name: str) -> ctypes.CDLL:
             if not whole():
                 with sole_builder(path, "the C++ kernel", whole, _PATIENCE):
                     if not whole():
-                        _build(compiler, path)
+                        _build(compiler, path, source)
             return _load(path)
         except OSError:
             continue  # not writable, full, or mounted noexec
     with tempfile.TemporaryDirectory(prefix="megatron-s3-") as temporary:
         path = Path(temporary) / name
-        _build(compiler, path)
+        _build(compiler, path, source)
         return _load(path)  # what is loaded stays when the file goes
 
 
@@ -272,11 +293,13 @@ def _cache_folders() -> Iterator[Path]:
         yield folder
 
 
-def _build(compiler: list[str], path: Path) -> None:
+def _build(compiler: list[str], path: Path, source: _Source) -> None:
     """Compiles to a file of its own and renames it: any number of processes may do so at once."""
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as temporary:
         file = Path(temporary) / path.name
-        _run([*compiler, *_FLAGS, "-o", str(file), str(_SOURCE)])
+        for name, text in source.items():
+            (Path(temporary) / name).write_bytes(text)
+        _run([*compiler, *_FLAGS, "-o", str(file), str(Path(temporary) / "cpu.cpp")])
         content = file.read_bytes()
         with file.open("ab") as end:
             end.write(hashlib.sha256(content).digest())

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from megatron_s3.kernels.forms import Form, form, names
 from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
+from megatron_s3.rules.kernel_form import Form, KernelForm, form
 
 __all__ = ["NAME", "reason", "step"]
 
@@ -32,8 +33,8 @@ def reason(
         **hyperparameters: the rule's.
     """
     given = form(rule, hyperparameters)
-    if given is None:
-        return f"the Triton kernel does not have {names(rule)}"
+    if isinstance(given, str) or (not given.kernel.own and given.kernel.triton is None):
+        return f"the Triton kernel does not have {given if isinstance(given, str) else given.name}"
     if missing := _unavailable():
         return missing
     if found := fault(operands, "cuda", given.states):
@@ -105,7 +106,7 @@ def step(
 ) -> None:
     """One step in one launch (one for each combination of dtypes).
 
-    The same bits as the portable path's; where a form is ``general`` (S3 with a p that is not 1, 2
+    The same bits as the portable path's; where a form is ``inexact`` (S3 with a p that is not 1, 2
     or 3) within a few units in the last place.  Nothing is read back to the host.  With ``lr`` or
     ``weight_decay`` on the device their values are not fixed at launch, so that a step can be
     captured into a CUDA graph, once one has been taken on the same tensors; hyperparameters are.
@@ -126,6 +127,8 @@ def step(
     if any(isinstance(rate, Tensor) and rate.device == device for rate in (lr, weight_decay)):
         rates = torch.stack([_on(device, rate) for rate in (lr, decay)])
     given = form(rule, hyperparameters)
+    if isinstance(given, str):
+        raise RuntimeError(f"the Triton kernel does not have {given}")
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for dtypes, group in groups.items():
             plan = _plan(group, device)
@@ -174,7 +177,7 @@ def _launch(
 ) -> None:
     import triton.language as tl
 
-    from megatron_s3.kernels import gpu_kernel, gpu_rules
+    from megatron_s3.kernels import gpu_kernel
 
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     grad, model, *states = dtypes
@@ -186,7 +189,7 @@ def _launch(
         *host_rates,
         # Triton takes an int for something else than a float, and 1 for a constant.
         tuple(map(float, given.scalars)),
-        RULE=getattr(gpu_rules, given.name),
+        RULE=_function(given.kernel),
         VARIANT=given.variant,
         STATES=given.states,
         BF16=sum((dtype == torch.bfloat16) << i for i, dtype in enumerate(states)),
@@ -200,6 +203,14 @@ def _launch(
         num_warps=gpu_kernel.NUM_WARPS,
         enable_fp_fusion=False,
     )
+
+
+def _function(kernel: KernelForm) -> Any:
+    """Returns the rule as a Triton function."""
+    module, _, name = (kernel.triton or f"megatron_s3.kernels.gpu_rules:{kernel.name}").partition(
+        ":"
+    )
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)

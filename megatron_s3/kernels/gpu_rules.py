@@ -1,4 +1,4 @@
-"""The rules as Triton functions, named as :mod:`megatron_s3.kernels.forms` has them.
+"""The rules as Triton functions, named as their :class:`~megatron_s3.rules.kernel_form.KernelForm`.
 
 A rule takes the gradient, its states and its form's scalars and variant, all of it in float32, and
 returns the update ``u`` and the new states.  The arithmetic is that of :mod:`megatron_s3.rules`.
@@ -7,7 +7,24 @@ returns the update ``u`` and the new states.  The arithmetic is that of :mod:`me
 import triton
 import triton.language as tl
 
+from megatron_s3.rules.kernel_form import KernelForm
+from megatron_s3.rules.s3 import s3_update
+from megatron_s3.rules.sgd import sgd_update
+
 __all__ = ["adamw", "adan", "lion", "nadam", "s3", "sgdm", "sign_sgd"]
+
+
+def _place(kernel: KernelForm, flag: str) -> tl.constexpr:
+    """Returns what a variant is divided by, so that the flag is in the lowest bits."""
+    return tl.constexpr(1 << kernel.flag(flag)[0])
+
+
+_WHOLE_P = _place(s3_update.kernel, "whole_p")
+_WHOLE_PS = tl.constexpr(s3_update.kernel.flag("whole_p")[1] + 1)
+_NESTEROV = _place(s3_update.kernel, "nesterov")
+_FORGETS = _place(s3_update.kernel, "forgets")
+_BOUNDED = _place(s3_update.kernel, "bounded")
+_SGDM_NESTEROV = _place(sgd_update.kernel, "nesterov")
 
 
 @triton.jit
@@ -47,12 +64,11 @@ def _sign(x):
 @triton.jit
 def s3(g, states, scalars, VARIANT: tl.constexpr):
     """S3; for a general p within a few units in the last place."""
-    P: tl.constexpr = VARIANT & 3  # 1, 2 or 3; 0 for any other p
-    NESTEROV: tl.constexpr = (VARIANT >> 2) & 1
-    FORGETS: tl.constexpr = (VARIANT >> 3) & 1  # beta_s is 0
-    BOUNDED: tl.constexpr = (VARIANT >> 4) & 1
+    P: tl.constexpr = VARIANT // _WHOLE_P % _WHOLE_PS  # 1, 2 or 3; 0 for any other p
+    NESTEROV: tl.constexpr = VARIANT // _NESTEROV % 2
+    FORGETS: tl.constexpr = VARIANT // _FORGETS % 2  # beta_s is 0
+    BOUNDED: tl.constexpr = VARIANT // _BOUNDED % 2
     m, r = states
-    # p is read where P is 0, grad_bound where BOUNDED.
     beta, one_minus_beta, beta_s, one_minus_beta_s, correction, bound, p, grad_bound = scalars
     if BOUNDED:
         limit = tl.where(r < 1.1754943508222875e-38, float("inf"), r * grad_bound)
@@ -164,12 +180,12 @@ def lion(g, states, scalars, VARIANT: tl.constexpr):
 
 @triton.jit
 def sgdm(g, states, scalars, VARIANT: tl.constexpr):
-    """SGD with momentum; VARIANT is Nesterov's."""
+    """SGD with momentum."""
     (v,) = states
     (momentum,) = scalars
     v = momentum * v + g
     u = v
-    if VARIANT:
+    if VARIANT // _SGDM_NESTEROV % 2:
         u = momentum * v + g
     return u, (v,)
 

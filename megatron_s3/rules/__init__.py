@@ -4,3 +4,24 @@ A rule takes a gradient and the state tensors of the same shape, advances the st
 returns the update ``u``; the caller applies ``x <- (1 - lr * weight_decay) * x - lr * u``.  Rules
 know nothing of parameters, groups, devices' kernels or Megatron.
 """
+
+from megatron_s3.rules.adamw import adamw_update
+from megatron_s3.rules.adan import adan_update
+from megatron_s3.rules.lion import lion_update
+from megatron_s3.rules.nadam import nadam_update
+from megatron_s3.rules.s3 import s3_update
+from megatron_s3.rules.sgd import sgd_update
+from megatron_s3.rules.sign_sgd import sign_sgd_update
+
+__all__ = ["RULES"]
+
+#: The rules of the plugin's optimizers.
+RULES = (
+    s3_update,
+    adamw_update,
+    nadam_update,
+    adan_update,
+    lion_update,
+    sgd_update,
+    sign_sgd_update,
+)

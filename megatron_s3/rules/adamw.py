@@ -1,12 +1,47 @@
 """AdamW (Loshchilov and Hutter, 2019; torch.optim.AdamW), optionally with clipped updates."""
 
+import math
+
 from torch import Tensor
 
+from megatron_s3.rules.kernel_form import KernelForm, with_kernel
 from megatron_s3.rules.roots import square_root
 
 __all__ = ["adamw_update"]
 
 
+def _kernel_numbers(
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    correction1: float,
+    correction2: float,
+    clip_update: float | None = None,
+) -> dict[str, float]:
+    return {
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "eps": eps,
+        "factor": 1 / correction1,
+        "root_factor": 1 / correction2**0.5,
+        "bound": math.inf if clip_update is None else clip_update,
+    }
+
+
+@with_kernel(
+    KernelForm(
+        "adamw",
+        states=2,
+        scalars=(
+            *("beta1", "one_minus_beta1", "beta2", "one_minus_beta2"),
+            *("eps", "factor", "root_factor", "bound"),
+        ),
+        numbers=_kernel_numbers,
+    )
+)
 def adamw_update(
     grad: Tensor,
     exp_avg: Tensor,

@@ -2,11 +2,49 @@
 
 from torch import Tensor
 
+from megatron_s3.rules.kernel_form import KernelForm, with_kernel
 from megatron_s3.rules.roots import square_root
 
 __all__ = ["adan_update"]
 
 
+def _kernel_numbers(
+    *,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    eps: float,
+    first: bool,
+    correction1: float,
+    correction2: float,
+    correction3: float,
+) -> dict[str, float]:
+    return {
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "beta3": beta3,
+        "one_minus_beta3": 1 - beta3,
+        "eps": eps,
+        "first": first,
+        "factor": 1 / correction1,
+        "weight_diff": beta2 / correction2,
+        "root_factor": 1 / correction3**0.5,
+    }
+
+
+@with_kernel(
+    KernelForm(
+        "adan",
+        states=4,
+        scalars=(
+            *("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "beta3", "one_minus_beta3"),
+            *("eps", "first", "factor", "weight_diff", "root_factor"),
+        ),
+        numbers=_kernel_numbers,
+    )
+)
 def adan_update(
     grad: Tensor,
     exp_avg: Tensor,

@@ -2,9 +2,28 @@
 
 from torch import Tensor
 
+from megatron_s3.rules.kernel_form import KernelForm, with_kernel
+
 __all__ = ["lion_update"]
 
 
+def _kernel_numbers(*, beta1: float, beta2: float) -> dict[str, float]:
+    return {
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+    }
+
+
+@with_kernel(
+    KernelForm(
+        "lion",
+        states=1,
+        scalars=("beta1", "one_minus_beta1", "beta2", "one_minus_beta2"),
+        numbers=_kernel_numbers,
+    )
+)
 def lion_update(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float) -> Tensor:
     """Advances the momentum by one gradient and returns ``sign(beta1 m + (1 - beta1) g)``.
 

@@ -2,11 +2,44 @@
 
 from torch import Tensor
 
+from megatron_s3.rules.kernel_form import KernelForm, with_kernel
 from megatron_s3.rules.roots import square_root
 
 __all__ = ["nadam_update"]
 
 
+def _kernel_numbers(
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_grad: float,
+    weight_avg: float,
+    correction2: float,
+) -> dict[str, float]:
+    return {
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "eps": eps,
+        "weight_grad": weight_grad,
+        "weight_avg": weight_avg,
+        "factor": 1 / correction2,
+    }
+
+
+@with_kernel(
+    KernelForm(
+        "nadam",
+        states=2,
+        scalars=(
+            *("beta1", "one_minus_beta1", "beta2", "one_minus_beta2"),
+            *("eps", "weight_grad", "weight_avg", "factor"),
+        ),
+        numbers=_kernel_numbers,
+    )
+)
 def nadam_update(
     grad: Tensor,
     exp_avg: Tensor,

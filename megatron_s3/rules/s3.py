@@ -12,15 +12,58 @@ and give the same bits.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_s3.rules.kernel_form import KernelForm, with_kernel
 from megatron_s3.rules.roots import square_root
 
 __all__ = ["s3_beta_ramp", "s3_bound", "s3_correction", "s3_update", "s3_update_bound"]
 
 
+def _kernel_numbers(
+    *,
+    beta: float,
+    p: float,
+    beta2: float | None = None,
+    nesterov: bool = True,
+    correction: float = 1.0,
+    grad_bound: float | None = None,
+) -> dict[str, Any]:
+    beta_s = beta if beta2 is None else beta2
+    exact = p in (1, 2, 3)
+    return {
+        "beta": beta,
+        "one_minus_beta": 1 - beta,
+        "beta_s": beta_s,
+        "one_minus_beta_s": 1 - beta_s,
+        "correction": correction,
+        "bound": s3_bound(beta, p, beta2, correction),
+        "p": p,
+        "grad_bound": 0.0 if grad_bound is None else grad_bound,
+        "whole_p": int(p) if exact else 0,
+        "nesterov": nesterov,
+        "forgets": beta_s == 0,
+        "bounded": grad_bound is not None,
+        "inexact": None if exact else f"p = 1, 2 and 3, not {p:g}",
+    }
+
+
+@with_kernel(
+    KernelForm(
+        "s3",
+        states=2,
+        # p is read where whole_p is 0, grad_bound where bounded is set.
+        scalars=(
+            *("beta", "one_minus_beta", "beta_s", "one_minus_beta_s"),
+            *("correction", "bound", "p", "grad_bound"),
+        ),
+        flags={"whole_p": 2, "nesterov": 1, "forgets": 1, "bounded": 1},
+        numbers=_kernel_numbers,
+    )
+)
 def s3_update(
     grad: Tensor,
     exp_avg: Tensor,

@@ -2,9 +2,23 @@
 
 from torch import Tensor
 
+from megatron_s3.rules.kernel_form import KernelForm, with_kernel
+
 __all__ = ["sign_sgd_update"]
 
 
+def _kernel_numbers(*, momentum: float) -> dict[str, float]:
+    return {"momentum": momentum, "one_minus_momentum": 1 - momentum}
+
+
+@with_kernel(
+    KernelForm(
+        "sign_sgd",
+        states=1,
+        scalars=("momentum", "one_minus_momentum"),
+        numbers=_kernel_numbers,
+    )
+)
 def sign_sgd_update(grad: Tensor, exp_avg: Tensor, *, momentum: float) -> Tensor:
     """Advances the momentum by one gradient and returns its sign.
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_s3.kernels.forms import Form, form
 from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.rules.kernel_form import Form, form
 from megatron_s3.rules.s3 import s3_update
 
 __all__ = ["CAPABILITIES", "VARIANTS", "Compiled", "Variant", "compile_kernel", "main"]

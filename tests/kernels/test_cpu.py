@@ -443,7 +443,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, a process that has not compiled anything yet, and a quick compiler."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     monkeypatch.setattr(cpu, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in cpu._FLAGS))
     return tmp_path / "cache" / "megatron_s3"
 
@@ -454,7 +454,7 @@ def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prebuilt") / "cpu.so"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in cpu._FLAGS))
-        cpu._build(cpu._compiler(), path)
+        cpu._build(cpu._compiler(), path, cpu._source(None))
     return path
 
 
@@ -463,7 +463,7 @@ def builds(cache: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> list
     """What was built; a build is a copy."""
     built = []
 
-    def build(compiler: list[str], path: Path) -> None:
+    def build(compiler: list[str], path: Path, source: object) -> None:
         built.append(path)
         shutil.copy(prebuilt, path)
 
@@ -509,7 +509,7 @@ def test_compiled_once(cache: Path, builds: list[Path], monkeypatch: pytest.Monk
     assert works()
     (file,) = cache.iterdir()
     before = file.stat().st_mtime_ns
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     assert works()
     assert [f.stat().st_mtime_ns for f in cache.iterdir()] == [before]
 
@@ -518,7 +518,7 @@ def test_key(cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -
     """Other flags (another CPU's instruction sets, another compiler) are another file."""
     assert works()
     monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-O2"))
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     assert works()
     assert len(list(cache.iterdir())) == 2
 
@@ -553,7 +553,7 @@ def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) 
     }[damage]
     file.unlink()  # what is loaded keeps its own
     file.write_bytes(broken)
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     assert works()
     assert len(file.read_bytes()) == len(content)
 
@@ -570,7 +570,7 @@ def test_folder_that_cannot_be_written(
     (folder,) = (tmp_path / "temporary").iterdir()
     assert folder.name == f"megatron-s3-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     assert works()
     assert list(folder.iterdir()) == builds
     assert len(builds) == 1
@@ -606,7 +606,7 @@ def test_folder_that_can_only_be_read(builds: list[Path], monkeypatch: pytest.Mo
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(cpu, "_build", refuse)
     monkeypatch.setattr(cpu, "sole_builder", refuse)
@@ -620,10 +620,10 @@ def test_compiler_that_has_gone(
 ) -> None:
     """What was built of this source for this CPU is used without one."""
     assert works()
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     monkeypatch.setenv("CXX", "/nonexistent" if how == "none" else "false")
     assert works()
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(cpu, "_loaded", {})
     monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-O2"))
     assert "compiler" in cpu.reason(s3_update, [make(8)], **RULE)
 
@@ -701,7 +701,7 @@ def test_nothing_is_compiled_at_import() -> None:
     """Importing must not start a compiler: every rank and every tool imports."""
     code = (
         "import subprocess; subprocess.run = None; from megatron_s3.kernels import cpu; "
-        "assert cpu._loaded is None"
+        "assert cpu._loaded == {}"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)

@@ -1,0 +1,147 @@
+"""One definition of what kernels are given of a rule, and options that they do not know."""
+
+import ast
+import inspect
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_s3.kernels import cpu, gpu
+from megatron_s3.optimizers import OPTIMIZERS, S3
+from megatron_s3.optimizers.description import Hyperparameter
+from megatron_s3.rules import RULES
+from megatron_s3.rules.kernel_form import KernelForm, form, with_kernel
+from megatron_s3.rules.s3 import s3_update
+
+TRITON = Path(cpu.__file__).with_name("gpu_rules.py")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kernel.name)
+def test_triton_unpacks_the_numbers_under_their_names(rule: Any) -> None:
+    """The C++ source reads them by name; Triton before 3.4 has tuples without names."""
+    functions = {
+        f.name: f for f in ast.parse(TRITON.read_text()).body if isinstance(f, ast.FunctionDef)
+    }
+    names: list[str] = []
+    for node in ast.walk(functions[rule.kernel.name]):
+        if isinstance(node, ast.Assign) and "scalars" in ast.unparse(node.value):
+            (target,) = node.targets
+            names += [name.id for name in target.elts]
+    assert tuple(names) == tuple(rule.kernel.scalars)
+
+
+def test_flags_do_not_overlap() -> None:
+    for rule in RULES:
+        places = [rule.kernel.flag(name) for name in rule.kernel.flags]
+        bits = [mask << at for at, mask in places]
+        assert sum(bits) == (1 << sum(rule.kernel.flags.values())) - 1
+
+
+def test_a_flag_that_has_no_room_is_an_error() -> None:
+    kernel = KernelForm("odd", 1, (), lambda: {"big": 2}, {"big": 1})
+    with pytest.raises(ValueError, match="the flag big has room for 1, not 2"):
+        kernel.pack({})
+    with pytest.raises(ValueError, match="no kernel takes big"):
+        replace(kernel, flags={}).pack({})
+
+
+def _steps(name: str, fused: bool | None, **changed: Any) -> tuple[Tensor, str]:
+    """Returns parameter and states after 5 steps on gradients of 5 magnitudes, and the path."""
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 333))
+    optimizer = OPTIMIZERS[name]([param], lr=0.01, fused=fused, **changed)
+    generator = torch.Generator().manual_seed(1)
+    for t in range(5):
+        param.grad = torch.randn(333, generator=generator) * 10.0 ** (t - 2)
+        optimizer.step()
+    return torch.stack([param.detach(), *optimizer.state[param].values()]), optimizer.path
+
+
+@pytest.mark.parametrize(
+    ("name", "h"),
+    [
+        pytest.param(name, h, id=f"{name}-{h.name}")
+        for name, cls in OPTIMIZERS.items()
+        for h in cls.description.hyperparameters
+    ],
+)
+def test_each_hyperparameter_gives_the_portable_bits_or_is_refused(
+    name: str, h: Hyperparameter
+) -> None:
+    """It is changed alone; some of its values make another step than its default does."""
+    numbers = [v for v in (0.0, 0.5, 0.875, 1.0, 1.5, 2.0, 2.5) if h.low <= v < h.high]
+    default, _ = _steps(name, False)
+    effects = []
+    for value in [not h.default] if h.is_switch else numbers:
+        portable, _ = _steps(name, False, **{h.name: value})
+        found, path = _steps(name, None, **{h.name: value})
+        if path.startswith("portable: "):
+            assert h.name in path or f"not {value:g}" in path, path
+        assert torch.equal(found, portable)
+        effects.append(not torch.equal(portable, default))
+    assert any(effects)
+
+
+def cautious_update(
+    grad: Tensor, exp_avg: Tensor, exp_pnorm: Tensor, *, cautious: bool = False, **others: Any
+) -> Tensor:
+    """S3, without the elements whose update points against their gradient."""
+    update = s3_update(grad, exp_avg, exp_pnorm, **others)
+    return update * (update * grad > 0) if cautious else update
+
+
+class Cautious(S3):
+    """S3 with an option that no kernel knows."""
+
+    description = replace(
+        S3.description,
+        name="cautious",
+        rule=with_kernel(s3_update.kernel)(cautious_update),
+        hyperparameters=(
+            *S3.description.hyperparameters,
+            Hyperparameter("cautious", False, "leave out what points against the gradient"),
+        ),
+    )
+
+    def __init__(self, params: Any, *, cautious: bool = False, **others: Any) -> None:
+        super(S3, self).__init__(params, cautious=cautious, **others)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_an_option_that_kernels_do_not_know_takes_torch_operations_by_name(
+    cautious: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    param = torch.nn.Parameter(torch.ones(8))
+    optimizer = Cautious([param], cautious=cautious, lr=0.1)
+    param.grad = torch.ones(8)
+    optimizer.step()
+    param.grad = -0.01 * torch.ones(8)
+    before = param.detach().clone()
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+    assert torch.equal(param, before) == cautious
+    if cautious:
+        assert "does not have the option cautious of cautious_update" in optimizer.path
+    else:
+        assert optimizer.path == cpu.NAME
+
+
+def test_the_gpu_names_the_option_too() -> None:
+    values = {"beta": 0.95, "p": 3.0, "cautious": True}
+    assert "the option cautious" in gpu.reason(cautious_update, [], **values)
+    assert form(cautious_update, values | {"cautious": False}) == form(
+        s3_update, {"beta": 0.95, "p": 3.0}
+    )
+
+
+def test_every_rule_of_the_plugin_has_its_definition() -> None:
+    for cls in OPTIMIZERS.values():
+        rule = cls.description.rule
+        assert rule in RULES
+        known = set(inspect.signature(rule.kernel.numbers).parameters)
+        theirs = set(inspect.signature(rule).parameters) - {"grad", *cls.description.state}
+        assert known == theirs

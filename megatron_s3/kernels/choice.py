@@ -11,7 +11,10 @@ from megatron_s3.kernels import portable
 from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.rules.kernel_form import form
 
-__all__ = ["Choice", "choose", "path"]
+__all__ = ["KERNELS", "Choice", "choose", "path"]
+
+#: The modules with fused kernels by type of device; they are imported when they are needed.
+KERNELS = {"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,6 @@ def choose(
     rule: Callable[..., Tensor],
     operands: Sequence[Operands],
     hyperparameters: Mapping[str, object],
-    kernels: Mapping[str, str],
     label: str,
     fused: bool | None,
 ) -> list[Choice]:
@@ -43,7 +45,6 @@ def choose(
         rule: see :mod:`megatron_s3.rules`.
         operands: what a step is to work on.
         hyperparameters: the rule's.
-        kernels: device type -> name of a module with a fused kernel.
         label: what a message calls the optimizer.
         fused: False takes torch operations for all.
 
@@ -58,14 +59,14 @@ def choose(
         _check_memory(operands, label)
         return [Choice(portable, everything, "fused=False")]
     device = operands[0].param.device
-    kernel = _kernel(kernels, device.type)
+    kernel = _kernel(device.type)
     if kernel is not None and kernel.reason(rule, operands, **hyperparameters) is None:
         return [Choice(kernel, everything)]
     # Something cannot be taken by a kernel, or not by the same one.
     choices: list[Choice] = []
     for device in dict.fromkeys(o.param.device for o in operands):
         mine = [i for i in everything if operands[i].param.device == device]
-        choices += _on_device(rule, operands, mine, hyperparameters, kernels, label)
+        choices += _on_device(rule, operands, mine, hyperparameters, label)
     for choice in choices:
         if choice.reason is not None:
             _check_memory([operands[i] for i in choice.indices], label)
@@ -74,8 +75,8 @@ def choose(
     return choices
 
 
-def _kernel(kernels: Mapping[str, str], device: str) -> ModuleType | None:
-    return importlib.import_module(kernels[device]) if device in kernels else None
+def _kernel(device: str) -> ModuleType | None:
+    return importlib.import_module(KERNELS[device]) if device in KERNELS else None
 
 
 def _on_device(
@@ -83,11 +84,10 @@ def _on_device(
     operands: Sequence[Operands],
     mine: list[int],
     hyperparameters: Mapping[str, object],
-    kernels: Mapping[str, str],
     label: str,
 ) -> list[Choice]:
     device = operands[mine[0]].param.device.type
-    kernel = _kernel(kernels, device)
+    kernel = _kernel(device)
     if kernel is None:
         return [Choice(portable, mine, f"no kernel for {label} on {device}")]
     if (reason := kernel.reason(rule, [], **hyperparameters)) is not None:  # whatever the tensors

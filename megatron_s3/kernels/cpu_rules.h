@@ -160,9 +160,9 @@ struct Sgdm {
   }
 };
 
-struct SignSgd {
+struct Signsgd {
   static constexpr int STATES = 1;
-  using Scalars = SignSgdScalars;
+  using Scalars = SignsgdScalars;
 
   INLINE void update(Floats& u, Floats (&state)[1], const Floats& g, const Scalars& s) {
     average(state[0], s.momentum, s.one_minus_momentum, g);
@@ -193,6 +193,6 @@ Chunk rule_nadam(int64_t) { return chunk<NAdam>; }
 Chunk rule_adan(int64_t) { return chunk<Adan>; }
 Chunk rule_lion(int64_t) { return chunk<Lion>; }
 Chunk rule_sgdm(int64_t variant) { return sgdm_nesterov(variant) ? chunk<Sgdm<true>> : chunk<Sgdm<false>>; }
-Chunk rule_sign_sgd(int64_t) { return chunk<SignSgd>; }
+Chunk rule_signsgd(int64_t) { return chunk<Signsgd>; }
 
 }

@@ -9,9 +9,9 @@ import triton.language as tl
 
 from megatron_s3.rules.kernel_form import KernelForm
 from megatron_s3.rules.s3 import s3_update
-from megatron_s3.rules.sgd import sgd_update
+from megatron_s3.rules.sgdm import sgdm_update
 
-__all__ = ["adamw", "adan", "lion", "nadam", "s3", "sgdm", "sign_sgd"]
+__all__ = ["adamw", "adan", "lion", "nadam", "s3", "sgdm", "signsgd"]
 
 
 def _place(kernel: KernelForm, flag: str) -> tl.constexpr:
@@ -24,7 +24,7 @@ _WHOLE_PS = tl.constexpr(s3_update.kernel.flag("whole_p")[1] + 1)
 _NESTEROV = _place(s3_update.kernel, "nesterov")
 _FORGETS = _place(s3_update.kernel, "forgets")
 _BOUNDED = _place(s3_update.kernel, "bounded")
-_SGDM_NESTEROV = _place(sgd_update.kernel, "nesterov")
+_SGDM_NESTEROV = _place(sgdm_update.kernel, "nesterov")
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def sgdm(g, states, scalars, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def sign_sgd(g, states, scalars, VARIANT: tl.constexpr):
+def signsgd(g, states, scalars, VARIANT: tl.constexpr):
     """SignSGD."""
     (m,) = states
     momentum, one_minus_momentum = scalars

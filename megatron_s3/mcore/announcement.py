@@ -8,6 +8,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from megatron_s3.kernels.choice import KERNELS
 from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.arguments import hyperparameters, state_dtypes, switches
 from megatron_s3.mcore.megatron_fsdp import in_megatron_fsdp
@@ -85,10 +86,10 @@ def _path(
     if switches(config)["s3_no_fused"]:
         return f"portable path on {device} (--s3-no-fused)"
     description = cls.description
-    if device not in description.kernels:
+    if device not in KERNELS:
         reasons = {f"no kernel for {description.label} on {device}"}
     else:
-        kernel = importlib.import_module(description.kernels[device])
+        kernel = importlib.import_module(KERNELS[device])
         values = (
             part.optimizer.group_hyperparameters(group | {"step": 1})
             for part in parts

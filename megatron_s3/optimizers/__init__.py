@@ -1,13 +1,14 @@
-"""The optimizers of the plugin.  To add one: a rule, a class with its description, a line here."""
+"""The optimizers of the plugin.  To add one: a rule, and a class that is registered."""
 
 from megatron_s3.optimizers.adamw import AdamW
 from megatron_s3.optimizers.adan import Adan
 from megatron_s3.optimizers.base import ElementwiseOptimizer
 from megatron_s3.optimizers.lion import Lion
 from megatron_s3.optimizers.nadam import NAdam
+from megatron_s3.optimizers.registry import OPTIMIZERS, register
 from megatron_s3.optimizers.s3 import S3
 from megatron_s3.optimizers.sgdm import SGDM
-from megatron_s3.optimizers.sign_sgd import SignSGD
+from megatron_s3.optimizers.signsgd import SignSGD
 
 __all__ = [
     "OPTIMIZERS",
@@ -19,9 +20,8 @@ __all__ = [
     "Lion",
     "NAdam",
     "SignSGD",
+    "register",
 ]
 
-#: Optimizers by the name that ``--optimizer`` takes.
-OPTIMIZERS: dict[str, type[ElementwiseOptimizer]] = {
-    cls.description.name: cls for cls in (S3, AdamW, NAdam, Adan, Lion, SGDM, SignSGD)
-}
+for _cls in (S3, AdamW, NAdam, Adan, Lion, SGDM, SignSGD):
+    register(_cls)

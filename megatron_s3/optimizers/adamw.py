@@ -1,10 +1,13 @@
 """AdamW as an element-wise optimizer of the plugin."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
+from typing_extensions import Unpack
+
+from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
+from megatron_s3.optimizers.description import Description
 from megatron_s3.rules.adamw import adamw_update
 from megatron_s3.rules.s3 import s3_update_bound
 
@@ -29,18 +32,28 @@ class AdamW(ElementwiseOptimizer):
         name="adamw",
         label="AdamW",
         state=("exp_avg", "exp_avg_sq"),
-        hyperparameters=(
-            Hyperparameter("beta1", 0.9, "coefficient of the gradient's average", 0, 1),
-            Hyperparameter("beta2", 0.95, "coefficient of the squared gradient's average", 0, 1),
-            Hyperparameter("eps", 1e-8, "added to the denominator", 0),
-            Hyperparameter("clip_update", None, "bound on every element of the update", 0),
-        ),
         clip_grad=1.0,
         rule=adamw_update,
         bound=_bound,
         momentum="beta1",
-        kernels=KERNELS,
     )
+
+    @arguments
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        *,
+        beta1: Annotated[float, About("coefficient of the gradient's average", 0, 1)] = 0.9,
+        beta2: Annotated[
+            float, About("coefficient of the squared gradient's average", 0, 1)
+        ] = 0.95,
+        eps: Annotated[float, About("added to the denominator", 0)] = 1e-08,
+        clip_update: Annotated[
+            float | None, About("bound on every element of the update", 0)
+        ] = None,
+        **options: Unpack[Options],
+    ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's arguments; the corrections of the bias come from the group's step."""

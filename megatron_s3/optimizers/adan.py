@@ -1,9 +1,12 @@
 """Adan as an element-wise optimizer of the plugin."""
 
-from typing import Any
+from typing import Annotated, Any
 
+from typing_extensions import Unpack
+
+from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
+from megatron_s3.optimizers.description import Description
 from megatron_s3.rules.adan import adan_update
 
 __all__ = ["Adan"]
@@ -20,17 +23,23 @@ class Adan(ElementwiseOptimizer):
         name="adan",
         label="Adan",
         state=("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"),
-        hyperparameters=(
-            Hyperparameter("beta1", 0.98, "coefficient of the gradient's average", 0, 1),
-            Hyperparameter("beta2", 0.92, "coefficient of the difference's average", 0, 1),
-            Hyperparameter("beta3", 0.99, "coefficient of the denominator's average", 0, 1),
-            Hyperparameter("eps", 1e-8, "added to the denominator", 0),
-        ),
         clip_grad=1.0,
         rule=adan_update,
         momentum="beta1",
-        kernels=KERNELS,
     )
+
+    @arguments
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        *,
+        beta1: Annotated[float, About("coefficient of the gradient's average", 0, 1)] = 0.98,
+        beta2: Annotated[float, About("coefficient of the difference's average", 0, 1)] = 0.92,
+        beta3: Annotated[float, About("coefficient of the denominator's average", 0, 1)] = 0.99,
+        eps: Annotated[float, About("added to the denominator", 0)] = 1e-08,
+        **options: Unpack[Options],
+    ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's arguments; the corrections of the bias come from the group's step."""

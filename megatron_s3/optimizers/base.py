@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from megatron_s3.kernels.choice import Choice, choose, path
 from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.kernels.statistics import Statistics
+from megatron_s3.optimizers.arguments import hyperparameters_of
 from megatron_s3.optimizers.checks import (
     check_decay,
     largest,
@@ -91,6 +92,12 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     """
 
     description: ClassVar[Description]
+
+    def __init_subclass__(cls, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        found = hyperparameters_of(cls.__init__)
+        if found is not None and "__init__" in vars(cls):
+            cls.description = replace(cls.description, hyperparameters=found)
 
     def __init__(
         self,
@@ -393,7 +400,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for batch, offload in batches:
             for choice in choose(
                 *(self.description.rule, [u.operands for u in batch], values),
-                *(self.description.kernels, self.description.label, self.fused),
+                *(self.description.label, self.fused),
             ):
                 some = [batch[i] for i in choice.indices]
                 tasks.append(_Task(some, choice, values, rates, offload, again))

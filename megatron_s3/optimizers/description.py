@@ -6,8 +6,8 @@ read this; none of them names an optimizer.
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from megatron_s3.optimizers.from_adam import FromAdam
 __all__ = [
     "FORMAT",
     "FORMAT_WITH_STEPS",
-    "KERNELS",
     "LARGEST",
     "Description",
     "Hyperparameter",
@@ -30,9 +29,6 @@ FORMAT = 1
 
 #: Of what is saved where the parameters of a group differ in their number of updates.
 FORMAT_WITH_STEPS = 2
-
-#: The modules with fused kernels of the rules in :mod:`megatron_s3.kernels.forms`.
-KERNELS = {"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"}
 
 #: The largest number that the arithmetic of a step can hold: float32's, but for float64 parameters.
 LARGEST = (2 - 2**-23) * 2.0**127
@@ -132,16 +128,14 @@ class Description:
         label: how it is called in messages.
         state: names of the state tensors, in the order in which the rule takes them; each has the
             size of its parameter.
-        hyperparameters: beside lr and weight decay.
         clip_grad: default of Megatron's ``--clip-grad`` under this optimizer.
         rule: the update rule, see :mod:`megatron_s3.rules`.
+        hyperparameters: beside lr and weight decay; made from the constructor of a class that has
+            one of :func:`megatron_s3.optimizers.arguments.arguments`.
         bound: what theory allows an element's |u| at most, from the hyperparameters; None where it
             allows nothing or none is known.
         momentum: the hyperparameter that torch's schedulers (OneCycleLR, CyclicLR) set as the
             momentum, where none has that name: the coefficient of the gradient's average.
-        kernels: where to look for a fused kernel of the rule: device type -> name of a module,
-            which is imported when it is needed (see :mod:`megatron_s3.kernels`); :data:`KERNELS`
-            for the rules in :mod:`megatron_s3.kernels.forms`.
         from_adam: how ``megatron-s3 convert`` makes its state of AdamW's, and back; None where
             nothing of one continues the other.
     """
@@ -149,10 +143,9 @@ class Description:
     name: str
     label: str
     state: tuple[str, ...]
-    hyperparameters: tuple[Hyperparameter, ...]
     clip_grad: float
     rule: Callable[..., Any]
+    hyperparameters: tuple[Hyperparameter, ...] = ()
     bound: Callable[..., float | None] = lambda **hyperparameters: None
     momentum: str | None = None
-    kernels: Mapping[str, str] = field(default_factory=dict)
     from_adam: FromAdam | None = None

@@ -1,7 +1,12 @@
 """Lion as an element-wise optimizer of the plugin."""
 
+from typing import Annotated
+
+from typing_extensions import Unpack
+
+from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
+from megatron_s3.optimizers.description import Description
 from megatron_s3.rules.lion import lion_update
 
 __all__ = ["Lion"]
@@ -18,13 +23,19 @@ class Lion(ElementwiseOptimizer):
         name="lion",
         label="Lion",
         state=("exp_avg",),
-        hyperparameters=(
-            Hyperparameter("beta1", 0.95, "coefficient of the momentum in the update", 0, 1),
-            Hyperparameter("beta2", 0.98, "coefficient of the momentum", 0, 1),
-        ),
         clip_grad=1.0,
         rule=lion_update,
         bound=lambda **hyperparameters: 1.0,
         momentum="beta1",
-        kernels=KERNELS,
     )
+
+    @arguments
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        *,
+        beta1: Annotated[float, About("coefficient of the momentum in the update", 0, 1)] = 0.95,
+        beta2: Annotated[float, About("coefficient of the momentum", 0, 1)] = 0.98,
+        **options: Unpack[Options],
+    ) -> None: ...

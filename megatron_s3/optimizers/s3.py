@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from typing_extensions import Unpack
 
+from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
+from megatron_s3.optimizers.description import Description
 from megatron_s3.optimizers.from_adam import FromAdam, FromAverage
 from megatron_s3.rules.s3 import s3_beta_ramp, s3_bound, s3_correction, s3_update
 
@@ -94,65 +95,41 @@ class S3(ElementwiseOptimizer):
         name="s3",
         label="S3 (SoftSignSGD)",
         state=("exp_avg", "exp_pnorm"),
-        hyperparameters=(
-            Hyperparameter("beta", 0.95, "coefficient of both moving averages", 0, 1),
-            Hyperparameter("p", 3.0, "order of the denominator's momentum", 1, fixes_state=True),
-            Hyperparameter(
-                "beta2", None, "coefficient of the denominator alone; unset, beta's", 0, 1
-            ),
-            Hyperparameter("nesterov", True, "Nesterov momentum in numerator and denominator"),
-            Hyperparameter("bias_correction", False, "correct the bias of averages begun at 0"),
-            Hyperparameter(
-                "beta_ramp", False, "begin with short averages: min(beta, (t - 1) / (t + 8))"
-            ),
-            Hyperparameter(
-                "grad_bound",
-                None,
-                "limit every element of a gradient to so many times its own denominator of the "
-                "step before",
-                1,
-            ),
-        ),
         clip_grad=0.0,
         rule=s3_update,
         bound=_bound,
         momentum="beta",
-        kernels=KERNELS,
         from_adam=_FROM_ADAM,
     )
 
+    @arguments
     def __init__(
         self,
-        params: Any,
-        lr: float | Tensor | None = 1e-3,
+        params: Params,
+        lr: Rate = 1e-3,
         *,
-        beta: float = 0.95,
-        p: float = 3.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = True,
-        beta2: float | None = None,
-        bias_correction: bool = False,
-        beta_ramp: bool = False,
-        grad_bound: float | None = None,
-        error_if_nonfinite: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            weight_decay=weight_decay,
-            error_if_nonfinite=error_if_nonfinite,
-            fused=fused,
-            state_dtype=state_dtype,
-            beta=beta,
-            p=p,
-            beta2=beta2,
-            nesterov=nesterov,
-            bias_correction=bias_correction,
-            beta_ramp=beta_ramp,
-            grad_bound=grad_bound,
-        )
+        beta: Annotated[float, About("coefficient of both moving averages", 0, 1)] = 0.95,
+        p: Annotated[
+            float, About("order of the denominator's momentum", 1, fixes_state=True)
+        ] = 3.0,
+        beta2: Annotated[
+            float | None, About("coefficient of the denominator alone; unset, beta's", 0, 1)
+        ] = None,
+        nesterov: Annotated[bool, About("Nesterov momentum in numerator and denominator")] = True,
+        bias_correction: Annotated[bool, About("correct the bias of averages begun at 0")] = False,
+        beta_ramp: Annotated[
+            bool, About("begin with short averages: min(beta, (t - 1) / (t + 8))")
+        ] = False,
+        grad_bound: Annotated[
+            float | None,
+            About(
+                "limit every element of a gradient to so many times its own denominator of the "
+                "step before",
+                1,
+            ),
+        ] = None,
+        **options: Unpack[Options],
+    ) -> None: ...
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises ValueError for what is not allowed, before adding any."""

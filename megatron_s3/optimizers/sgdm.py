@@ -1,8 +1,13 @@
 """SGD with momentum as an element-wise optimizer of the plugin."""
 
+from typing import Annotated
+
+from typing_extensions import Unpack
+
+from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
 from megatron_s3.optimizers.base import ElementwiseOptimizer
-from megatron_s3.optimizers.description import KERNELS, Description, Hyperparameter
-from megatron_s3.rules.sgd import sgd_update
+from megatron_s3.optimizers.description import Description
+from megatron_s3.rules.sgdm import sgdm_update
 
 __all__ = ["SGDM"]
 
@@ -18,11 +23,17 @@ class SGDM(ElementwiseOptimizer):
         name="sgdm",
         label="SGD with momentum",
         state=("momentum_buffer",),
-        hyperparameters=(
-            Hyperparameter("momentum", 0.9, "coefficient of the momentum", 0, 1),
-            Hyperparameter("nesterov", False, "Nesterov momentum"),
-        ),
         clip_grad=1.0,
-        rule=sgd_update,
-        kernels=KERNELS,
+        rule=sgdm_update,
     )
+
+    @arguments
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        *,
+        momentum: Annotated[float, About("coefficient of the momentum", 0, 1)] = 0.9,
+        nesterov: Annotated[bool, About("Nesterov momentum")] = False,
+        **options: Unpack[Options],
+    ) -> None: ...

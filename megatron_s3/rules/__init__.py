@@ -10,8 +10,8 @@ from megatron_s3.rules.adan import adan_update
 from megatron_s3.rules.lion import lion_update
 from megatron_s3.rules.nadam import nadam_update
 from megatron_s3.rules.s3 import s3_update
-from megatron_s3.rules.sgd import sgd_update
-from megatron_s3.rules.sign_sgd import sign_sgd_update
+from megatron_s3.rules.sgdm import sgdm_update
+from megatron_s3.rules.signsgd import signsgd_update
 
 __all__ = ["RULES"]
 
@@ -22,6 +22,6 @@ RULES = (
     nadam_update,
     adan_update,
     lion_update,
-    sgd_update,
-    sign_sgd_update,
+    sgdm_update,
+    signsgd_update,
 )

@@ -9,7 +9,7 @@ import torch
 from megatron_s3.kernels import gpu
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.rules.adamw import adamw_update
-from megatron_s3.rules.sgd import sgd_update
+from megatron_s3.rules.sgdm import sgdm_update
 from scripts.bench.compiled import CAPABILITIES, VARIANTS, compile_kernel
 
 triton = pytest.importorskip("triton")
@@ -98,7 +98,7 @@ def test_a_rule_is_compiled_in_and_its_numbers_are_not(launched: list[Any]) -> N
         numbers |= {"correction1": correction, "correction2": correction}
         gpu.step(adamw_update, [o], lr=lr, weight_decay=0.0, **numbers)
     one = Operands(o.param, o.grad, o.state[:1])
-    gpu.step(sgd_update, [one], lr=1.0, weight_decay=0.1, momentum=0.9, nesterov=False)
+    gpu.step(sgdm_update, [one], lr=1.0, weight_decay=0.1, momentum=0.9, nesterov=False)
     first, second, other = launched
     assert first is second
     assert "sqrt.rn" in first.asm["ptx"] and "sqrt" not in other.asm["ptx"]

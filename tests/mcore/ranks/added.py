@@ -1,10 +1,14 @@
 """A user's own optimizer in Megatron: the README's example, and the real trainer."""
 
+from typing import Annotated
+
 import torch
+from typing_extensions import Unpack
 
 import megatron_s3
-from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
-from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers import ElementwiseOptimizer, register
+from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
+from megatron_s3.optimizers.description import Description
 
 
 def tanh_update(grad: torch.Tensor, exp_avg: torch.Tensor, *, beta: float) -> torch.Tensor:
@@ -13,6 +17,7 @@ def tanh_update(grad: torch.Tensor, exp_avg: torch.Tensor, *, beta: float) -> to
     return torch.tanh(exp_avg * 1e3)
 
 
+@register
 class TanhMomentum(ElementwiseOptimizer):
     """The momentum, squashed."""
 
@@ -20,13 +25,21 @@ class TanhMomentum(ElementwiseOptimizer):
         name="tanh",
         label="tanh of the momentum",
         state=("exp_avg",),
-        hyperparameters=(Hyperparameter("beta", 0.9, "coefficient of the momentum", 0, 1),),
         clip_grad=1.0,
         rule=tanh_update,
     )
 
+    @arguments
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        *,
+        beta: Annotated[float, About("coefficient of the momentum", 0, 1)] = 0.9,
+        **options: Unpack[Options],
+    ) -> None: ...
 
-OPTIMIZERS["tanh"] = TanhMomentum
+
 megatron_s3.register()
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megatron_s3.rules.kernel_form import KernelForm, with_kernel
 
-__all__ = ["sign_sgd_update"]
+__all__ = ["signsgd_update"]
 
 
 def _kernel_numbers(*, momentum: float) -> dict[str, float]:
@@ -13,13 +13,13 @@ def _kernel_numbers(*, momentum: float) -> dict[str, float]:
 
 @with_kernel(
     KernelForm(
-        "sign_sgd",
+        "signsgd",
         states=1,
         scalars=("momentum", "one_minus_momentum"),
         numbers=_kernel_numbers,
     )
 )
-def sign_sgd_update(grad: Tensor, exp_avg: Tensor, *, momentum: float) -> Tensor:
+def signsgd_update(grad: Tensor, exp_avg: Tensor, *, momentum: float) -> Tensor:
     """Advances the momentum by one gradient and returns its sign.
 
     Args:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megatron_s3.rules.kernel_form import KernelForm, with_kernel
 
-__all__ = ["sgd_update"]
+__all__ = ["sgdm_update"]
 
 
 def _kernel_numbers(*, momentum: float, nesterov: bool) -> dict[str, float]:
@@ -16,7 +16,9 @@ def _kernel_numbers(*, momentum: float, nesterov: bool) -> dict[str, float]:
         "sgdm", states=1, scalars=("momentum",), flags={"nesterov": 1}, numbers=_kernel_numbers
     )
 )
-def sgd_update(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> Tensor:
+def sgdm_update(
+    grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool
+) -> Tensor:
     """Advances the momentum by one gradient and returns it, or looks ahead with it.
 
     Args:

@@ -1,0 +1,104 @@
+"""Constructors of optimizers: one signature, from which the description's hyperparameters are made.
+
+::
+
+    class Lion(ElementwiseOptimizer):
+        @arguments
+        def __init__(
+            self,
+            params: Params,
+            lr: Rate = 1e-3,
+            *,
+            beta1: Annotated[float, About("coefficient of the momentum", 0, 1)] = 0.95,
+            **options: Unpack[Options],
+        ) -> None: ...
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from megatron_s3.optimizers.description import Hyperparameter
+
+__all__ = ["About", "Options", "Params", "Rate", "arguments", "hyperparameters_of"]
+
+Params = ParamsT
+Rate = float | Tensor | None
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+class Options(TypedDict, total=False):
+    """The arguments that all optimizers share, see ``ElementwiseOptimizer``."""
+
+    weight_decay: float
+    error_if_nonfinite: bool
+    fused: bool | None
+    state_dtype: torch.dtype | Mapping[str, torch.dtype]
+
+
+_OPTIONS = {
+    "weight_decay": (float, 0.0),
+    "error_if_nonfinite": (bool, False),
+    "fused": (bool | None, None),
+    "state_dtype": (torch.dtype | Mapping[str, torch.dtype], torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """What an argument's name and default do not say.
+
+    Attributes:
+        help: one line for ``--help``.
+        low: smallest value allowed.
+        high: smallest value above ``low`` that is not allowed.
+        fixes_state: the stored state has a meaning only with the value it was made with.
+    """
+
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    fixes_state: bool = False
+
+
+def arguments(signature: Constructor) -> Constructor:
+    """Returns a constructor with this signature that hands all of its arguments to the base class.
+
+    Every keyword that is annotated with :class:`About` is a hyperparameter; a bool as its default
+    makes it a switch, None an optional number.  The function's body is not run.
+    """
+
+    @functools.wraps(signature)
+    def construct(self: Any, params: Any, lr: Any = 1e-3, **given: Any) -> None:
+        from megatron_s3.optimizers.base import ElementwiseOptimizer
+
+        ElementwiseOptimizer.__init__(self, params, lr, **given)
+
+    found, shown = [], []
+    hints = get_type_hints(signature, include_extras=True)
+    for name, parameter in inspect.signature(signature).parameters.items():
+        hint = hints.get(name)
+        kind, *about = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if about and isinstance(about[0], About):
+            found.append(Hyperparameter(name, parameter.default, **vars(about[0])))
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            shown.append(parameter.replace(annotation=kind or inspect.Parameter.empty))
+    shown += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in _OPTIONS.items()
+    ]
+    construct.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    construct.hyperparameters = tuple(found)  # type: ignore[attr-defined]
+    return construct  # type: ignore[return-value]
+
+
+def hyperparameters_of(constructor: Callable[..., None]) -> tuple[Hyperparameter, ...] | None:
+    """Returns the hyperparameters of a constructor made by :func:`arguments`; None of another."""
+    return getattr(constructor, "hyperparameters", None)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3.optimizers import OPTIMIZERS
-from tests.harness.trainer import REPOSITORY, assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
 
@@ -50,15 +50,3 @@ def test_adamw_is_megatrons_adam(tmp_path: Path) -> None:
     assert adam.losses.keys() == adamw.losses.keys()
     for step, loss in adam.losses.items():
         assert float(adamw.losses[step]) == pytest.approx(float(loss), rel=2e-6)
-
-
-def test_a_users_own_optimizer_trains_sharded(tmp_path: Path) -> None:
-    """What the README's example adds has flags, sharded state and its name in the checkpoint."""
-    program = (str(REPOSITORY / "tests/mcore/ranks/added.py"),)
-    flags = ["--optimizer", "tanh", *SHARDED, "--tanh-beta", "0.8", *SAVE]
-    run = train(*flags, "--save", tmp_path, ranks=2, command=program)
-    assert any("tanh of the momentum with beta=0.8" in line for line in run.said)
-    states = [name for name in tensors(tmp_path) if "exp_avg" in name.split(".")]
-    assert states
-    wrong = train(*flags, "--tanh-beta", "2", ranks=2, command=program, check=False)
-    assert "--tanh-beta must be in [0, 1), not 2.0" in wrong.error

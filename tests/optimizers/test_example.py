@@ -1,0 +1,125 @@
+"""An optimizer of a user's, from its description to a resumed run: tests/optimizers/example."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_optimizer import AdEMAMix as Published
+
+from megatron_s3.kernels import cpu
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer, register
+from megatron_s3.optimizers.description import Description
+from tests.harness.trainer import REPOSITORY, assert_bitwise_equal, tensors, train
+from tests.optimizers.example import ademamix_kernel  # noqa: F401 (it gives the rule its kernel)
+from tests.optimizers.example.ademamix import AdEMAMix, ademamix_update
+
+EXAMPLE = Path(__file__).parent / "example"
+
+
+def steps(optimizer_of, count: int = 6, numel: int = 257) -> torch.nn.Parameter:
+    param = torch.nn.Parameter(torch.linspace(-1, 1, numel))
+    optimizer = optimizer_of([param])
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(count):
+        param.grad = torch.randn(numel, generator=generator)
+        optimizer.step()
+    param.optimizer = optimizer
+    return param
+
+
+def test_it_is_the_published_one() -> None:
+    """Within rounding: that divides where the rule multiplies by what it has divided once."""
+    ours = steps(lambda p: AdEMAMix(p, lr=1e-2, weight_decay=0.1))
+    theirs = steps(
+        lambda p: Published(
+            p, lr=1e-2, betas=(0.9, 0.999, 0.9999), alpha=5.0, weight_decay=0.1,
+            weight_decouple=True, t_alpha_beta3=None, eps=1e-8,
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_its_kernel_gives_the_portable_bits() -> None:
+    portable = steps(lambda p: AdEMAMix(p, lr=1e-2, fused=False))
+    fused = steps(lambda p: AdEMAMix(p, lr=1e-2, fused=True))
+    assert fused.optimizer.path == cpu.NAME
+    assert torch.equal(portable, fused)
+
+
+def test_its_gpu_kernel_gives_the_portable_bits() -> None:
+    """In Triton's interpreter, on the CPU."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, EXAMPLE / "in_interpreter.py"],
+        capture_output=True, text=True, cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(ValueError, match=r"the name 'ademamix' is taken by .*example.ademamix"):
+
+        @register
+        class Other(ElementwiseOptimizer):
+            description = Description("ademamix", "x", ("exp_avg",), 1.0, ademamix_update)
+
+    assert OPTIMIZERS["ademamix"] is AdEMAMix
+    with pytest.raises(ValueError, match="'AdEMAMix' cannot be the name of an optimizer"):
+
+        @register
+        class Named(ElementwiseOptimizer):
+            description = Description("AdEMAMix", "x", ("exp_avg",), 1.0, ademamix_update)
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine with a package that announces the example."""
+    info = tmp_path / "site/ademamix-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ademamix\nVersion: 1.0\n")
+    module = "tests.optimizers.example.ademamix_kernel"
+    (info / "entry_points.txt").write_text(f"[megatron_s3.optimizers]\nademamix = {module}\n")
+    return {"PYTHONPATH": os.pathsep.join([str(info.parent), str(REPOSITORY)])}
+
+
+def megatron_s3(*words: object, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_s3.cli", *map(str, words)]
+    return subprocess.run(
+        command, env=os.environ | environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_an_installed_package_adds_an_optimizer(installed: dict[str, str], tmp_path: Path) -> None:
+    """It trains on 2 ranks with its kernel, resumes bitwise, and has flags and a stamp."""
+    flags = ["--bf16", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+    flags += ["--optimizer", "ademamix", "--ademamix-alpha", "2", "--save-interval", "3"]
+    through, resumed = tmp_path / "through", tmp_path / "resumed"
+    run = train(*flags, "--save", through, ranks=2, environment=installed)
+    (said,) = (line for line in run.said if line.startswith("AdEMAMix with"))
+    assert "alpha=2" in said and "C++ kernel" in said
+    train(
+        *flags, "--load", through, "--ckpt-step", 3, "--save", resumed, ranks=2,
+        environment=installed,
+    )  # fmt: skip
+    assert_bitwise_equal(tensors(through), tensors(resumed))
+    assert any("exp_avg_slow" in name.split(".") for name in tensors(through))
+    wrong = train(*flags, "--ademamix-beta3", 2, ranks=2, environment=installed, check=False)
+    assert "--ademamix-beta3 must be in [0, 1), not 2.0" in wrong.error
+
+
+@pytest.mark.slow
+def test_the_launcher_knows_an_installed_optimizer(
+    installed: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["launch", "tiny-s3", "--dry-run", "--run-dir", tmp_path / "run"]
+    words += ["--set", "optimizer=ademamix", "--set", "clip_grad=1", "--set", "s3_p=null"]
+    done = megatron_s3(*words, environment=installed)
+    assert done.returncode == 0, done.stderr
+    assert "--optimizer ademamix" in done.stdout
+    without = megatron_s3(*words, environment={"PYTHONPATH": str(REPOSITORY)})
+    assert without.returncode == 2 and "ademamix" in without.stderr

@@ -13,10 +13,17 @@ from megatron_s3.kernels import cpu
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer, register
 from megatron_s3.optimizers.description import Description
 from tests.harness.trainer import REPOSITORY, assert_bitwise_equal, tensors, train
-from tests.optimizers.example import ademamix_kernel  # noqa: F401 (it gives the rule its kernel)
-from tests.optimizers.example.ademamix import AdEMAMix, ademamix_update
 
 EXAMPLE = Path(__file__).parent / "example"
+
+
+@pytest.fixture(scope="module")
+def ademamix() -> type[ElementwiseOptimizer]:
+    """The class, imported when it is asked for: importing registers it in this process."""
+    from tests.optimizers.example import ademamix_kernel  # noqa: F401 (gives the rule its kernel)
+    from tests.optimizers.example.ademamix import AdEMAMix
+
+    return AdEMAMix
 
 
 def steps(optimizer_of, count: int = 6, numel: int = 257) -> torch.nn.Parameter:
@@ -30,9 +37,9 @@ def steps(optimizer_of, count: int = 6, numel: int = 257) -> torch.nn.Parameter:
     return param
 
 
-def test_it_is_the_published_one() -> None:
+def test_it_is_the_published_one(ademamix) -> None:
     """Within rounding: that divides where the rule multiplies by what it has divided once."""
-    ours = steps(lambda p: AdEMAMix(p, lr=1e-2, weight_decay=0.1))
+    ours = steps(lambda p: ademamix(p, lr=1e-2, weight_decay=0.1))
     theirs = steps(
         lambda p: Published(
             p, lr=1e-2, betas=(0.9, 0.999, 0.9999), alpha=5.0, weight_decay=0.1,
@@ -42,9 +49,9 @@ def test_it_is_the_published_one() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_its_kernel_gives_the_portable_bits() -> None:
-    portable = steps(lambda p: AdEMAMix(p, lr=1e-2, fused=False))
-    fused = steps(lambda p: AdEMAMix(p, lr=1e-2, fused=True))
+def test_its_kernel_gives_the_portable_bits(ademamix) -> None:
+    portable = steps(lambda p: ademamix(p, lr=1e-2, fused=False))
+    fused = steps(lambda p: ademamix(p, lr=1e-2, fused=True))
     assert fused.optimizer.path == cpu.NAME
     assert torch.equal(portable, fused)
 
@@ -60,19 +67,19 @@ def test_its_gpu_kernel_gives_the_portable_bits() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_name_is_given_once() -> None:
+def test_a_name_is_given_once(ademamix) -> None:
     with pytest.raises(ValueError, match=r"the name 'ademamix' is taken by .*example.ademamix"):
 
         @register
         class Other(ElementwiseOptimizer):
-            description = Description("ademamix", "x", ("exp_avg",), 1.0, ademamix_update)
+            description = Description("ademamix", "x", ("exp_avg",), 1.0, ademamix.description.rule)
 
-    assert OPTIMIZERS["ademamix"] is AdEMAMix
+    assert OPTIMIZERS["ademamix"] is ademamix
     with pytest.raises(ValueError, match="'AdEMAMix' cannot be the name of an optimizer"):
 
         @register
         class Named(ElementwiseOptimizer):
-            description = Description("AdEMAMix", "x", ("exp_avg",), 1.0, ademamix_update)
+            description = Description("AdEMAMix", "x", ("exp_avg",), 1.0, ademamix.description.rule)
 
 
 @pytest.fixture
@@ -117,7 +124,8 @@ def test_the_launcher_knows_an_installed_optimizer(
     installed: dict[str, str], tmp_path: Path
 ) -> None:
     words = ["launch", "tiny-s3", "--dry-run", "--run-dir", tmp_path / "run"]
-    words += ["--set", "optimizer=ademamix", "--set", "clip_grad=1", "--set", "s3_p=null"]
+    words += ["--set", "optimizer=ademamix", "--set", "clip_grad=1"]
+    words += ["--set", "s3_beta=null", "--set", "s3_p=null"]
     done = megatron_s3(*words, environment=installed)
     assert done.returncode == 0, done.stderr
     assert "--optimizer ademamix" in done.stdout

@@ -34,6 +34,7 @@ class AdEMAMix(ElementwiseOptimizer):
         state=("exp_avg", "exp_avg_slow", "exp_avg_sq"),
         clip_grad=1.0,
         rule=ademamix_update,
+        momentum="beta1",
     )
 
     @arguments

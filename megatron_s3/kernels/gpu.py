@@ -207,9 +207,9 @@ def _launch(
 
 def _function(kernel: KernelForm) -> Any:
     """Returns the rule as a Triton function."""
-    module, _, name = (kernel.triton or f"megatron_s3.kernels.gpu_rules:{kernel.name}").partition(
-        ":"
-    )
+    module, name = "megatron_s3.kernels.gpu_rules", kernel.name
+    if kernel.triton is not None:
+        module, _, name = kernel.triton.partition(":")
     return getattr(importlib.import_module(module), name)
 
 

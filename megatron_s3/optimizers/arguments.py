@@ -69,7 +69,7 @@ class About:
 
 
 def arguments(signature: Constructor) -> Constructor:
-    """Returns a constructor with this signature that hands all of its arguments to the base class.
+    """Returns a constructor with this signature that hands all of its arguments to ``construct``.
 
     Every keyword that is annotated with :class:`About` is a hyperparameter; a bool as its default
     makes it a switch, None an optional number.  The function's body is not run.
@@ -77,9 +77,7 @@ def arguments(signature: Constructor) -> Constructor:
 
     @functools.wraps(signature)
     def construct(self: Any, params: Any, lr: Any = 1e-3, **given: Any) -> None:
-        from megatron_s3.optimizers.base import ElementwiseOptimizer
-
-        ElementwiseOptimizer.__init__(self, params, lr, **given)
+        self.construct(params, lr, **given)
 
     found, shown = [], []
     hints = get_type_hints(signature, include_extras=True)

@@ -148,6 +148,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             stamp[MOMENTUM] = defaults[self.description.momentum]
         super().__init__(params, defaults | stamp | {"step": 0})
 
+    #: What a constructor of :func:`megatron_s3.optimizers.arguments.arguments` runs.
+    construct = __init__
+
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps its own three attributes only; what else a copy takes along, and what stays.
         own = ("error_if_nonfinite", "keep_hyperparameters", "fused", "master_params", "offload")

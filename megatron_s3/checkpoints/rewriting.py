@@ -135,13 +135,12 @@ def _write_archive(
             counts["nonfinite"] += tensor.numel() - int(tensor.isfinite().sum())
         return transfer.convert_tensor(index.fqn, tensor, settings)
 
-    with source.open(index) as given:
-        if source.is_tensor(index) and transfer.changes(index.fqn, settings):
-            dtype = source.index.state_dict_metadata[index.fqn].properties.dtype
-            copying.rewrite(given, file, dtype, change)
-        else:
-            counts["copied"] += 1
-            copying.copy(given, file, given.length)
+    if source.is_tensor(index) and transfer.changes(index.fqn, settings):
+        dtype = source.index.state_dict_metadata[index.fqn].properties.dtype
+        copying.rewrite(source.archive(index), file, dtype, change)
+    else:
+        counts["copied"] += 1
+        copying.copy(source.archive(index), file)
 
 
 def _index(old: Any, places: dict[Any, Any], settings: Settings) -> Any:

@@ -1,7 +1,8 @@
 """The checkpoint that a conversion reads: its index, its archives, and the objects to change."""
 
+import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from megatron_s3.checkpoints import transfer
 from megatron_s3.checkpoints.errors import ConvertError
 from megatron_s3.checkpoints.transfer import Settings
 from megatron_s3.mcore.checkpoint import read
-from megatron_s3.storage.copying import Slice
+from megatron_s3.storage.archive import Archive
 from megatron_s3.storage.index import read as read_index
 
 __all__ = ["COMMON", "Source"]
@@ -45,17 +46,16 @@ class Source:
         self.parsed: dict[Any, Any] = {}
         for index in self.index.storage_data:
             if not self.is_tensor(index) and _may_hold_settings(index.fqn):
-                with self.open(index) as file:
-                    self.parsed[index] = self._load(file, folder / self.place(index).relative_path)
+                archive = self.archive(index)
+                self.parsed[index] = self._load(archive.read(), archive.path)
         if (folder / COMMON).is_file():
-            with open(folder / COMMON, "rb") as file:
-                self.parsed[None] = self._load(file, folder / COMMON)
+            self.parsed[None] = self._load((folder / COMMON).read_bytes(), folder / COMMON)
         self._check_states()
 
     @staticmethod
-    def _load(file: BinaryIO, path: Path) -> Any:
+    def _load(content: bytes, path: Path) -> Any:
         try:
-            return read.load_object(file)
+            return read.load_object(io.BytesIO(content))
         except ValueError as error:
             raise ConvertError(f"{path} cannot be read: {error}") from error
 
@@ -67,10 +67,10 @@ class Source:
         """Returns whether an archive is of a part of a tensor, and not of an object."""
         return hasattr(self.index.state_dict_metadata[index.fqn], "chunks")
 
-    def open(self, index: Any) -> Slice:
-        """Opens an archive."""
+    def archive(self, index: Any) -> Archive:
+        """Returns an archive, to be read."""
         place = self.place(index)
-        return Slice(self.folder / place.relative_path, place.offset, place.length)
+        return Archive(self.folder / place.relative_path, place.offset, place.length)
 
     def _check_states(self) -> None:
         shapes: dict[str, dict[str, Any]] = {}

@@ -50,6 +50,12 @@ class Archive:
     length: int
     data: int | None = None
 
+    def read(self) -> bytes:
+        """Returns the whole of it, of an object."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:

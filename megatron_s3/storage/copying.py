@@ -1,66 +1,20 @@
 """Copies archives from file to file, as they are or with other elements in them."""
 
-import io
 import os
 import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from megatron_s3.storage import archive
+from megatron_s3.storage.archive import Archive, entries
 
-__all__ = ["Slice", "Stopped", "Writer", "copy", "rewrite"]
+__all__ = ["Stopped", "Writer", "copy", "rewrite"]
 
 _BLOCK = 1 << 20
-
-
-class Slice(io.RawIOBase):
-    """A part of a file as a file that can be read."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._offset, self.length, self._at = offset, length, 0
-        self._archive = archive.Archive(path, offset, length)
-
-    def entries(self) -> Iterator[archive.Entry]:
-        """Yields what it holds, as an archive."""
-        return archive.entries(self._file.fileno(), self._archive)
-
-    def readable(self) -> bool:
-        """Returns True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Returns True."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a place in the part."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        """Returns the place in the part."""
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Reads as many bytes as there are and the buffer takes, and returns how many."""
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self.length - self._at)]
-        count = os.preadv(self._file.fileno(), [view], self._offset + self._at) if len(view) else 0
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-        super().close()
 
 
 class Writer:
@@ -106,53 +60,62 @@ class Stopped(Exception):
     """The conversion has failed in another thread, or was interrupted."""
 
 
-def copy(given: Slice, file: Writer, length: int) -> None:
-    """Copies so many bytes from here on."""
-    for block in _blocks(given, length):
-        file.write(block)
-
-
-def _blocks(given: Slice, length: int) -> Iterator[memoryview]:
-    """Yields so many bytes from here on; each block is overwritten by the next.
+def copy(archive: Archive, file: Writer) -> None:
+    """Writes an archive as it is.
 
     Raises:
-        EOFError: there are fewer.
+        EOFError: its file ends too soon.
     """
-    buffer = memoryview(bytearray(min(_BLOCK, length)))
-    while length:
-        block = buffer[:length]
-        filled = 0
-        while filled < len(block):
-            count = given.readinto(block[filled:])
-            if not count:
-                raise EOFError(f"{length - filled} bytes are missing")
-            filled += count
-        yield block
-        length -= len(block)
+    with open(archive.path, "rb", buffering=0) as given:
+        _copy(given.fileno(), archive.offset, archive.length, file)
 
 
 def rewrite(
-    given: Slice, file: Writer, dtype: torch.dtype, change: Callable[[Tensor], Tensor]
+    archive: Archive, file: Writer, dtype: torch.dtype, change: Callable[[Tensor], Tensor]
 ) -> None:
-    """Writes a tensor's zip file with other elements and their checksum, and all else as it is.
+    """Writes a tensor's archive with other elements and their checksum, and all else as it is.
 
     Args:
-        given: of :func:`torch.save`, with nothing read of it yet.
+        archive: of a tensor.
         file: where to; it has to take :meth:`Writer.seek`.
         dtype: of the elements.
         change: makes of some elements, in their order, others of the same dtype; it may overwrite
             those that it gets.
+
+    Raises:
+        EOFError: as :func:`copy`.
     """
-    (data,) = (entry for entry in given.entries() if entry.is_data)
-    begin, checksum = file.tell(), 0
-    copy(given, file, data.start)
-    for block in _blocks(given, data.size):
-        new = change(torch.frombuffer(block, dtype=dtype)).view(torch.uint8).numpy()
-        checksum = zlib.crc32(new, checksum)
-        file.write(new)
-    copy(given, file, given.length - data.start - data.size)
-    end = file.tell()
-    for place in data.checksum_at:
-        file.seek(begin + place)
+    with open(archive.path, "rb", buffering=0) as given:
+        fd, begin, checksum = given.fileno(), file.tell(), 0
+        (data,) = (entry for entry in entries(fd, archive) if entry.is_data)
+        _copy(fd, archive.offset, data.start, file)
+        for block in _blocks(fd, archive.offset + data.start, data.size):
+            new = change(torch.frombuffer(block, dtype=dtype)).view(torch.uint8).numpy()
+            checksum = zlib.crc32(new, checksum)
+            file.write(new)
+        end = data.start + data.size
+        _copy(fd, archive.offset + end, archive.length - end, file)
+    place = file.tell()
+    for at in data.checksum_at:
+        file.seek(begin + at)
         file.write(struct.pack("<L", checksum))
-    file.seek(end)
+    file.seek(place)
+
+
+def _copy(fd: int, start: int, length: int, file: Writer) -> None:
+    for block in _blocks(fd, start, length):
+        file.write(block)
+
+
+def _blocks(fd: int, start: int, length: int) -> Iterator[memoryview]:
+    """Yields so many bytes; each block is overwritten by the next."""
+    buffer, end = memoryview(bytearray(min(_BLOCK, length))), start + length
+    while start < end:
+        block, filled = buffer[: end - start], 0
+        while filled < len(block):
+            count = os.preadv(fd, [block[filled:]], start + filled)
+            if not count:
+                raise EOFError(f"{end - start - filled} bytes are missing")
+            filled += count
+        yield block
+        start += filled

@@ -123,7 +123,7 @@ def _record(
         for h in _numbers(description)
         if not settings.back and settings.hyperparameters[h.name] != h.default
     ]
-    renamed = {name: settings.name(name) for name in settings.states}
+    renamed = {name: change.name for name, change in settings.states.items()}
     said = [
         f"{counts[name]:,} elements of {name} became {new}"
         for name, new in renamed.items()

@@ -97,8 +97,7 @@ def _convert_group(group: dict[str, Any], settings: "Settings") -> dict[str, Any
     values = with_rates(values, settings.lr_factor, back=settings.back)
     values["step"] = settings.step
     if settings.back:
-        betas = (settings.beta1, settings.beta2)
-        return values | _TORCH_ADAMW | {"betas": betas, "eps": settings.eps}
+        return values | _TORCH_ADAMW | {"betas": settings.betas, "eps": settings.eps}
     stamp = {"algorithm": description.name, "format": FORMAT}
     return values | settings.hyperparameters | stamp
 

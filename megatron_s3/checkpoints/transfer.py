@@ -6,8 +6,9 @@ it back with the bias, as its description says (:mod:`megatron_s3.optimizers.fro
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from megatron_s3.checkpoints import groups
 from megatron_s3.checkpoints.errors import TransferError
 from megatron_s3.optimizers import OPTIMIZERS, AdamW
 from megatron_s3.optimizers.description import Description
-from megatron_s3.optimizers.from_adam import FromAdam, FromAverage
+from megatron_s3.optimizers.from_adam import FromAdam
 
 __all__ = [
     "ADAM",
+    "Change",
     "Settings",
     "changes",
     "convert_tensor",
@@ -58,6 +60,23 @@ _PLACE = _place()
 
 
 @dataclass(frozen=True)
+class Change:
+    """What becomes of one state.
+
+    Attributes:
+        name: of the state under the target.
+        convert: returns its values there, of those in float32 and the correction.
+        correction: ``1 - beta**t`` of AdamW's average; 1 before the first update.
+        rule: the conversion as a formula, and with its number.
+    """
+
+    name: str
+    convert: Callable[[Tensor, float], Tensor]
+    correction: float
+    rule: str
+
+
+@dataclass(frozen=True)
 class Settings:
     """One conversion.
 
@@ -65,8 +84,7 @@ class Settings:
         description: of the optimizer that AdamW's state is converted to, or back from.
         back: whether it is converted back.
         step: updates that the state has seen.
-        beta1: AdamW's coefficient of ``exp_avg``.
-        beta2: AdamW's coefficient of ``exp_avg_sq``.
+        betas: AdamW's coefficients of ``exp_avg`` and ``exp_avg_sq``.
         eps: AdamW's.
         lr_factor: the optimizer's learning rates over AdamW's; weight decays are AdamW's over its.
         hyperparameters: the optimizer's.
@@ -76,8 +94,7 @@ class Settings:
     description: Description
     back: bool
     step: int
-    beta1: float
-    beta2: float
+    betas: tuple[float, float]
     eps: float
     lr_factor: float
     hyperparameters: Mapping[str, Any]
@@ -99,38 +116,25 @@ class Settings:
         both = _short(AdamW.description), _short(self.description)
         return both[::-1] if self.back else both
 
-    @property
-    def states(self) -> Mapping[str, FromAverage]:
-        """Returns how the states are made, by the names that they have in what is converted."""
-        own = _from_adam(self.description).states
-        return {name if self.back else each.average: each for name, each in own.items()}
-
-    def name(self, state: str) -> str:
-        """Returns a state's name under the target."""
-        own = _from_adam(self.description).states
-        return next(
-            each.average if self.back else name
-            for name, each in own.items()
-            if state == (name if self.back else each.average)
-        )
-
-    def correction(self, state: FromAverage) -> float:
-        """Returns ``1 - beta**t`` of a state's average; 1 before the first update."""
-        return 1 - self._beta(state) ** self.step if self.step else 1.0
-
-    def _beta(self, state: FromAverage) -> float:
-        return self.beta1 if state.average == "exp_avg" else self.beta2
+    @cached_property
+    def states(self) -> dict[str, Change]:
+        """Returns what becomes of each state, by the name that it has."""
+        changes = {}
+        for own, state in _from_adam(self.description).states.items():
+            beta = self.betas[state.average != "exp_avg"]
+            correction = 1 - beta**self.step if self.step else 1.0
+            old, new = (own, state.average) if self.back else (state.average, own)
+            formula = state.formulas[self.back]
+            rule = f"{formula.format(f'(1 - {beta:g}^t)')} = {formula.format(f'{correction:.6g}')}"
+            convert = state.undo if self.back else state.make
+            rule = rule if new == old else f"{new} = {rule}"
+            changes[old] = Change(new, convert, correction, rule)
+        return changes
 
     @property
     def rule(self) -> str:
-        """Returns the conversion of every state, as a formula and with its number."""
-        said = []
-        for name, state in self.states.items():
-            formula, new = state.formulas[self.back], self.name(name)
-            symbols = formula.format(f"(1 - {self._beta(state):g}^t)")
-            numbers = formula.format(f"{self.correction(state):.6g}")
-            said.append(f"{f'{new} = ' if new != name else ''}{symbols} = {numbers}")
-        return ", ".join(said)
+        """Returns the conversion of every state, in words."""
+        return ", ".join(change.rule for change in self.states.values())
 
 
 def _from_adam(description: Description) -> FromAdam:
@@ -151,25 +155,24 @@ def state_of(name: str) -> str | None:
 def rename(name: str, settings: Settings) -> str:
     """Returns the tensor's name under the target optimizer."""
     state = state_of(name)
-    if state not in settings.states or settings.name(state) == state:
+    change = settings.states.get(state or "")
+    if change is None or change.name == state:
         return name
-    return _PLACE.sub(lambda m: m[1] + settings.name(m[2]), name)
+    return _PLACE.sub(lambda m: m[1] + change.name, name)
 
 
 def changes(name: str, settings: Settings) -> bool:
     """Returns whether the tensor's values differ afterwards."""
     state = state_of(name)
-    if state not in settings.states:
-        return False
-    return settings.name(state) != state or settings.correction(settings.states[state]) != 1
+    change = settings.states.get(state or "")
+    return change is not None and (change.name != state or change.correction != 1)
 
 
 def convert_tensor(name: str, tensor: Tensor, settings: Settings) -> Tensor:
     """Returns a state's values under the target, in their dtype; it may overwrite ``tensor``."""
-    state = settings.states[state_of(name) or ""]
+    change = settings.states[state_of(name) or ""]
     values = tensor.detach().to(torch.float32)
-    convert = state.undo if settings.back else state.make
-    return convert(values, settings.correction(state)).to(tensor.dtype)
+    return change.convert(values, change.correction).to(tensor.dtype)
 
 
 def settings(
@@ -206,7 +209,6 @@ def settings(
     betas = {found_betas for group in found if (found_betas := groups.betas(group))}
     if len(betas) > 1:
         raise TransferError(f"its param groups have different betas: {sorted(betas)}")
-    beta1, beta2 = betas.pop() if betas else (args.adam_beta1, args.adam_beta2)
     values = {h.name: h.default for h in description.hyperparameters} | dict(hyperparameters or {})
     for h in description.hyperparameters:
         h.check(values[h.name], f"--{description.name}-{h.name}".replace("_", "-"))
@@ -216,8 +218,7 @@ def settings(
         description=description,
         back=to == ADAM,
         step=steps.pop(),
-        beta1=beta1,
-        beta2=beta2,
+        betas=betas.pop() if betas else (args.adam_beta1, args.adam_beta2),
         eps=args.adam_eps,
         lr_factor=default if lr_factor is None else lr_factor,
         hyperparameters=values,

@@ -139,7 +139,7 @@ def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
 
 
 def corrections(settings: transfer.Settings) -> list[float]:
-    return [settings.correction(state) for state in settings.states.values()]
+    return [change.correction for change in settings.states.values()]
 
 
 def test_a_step_beside_the_groups_is_found_and_put_back() -> None:

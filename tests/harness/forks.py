@@ -38,12 +38,20 @@ _NEEDED = (
     "megatron.core.models.mimo",
 )
 
+#: What tests of torch's own sharding import.
+_PLAIN = (
+    "megatron_s3.optimizers",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "pytest",
+)
+
 _READY = "ready to fork\n"
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Forks:
-    """A process that has imported Megatron, with the plugin registered.
+    """A process that has imported torch and Megatron, with the plugin registered.
 
     It ends with the process that made it.
 
@@ -51,17 +59,24 @@ class Forks:
         megatron: folder that holds the ``megatron`` to import; the installed one if None.
         program: what the ranks run, a module's name or a script's path. A script is imported
             beforehand.
+        plugin: False to import torch alone.
 
     Raises:
         RuntimeError: it cannot be imported; with the traceback.
     """
 
-    def __init__(self, megatron: str | Path | None = None, program: str | Path = TRAINER) -> None:
+    def __init__(
+        self,
+        megatron: str | Path | None = None,
+        program: str | Path = TRAINER,
+        *,
+        plugin: bool = True,
+    ) -> None:
         self._program = str(program)
         # A Megatron-LM tree has a package `tests`, too.
         path = [str(p) for p in (_REPOSITORY, megatron, os.environ.get("PYTHONPATH")) if p]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self._program],
+            [sys.executable, "-m", __name__, self._program, *([] if plugin else ["plain"])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -121,7 +136,11 @@ class Forks:
 def main() -> None:
     """Answers each request, one JSON object a line of standard input, with the exit status."""
     answers = os.fdopen(os.dup(1), "w")
-    prepare()
+    if "plain" in sys.argv[2:]:
+        for name in _PLAIN:
+            importlib.import_module(name)
+    else:
+        prepare()
     if sys.argv[1].endswith(".py"):
         _run_script(sys.argv[1], "imported")
     silent = os.open(os.devnull, os.O_WRONLY)

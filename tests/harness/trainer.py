@@ -133,6 +133,6 @@ def _why(log: str) -> str:
 
 
 @functools.cache
-def forks(megatron: str | Path | None = None) -> _forks.Forks:
-    """The process that forks ranks, by the release of Megatron."""
-    return _forks.Forks(megatron)
+def forks(megatron: str | Path | None = None, plugin: bool = True) -> _forks.Forks:
+    """The process that forks ranks, by the release of Megatron; one of torch's without plugin."""
+    return _forks.Forks(megatron, plugin=plugin)

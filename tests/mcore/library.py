@@ -1,62 +1,21 @@
 """Megatron's library without its trainer: a small model and its optimizer, built in a fork.
 
-    @on_ranks(1)
-    def test_something(case):
-        model, optimizer = build("s3")
-        step(model, optimizer)
-
-The function runs in forks of a process that has imported Megatron and registered the plugin
-(:mod:`tests.harness.forks`), so that nothing of it reaches pytest's own process.
+@on_ranks(1)
+def test_something(case):
+    model, optimizer = build("s3")
+    step(model, optimizer)
 """
 
-import base64
 import contextlib
-import functools
-import importlib.util
-import inspect
-import logging
-import pickle
-import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from tests.harness.releases import INSTALLED, unpacked
-from tests.harness.trainer import forks
+from tests.harness.ranks import on_ranks
 
 __all__ = ["build", "globally", "inner", "on_ranks", "step", "wrap"]
-
-
-def on_ranks(ranks: int = 1, release: str = INSTALLED) -> Callable[[Callable], Callable]:
-    """Makes a test run on so many gloo ranks, with Megatron's parallel state initialized.
-
-    Its arguments (parameters and fixtures) have to be picklable.  It fails if a rank fails, with
-    what the ranks printed.  Parameters named ``release`` and ``ranks`` win over both.
-
-    Args:
-        ranks: number of processes, 8 at most.
-        release: of Megatron-Core, one of :data:`tests.harness.releases.RELEASES`.
-    """
-
-    def decorate(test: Callable) -> Callable:
-        @functools.wraps(test)
-        def run(**arguments: Any) -> None:
-            chosen = arguments.get("release", release)
-            count = arguments.get("ranks", ranks)
-            megatron = None if chosen == INSTALLED else unpacked(chosen)
-            packed = base64.b64encode(pickle.dumps(arguments)).decode()
-            argv = [inspect.getfile(test), test.__name__, packed]
-            with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-                status = forks(megatron).run(argv, count, log.name, program=__name__)
-                assert status == 0, log.read()[-8000:]
-
-        return run
-
-    return decorate
 
 
 def build(
@@ -162,25 +121,3 @@ def inner(optimizer: Any) -> Any:
     """The torch optimizer in a Megatron optimizer of one part."""
     (part,) = optimizer.chained_optimizers
     return part.optimizer
-
-
-def _main() -> None:
-    """What a rank runs: argv holds the test's file, its name and its arguments."""
-    from megatron.core import parallel_state, tensor_parallel
-
-    path, name, arguments = sys.argv[1:]
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # Megatron's: every setting of every object
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    specification = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module
-    specification.loader.exec_module(module)
-    getattr(module, name).__wrapped__(**pickle.loads(base64.b64decode(arguments)))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,7 +1,8 @@
 """The first run: text to dataset, a small GPT trained in two launches, figures and a picture.
 
-`scripts/quickstart.sh` makes an environment and calls this; every step is a command that users can
-run themselves, and `DIR/s3/train.log` begins with it.
+`scripts/quickstart.sh` makes an environment and calls this.  Each training is two calls of
+`megatron-s3 launch` with a configuration of :file:`configs/quickstart`; `DIR/s3/train.log` begins
+with the first.
 """
 
 import argparse
@@ -14,15 +15,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_s3 import data, report
 from megatron_s3.launch import lock
+from megatron_s3.launch.config import Config, ConfigError, load
+from megatron_s3.launch.launch import STOPPED
 from megatron_s3.storage.newest import Unclear, newest
 
-TRAINER = "megatron_s3.pretrain_gpt"
 LAYERS, HIDDEN, HEADS, SEQ_LENGTH, BATCH = 4, 128, 4, 128, 16
 _EVALUATIONS = 7
 _EVAL_BATCHES = 50
@@ -40,40 +41,18 @@ class QuickstartError(Exception):
     """Something the user has to know; the message says what to do."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one optimizer is trained.
+#: The runs by name, and their configurations.
+RUNS = {"S3": "quickstart/s3", "AdamW": "quickstart/adamw"}
 
-    Attributes:
-        name: Shown in the table and the picture.
-        folder: Below the output directory.
-        lr: Peak learning rate.
-        weight_decay: Chosen by the paper's rule, lr * weight_decay = 3e-5 for all.
-        flags: The optimizer's own of Megatron's flags.
-    """
-
-    name: str
-    folder: str
-    lr: float
-    weight_decay: float
-    flags: tuple[str, ...]
-
-
-S3 = Recipe("S3", "s3", 6e-3, 0.005, ("--optimizer", "s3", "--s3-log-updates"))
-ADAMW = Recipe(
-    "AdamW", "adamw", 6e-3, 0.005,
-    ("--optimizer", "adam", "--adam-beta1", "0.9", "--adam-beta2", "0.95", "--clip-grad", "1.0"),
-)  # fmt: skip
-
-WHY = f"""\
-S3 as in the paper: beta 0.95, p 3, no clipping; lr {S3.lr:g}, weight decay {S3.weight_decay:g} by
+WHY = """\
+S3 as in the paper: beta 0.95, p 3, no clipping; lr {lr:g}, weight decay {weight_decay:g} by
 its rule. Warmup is 30 % of the run, then a cosine to lr/10: early gradients come in bursts, a burst
 fills the denominator for about p/(1-beta) = 60 steps in which S3 hardly moves, and a slow start
 avoids the burst."""
 
-WHY_COMPARED = f"""\
-AdamW: beta 0.9 and 0.95, gradients clipped at 1; lr {ADAMW.lr:g}, weight decay \
-{ADAMW.weight_decay:g}; the same schedule and data. Each rate is the best of 3e-3, 6e-3 and 1e-2 on
+WHY_COMPARED = """\
+AdamW: beta 0.9 and 0.95, gradients clipped at 1; lr {lr:g}, weight decay \
+{weight_decay:g}; the same schedule and data. Each rate is the best of 3e-3, 6e-3 and 1e-2 on
 the standard library, judged by the same validation text: one seed at this size ranks nothing."""
 
 
@@ -90,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that torchrun ends with us
     try:
         return _run(args)
-    except (data.DataError, report.RunError, lock.InUse) as error:
+    except (data.DataError, report.RunError, lock.InUse, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except QuickstartError as error:
@@ -141,17 +120,19 @@ def _run(args: argparse.Namespace) -> int:
         f"{dataset['valid']['bytes'] / 1e6:.2f} MB for validation{' (reused)' if reused else ''}"
     )
     nproc = args.nproc or _default_nproc()
-    recipes = [S3, ADAMW] if args.compare else [S3]
-    print("\n".join([WHY, WHY_COMPARED] if args.compare else [WHY]))
+    names = list(RUNS) if args.compare else ["S3"]
+    rates = {name: _rates(load([RUNS[name]])) for name in names}
+    for name, why in zip(names, (WHY, WHY_COMPARED), strict=False):
+        print(why.format(**rates[name]))
     if not multiplies_bf16():
         print(
             "fp32      instead of bf16, whose matrix products torch does not have on this CPU and "
             "emulates ten times slower"
         )
     with lock.hold([args.out]):
-        for recipe in recipes:
-            _train(recipe, args, nproc, prefix, dataset)
-    runs = [report.read(args.out / r.folder / "tensorboard", r.name) for r in recipes]
+        for name in names:
+            _train(name, args, nproc, prefix, dataset)
+    runs = [report.read(args.out / name.lower() / "tensorboard", name) for name in names]
     picture = args.out / "loss.png"
     report.draw(
         runs,
@@ -159,8 +140,12 @@ def _run(args: argparse.Namespace) -> int:
         title=f"GPT, {LAYERS} layers of {HIDDEN}, {nproc} ranks, {BATCH} x {SEQ_LENGTH} bytes",
         unigram_entropy=dataset["unigram_entropy"],
     )
-    print(_table(runs, recipes, dataset, args.out, picture, args.iters))
+    print(_table(runs, rates, dataset, args.out, picture, args.iters))
     return 0
+
+
+def _rates(config: Config) -> dict[str, float]:
+    return {name: float(str(config.arguments[name])) for name in ("lr", "weight_decay")}
 
 
 def _default_nproc() -> int:
@@ -180,56 +165,45 @@ def multiplies_bf16() -> bool:
     return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def megatron_flags(
-    recipe: Recipe,
-    iters: int,
-    nproc: int,
-    bf16: bool = True,
-    eval_batches: int = _EVAL_BATCHES,
+def settings(
+    iters: int, nproc: int, bf16: bool = True, eval_batches: int = _EVAL_BATCHES
 ) -> list[str]:
-    """Returns Megatron's flags for a recipe, without any path.
+    """Returns what a run of the quickstart sets beside its configuration, as ``KEY=VALUE``.
 
     Args:
-        recipe: the optimizer.
         iters: length of the whole run, over which the learning rate is scheduled.
         nproc: number of ranks, all of them data-parallel.
         bf16: mixed precision, with main parameters in fp32; else all is in fp32.
         eval_batches: number of batches in an evaluation.
     """
-    return shlex.split(
-        f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS} "
-        f"--seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
-        "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 16 "
-        f"--micro-batch-size {BATCH // nproc} --global-batch-size {BATCH} --seed 1234 "
-        f"{'--bf16 ' if bf16 else ''}--use-distributed-optimizer "
-        # Megatron's plain layers: the others need Transformer Engine or Apex.
-        "--transformer-impl local --attention-backend unfused --no-persist-layer-norm "
-        "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion "
-        "--no-bias-dropout-fusion --no-rope-fusion "
-        f"--train-iters {iters} --lr {recipe.lr} --min-lr {recipe.lr / 10:g} "
-        f"--lr-decay-style cosine --lr-warmup-fraction 0.3 --weight-decay {recipe.weight_decay} "
-        f"--eval-interval {max(1, iters // _EVALUATIONS)} --eval-iters {eval_batches} "
-        f"--log-interval {max(1, min(10, iters // 10))} --log-timers-to-tensorboard"
-    ) + list(recipe.flags)
+    return [
+        f"train_iters={iters}",
+        f"save_interval={iters // 2}",
+        f"eval_interval={max(1, iters // _EVALUATIONS)}",
+        f"eval_iters={eval_batches}",
+        f"log_interval={max(1, min(10, iters // 10))}",
+        f"micro_batch_size={BATCH // nproc}",
+        f"launch.nproc_per_node={nproc}",
+        f"bf16={str(bf16).lower()}",
+    ]
 
 
 def _train(
-    recipe: Recipe, args: argparse.Namespace, nproc: int, prefix: str, dataset: dict[str, Any]
+    name: str, args: argparse.Namespace, nproc: int, prefix: str, dataset: dict[str, Any]
 ) -> None:
-    """Train a recipe to its end, in two launches if it can resume; or find that done."""
-    folder = args.out / recipe.folder
-    flags = megatron_flags(
-        recipe,
+    """Trains a run to its end, in two launches if it can resume; or finds that done."""
+    folder = args.out / name.lower()
+    sets = settings(
         args.iters,
         nproc,
         bf16=multiplies_bf16(),
         eval_batches=_eval_batches(args.iters, dataset),
     )
-    plan = {"flags": flags, "nproc": nproc, "text_sha256": dataset["sha256"]}
+    plan = {"sets": sets, "text_sha256": dataset["sha256"]}
     record = folder / "run.json"
     old = _load(record)
     if old.get("plan") == plan and old.get("finished") and not args.fresh:
-        print(f"{recipe.name}: finished before, nothing to train (--fresh trains again)")
+        print(f"{name}: finished before, nothing to train (--fresh trains again)")
         return
     half = args.iters // 2
     at = _checkpointed(folder)
@@ -242,23 +216,18 @@ def _train(
         at = 0
     folder.mkdir(parents=True, exist_ok=True)
     _store(record, {"plan": plan, "finished": False})
-    arguments = [
-        *flags,
-        *data.megatron_arguments(prefix),
-        "--save", str(folder / "checkpoints"),
-        "--load", str(folder / "checkpoints"),
-        "--save-interval", str(half),
-        "--tensorboard-dir", str(folder / "tensorboard"),
-    ]  # fmt: skip
+    words = [RUNS[name], "--run-dir", str(folder), "--set", f"dataset={prefix}"]
+    for each in sets:
+        words += ["--set", each]
     log = folder / "train.log"
     if at < half:
-        print(f"{recipe.name}: iterations 1 to {half}, then a checkpoint")
-        _launch([*arguments, "--exit-interval", str(half)], nproc, log)
+        print(f"{name}: iterations 1 to {half}, then a checkpoint")
+        _launch([*words, "--set", f"exit_interval={half}"], log, STOPPED)
         at = _checkpointed(folder)
         if at != half:
             raise QuickstartError(f"no checkpoint of iteration {half} was written; see {log}")
-    print(f"{recipe.name}: resumed in a new process from the checkpoint of iteration {at}")
-    _launch(arguments, nproc, log)
+    print(f"{name}: resumed in a new process from the checkpoint of iteration {at}")
+    _launch(words, log, 0)
     _store(record, {"plan": plan, "finished": True})
 
 
@@ -290,24 +259,24 @@ def _checkpointed(folder: Path) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _launch(arguments: list[str], nproc: int, log: Path) -> None:
-    """Run the trainer on `nproc` ranks, showing its progress and keeping its output in `log`."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(nproc), "-m", TRAINER, *arguments,
-    ]  # fmt: skip
+def _launch(words: list[str], log: Path, expected: int) -> None:
+    """Runs `megatron-s3 launch`, showing its progress and keeping its output in `log`.
+
+    Raises:
+        QuickstartError: it ended with another status than the one expected.
+    """
+    command = [sys.executable, "-m", "megatron_s3.cli", "launch", *words]
     root = str(Path(__file__).resolve().parents[1])
     environment = {
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
-        **lock.variable([log.parents[1]]),
     }
     progress = _Progress()
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
         process = subprocess.Popen(
             command,
             env=environment,
@@ -329,7 +298,7 @@ def _launch(arguments: list[str], nproc: int, log: Path) -> None:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if status:
+    if status != expected:
         print("\n".join(f"  | {line}" for line in _tail(log)), file=sys.stderr)
         raise QuickstartError(f"training ended with status {status}; the whole log is {log}")
 
@@ -385,7 +354,7 @@ class _Progress:
 
 def _table(
     runs: list[report.Run],
-    recipes: list[Recipe],
+    rates: dict[str, dict[str, float]],
     dataset: dict[str, Any],
     out: Path,
     picture: Path,
@@ -403,7 +372,7 @@ def _table(
     lines = [
         "",
         " " * 20 + "".join(f"{run.name:>10}" for run in runs),
-        row("peak learning rate", [r.lr for r in recipes], "g", ""),
+        row("peak learning rate", [rate["lr"] for rate in rates.values()], "g", ""),
         row("validation loss", [s.valid_loss for s in summaries], ".3f",
             f"nats per byte, on {tested:,} bytes"),
         row("unigram entropy", [entropy] * len(runs), ".3f",
@@ -413,10 +382,10 @@ def _table(
         row("tokens per second", [s.tokens_per_second for s in summaries], ",.0f", "training"),
         "",
     ]  # fmt: skip
-    for recipe in recipes:
+    for name in rates:
         lines += [
-            f"{recipe.name} checkpoints".ljust(20) + str(out / recipe.folder / "checkpoints"),
-            f"{recipe.name} TensorBoard".ljust(20) + str(out / recipe.folder / "tensorboard"),
+            f"{name} checkpoints".ljust(20) + str(out / name.lower() / "checkpoints"),
+            f"{name} TensorBoard".ljust(20) + str(out / name.lower() / "tensorboard"),
         ]
     return "\n".join([*lines, "picture".ljust(20) + str(picture)])
 

@@ -12,7 +12,8 @@ import statistics
 import sys
 import tempfile
 
-from megatron_s3 import data, quickstart
+from megatron_s3 import data
+from scripts.experiments import model
 from tests.harness.trainer import train
 
 
@@ -45,9 +46,9 @@ def main() -> int:
 
 def iteration(iters: int, prefix: str, folder: str, on: bool) -> float:
     """Milliseconds of the median logged interval of a run on one rank."""
-    flags = quickstart.megatron_flags(quickstart.S3, iters, nproc=1)
-    words = [*(flag for flag in flags if flag != "--s3-log-updates"), "--tensorboard-dir", folder]
-    words += [*data.megatron_arguments(prefix), *(["--s3-log-updates"] if on else [])]
+    log = f"s3_log_updates={'true' if on else 'null'}"
+    words = [*model.words("S3", iters, log), "--tensorboard-dir", folder]
+    words += data.megatron_arguments(prefix)
     run = train(*words, tiny=False, check=False, threads=None)
     times = [*map(float, run.column("elapsed time per iteration (ms)").values())]
     if run.returncode or len(times) < 3:

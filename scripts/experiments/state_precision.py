@@ -14,7 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from megatron_s3 import data, quickstart
+from megatron_s3 import data
+from scripts.experiments import model
 from tests.harness import trainer
 from tests.harness.tables import columns
 
@@ -55,9 +56,8 @@ def main() -> int:
 
 def train(args: argparse.Namespace, prefix: str, seed: int, flags: list[str]) -> float:
     """The validation loss at the end of a run."""
-    run = quickstart.megatron_flags(quickstart.S3, args.iters, nproc=1)
     words = [
-        *(word for word in run if word != "--s3-log-updates"),
+        *model.words("S3", args.iters, "s3_log_updates=null"),
         *(*data.megatron_arguments(prefix), *flags),
         *("--seed", str(seed), "--eval-interval", str(args.iters)),
     ]

@@ -17,8 +17,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from megatron_s3 import data, quickstart
+from megatron_s3 import data
 from megatron_s3.checkpoints import convert, rates
+from scripts.experiments import model
 from tests.harness import trainer
 from tests.harness.runs import Run
 
@@ -69,20 +70,16 @@ def train(
     args: argparse.Namespace, prefix: str, name: str, factor: float | None, flags: list
 ) -> dict[str, float]:
     """The loss of each iteration of a run, by the iteration; S3's at a factor, else AdamW's."""
-    optimizer = "s3" if factor else "adam"
     log = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log"
     if not (log.is_file() and log.read_text().endswith("finished\n")):
         lr = rates.scaled(args.lr, factor or 1.0)
         decay = rates.over(LR_TIMES_DECAY, args.lr)
-        recipe = quickstart.Recipe(
-            name,
-            "",
-            lr,
-            rates.over(decay, factor or 1.0),
-            ("--optimizer", optimizer, "--clip-grad", "1" if optimizer == "adam" else "0")
-            + (("--adam-beta2", "0.95") if optimizer == "adam" else ()),
+        words = model.words(
+            "S3" if factor else "AdamW",
+            args.iters,
+            *("s3_log_updates=null", f"lr={lr}", "lr_times_weight_decay=null"),
+            f"weight_decay={rates.over(decay, factor or 1.0)}",
         )
-        words = quickstart.megatron_flags(recipe, args.iters, nproc=1)
         at = words.index("--lr-warmup-fraction")
         # Without its state Megatron's schedule begins anew: there a warmup would be a second one.
         warmup = "0" if "--no-load-optim" in flags else str(WARMUP)

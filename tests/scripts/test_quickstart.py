@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3 import quickstart, report
+from megatron_s3.launch.config import load
 
 LOG_LINE = (
     " [2026-01-01 00:00:00.000000] iteration       30/     100 | consumed samples:          480 | "
@@ -45,7 +46,8 @@ def test_tail_is_the_last_launchs_and_ends_where_torchrun_reports(tmp_path: Path
 
 
 def test_recipes_keep_the_papers_rule_for_weight_decay() -> None:
-    products = [r.lr * r.weight_decay for r in (quickstart.S3, quickstart.ADAMW)]
+    rates = [quickstart._rates(load([config])) for config in quickstart.RUNS.values()]
+    products = [rate["lr"] * rate["weight_decay"] for rate in rates]
     assert products == pytest.approx([3e-5, 3e-5])
 
 
@@ -56,7 +58,7 @@ def test_another_directory_of_the_users_is_not_removed(tmp_path: Path) -> None:
     args = quickstart._arguments(["--out", str(tmp_path)])
     dataset = {"sha256": "", "valid": {"bytes": 10**6}}
     with pytest.raises(quickstart.QuickstartError, match="--out"):
-        quickstart._train(quickstart.S3, args, 1, "no-data", dataset)
+        quickstart._train("S3", args, 1, "no-data", dataset)
     assert theirs.exists()
 
 
@@ -132,5 +134,5 @@ def test_failed_training_shows_the_reason_and_the_log(
 ) -> None:
     log = tmp_path / "train.log"
     with pytest.raises(quickstart.QuickstartError, match=str(log)):
-        quickstart._launch(["--no-such-flag"], 1, log)
+        quickstart._launch(["quickstart/s3", "--no-such-flag"], log, 0)
     assert "--no-such-flag" in capsys.readouterr().err

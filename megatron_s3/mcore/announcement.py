@@ -35,7 +35,7 @@ def announce(
         for name, value in asked.items()
     )
     main = {
-        torch.float32 if part.optimizer.master_params else p.dtype
+        torch.float32 if part.optimizer.host.master_params else p.dtype
         for part in parts
         for g in part.optimizer.param_groups
         for p in g["params"]
@@ -46,7 +46,7 @@ def announce(
     devices = {p.device.type for p in params}
     offloaded = ""
     if getattr(config, "optimizer_cpu_offload", False):
-        count = sum(p.numel() for part in parts for p in part.optimizer.offload.params)
+        count = sum(p.numel() for part in parts for p in part.optimizer.host.offload.params)
         offloaded = f"{count:,} of them kept and updated by the CPU, "
         devices.add("cpu")
     say(

@@ -30,6 +30,7 @@ from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer, in_megatro
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
 from megatron_s3.mcore.update_log import UpdateLog
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
+from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.offload import Offload
 
 __all__ = [
@@ -208,21 +209,21 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         **hyperparameters(cls, config),
     )
     in_fsdp = in_megatron_fsdp(part)  # which holds main parameters whatever the optimizer is
-    optimizer.master_params = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not in_fsdp
+    masters = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not in_fsdp
+    # Its path is said by rank 0 alone.
+    optimizer.host = Host(master_params=masters, keep_hyperparameters=True, log_path=False)
     # fp32 shards are views of parameters, which torch refuses to new optimizers; as upstream does,
     # they are put in afterwards.
     for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
         group["params"] = adams["params"]
     if getattr(config, "optimizer_cpu_offload", False):
-        optimizer.offload = Offload(
+        optimizer.host.offload = Offload(
             (param for group in optimizer.param_groups for param in group["params"]),
             config.optimizer_offload_fraction,
             overlap=config.overlap_cpu_optimizer_d2h_h2d,
             pin_grads=config.pin_cpu_grads,
             pin_params=config.pin_cpu_params,
         )
-    optimizer.keep_hyperparameters = True
-    optimizer.log_path = False  # rank 0 says it
     # A checkpoint of a run that has not updated yet (fp16 skips its first steps) holds the state.
     optimizer.register_state_dict_pre_hook(ElementwiseOptimizer.init_state)
     if in_graph:

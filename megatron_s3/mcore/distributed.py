@@ -92,7 +92,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
 
     @contextlib.contextmanager
     def _without_the_cpus_states(self) -> Iterator[None]:
-        offload, state = self.optimizer.offload, self.optimizer.state
+        offload, state = self.optimizer.host.offload, self.optimizer.state
         kept = {}
         if offload is not None:
             kept = {param: state.pop(param) for param in offload.params if param in state}

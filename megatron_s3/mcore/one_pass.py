@@ -60,12 +60,12 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
     def step_with_ready_grads(self) -> bool:
         """As upstream, in one pass where that is possible."""
         model_params = None if self.optimizer.fused is False else self._found
-        self.optimizer.model_params = model_params or {}
+        self.optimizer.host.model_params = model_params or {}
         self._writing = model_params is not None
         try:
             return super().step_with_ready_grads()
         finally:
-            self._writing, self.optimizer.model_params = False, {}
+            self._writing, self.optimizer.host.model_params = False, {}
 
     def _copy_main_params_to_model_params(self) -> None:
         if not self._writing:
@@ -123,7 +123,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
 
     def _holds_master_params(self) -> bool:
         """Whether the optimizer's parameters are the model's, and the main ones its state."""
-        return bool(self.optimizer.master_params)
+        return bool(self.optimizer.host.master_params)
 
     def _places(self) -> tuple[Place, ...]:
         """Returns what changes when one of the tensors that a step writes to is moved."""

@@ -53,7 +53,7 @@ class UpdateLog:
         rows = _rows(self.layout, model_chunks)
         numel = torch.zeros(self.layout.rows, dtype=torch.float64)
         for part in parts:
-            part.optimizer.statistics = self._statistics
+            part.optimizer.host.statistics = self._statistics
             for param, model_param in _pairs(part):
                 row = rows[model_param] if _counts(part, model_param) else self.layout.uncounted
                 self._statistics.rows[param] = group_of[param] * self.layout.rows + row
@@ -135,7 +135,7 @@ def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of the plugin's optimizer, and the model's that it is or is a part of."""
     if isinstance(part, DistributedOptimizer) and not isinstance(part, ElementwiseFSDPOptimizer):
         mains = part.shard_fp32_from_float16_groups
-        if part.optimizer.master_params:
+        if part.optimizer.host.master_params:
             mains = part.shard_float16_groups
         models = (*part.model_float16_groups, *part.model_fp32_groups)
         mains = (*mains, *part.shard_fp32_groups)

@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -15,7 +15,6 @@ from torch.nn.parameter import is_lazy
 from megatron_s3.kernels.choice import Choice, choose, path
 from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.overlap import Overlaps
-from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.arguments import hyperparameters_of
 from megatron_s3.optimizers.checks import (
     check_decay,
@@ -28,6 +27,7 @@ from megatron_s3.optimizers.checks import (
 )
 from megatron_s3.optimizers.counts import Counts, GroupUpdates, Update, Watched, is_empty, split
 from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description, plain
+from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.offload import Offload
 
@@ -117,23 +117,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         #: What the last step ran: "C++ kernel", "Triton kernel", or "portable: " and the reason;
         #: where some parameters alone need torch operations, both.
         self.path = ""
-        #: Whether the log is told, once for each reason, that parameters need torch operations.
-        self.log_path = True
-        #: What every step's totals are added to, if anything.
-        self.statistics: Statistics | None = None
-        #: Tensors that are given the new value of a parameter as well, rounded to their dtype; 1-d
-        #: or of the parameter's shape.
-        self.model_params: dict[Tensor, Tensor] = {}
-        #: Whether half-precision parameters are but rounded copies of a float32 ``master_param`` in
-        #: their state.
-        self.master_params = False
-        #: Of the parameters that the CPU updates, if any: their states are in its memory, and so is
-        #: a ``master_param``.
-        self.offload: Offload | None = None
+        #: What the program around it asks of it.
+        self.host = Host()
         self.state_dtypes = self._state_dtypes(state_dtype)
-        #: Keep this process's hyperparameters (lr and weight decay aside) when state is loaded.
-        #: torch's custom is that the saved ones win; where flags say what runs, the flags do.
-        self.keep_hyperparameters = False
         values = {h.name: h.default for h in self.description.hyperparameters}
         if unknown := sorted(set(hyperparameters) - set(values)):
             raise TypeError(f"{self.description.label} has no {', '.join(unknown)}")
@@ -153,22 +139,22 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps its own three attributes only; what else a copy takes along, and what stays.
-        own = ("error_if_nonfinite", "keep_hyperparameters", "fused", "master_params", "offload")
-        own += ("log_path", "counts")
+        own = ("error_if_nonfinite", "fused", "counts")
         state = super().__getstate__() | {name: getattr(self, name) for name in own}
         return state | {
             "_logged": set(),
             "_overlaps": Overlaps(),
             "state_dtypes": dict(self.state_dtypes),
-            "statistics": None,
-            "model_params": {},
+            "host": replace(self.host, statistics=None, model_params={}),
             "path": "",
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # by torch's loading, too, where the rest is there
-        for name, value in (("log_path", True), ("counts", Counts())):
-            self.__dict__.setdefault(name, value)
+        self.__dict__.setdefault("counts", Counts())
+        if "host" not in self.__dict__:  # of an older version, whose attributes they were
+            known = {f.name for f in fields(Host)} & self.__dict__.keys()
+            self.host = Host(**{name: self.__dict__.pop(name) for name in known})
         if self.description.momentum:
             self.defaults.setdefault(MOMENTUM, self.defaults.get(self.description.momentum))
         for group in self.param_groups:  # as torch's do: what an older version did not know
@@ -259,7 +245,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         if "master_param" not in state:
             if self._is_offloaded(param):
-                state["master_param"] = self.offload.master(param)
+                state["master_param"] = self.host.offload.master(param)
             elif self._has_master(param):
                 state["master_param"] = param.detach().to(torch.float32, copy=True)
         device = self._state_device(param)
@@ -271,10 +257,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return [state[name] for name in self.description.state]
 
     def _has_master(self, param: Tensor) -> bool:
-        return self.master_params and param.dtype in (torch.bfloat16, torch.float16)
+        return self.host.master_params and param.dtype in (torch.bfloat16, torch.float16)
 
     def _is_offloaded(self, param: Tensor) -> bool:
-        return self.offload is not None and param in self.offload.params
+        return self.host.offload is not None and param in self.host.offload.params
 
     def _state_device(self, param: Tensor) -> torch.device:
         return torch.device("cpu") if self._is_offloaded(param) else param.device
@@ -394,11 +380,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     ) -> list[_Task]:
         rates = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
         batches: list[tuple[list[Update], Offload | None]] = [(updates, None)]
-        if self.offload is not None:
+        if self.host.offload is not None:
             batches = [([u for u in updates if not self._is_offloaded(u.param)], None)]
             pairs = [(update.param, update) for update in updates]
-            for batch in self.offload.batches(pairs):
-                batches.append(([update for _, update in batch], self.offload))
+            for batch in self.host.offload.batches(pairs):
+                batches.append(([update for _, update in batch], self.host.offload))
         tasks = []
         for batch, offload in batches:
             for choice in choose(
@@ -410,7 +396,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return tasks
 
     def _log(self, tasks: list[_Task]) -> None:
-        if self.fused is not False and self.log_path:
+        if self.fused is not False and self.host.log_path:
             reasons = {task.choice.reason for task in tasks} - self._logged - {None}
             if reasons:
                 self._logged |= reasons
@@ -419,7 +405,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 )
 
     def _run(self, task: _Task, kernel: ModuleType) -> None:
-        offload, statistics = task.offload, self.statistics
+        offload, statistics = task.offload, self.host.statistics
         flat = [(update.operands, update.copies) for update in task.updates]
         if task.again:
             flat = [self._flatten(update.param, update.grad) for update in task.updates]
@@ -437,17 +423,17 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             for param in task.params:
                 offload.send_back(param, self.state[param]["master_param"])
             if statistics is not None:
-                self.statistics.absorb(statistics)
+                self.host.statistics.absorb(statistics)
 
     def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list]:
         state = self._init_state(param)
-        row = 0 if self.statistics is None else self.statistics.rows.get(param, 0)
+        row = 0 if self.host.statistics is None else self.host.statistics.rows.get(param, 0)
         if self._is_offloaded(param):
-            grad, new = self.offload.fetch(param, grad), self.offload.new(param)
+            grad, new = self.host.offload.fetch(param, grad), self.host.offload.new(param)
             return flatten(self.state[param]["master_param"], grad, state, new, row)
         if self._has_master(param):
             return flatten(self.state[param]["master_param"], grad, state, param.detach(), row)
-        return flatten(param.detach(), grad, state, self.model_params.get(param), row)
+        return flatten(param.detach(), grad, state, self.host.model_params.get(param), row)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         values = self._values(group)

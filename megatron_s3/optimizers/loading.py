@@ -81,7 +81,7 @@ class Loading:
         for group in optimizer.param_groups:
             group["format"] = FORMAT
         optimizer.counts.load(optimizer.param_groups)
-        if optimizer.keep_hyperparameters:
+        if optimizer.host.keep_hyperparameters:
             for group, values in zip(optimizer.param_groups, self._own, strict=True):
                 group.update(values)
         for param, tensors in self._states:

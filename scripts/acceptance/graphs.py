@@ -36,7 +36,7 @@ def replayed_and_eager(
         optimizer = S3(params, lr=lr, weight_decay=0.1, fused=True, state_dtype=state_dtype)
         for param, grad, model in zip(params, grads, models, strict=True):
             param.decoupled_grad = grad
-            optimizer.model_params[param] = model
+            optimizer.host.model_params[param] = model
         graph = None
         for number, values in enumerate(rounds):
             lr.fill_(0.01 / (1 + number))

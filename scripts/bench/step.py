@@ -334,7 +334,7 @@ def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dt
             param.decoupled_grad = memory.grads[grad][i]
         first, second = memory.states[state][i]
         optimizer.state[param] = {"exp_avg": first, "exp_pnorm": second}
-        optimizer.model_params[param] = memory.model_params[i]
+        optimizer.host.model_params[param] = memory.model_params[i]
     short = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     path = "portable"
     if fused:
@@ -362,7 +362,7 @@ def other(memory: Memory, name: str) -> Candidate:
         made.optimizer.state[param] = {
             state: shared[state] if state in shared else torch.zeros_like(first) for state in states
         }
-        made.optimizer.model_params[param] = memory.model_params[i]
+        made.optimizer.host.model_params[param] = memory.model_params[i]
     count = 4 + 2 * 4 + 2 * 4 * len(states) + 2
     path = "triton" if made.params[0].is_cuda else "cpp"
     phases = [("norm", NORM, made.norm), ("clip", CLIP, made.clip)]

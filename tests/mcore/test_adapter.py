@@ -243,7 +243,7 @@ def test_the_models_parameters_are_the_main_ones_rounded(way, fp32_bias):
 @on_ranks(2)
 def test_main_parameters_are_a_state_where_the_model_has_none_of_their_own(way, fp32_bias):
     _, optimizer, _ = three_steps(way, fp32_bias)
-    offload = inner(optimizer).offload
+    offload = inner(optimizer).host.offload
     offloaded = offload.params if offload else {}
     assert bool(offloaded) == ("offloaded" in way)
     for param, state in inner(optimizer).state.items():

@@ -68,7 +68,7 @@ def test_the_same_bits_with_states_moved_away_and_back(release):
 def test_what_the_cpu_keeps_stays_there():
     model, optimizer = built(how="aware, offloaded")
     step(model, optimizer)
-    kept = inner(optimizer).offload.params
+    kept = inner(optimizer).host.offload.params
     before = {id(t) for p in kept for t in inner(optimizer).state[p].values()}
     away_and_back(optimizer)
     after = {id(t) for p in kept for t in inner(optimizer).state[p].values()}

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from megatron_s3 import S3
 from megatron_s3.optimizers import OPTIMIZERS, AdamW, NAdam
+from megatron_s3.optimizers.host import Host
 
 #: Optimizers whose rule reads the step.
 READING: dict[str, Callable[..., Any]] = {
@@ -163,10 +164,20 @@ def test_what_is_loaded_replaces_what_was_counted() -> None:
         param.grad = torch.ones(3) if i < 3 else None
     whole.step(), uneven.step()
     assert uneven.state_dict()["param_groups"][0]["steps"] == [1, 0]
-    uneven.log_path = False
+    uneven.host.log_path = False
     third = AdamW([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
     third.load_state_dict(uneven.state_dict())
     assert third.param_groups[0]["format"] == 1  # what a group holds has no steps beside it
     uneven.load_state_dict(whole.state_dict())
-    assert uneven.log_path is False
+    assert uneven.host.log_path is False
     assert "steps" not in uneven.state_dict()["param_groups"][0]
+
+
+def test_a_copy_that_an_older_version_wrote_is_read():
+    """Whose settings were attributes of the optimizer itself."""
+    state = S3([torch.zeros(3, requires_grad=True)]).__getstate__()
+    del state["host"]
+    read = S3.__new__(S3)
+    read.__setstate__(state | {"master_params": True, "offload": None})
+    assert read.host == Host(master_params=True)
+    assert not hasattr(read, "master_params")

@@ -162,10 +162,10 @@ def test_the_ranks_statistics_add_up_to_the_unsharded_ones() -> None:
     for ranks in (0, RANKS):
         made = model(torch.float32, ranks)
         optimizer = S3(made.parameters(), lr=0.1)
-        optimizer.statistics = Statistics("cpu")
+        optimizer.host.statistics = Statistics("cpu")
         grads(made, 0)
         optimizer.step()
-        (row,) = optimizer.statistics.take()
+        (row,) = optimizer.host.statistics.take()
         totals.append(torch.tensor([row["sum_abs_update"], row["zero_grads"]]))
     dist.all_reduce(totals[1])
     torch.testing.assert_close(*totals)

@@ -67,13 +67,13 @@ def test_a_wrapper_is_stepped_as_what_it_wraps(which: str) -> None:
         if which == "state":
             state.update({name: wrap(tensor) for name, tensor in state.items()})
         if which == "model_param":
-            optimizer.model_params[param] = wrap(torch.zeros(50).bfloat16())
+            optimizer.host.model_params[param] = wrap(torch.zeros(50).bfloat16())
         for t in range(3):
             param.grad = None
             grad = random(50, t + 1)
             param.grad = wrap(grad) if which in ("param", "grad") else grad
             optimizer.step()
-        tensors = [param.detach(), *state.values(), *optimizer.model_params.values()]
+        tensors = [param.detach(), *state.values(), *optimizer.host.model_params.values()]
         results.append([inner(tensor) for tensor in tensors])
         assert ("(Wrapped)" in optimizer.path) == (wrap is Wrapped)
     assert all(map(torch.equal, *results))
@@ -110,7 +110,7 @@ def test_a_copy_in_the_model_that_was_freed_is_an_error(fused: bool | None) -> N
     param, copied = Parameter(random(50, 0)), torch.zeros(50).bfloat16()
     param.grad = random(50, 3)
     optimizer = S3([param], fused=fused)
-    optimizer.model_params[param] = copied
+    optimizer.host.model_params[param] = copied
     copied.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="copy in the model was freed"):
         optimizer.step()
@@ -191,7 +191,7 @@ def test_overlapping_copies_are_written_in_order() -> None:
     params = [Parameter(random(COUNT, seed)) for seed in range(2)]
     optimizer = S3(params, lr=0.1)
     memory = torch.zeros(COUNT).bfloat16()
-    optimizer.model_params = dict.fromkeys(params, memory)
+    optimizer.host.model_params = dict.fromkeys(params, memory)
     for param in params:
         param.grad = random(COUNT, 5)
     optimizer.step()
@@ -274,7 +274,7 @@ def test_what_lies_apart_is_one_call() -> None:
     buffer, copies = random(400, 0), torch.zeros(400).bfloat16()
     params = [Parameter(part) for part in buffer.split(100)]
     optimizer = S3(params)
-    optimizer.model_params = dict(zip(params, copies.split(100), strict=True))
+    optimizer.host.model_params = dict(zip(params, copies.split(100), strict=True))
     calls = []
     run = optimizer._run
     optimizer._run = lambda task, kernel: (calls.append(len(task.params)), run(task, kernel))

@@ -29,9 +29,9 @@ def built(
     params = [torch.nn.Parameter(random(*s, seed=i).to(dtype)) for i, s in enumerate(SIZES)]
     groups = [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.0}]
     optimizer = cls(groups, lr=0.1, weight_decay=0.1, **options)
-    optimizer.master_params = True
+    optimizer.host.master_params = True
     if fraction is not None:
-        optimizer.offload = Offload(params, fraction, overlap=overlap)
+        optimizer.host.offload = Offload(params, fraction, overlap=overlap)
     return optimizer
 
 
@@ -66,7 +66,7 @@ def test_the_same_bits(dtype: torch.dtype, overlap: bool, fraction: float) -> No
     other = stepped(built(dtype=dtype, fraction=fraction, overlap=overlap, beta_ramp=True), 1, 2, 3)
     assert_same(one, other)
     assert other.path == "C++ kernel"
-    mine = {id(p) for p in other.offload.params}
+    mine = {id(p) for p in other.host.offload.params}
     for param in params(other):
         state = other.state[param]
         assert ("master_param" in state) == (id(param) in mine or dtype == torch.bfloat16)
@@ -93,7 +93,7 @@ def test_the_fraction_is_of_elements() -> None:
         (0.76, 3),
         (1, 5),
     ):
-        assert len(built(fraction=fraction).offload.params) == count, fraction
+        assert len(built(fraction=fraction).host.offload.params) == count, fraction
 
 
 def test_gradients_may_change_their_dtype_and_be_missing() -> None:
@@ -139,10 +139,10 @@ def test_statistics_are_of_all(fused: bool | None) -> None:
     totals = []
     for fraction in (None, 0.5, 1.0):
         optimizer = built(fraction=fraction, overlap=True, fused=fused)
-        optimizer.statistics = Statistics("cpu", 2)
-        optimizer.statistics.rows = dict.fromkeys(params(optimizer)[2:], 1)
+        optimizer.host.statistics = Statistics("cpu", 2)
+        optimizer.host.statistics.rows = dict.fromkeys(params(optimizer)[2:], 1)
         stepped(optimizer, 1, 2)
-        totals.append(optimizer.statistics.values)
+        totals.append(optimizer.host.statistics.values)
     for other in totals[1:]:
         assert torch.equal(totals[0][:, LARGEST], other[:, LARGEST])
         torch.testing.assert_close(totals[0], other, rtol=1e-12, atol=0)

@@ -45,9 +45,9 @@ def test_a_decoupled_gradient_of_any_dtype_is_read_where_it_is(dtype: torch.dtyp
 def test_the_model_parameter_is_written_in_the_same_pass() -> None:
     param = parameter()
     optimizer = S3([param], lr=0.1)
-    optimizer.model_params[param] = torch.zeros(1000, dtype=torch.bfloat16)
+    optimizer.host.model_params[param] = torch.zeros(1000, dtype=torch.bfloat16)
     trained(optimizer)
-    assert torch.equal(optimizer.model_params[param], param.detach().bfloat16())
+    assert torch.equal(optimizer.host.model_params[param], param.detach().bfloat16())
 
 
 def test_a_master_parameter_carries_what_a_bfloat16_one_rounds_away() -> None:
@@ -56,7 +56,7 @@ def test_a_master_parameter_carries_what_a_bfloat16_one_rounds_away() -> None:
     main = torch.nn.Parameter(model.detach().float())
     trained(S3([main], lr=1e-4, weight_decay=0.1))
     optimizer = S3([model], lr=1e-4, weight_decay=0.1)
-    optimizer.master_params = True
+    optimizer.host.master_params = True
     trained(optimizer, decoupled=torch.float32)
     assert torch.equal(optimizer.state[model]["master_param"], main)
     assert torch.equal(model, main.bfloat16())
@@ -67,10 +67,10 @@ def test_state_dict_of_low_precision_states(loaded: torch.dtype) -> None:
     """Bitwise into the same dtypes; else converted, and a warning says what."""
     model = parameter(dtype=torch.bfloat16)
     saved = S3([model], state_dtype=torch.bfloat16)
-    saved.master_params = True
+    saved.host.master_params = True
     trained(saved, decoupled=torch.bfloat16)
     other = S3([parameter(dtype=torch.bfloat16)], state_dtype=loaded)
-    other.master_params = True
+    other.host.master_params = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         other.load_state_dict(saved.state_dict())
@@ -98,12 +98,12 @@ def test_a_loaded_state_is_no_memory_of_the_file() -> None:
 
 def test_a_main_parameter_is_loaded_where_one_is_kept_and_nowhere_else() -> None:
     optimizer = S3([parameter(dtype=torch.bfloat16)], lr=1e-4)
-    optimizer.master_params = True
+    optimizer.host.master_params = True
     saved = trained(optimizer).state_dict()
     assert "master_param" in saved["state"][0]
     for keeps in (False, True):
         new = S3([parameter(dtype=torch.bfloat16)])
-        new.master_params = keeps
+        new.host.master_params = keeps
         new.load_state_dict(saved)
         (state,) = new.state.values()
         assert state.keys() == {*STATE, *(["master_param"] if keeps else [])}

@@ -162,13 +162,13 @@ def test_separate_beta2_is_clamped_at_its_own_bound() -> None:
     """Exact up to the bound's rounding to fp32; larger than 1, which shared betas never are."""
     param = parameter(1)
     optimizer = S3([param], lr=0.0, beta=0.5, beta2=0.99, p=2.0, nesterov=False)
-    optimizer.statistics = Statistics("cpu")
+    optimizer.host.statistics = Statistics("cpu")
     for _ in range(20):
         param.grad = torch.ones(1)
         optimizer.step()
     assert (
         1
-        < optimizer.statistics.take()[0]["max_abs_update"]
+        < optimizer.host.statistics.take()[0]["max_abs_update"]
         <= s3_update_bound(0.5, 2, 0.99) * (1 + 2.0**-24)
     )
 
@@ -353,11 +353,11 @@ def test_copies_step_like_the_original(copied: Callable[[S3], S3]) -> None:
     """Bitwise, and apart from it; statistics stay with the original."""
     params = [parameter(6, 4, dtype=torch.bfloat16), parameter(9, seed=1)]
     optimizer = S3(params, error_if_nonfinite=True)
-    optimizer.statistics = Statistics("cpu")
+    optimizer.host.statistics = Statistics("cpu")
     optimizer.step()
     twin = copied(optimizer)
     assert twin.error_if_nonfinite
-    assert twin.statistics is None
+    assert twin.host.statistics is None
     before = snapshot(optimizer)
     assert same(snapshot(twin), before)
     new_grads(twin.param_groups[0]["params"], 5)
@@ -464,7 +464,7 @@ def test_other_coefficients_may_be_loaded(keep: bool) -> None:
     optimizer = S3([parameter(3)], lr=0.1, beta=0.9, beta2=0.99, nesterov=False)
     optimizer.step()
     resumed = S3([parameter(3)], lr=0.2, beta=0.5)
-    resumed.keep_hyperparameters = keep
+    resumed.host.keep_hyperparameters = keep
     resumed.load_state_dict(optimizer.state_dict())
     group = resumed.param_groups[0]
     expected = (0.5, None, True) if keep else (0.9, 0.99, False)

@@ -369,13 +369,13 @@ def test_default_device(fused: bool | None) -> None:
     for device in ("cpu", "meta"):
         param = parameter(100)
         optimizer = S3([param], fused=fused)
-        optimizer.statistics = Statistics("cpu")
+        optimizer.host.statistics = Statistics("cpu")
         torch.set_default_device(device)
         try:
             optimizer.step()
         finally:
             torch.set_default_device(None)
-        outcomes.append((param.detach(), optimizer.statistics.values))
+        outcomes.append((param.detach(), optimizer.host.statistics.values))
     assert all(map(torch.equal, *outcomes))
 
 
@@ -428,7 +428,7 @@ def test_fused_is_a_switch(fused: Any) -> None:
 def test_a_wrong_main_parameter_changes_nothing() -> None:
     params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = S3(params, lr=0.5)
-    optimizer.master_params = True
+    optimizer.host.master_params = True
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()

@@ -1,0 +1,37 @@
+"""What the program around an optimizer asks of it, where that is more than a loop of steps."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron_s3.kernels.statistics import Statistics
+from megatron_s3.optimizers.offload import Offload
+
+__all__ = ["Host"]
+
+
+@dataclass
+class Host:
+    """What a trainer such as Megatron's has set for an optimizer of its own.
+
+    Attributes:
+        master_params: whether half-precision parameters are but rounded copies of a float32
+            ``master_param`` in their state.
+        offload: of the parameters that the CPU updates, if any: their states are in its memory, and
+            so is a ``master_param``.
+        model_params: tensors that are given the new value of a parameter as well, rounded to their
+            dtype; 1-d or of the parameter's shape.
+        statistics: what every step's totals are added to, if anything.
+        keep_hyperparameters: whether this process's hyperparameters (lr and weight decay aside) are
+            kept when state is loaded.  torch's custom is that the saved ones win; where flags say
+            what runs, the flags do.
+        log_path: whether the log is told, once for each reason, that parameters need torch
+            operations.
+    """
+
+    master_params: bool = False
+    offload: Offload | None = None
+    model_params: dict[Tensor, Tensor] = field(default_factory=dict)
+    statistics: Statistics | None = None
+    keep_hyperparameters: bool = False
+    log_path: bool = True

@@ -9,13 +9,10 @@ The token `eod` closes each document. A dataset at `PREFIX` is::
 `PREFIX.parts/` holds what is finished; the same call goes on from there, and removes it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +21,8 @@ from megatron_s3.data import dataset_parts, indexed, tokenizers
 from megatron_s3.data.dataset_parts import SPLITS
 from megatron_s3.data.documents import Source
 from megatron_s3.data.errors import DataError, IncompleteError
-from megatron_s3.data.shards import Shard
 from megatron_s3.data.tokenizers import Tokenizer
+from megatron_s3.data.unfinished import locked, numbers, plan, resume
 from megatron_s3.data.workers import Progress, write_parts
 
 if TYPE_CHECKING:
@@ -78,7 +75,7 @@ def build(
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise DataError(f"--output-prefix {prefix}: {folder}: {error.strerror}") from error
-    with _locked(folder):
+    with locked(folder):
         try:
             made = tokenizers.prepare(tokenizer, os.path.join(folder, "tokenizer"))
             wanted = {
@@ -93,12 +90,12 @@ def build(
             old = load(prefix)
             settings = {**wanted, "versions": _versions()}
             if old and all(old.get(k) == v for k, v in wanted.items()) and _whole(old, prefix):
-                if _plan(folder) in ({}, settings):  # killed while its parts were removed
+                if plan(folder) in ({}, settings):  # killed while its parts were removed
                     shutil.rmtree(folder)
                 return old, True
             if not overwrite:
                 _refuse_to_replace(prefix, old, wanted)
-            before = _resume(prefix, shards, settings)
+            before = resume(prefix, shards, settings)
             progress = Progress(shards)
             for number, part in before.items():
                 progress.resumed(number, part)
@@ -110,7 +107,7 @@ def build(
             shutil.rmtree(folder)
             return description, False
         finally:
-            if os.path.isdir(folder) and not _numbers(folder):
+            if os.path.isdir(folder) and not numbers(folder):
                 shutil.rmtree(folder)
 
 
@@ -161,27 +158,6 @@ def unigram_entropy(counts: "np.ndarray", model: "np.ndarray") -> float:
     return float(-(counts * np.log(p)).sum() / counts.sum())
 
 
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Hold the folder for this process alone; a kill lets go of it."""
-    path = os.path.join(folder, "lock")
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Not a lock that its holder has removed since it was opened here.
-            held = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-        except BlockingIOError:
-            held = False
-        except OSError as error:  # a file system without locks
-            raise DataError(
-                f"{folder}: cannot be locked ({error.strerror}); give an --output-prefix on a file "
-                "system with flock"
-            ) from error
-        if not held:
-            raise DataError(f"{folder}: another process is writing this dataset; wait for it")
-        yield
-
-
 def _versions() -> dict[str, str]:
     """Of what decides the bytes that are written."""
     found = {}
@@ -210,7 +186,7 @@ def _refuse_to_replace(prefix: str, old: dict[str, Any] | None, wanted: dict[str
             f"--output-prefix {prefix}: a finished dataset of something else is there "
             f"({'; '.join(differing)}); {instead}"
         )
-    if os.path.exists(f"{prefix}.json") or _plan(f"{prefix}.parts"):
+    if os.path.exists(f"{prefix}.json") or plan(f"{prefix}.parts"):
         return  # one that is not whole, or this command, killed while it put the files in place
     for side in SPLITS:
         for ending in ("bin", "idx"):
@@ -219,11 +195,6 @@ def _refuse_to_replace(prefix: str, old: dict[str, Any] | None, wanted: dict[str
                     f"--output-prefix {prefix}: {prefix}_{side}.{ending} is there, without a "
                     f"{prefix}.json that says what it is; {instead}"
                 )
-
-
-def _numbers(folder: str) -> list[int]:
-    """The parts that are there."""
-    return sorted(int(n) for n in os.listdir(folder) if n.isdecimal())
 
 
 def _whole(old: dict[str, Any], prefix: str) -> bool:
@@ -236,54 +207,6 @@ def _whole(old: dict[str, Any], prefix: str) -> bool:
     except OSError:
         return False
     return sizes and (old["tokenizer"]["name"] == "bytes" or os.path.isdir(f"{prefix}_tokenizer"))
-
-
-def _plan(folder: str) -> dict[str, Any]:
-    """The settings that the parts were made with."""
-    try:
-        return json.loads(Path(folder, "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _resume(
-    prefix: str, shards: list[Shard], settings: dict[str, Any]
-) -> dict[int, dict[str, Any]]:
-    """The finished parts; what is left of unfinished ones is removed."""
-    folder = Path(f"{prefix}.parts")
-    there = _numbers(str(folder))
-    if there:
-        old = _plan(str(folder))
-        # The input is compared part by part: a file may be mended before its part is made.
-        differing = [
-            f"{key} was {json.dumps(old.get(key))}, is {json.dumps(settings[key])}"
-            for key in settings
-            if key != "input" and old.get(key) != settings[key]
-        ]
-        finished = {n: part for n in there if (part := dataset_parts.finished(str(folder), n))}
-        for number, part in finished.items():
-            if number >= len(shards):
-                differing.append("the input has become smaller")
-            elif part["shard"] != dataset_parts.identity(shards[number]):
-                differing.append(f"{shards[number].files[0]} has changed, or files before it")
-            else:
-                continue
-            break
-        if differing:
-            raise DataError(
-                f"--output-prefix {prefix}: {folder} holds {len(there)} finished parts of another "
-                f"run ({'; '.join(differing)}); repeat that run's command to go on with it, or "
-                "remove the folder to start anew"
-            )
-    else:
-        finished = {}
-    plan = folder / "plan.json"
-    new = folder / "plan.json.new"  # a kill must not leave parts with half a plan
-    new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    new.replace(plan)
-    for path in folder.glob("*.tmp.*"):
-        shutil.rmtree(path, ignore_errors=True)
-    return finished
 
 
 def _merge(

@@ -132,6 +132,7 @@ def write_parts(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+#: Of this worker process, which an executor gives no other place to keep things in.
 _worker: dict[str, Any] = {}
 
 

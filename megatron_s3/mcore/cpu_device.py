@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+#: Of the process: what is replaced in torch is replaced for all of it, once.
 _active = False
 
 

@@ -9,8 +9,7 @@ checked), and ``registration`` installs it.  The other modules hold the wrappers
   what was built, ``state`` holds what is kept of the training.
 - ``distributed``, ``megatron_fsdp``, ``torch_fsdp2``: where state is sharded; ``one_pass``: the
   step without copies.
-- ``checkpoint``, ``param_groups``, ``shard_files``: what is saved and what is loaded;
-  ``torch_adamw``: a repair of upstream's own.
+- ``checkpoint``: what is saved and what is loaded; ``torch_adamw``: a repair of upstream's own.
 - ``telemetry`` with ``metrics_log`` and ``update_log``: what is logged.
 - ``planning``: jobs that are not running.
 - ``gpt`` and ``datasets``: a model of Megatron's and its files of tokens, for who needs them.

@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
-from megatron_s3.mcore import overrides, param_groups, state
+from megatron_s3.mcore import overrides, state
 from megatron_s3.mcore.announcement import announce
 from megatron_s3.mcore.arguments import (
     as_adam,
@@ -36,7 +36,6 @@ from megatron_s3.optimizers.offload import Offload
 __all__ = [
     "get_megatron_optimizer",
     "get_megatron_optimizer_config",
-    "restore_step",
 ]
 
 #: What Megatron's configuration refuses without Transformer Engine's FusedAdam, and has instead.
@@ -47,32 +46,6 @@ _WITHOUT_FUSED_ADAM = {
     "exp_avg_dtype": torch.float32,
     "exp_avg_sq_dtype": torch.float32,
 }
-
-
-def restore_step(saved: dict[str, Any]) -> None:
-    """Takes the number of steps from a checkpoint whose tensors Megatron loads where they are.
-
-    Under torch FSDP2, in the format torch_dist, an optimizer is given nothing else to load.
-
-    Args:
-        saved: the checkpoint's state dict.
-    """
-    built = state.running().optimizer()
-    if built is None or "optimizer" not in saved:
-        return
-    optimizer = saved["optimizer"]
-    groups = optimizer.get("optimizer", optimizer)["param_groups"]
-    step = max(group["step"] for group in groups)  # all of one run's are equal
-    for part in built.chained_optimizers:
-        if part.optimizer is not None:
-            for group in part.optimizer.param_groups:
-                group["step"] = step
-            if len(groups) == len(part.optimizer.param_groups):
-                for group, its in zip(part.optimizer.param_groups, groups, strict=True):
-                    if "steps" in its:
-                        group["steps"] = its["steps"]
-            part.optimizer.counts.load(part.optimizer.param_groups)
-            param_groups.restore_scheduled(part.optimizer.param_groups, groups)
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:

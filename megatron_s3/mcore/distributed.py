@@ -9,7 +9,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_s3.mcore import compat_before_0_19, shard_files
+from megatron_s3.mcore import compat_before_0_19
+from megatron_s3.mcore.checkpoint import shards
 from megatron_s3.mcore.one_pass import OnePass, Place, is_plain, place, require_memory
 
 __all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
@@ -142,7 +143,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd guards
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict) -> None:
-        shard_files.note_unlike(self, model_param, tensors)
+        shards.note_unlike(self, model_param, tensors)
         for name, own in self._get_main_param_and_optimizer_states(model_param).items():
             if isinstance(tensors[name], Tensor):
                 own.copy_(tensors[name])

@@ -20,13 +20,11 @@ from megatron_s3.mcore import (
     coverage,
     datasets,
     megatron_fsdp,
-    param_groups,
-    shard_files,
     telemetry,
     torch_adamw,
     torch_fsdp2,
 )
-from megatron_s3.mcore.checkpoint import async_writers, loading, saving
+from megatron_s3.mcore.checkpoint import async_writers, loading, param_groups, saving, shards
 from megatron_s3.mcore.seam import Builtin, Replaced, Seam, SeamMoved, Wrapped
 
 __all__ = ["SEAMS", "Seam", "SeamMoved", "install", "table"]
@@ -152,7 +150,7 @@ SEAMS: tuple[Seam, ...] = (
         "with --optimizer adam too: saves what the ranks hold where buckets are padded, of which "
         "Megatron up to 0.19.2 saves other elements (--dist-ckpt-optim-fully-reshardable)",
         ("self", "model_sharded_state_dict", "is_loading"),
-        shard_files.sharded_param_state_fully_reshardable,
+        shards.sharded_param_state_fully_reshardable,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
@@ -160,14 +158,14 @@ SEAMS: tuple[Seam, ...] = (
         "with --optimizer adam too: lets a rank save whose share of a bucket is padding alone; "
         "zeros between parameters, where Megatron saves memory as it finds it",
         ("self",),
-        shard_files.get_parameter_state_dp_reshardable,
+        shards.get_parameter_state_dp_reshardable,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.sharded_param_state_dp_reshardable",
         "the same: lets that rank load",
         ("self", "model_sharded_state_dict", "is_loading"),
-        shard_files.sharded_param_state_dp_reshardable,
+        shards.sharded_param_state_dp_reshardable,
     ),
     Wrapped(
         "megatron.core.optimizer_param_scheduler",
@@ -391,7 +389,7 @@ SEAMS: tuple[Seam, ...] = (
             "param_group_identifier_keys",
             "with --optimizer adam too: lets each saved param group be found by its number where "
             "Megatron takes several for one another, while a checkpoint is loaded",
-            by="param_groups._marked",
+            by="checkpoint.param_groups._marked",
             **_known_by(module),
         )
         for module in (

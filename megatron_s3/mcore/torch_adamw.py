@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_s3.mcore import param_groups, shard_files
+from megatron_s3.mcore.checkpoint import param_groups, shards
 
 __all__ = [
     "get_main_param_and_optimizer_states",
@@ -62,7 +62,7 @@ def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[st
     """Around ``load_state_dict``, which gives all parameters one step tensor that each counts.
 
     For every optimizer each param group gets back its own values
-    (:func:`megatron_s3.mcore.param_groups.load_state_dict`).
+    (:func:`megatron_s3.mcore.checkpoint.param_groups.load_state_dict`).
     """
     result = param_groups.load_state_dict(original, optimizer, saved)
     if _needs_repair(optimizer):
@@ -84,7 +84,7 @@ def set_main_param_and_optimizer_states(
         group, order = optimizer.model_param_group_index_map[model_param]
         main_param = optimizer.optimizer.param_groups[group]["params"][order]
         tensors = tensors | {"step": optimizer.optimizer.state[main_param]["step"]}
-    shard_files.note_unlike(optimizer, model_param, tensors)
+    shards.note_unlike(optimizer, model_param, tensors)
     with torch.no_grad():
         return original(optimizer, model_param, tensors)
 

@@ -3,9 +3,38 @@
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["optim_param_to_id_map"]
+from megatron_s3.mcore import state
+from megatron_s3.mcore.checkpoint import param_groups
+
+__all__ = ["optim_param_to_id_map", "restore_step"]
 
 
 def optim_param_to_id_map(original: Callable[..., Any], optim_params_iter: Any) -> Any:
     """Around the map from parameters to their numbers, whose keys are the ids of local tensors."""
     return original(getattr(param, "_local_tensor", param) for param in optim_params_iter)
+
+
+def restore_step(saved: dict[str, Any]) -> None:
+    """Takes the number of steps from a checkpoint whose tensors Megatron loads where they are.
+
+    Under torch FSDP2, in the format torch_dist, an optimizer is given nothing else to load.
+
+    Args:
+        saved: the checkpoint's state dict.
+    """
+    built = state.running().optimizer()
+    if built is None or "optimizer" not in saved:
+        return
+    optimizer = saved["optimizer"]
+    groups = optimizer.get("optimizer", optimizer)["param_groups"]
+    step = max(group["step"] for group in groups)  # all of one run's are equal
+    for part in built.chained_optimizers:
+        if part.optimizer is not None:
+            for group in part.optimizer.param_groups:
+                group["step"] = step
+            if len(groups) == len(part.optimizer.param_groups):
+                for group, its in zip(part.optimizer.param_groups, groups, strict=True):
+                    if "steps" in its:
+                        group["steps"] = its["steps"]
+            part.optimizer.counts.load(part.optimizer.param_groups)
+            param_groups.restore_scheduled(part.optimizer.param_groups, groups)

@@ -129,11 +129,11 @@ def test_a_state_that_is_loaded_goes_on(dtype):
 @on_ranks(2)
 def test_steps_are_restored_where_the_tensors_alone_are_loaded():
     """As with --ckpt-format torch_dist."""
-    from megatron_s3.mcore import build
+    from megatron_s3.mcore import torch_fsdp2
 
     model, optimizer = made(torch.float32)
     for seed in range(3):
         step(model, optimizer, seed)
     _, other = made(torch.float32)
-    build.restore_step({"optimizer": optimizer.state_dict()})
+    torch_fsdp2.restore_step({"optimizer": optimizer.state_dict()})
     assert {group["step"] for group in inner(other).param_groups} == {3}

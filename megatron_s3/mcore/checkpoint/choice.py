@@ -2,21 +2,17 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_s3.mcore.all_ranks import raise_first
-from megatron_s3.mcore.output import say
+from megatron_s3.mcore.output import say_once
 from megatron_s3.storage.layout import TRACKER, folder_of, has_config
 from megatron_s3.storage.newest import Unclear, absent, complete, named, newest
 
-__all__ = ["Choice", "choose", "chosen", "complete_ones", "instead", "say_once"]
-
-#: Megatron reads a checkpoint's arguments more than once.
-say_once = functools.cache(say)
+__all__ = ["Choice", "choose", "chosen", "complete_ones", "instead"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_s3.mcore import build, shard_files, telemetry
+from megatron_s3.mcore import telemetry, torch_fsdp2
 from megatron_s3.mcore.all_ranks import raise_first
-from megatron_s3.mcore.checkpoint import differences, verification
+from megatron_s3.mcore.checkpoint import differences, shards, verification
 from megatron_s3.mcore.checkpoint.choice import chosen, complete_ones
 from megatron_s3.storage.layout import TRACKER
 
@@ -39,7 +39,7 @@ def load_base_checkpoint(
             differences.compare_rates(load_dir, args, saved)
             differences.compare_optimizers(load_dir, args, saved)
             if getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist":
-                build.restore_step(state_dict)
+                torch_fsdp2.restore_step(state_dict)
     return result
 
 
@@ -89,7 +89,7 @@ def _compare_with_weights(model: Any, optimizer: Any) -> None:
     """Raises ValueError on all ranks where one has loaded main parameters of other weights."""
     if optimizer is None:
         return
-    unlike = shard_files.unlike_weights(optimizer, model if isinstance(model, list) else [model])
+    unlike = shards.unlike_weights(optimizer, model if isinstance(model, list) else [model])
     raise_first(
         f"the main parameters that were loaded of {unlike[0]} ({len(unlike)} in all on this rank) "
         "are not those of its weights. Megatron-LM up to 0.19.2 saves them so with "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_s3.mcore import shard_files
+from megatron_s3.mcore.checkpoint import shards
 from tests.harness.releases import INSTALLED, RELEASES
 from tests.harness.trainer import brief, tensors
 from tests.mcore.library import build, on_ranks
@@ -156,7 +156,7 @@ def check(name: str, layout: str, form: str, **kind: bool) -> None:
     assert not torch.equal(held(other_built, other)["param.0.weight"], want["param.0.weight"])
     load(other_built, other, form, folder)
     assert_equal(want, held(other_built, other))
-    assert shard_files.unlike_weights(other, [other_built]) == []
+    assert shards.unlike_weights(other, [other_built]) == []
     remove(folder)
 
 
@@ -233,10 +233,10 @@ def test_main_parameters_that_are_not_the_weights_are_noticed():
         weight.copy_(weight.flatten().roll(3).reshape(weight.shape))
         optimizer.load_state_dict(loaded)
         unlike = [None] * 3
-        torch.distributed.all_gather_object(unlike, shard_files.unlike_weights(optimizer, [built]))
+        torch.distributed.all_gather_object(unlike, shards.unlike_weights(optimizer, [built]))
         names = {n for n, p in built.named_parameters() if p.shape == weight.shape}
         assert {name for found in unlike for name in found} == names and len(names) == 1
-        assert shard_files.unlike_weights(optimizer, [built]) == []  # said once
+        assert shards.unlike_weights(optimizer, [built]) == []  # said once
         remove(folder)
 
 
@@ -269,7 +269,7 @@ def test_the_places_of_every_buffer_are_put_back():
         for i, (size, unpadded) in enumerate(((128, 100), (64, 32), (64, 8)))
     ]
     buffers = [Namespace(buckets=buckets, param_index_map=places) for _ in range(2)]
-    with shard_files._counted_without_padding(buffers):
+    with shards._counted_without_padding(buffers):
         for buffer in buffers:
             found = buffer.param_index_map
             assert found == {"one": (0, 100, 0), "two": (100, 132, 0), "three": (132, 140, 0)}

@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
-from megatron_s3.mcore.output import say
+from megatron_s3.mcore.output import say_once
 
 __all__ = ["load_schedule", "load_state_dict", "pairs", "restore_scheduled"]
-
-#: Every part of an optimizer has the same to say.
-_say_once = functools.cache(say)
 
 #: What a schedule sets a group's rate and weight decay by; from 0.19 on some of the below.
 _SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
@@ -46,7 +43,7 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
             if changed := {n: v for n, v in own.items() if group.get(n, v) != v}:
                 then = " ".join(f"{name}={group[name]}" for name in changed)
                 now = " ".join(f"{name}={value}" for name, value in changed.items())
-                _say_once(f"a param group was saved with {then}; from here on it is {now}")
+                say_once(f"a param group was saved with {then}; from here on it is {now}")
             group.update(own)
     return result
 

@@ -241,3 +241,21 @@ def test_the_overview_names_every_module() -> None:
     there = {path.stem for path in (REPOSITORY / PACKAGE / "mcore").glob("[a-z]*")}
     named = set(re.findall(r"``(\w+)\*?``", overview))
     assert {n for n in there if not n.startswith("compat_")} == named - {"compat_"}
+
+
+def test_what_is_global_is_of_the_process() -> None:
+    """A compiled kernel, threads, the device; and the training that runs, in one object."""
+    found = {
+        (name.removeprefix(f"{PACKAGE}."), variable)
+        for name, path in PRODUCT.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Global)
+        for variable in node.names
+    }
+    assert found == {
+        ("kernels.cpu", "_lock"),
+        ("kernels.threads", "_threads"),
+        ("kernels.threads", "_threads_count"),
+        ("mcore.cpu_device", "_active"),
+        ("mcore.state", "_running"),
+    }

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.plan_text import as_json, text
 from megatron_s3.launch.planning import make
+from megatron_s3.launch.selection import add_config_arguments
 
 __all__ = ["main"]
 
@@ -24,14 +25,7 @@ def main(argv: list[str]) -> int:
         The exit status: 2 where the configuration cannot run or be planned.
     """
     parser = argparse.ArgumentParser(prog="megatron-s3 plan", description=__doc__)
-    parser.add_argument("config", nargs="+", help="a configuration, then overlays")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override an argument of Megatron's, or launch.NAME; may be repeated",
-    )
+    add_config_arguments(parser)
     parser.add_argument("--gpus", type=_positive(int), help="default: nodes x nproc_per_node")
     parser.add_argument(
         "--mfu", type=_positive(float, 1), default=0.4, help="share of the peak (default 0.4)"
@@ -51,7 +45,7 @@ def main(argv: list[str]) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        config = load(options.config, options.set)
+        config = load([options.config, *options.overlay], options.sets)
         plan = make(config, options.gpus, options.mfu, options.peak_tflops * 1e12)
     except ConfigError as error:
         return _refuse(str(error))

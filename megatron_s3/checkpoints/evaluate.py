@@ -164,7 +164,7 @@ def _check_vocabulary(folder: Path, of: str | Path) -> None:
 
 
 def _measured(run: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The harness's figures of a task, named ``acc``, ``acc_stderr`` ...; None for no number."""
+    """Returns a task's figures, named ``acc``, ``acc_stderr`` ...; None for no number."""
     figures: dict[str, Any] = {"samples": run["n-samples"][task]["effective"]}
     for name, value in run["results"][task].items():
         metric, comma, _ = name.partition(",")
@@ -175,7 +175,7 @@ def _measured(run: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def table(models: Mapping[str, Results]) -> str:
-    """Figure 6 as a Markdown table: accuracy in percent, ± its standard error.
+    """Returns Figure 6 as a Markdown table: accuracy in percent, ± its standard error.
 
     Args:
         models: results by the models' names, all of the same tasks.
@@ -203,7 +203,7 @@ def _percent(result: Mapping[str, Any]) -> str:
 
 
 def figure(models: Mapping[str, Results]) -> "Figure":
-    """Figure 6 as bars: accuracy of each model on each task, with its standard error and chance.
+    """Draws Figure 6 as bars: accuracy of each model on each task, its standard error, chance.
 
     Args:
         models: results by the models' names, all of the same tasks.

@@ -35,7 +35,7 @@ class ExportError(ValueError):
 
 
 def bound(args: argparse.Namespace, scale: float) -> float:
-    """The largest difference of logits that rounding in fp32 can explain.
+    """Returns the largest difference of logits that rounding in fp32 can explain.
 
     The sums of each of the 2 L sublayers and of the output have up to ``ffn_hidden_size`` terms,
     and rounding errors, independent of each other, grow as the square root of their number, of the
@@ -202,7 +202,7 @@ def _write(folder: Path, config: dict, state: dict[str, torch.Tensor], tokenizer
 def _compare(
     folder: Path, checkpoint: Path, args: argparse.Namespace, rows: int
 ) -> tuple[float, float]:
-    """The largest difference of the two models' logits, and the largest logit.
+    """Returns the largest difference of the two models' logits, and the largest logit.
 
     In turns, so that only one of the two is in memory.
     """

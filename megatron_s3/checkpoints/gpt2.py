@@ -107,7 +107,7 @@ def _flag(name: str, value: object) -> str:
 
 
 def config(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The values of ``transformers.GPT2Config``.
+    """Returns the values of ``transformers.GPT2Config``.
 
     Args:
         args: Megatron's arguments, which :func:`check` has passed.
@@ -137,7 +137,7 @@ def config(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype) -> dic
 def state_dict(
     args: argparse.Namespace, tensors: Mapping[str, torch.Tensor], vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """The tensors under Hugging Face's names, in Hugging Face's layout.
+    """Returns the tensors under Hugging Face's names, in Hugging Face's layout.
 
     Args:
         args: Megatron's arguments.
@@ -183,7 +183,7 @@ def state_dict(
 
 
 def _converted(args: argparse.Namespace, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A layer's tensor: weights as (in, out), and all queries before all keys and values."""
+    """Returns a layer's tensor: weights as (in, out), all queries before all keys and values."""
     if "linear_qkv.weight" in name or "linear_qkv.bias" in name:
         # Megatron's rows: for each head its query, key and value.
         heads = tensor.unflatten(0, (args.num_attention_heads, 3, args.kv_channels))

@@ -70,7 +70,7 @@ TASKS = {
 
 @functools.cache
 def manager() -> Any:
-    """The harness's index of its tasks, of the five alone: that of all takes 10 s to make."""
+    """Returns the harness's index of the five tasks alone: that of all takes 10 s to make."""
     import lm_eval.tasks
 
     (root,) = lm_eval.tasks.__path__
@@ -79,7 +79,7 @@ def manager() -> Any:
 
 
 def load(names: Sequence[str], data: str | Path | None = None) -> dict[str, Any]:
-    """The harness's task objects, their data read.
+    """Returns the harness's task objects, their data read.
 
     Args:
         names: keys of :data:`TASKS`.
@@ -114,7 +114,7 @@ def load(names: Sequence[str], data: str | Path | None = None) -> dict[str, Any]
 
 
 def _on_file(harness: str, definition: Path, file: Path) -> str:
-    """The harness's own definition of a task, with other data; JSON, which is YAML too."""
+    """Returns the harness's definition of a task, with other data; JSON, which is YAML too."""
     return json.dumps(
         {
             "include": str(definition),

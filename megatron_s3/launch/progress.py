@@ -86,7 +86,7 @@ def save_folder(config: Config, run_dir: Path) -> Path:
 
 
 def load_folder(config: Config, run_dir: Path) -> Path:
-    """Where a run starts from if it has not saved anything: where it saves, unless ``load`` says.
+    """Returns where a run that has saved nothing starts from: where it saves, unless ``load`` says.
 
     Raises:
         ConfigError: as :func:`save_folder`.
@@ -173,7 +173,7 @@ def _text(value: str | bool | list[str] | None) -> str:
 
 
 def _value(value: str | bool | list[str] | None) -> object:
-    """3e-3 and 0.003 are the same."""
+    """Returns what is compared: 3e-3 and 0.003 are the same."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

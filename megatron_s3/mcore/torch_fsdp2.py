@@ -10,7 +10,7 @@ __all__ = ["optim_param_to_id_map", "restore_step"]
 
 
 def optim_param_to_id_map(original: Callable[..., Any], optim_params_iter: Any) -> Any:
-    """Around the map from parameters to their numbers, whose keys are the ids of local tensors."""
+    """Wraps the map from parameters to their numbers, whose keys are the ids of local tensors."""
     return original(getattr(param, "_local_tensor", param) for param in optim_params_iter)
 
 

@@ -87,6 +87,14 @@ def test_what_a_save_left(tmp_path):
     assert refused(newest).endswith("write one of those that are there into it: 10")
     tracker.write_text("1\x000")
     assert f"{tracker} names no iteration, but '1\\x000'" in refused(newest)
+    tracker.unlink()
+    (folder / "iter_0000015").mkdir()
+    (folder / "iter_0000015/metadata.json").write_text("{}")
+    # What the ranks would refuse is refused before they are started.
+    assert refused(newest) == (
+        f"{tracker} is missing, and there are complete checkpoints beside it; write one of those "
+        "that are there into it: 10, 15"
+    )
     config = load(["tiny-s3"], ["non_persistent_ckpt_type=global"])
     tracker.write_text("10")
     saved(folder / "non_persistent", 17)

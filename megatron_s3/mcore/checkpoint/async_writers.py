@@ -23,7 +23,7 @@ class WriterDied(RuntimeError):
 
 
 def write_preloaded_data(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around the writing of one file: what has failed holds on to nothing that was written.
+    """Wraps the writing of one file: what has failed holds on to nothing that was written.
 
     Returns:
         What Megatron's function returns: the number of the file and its results or the exception.
@@ -54,7 +54,7 @@ def clear_frames(error: BaseException) -> None:
 
 
 def schedule_async_call(original: Callable[..., Any], caller: Any, async_req: Any) -> Any:
-    """Around the start of an asynchronous save: its writer must be alive.
+    """Wraps the start of an asynchronous save: its writer must be alive.
 
     Raises:
         WriterDied: it is not.
@@ -67,7 +67,7 @@ def schedule_async_call(original: Callable[..., Any], caller: Any, async_req: An
 def is_current_async_call_done(
     original: Callable[..., Any], caller: Any, blocking: bool = False, no_dist: bool = False
 ) -> Any:
-    """Around the question whether an asynchronous save has ended: a dead writer is an error.
+    """Wraps the question whether an asynchronous save has ended: a dead writer is an error.
 
     Raises:
         WriterDied: the writer ended before it had written what it was given.

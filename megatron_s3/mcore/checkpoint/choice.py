@@ -33,7 +33,7 @@ class Choice:
 
 @contextlib.contextmanager
 def chosen(load_dir: str | None, args: Any, context: Any) -> Iterator[Choice | None]:
-    """Inside, Megatron reads the iteration that is yielded, or says that it starts from nothing.
+    """Makes Megatron read the iteration that is yielded, or say that it starts from nothing.
 
     So it does where this is entered once more, inside.
     """

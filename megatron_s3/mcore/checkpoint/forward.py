@@ -97,7 +97,7 @@ def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _megatron(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """:func:`logits`, in this process."""
+    """Computes :func:`logits` in this process."""
     from megatron_s3.mcore import cpu_device
 
     cpu_device.use_cpu()

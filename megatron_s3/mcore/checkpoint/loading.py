@@ -1,4 +1,4 @@
-"""Around Megatron's loading: one iteration for all that is read, verified, and whose it is."""
+"""Wraps Megatron's loading: one iteration for all that is read, verified, and whose it is."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ __all__ = ["load_base_checkpoint", "load_checkpoint", "read_metadata"]
 def load_base_checkpoint(
     original: Callable[..., Any], load_dir: str | None, args: Any, *rest: Any, **kwargs: Any
 ) -> Any:
-    """Around Megatron's reading of a checkpoint: checks its files, and whose it is.
+    """Wraps Megatron's reading of a checkpoint: checks its files, and whose it is.
 
     Megatron reads the arguments that were saved first (``rank0``), and the tensors afterwards.
 
@@ -46,7 +46,7 @@ def load_base_checkpoint(
 def load_checkpoint(
     original: Callable[..., Any], ddp_model: Any, optimizer: Any, *rest: Any, **kwargs: Any
 ) -> Any:
-    """Around Megatron's loading: chooses the iteration once, for all that is read of it.
+    """Wraps Megatron's loading: chooses the iteration once, for all that is read of it.
 
     And Megatron gives up with status 0 where it cannot read something.  A scheduler would take that
     for the end of the training, and start what waits for it.
@@ -102,7 +102,7 @@ def _compare_with_weights(model: Any, optimizer: Any) -> None:
 
 
 def _load_dir(args: Any, load_arg: str) -> str | None:
-    """The folder that Megatron will load from.
+    """Returns the folder that Megatron will load from.
 
     Raises:
         ValueError: ``--pretrained-checkpoint`` would pass over checkpoints of the run itself.
@@ -124,7 +124,7 @@ def _load_dir(args: Any, load_arg: str) -> str | None:
 
 
 def read_metadata(original: Callable[..., Any], tracker_filename: str) -> Any:
-    """Around the reading of a tracker file: the iteration that was chosen, where one was.
+    """Wraps the reading of a tracker file: the iteration that was chosen, where one was.
 
     Megatron reads the file again for the optimizer's state in the format torch, whatever
     ``--ckpt-step`` says; and takes a file that says "release" for more than that.

@@ -26,7 +26,7 @@ _MARK = "megatron_s3_group"
 
 
 def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, Any]) -> Any:
-    """Around ``load_state_dict`` of a Megatron optimizer: each group gets back its own values.
+    """Wraps ``load_state_dict`` of a Megatron optimizer: each group gets back its own values.
 
     Megatron finds the saved group by some of its values; what else may differ between groups
     (``weight_decay``, ``eps``, before 0.19 the rates) it does not compare, so that all groups that
@@ -49,7 +49,7 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
 
 
 def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, Any]) -> Any:
-    """Around ``load_state_dict`` of OptimizerParamScheduler: the first step decays as it says.
+    """Wraps ``load_state_dict`` of OptimizerParamScheduler: the first step decays as it says.
 
     Megatron sets the groups before it has taken over the weight decay, so that the first step after
     ``--use-checkpoint-opt_param-scheduler`` has this run's.
@@ -70,7 +70,7 @@ def _from_checkpoint() -> bool:
 
 
 def restore_scheduled(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """What of :func:`load_state_dict` concerns rates, where Megatron loads no param groups."""
+    """Does what :func:`load_state_dict` does of rates, where Megatron loads no param groups."""
     if _from_checkpoint():
         found = pairs(current, saved) or _known(current, saved)
         for group, place in zip(current, found, strict=True):
@@ -105,7 +105,7 @@ def _load(
 
 @contextlib.contextmanager
 def _marked(inner: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, Megatron knows the groups by their mark, which is their number."""
+    """Makes Megatron know the groups by their mark, which is their number."""
     for mark, group in enumerate(inner.param_groups):
         group[_MARK] = mark
     for module in (optimizer, distrib_optimizer):
@@ -122,7 +122,7 @@ def _marked(inner: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[int] | None:
-    """The place of each current group's counterpart among the saved ones.
+    """Returns the place of each current group's counterpart among the saved ones.
 
     Groups that agree in what Megatron compares are told apart by every value that was kept: such
     that the current ones hold as often as the saved ones. What is the same then is taken in order.
@@ -168,7 +168,7 @@ def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[in
 def _alike(
     current: list[dict[str, Any]], saved: list[dict[str, Any]], names: Iterable[str]
 ) -> list[tuple[list[int], list[int]]]:
-    """The places of current and of saved groups with the same values, from the lowest rates on."""
+    """Returns places of current and of saved groups with the same values, by rising rates."""
     classes: dict[Any, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for which, groups in enumerate((current, saved)):
         for place in sorted(range(len(groups)), key=lambda i: _scheduled(groups[i])):

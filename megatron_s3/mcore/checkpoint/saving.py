@@ -1,4 +1,4 @@
-"""Around Megatron's saving: whole checkpoints, with checksums, and an error that says why not."""
+"""Wraps Megatron's saving: whole checkpoints, with checksums, and an error that says why not."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def save(
     *rest: Any,
     **kw: Any,
 ) -> Any:
-    """Around Megatron's writing of an iteration: what it overwrites is complete no more.
+    """Wraps Megatron's writing of an iteration: what it overwrites is complete no more.
 
     Else a kill in the middle would leave new files under an old index that fits them.
     """
@@ -48,7 +48,7 @@ def save(
 
 
 def save_config(original: Callable[..., Any], config: Any, checkpoint_dir: Any) -> Any:
-    """Around the last file of an iteration, which one rank writes: adds the small files' sums."""
+    """Wraps the last file of an iteration, which one rank writes: adds the small files' sums."""
     result = original(config, checkpoint_dir)
     if "://" not in str(checkpoint_dir):
         checksums.seal(Path(checkpoint_dir))
@@ -56,7 +56,7 @@ def save_config(original: Callable[..., Any], config: Any, checkpoint_dir: Any) 
 
 
 def open_file(original: Callable[..., Any], file: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Around ``open`` where Megatron writes the tracker file: whole, or as it was."""
+    """Wraps ``open`` where Megatron writes the tracker file: whole, or as it was."""
     mode = rest[0] if rest else kwargs.get("mode", "r")
     if mode == "w" and os.path.basename(str(file)) == TRACKER:
         return _replaced(Path(file))
@@ -75,7 +75,7 @@ def _replaced(path: Path) -> Iterator[io.TextIOBase]:
 
 
 def _seal_named(save_dir: Path, named: str) -> None:
-    """What :func:`save_config` does, in formats without that file: a save has ended here.
+    """Does what :func:`save_config` does, in formats without that file: a save has ended here.
 
     The index of an asynchronous one has not been written any earlier.
     """
@@ -85,7 +85,7 @@ def _seal_named(save_dir: Path, named: str) -> None:
 
 
 def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
-    """Around Megatron's saving: an error says where and why; and what telemetry adds.
+    """Wraps Megatron's saving: an error says where and why; and what telemetry adds.
 
     Raises:
         SaveFailed: the disk did not take it.
@@ -97,7 +97,7 @@ def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **
 
 
 def _reopen(iteration: int) -> None:
-    """What :func:`save` does, where Megatron calls torch's saving itself.
+    """Does what :func:`save` does, where Megatron calls torch's saving itself.
 
     Torch writes nothing before rank 0 has made the plan, and this is done before that.
     """
@@ -110,7 +110,7 @@ def _reopen(iteration: int) -> None:
 
 
 def maybe_finalize_async_save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around the end of an asynchronous save: as :func:`save_checkpoint`."""
+    """Wraps the end of an asynchronous save: as :func:`save_checkpoint`."""
     with _saying_why("a checkpoint"):
         return original(*args, **kwargs)
 

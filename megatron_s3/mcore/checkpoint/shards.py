@@ -26,7 +26,7 @@ __all__ = [
 def sharded_param_state_fully_reshardable(
     original: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around the cutting of gathered buffers into tensors of the parameters' shapes.
+    """Wraps the cutting of gathered buffers into tensors of the parameters' shapes.
 
     The buffers are gathered without the padding of buckets, and up to 0.19.2 are cut at places that
     count it.  Releases that make up for it do so by a parameter's bucket, which is the first here.
@@ -37,7 +37,7 @@ def sharded_param_state_fully_reshardable(
 
 @contextlib.contextmanager
 def _counted_without_padding(buffers: Iterable[Any]) -> Iterator[None]:
-    """Inside, the parameters' places in the buffers are those of buckets without padding."""
+    """Makes the parameters' places in the buffers those of buckets without padding."""
     kept = [(buffer, buffer.param_index_map) for buffer in buffers]
     try:
         for buffer, places in kept:
@@ -56,7 +56,7 @@ def _counted_without_padding(buffers: Iterable[Any]) -> Iterator[None]:
 
 
 def get_parameter_state_dp_reshardable(original: Callable[..., Any], optimizer: Any) -> Any:
-    """Around the listing of what a rank holds of each bucket: adds the gaps between parameters.
+    """Wraps the listing of what a rank holds of each bucket: adds the gaps between parameters.
 
     Upstream adds them later, of memory as it finds it, and up to the end of a rank's shard, which
     may lie in the padding.  A shard that is nothing but padding it takes for an error.
@@ -79,7 +79,7 @@ def get_parameter_state_dp_reshardable(original: Callable[..., Any], optimizer: 
 def sharded_param_state_dp_reshardable(
     original: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around what is written of :func:`get_parameter_state_dp_reshardable`.
+    """Wraps what is written of :func:`get_parameter_state_dp_reshardable`.
 
     A bucket of which nothing is written would be missing in the list that is loaded: its buckets
     are numbered instead, which is how they are looked up.
@@ -93,7 +93,7 @@ def sharded_param_state_dp_reshardable(
 
 
 def _like(optimizer: Any) -> dict[str, Any]:
-    """Tensors of the names and dtypes that an optimizer holds, where this rank holds none."""
+    """Returns tensors of an optimizer's names and dtypes, where this rank holds none."""
     names = getattr(optimizer, "optimizer_state_keys", ("exp_avg", "exp_avg_sq"))
     dtype_of = getattr(optimizer, "_get_state_key_dtype", lambda name: torch.float32)
     device = optimizer.buffers[0].grad_data.device
@@ -102,7 +102,7 @@ def _like(optimizer: Any) -> dict[str, Any]:
 
 
 def _without_gaps(held: list[dict[str, Any]], end: int, like: dict[str, Any]) -> list[dict]:
-    """The parts of a shard and zeros between them, from 0 to ``end``, which may be below 0."""
+    """Returns the parts of a shard and zeros between them, to ``end``, which may be below 0."""
 
     def zeros(start: int, stop: int) -> dict[str, Any]:
         tensors = {k: v for k, v in like.items() if isinstance(v, Tensor) and v.dim()}
@@ -144,7 +144,7 @@ def note_unlike(optimizer: Any, model_param: Tensor, tensors: dict[str, Any]) ->
 
 
 def unlike_weights(optimizer: Any, model: Iterable[torch.nn.Module]) -> list[str]:
-    """Names of parameters whose main parameters, as loaded last, are not the weights in fp32.
+    """Returns names of parameters whose main parameters, as loaded last, are not the weights.
 
     More than half of their elements differ by more than rounding explains.
 

@@ -35,7 +35,7 @@ _HERE = {
 
 @contextlib.contextmanager
 def rank_of(args: argparse.Namespace, rank: int) -> Iterator[int]:
-    """Inside, this process is a rank of a job as Megatron sees it, and its tensors have no memory.
+    """Makes this process a rank of a job as Megatron sees it, whose tensors have no memory.
 
     Args:
         args: Megatron's, validated; the rank gets a copy.
@@ -78,7 +78,7 @@ def rank_of(args: argparse.Namespace, rank: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _as_all() -> Iterator[None]:
-    """Every rank says what this one says: Megatron compares their parameter groups."""
+    """Has every rank say what this one says: Megatron compares their parameter groups."""
 
     def all_gather_object(gathered: list[Any], said: Any, group: Any = None) -> None:
         gathered[:] = [said] * len(gathered)

@@ -54,13 +54,13 @@ def release() -> str:
 
 
 def _device(words: Sequence[str]) -> str:
-    """The device that the job is for, cpu or cuda."""
+    """Returns the device that the job is for, cpu or cuda."""
     words = list(words)
     return words[words.index("--s3-device") + 1] if "--s3-device" in words else "cuda"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Megatron's parser with the plugin's flags in it; :func:`prepare` first."""
+    """Returns Megatron's parser with the plugin's flags in it; :func:`prepare` first."""
     from megatron.training import arguments
 
     with quiet():
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
-    """Megatron's arguments, validated, as rank 0 of ``world_size`` would see them.
+    """Returns Megatron's arguments, validated, as rank 0 of ``world_size`` would see them.
 
     In this process's environment, where the ranks have that too.
 
@@ -117,7 +117,7 @@ def _schedule(args: argparse.Namespace) -> None:
 
 
 def _words_of(error: Exception) -> str:
-    """What the error says; of a bare assertion, the condition that failed."""
+    """Returns what the error says; of a bare assertion, the condition that failed."""
     if str(error) and not isinstance(error, KeyError):
         return " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]

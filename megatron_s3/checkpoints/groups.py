@@ -2,16 +2,14 @@
 
 import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megatron_s3.checkpoints.rates import with_rates
+from megatron_s3.checkpoints.transfer import Settings
 from megatron_s3.mcore.arguments import destination
 from megatron_s3.optimizers.description import FORMAT
-
-if TYPE_CHECKING:
-    from megatron_s3.checkpoints.transfer import Settings
 
 __all__ = ["arguments", "betas", "convert", "find", "steps"]
 
@@ -44,7 +42,7 @@ _TORCH_ADAMW = {
 }
 
 
-def convert(value: Any, settings: "Settings") -> Any:
+def convert(value: Any, settings: Settings) -> Any:
     """Returns an object of the checkpoint under the target: arguments, schedule, param groups.
 
     It is a copy.  What is none of these is handed on as it is.
@@ -76,7 +74,7 @@ def convert(value: Any, settings: "Settings") -> Any:
     return new
 
 
-def _convert_arguments(args: argparse.Namespace, settings: "Settings") -> argparse.Namespace:
+def _convert_arguments(args: argparse.Namespace, settings: Settings) -> argparse.Namespace:
     values = with_rates(vars(args), settings.lr_factor, back=settings.back)
     values |= {"optimizer": settings.to, "clip_grad": settings.clip_grad}
     own = {
@@ -90,7 +88,7 @@ def _convert_arguments(args: argparse.Namespace, settings: "Settings") -> argpar
     return argparse.Namespace(**values)
 
 
-def _convert_group(group: dict[str, Any], settings: "Settings") -> dict[str, Any]:
+def _convert_group(group: dict[str, Any], settings: Settings) -> dict[str, Any]:
     description = settings.description
     dropped = _OF_ADAMS | {"algorithm", "format"} | {h.name for h in description.hyperparameters}
     values = {name: value for name, value in group.items() if name not in dropped}

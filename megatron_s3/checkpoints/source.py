@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_s3.checkpoints import transfer
+from megatron_s3.checkpoints import direction, transfer
 from megatron_s3.checkpoints.errors import ConvertError
 from megatron_s3.checkpoints.transfer import Settings
 from megatron_s3.mcore.checkpoint import read
@@ -101,13 +101,13 @@ class Source:
     def settings(
         self, to: str, lr_factor: float | None, hyperparameters: dict[str, Any] | None
     ) -> Settings:
-        """Returns what the checkpoint says about its conversion; see :func:`transfer.settings`.
+        """Returns what the checkpoint says about its conversion; see :func:`direction.settings`.
 
         Raises:
             ConvertError: it cannot be converted so.
         """
         try:
-            found = transfer.settings([*self.parsed.values()], to, lr_factor, hyperparameters)
+            found = direction.settings([*self.parsed.values()], to, lr_factor, hyperparameters)
         except ValueError as error:
             raise ConvertError(f"{self.folder}: {error}") from error
         if self.states != set(found.states):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_s3.checkpoints import convert, groups, rates, rewriting, transfer
+from megatron_s3.checkpoints import convert, direction, groups, rates, rewriting, transfer
 from megatron_s3.launch.args import LR_FACTOR, translate
 from megatron_s3.mcore.checkpoint import read
 from megatron_s3.optimizers import S3, NAdam
@@ -147,17 +147,17 @@ def test_a_step_beside_the_groups_is_found_and_put_back() -> None:
     group = {k: v for k, v in GROUP.items() if k != "step"}
     optimizer = {"state": {"common_step": torch.tensor(7.0)}, "param_groups": [group]}
     given = {"args": arguments(use_distributed_optimizer=False), "optimizer": optimizer}
-    there = transfer.settings([given], "s3")
+    there = direction.settings([given], "s3")
     assert (there.step, corrections(there)) == (7, [1 - 0.9**7, 1 - 0.95**7])
     new = groups.convert(given, there)
     assert "state" not in new["optimizer"] and new["optimizer"]["param_groups"][0]["step"] == 7
-    back = groups.convert(new, transfer.settings([new], "adam"))
+    back = groups.convert(new, direction.settings([new], "adam"))
     assert back["optimizer"]["state"] == {"common_step": torch.tensor(7.0)}
 
 
 def test_an_exact_factor_needs_no_new_bytes() -> None:
     """After 400 updates 0.9**t is nothing to a float64's 1."""
-    there = transfer.settings([common(optimizer={"param_groups": [GROUP | {"step": 400}]})], "s3")
+    there = direction.settings([common(optimizer={"param_groups": [GROUP | {"step": 400}]})], "s3")
     assert corrections(there)[0] == 1
     assert not transfer.changes(SHARDED.format("exp_avg"), there)
     assert transfer.changes(SHARDED.format("exp_avg_sq"), there)
@@ -223,7 +223,7 @@ def help_of(*argv: str) -> str:
 
 
 def test_names_of_states() -> None:
-    there = transfer.settings([common()], "s3")
+    there = direction.settings([common()], "s3")
     assert transfer.state_of("chained_1." + SHARDED.format("exp_avg")) == "exp_avg"
     assert transfer.rename(BUCKET.format("exp_avg_sq"), there) == BUCKET.format("exp_pnorm")
     assert transfer.rename("decoder.exp_avg_sq", there) == "decoder.exp_avg_sq"
@@ -231,7 +231,7 @@ def test_names_of_states() -> None:
 
 
 def test_memory_between_parameters_does_no_harm() -> None:
-    there = transfer.settings([common()], "s3")
+    there = direction.settings([common()], "s3")
     given = torch.tensor([-1.0, float("nan"), float("inf"), 0.0])
     new = transfer.convert_tensor(BUCKET.format("exp_avg_sq"), given, there)
     wanted = torch.tensor([0.0, float("nan"), float("inf"), 0.0])

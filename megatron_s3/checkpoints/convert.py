@@ -209,7 +209,7 @@ def main(argv: list[str]) -> int:
                 flag(description, h), type=float, metavar="X", help=f"{h.help} ({h.default:g})"
             )
     args = parser.parse_args(argv)
-    hyperparameters = {}
+    hyperparameters: dict[str, Any] = {}
     for description in known.values():
         flags = {flag(description, h): h for h in _numbers(description)}
         given = {h.name: getattr(args, destination(description, h)) for h in flags.values()}

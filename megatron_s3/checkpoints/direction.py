@@ -34,7 +34,7 @@ def settings(
         ValueError: a hyperparameter out of its range.
     """
     found = [group for held in objects for group in groups.find(held)]
-    (args,) = [a for held in objects for a in groups.arguments(held)][:1] or [None]
+    args = next((a for held in objects for a in groups.arguments(held)), None)
     if args is None:
         raise TransferError("it holds no arguments of the run: Megatron's trainer saves them")
     if getattr(args, "no_save_optim", False) or not found:

@@ -53,7 +53,7 @@ def convert(value: Any, settings: Settings) -> Any:
         return type(value)(convert(each, settings) for each in value)
     if type(value) is not dict:
         return value
-    new = {}
+    new: dict[str, Any] = {}
     for name, each in value.items():
         if name == "param_groups":
             new[name] = [_convert_group(group, settings) for group in each]
@@ -97,7 +97,7 @@ def _convert_group(group: dict[str, Any], settings: Settings) -> dict[str, Any]:
     if settings.back:
         return values | _TORCH_ADAMW | {"betas": settings.betas, "eps": settings.eps}
     stamp = {"algorithm": description.name, "format": FORMAT}
-    return values | settings.hyperparameters | stamp
+    return values | dict(settings.hyperparameters) | stamp
 
 
 def find(value: Any) -> Iterator[dict[str, Any]]:

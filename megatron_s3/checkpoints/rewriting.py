@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -76,10 +76,10 @@ def write(
             shutil.copyfile(path, folder / path.name)
     if None in source.parsed:
         torch.save(groups.convert(source.parsed[None], settings), folder / COMMON)
-    with open(folder / INDEX, "wb") as file:
-        pickle.dump(_index(source.index, places, settings), file)
-        file.flush()
-        os.fsync(file.fileno())
+    with open(folder / INDEX, "wb") as index:
+        pickle.dump(_index(source.index, places, settings), index)
+        index.flush()
+        os.fsync(index.fileno())
     checksums.seal(folder)
     return counts
 
@@ -126,7 +126,8 @@ def _write_archive(
 ) -> None:
     if index in source.parsed:
         counts["objects"] += 1
-        torch.save(groups.convert(source.parsed[index], settings), file)
+        changed = groups.convert(source.parsed[index], settings)
+        torch.save(changed, cast(IO[bytes], file))  # as far as torch asks for one
         return
 
     def change(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = read_index(folder)
-        self.archives: dict[str, list] = {}
+        self.archives: dict[str, list[Any]] = {}
         for index, place in self.index.storage_data.items():
             if getattr(place, "transform_descriptors", None):
                 raise ConvertError(
@@ -96,7 +96,7 @@ class Source:
         pairs = {frozenset(states) for states in shapes.values()}
         if len(pairs) > 1:
             raise ConvertError(f"{self.folder}: not every parameter has all states")
-        self.states = set(*pairs)
+        self.states: set[str] = set(*pairs)
 
     def settings(
         self, to: str, lr_factor: float | None, hyperparameters: dict[str, Any] | None

@@ -105,7 +105,7 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
 
     def called(name: str, value: Any) -> str:
         if name == "optimizer":
-            return ours.label if value == ours.name else value
+            return ours.label if value == ours.name else str(value)
         return f"{name}={value}"
 
     own_groups = optimizer.param_groups or [optimizer.defaults]

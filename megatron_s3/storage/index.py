@@ -20,10 +20,10 @@ def read(folder: Path) -> Any:
     Raises:
         Damaged: it cannot be read.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     try:
-        index = dcp.FileSystemReader(folder).read_metadata()
+        index = FileSystemReader(folder).read_metadata()
         index.state_dict_metadata.items()
         index.storage_data.items()
     except Exception as error:

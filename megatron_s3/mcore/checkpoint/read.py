@@ -172,14 +172,15 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     Args:
         checkpoint: what :func:`find` returns.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = FileSystemReader(checkpoint)
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not re.match(r"(chained_\d+\.)?opt", name)
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    load(found, storage_reader=reader, no_dist=True)
     return found

@@ -105,7 +105,7 @@ def _reopen(iteration: int) -> None:
 
     args = checkpointing.get_args()
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if first and not has_config(args.ckpt_format) and "://" not in str(args.save):
+    if first and not has_config(getattr(args, "ckpt_format", None)) and "://" not in str(args.save):
         checksums.reopen(folder_of(Path(args.save or ""), iteration), config=False)
 
 

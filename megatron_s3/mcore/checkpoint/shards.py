@@ -101,7 +101,9 @@ def _like(optimizer: Any) -> dict[str, Any]:
     return {name: torch.zeros(1, dtype=dtype, device=device) for name, dtype in dtypes.items()}
 
 
-def _without_gaps(held: list[dict[str, Any]], end: int, like: dict[str, Any]) -> list[dict]:
+def _without_gaps(
+    held: list[dict[str, Any]], end: int, like: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Returns the parts of a shard and zeros between them, to ``end``, which may be below 0."""
 
     def zeros(start: int, stop: int) -> dict[str, Any]:

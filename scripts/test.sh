@@ -49,7 +49,8 @@ run_pytest() {
 if [ $# -gt 0 ]; then
   run_pytest "$@"
 else
-  run_pytest -q -m "not slow and not thorough and not cluster and not container"
+  # A file's tests stay together in one process, which has made what they share once.
+  run_pytest -q -n 2 --dist loadfile -m "not slow and not thorough and not cluster and not container"
   run_pytest -q -m "slow and not thorough and not cluster and not container" --durations=10
   run_pytest -q -m "cluster and not container" --durations=5 -rs
   run_pytest -q -m container --durations=5 -rs

@@ -1,5 +1,8 @@
 """Settings that every test shares."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +12,11 @@ settings.load_profile("reproducible")
 
 # The tensors are small: threads would only wait for each other where several tests run at a time.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def process_stays_as_it_is() -> Iterator[None]:
+    """Fails a test after which the next ones would run in a process for the CPU."""
+    before = torch.cuda.device_count
+    yield
+    assert torch.cuda.device_count is before, "the test has to do this in a process of its own"

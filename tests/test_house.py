@@ -250,9 +250,9 @@ def test_what_is_global_is_of_the_process() -> None:
         for variable in node.names
     }
     assert found == {
-        ("kernels.cpu", "_lock"),
-        ("kernels.threads", "_threads"),
-        ("kernels.threads", "_threads_count"),
+        ("kernels.cpu.build", "_lock"),
+        ("kernels.cpu.threads", "_threads"),
+        ("kernels.cpu.threads", "_threads_count"),
         ("mcore.cpu_device", "_active"),
         ("mcore.state", "_running"),
     }

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 __all__ = ["Operands", "fault", "flatten", "local", "size_of", "write_back"]
 
-#: How the kernels number the dtypes that they take (:file:`cpu.cpp` has them too).
+#: How the kernels number the dtypes that they take (:file:`step.cpp` has them too).
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _SIZES = {1: 4, 2: 2, 3: 2}
 

@@ -244,7 +244,7 @@ def _check_kernel(writer: Writer, name: str, kernel: ModuleType, device: str) ->
     interpreted = name.endswith("interpreted")
     chunk = 16384
     if name.startswith("Triton"):
-        from megatron_s3.kernels.gpu_kernel import CHUNK as chunk
+        from megatron_s3.kernels.gpu.kernel import CHUNK as chunk
     probe = Placed(8, Case(), device).operands
     # The interpreter is told about devices that its kernel does not take.
     if not interpreted and (why := kernel.reason(s3_update, [probe], beta=0.95, p=3.0)):

@@ -101,7 +101,8 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_s3.kernels import gpu_kernel, gpu_rules
+    from megatron_s3.kernels.gpu import kernel as gpu_kernel
+    from megatron_s3.kernels.gpu import rules as gpu_rules
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, None: tl.float32}
     chosen = VARIANTS[variant]

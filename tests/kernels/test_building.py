@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.kernels.building import sole_builder
+from megatron_s3.kernels.cpu.sole_builder import sole_builder
 
 
 def test_a_killed_holder_lets_go(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_killed_holder_lets_go(tmp_path: Path) -> None:
 def test_waiting_ends_when_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact: although the lock is never let go."""
     path = tmp_path / "kernel.so"
-    monkeypatch.setattr("megatron_s3.kernels.building._POLL", 0)
+    monkeypatch.setattr("megatron_s3.kernels.cpu.sole_builder._POLL", 0)
     asked = []
 
     def done() -> bool:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_s3.kernels import cpu, portable
+from megatron_s3.kernels.cpu import build
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.s3 import S3
@@ -32,7 +33,7 @@ SHARED = RATES | RULE
 ROOT = Path(__file__).parents[2]
 
 needs_compiler = pytest.mark.skipif(
-    isinstance(cpu._library(), str) and not (shutil.which("c++") or shutil.which("g++")),
+    isinstance(build.library_of(), str) and not (shutil.which("c++") or shutil.which("g++")),
     reason="no C++ compiler",
 )
 pytestmark = needs_compiler
@@ -443,8 +444,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, a process that has not compiled anything yet, and a quick compiler."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(cpu, "_loaded", {})
-    monkeypatch.setattr(cpu, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in cpu._FLAGS))
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in build._FLAGS))
     return tmp_path / "cache" / "megatron_s3"
 
 
@@ -453,8 +454,8 @@ def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A kernel to copy, where a test asks which file is loaded."""
     path = tmp_path_factory.mktemp("prebuilt") / "cpu.so"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in cpu._FLAGS))
-        cpu._build(cpu._compiler(), path, cpu._source(None))
+        patch.setattr(build, "_FLAGS", tuple("-O1" if f == "-O3" else f for f in build._FLAGS))
+        build._build(build._compiler(), path, build._source(None))
     return path
 
 
@@ -463,11 +464,11 @@ def builds(cache: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> list
     """What was built; a build is a copy."""
     built = []
 
-    def build(compiler: list[str], path: Path, source: object) -> None:
+    def copy_there(compiler: list[str], path: Path, source: object) -> None:
         built.append(path)
         shutil.copy(prebuilt, path)
 
-    monkeypatch.setattr(cpu, "_build", build)
+    monkeypatch.setattr(build, "_build", copy_there)
     return built
 
 
@@ -509,7 +510,7 @@ def test_compiled_once(cache: Path, builds: list[Path], monkeypatch: pytest.Monk
     assert works()
     (file,) = cache.iterdir()
     before = file.stat().st_mtime_ns
-    monkeypatch.setattr(cpu, "_loaded", {})
+    monkeypatch.setattr(build, "_loaded", {})
     assert works()
     assert [f.stat().st_mtime_ns for f in cache.iterdir()] == [before]
 
@@ -517,8 +518,8 @@ def test_compiled_once(cache: Path, builds: list[Path], monkeypatch: pytest.Monk
 def test_key(cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Other flags (another CPU's instruction sets, another compiler) are another file."""
     assert works()
-    monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-O2"))
-    monkeypatch.setattr(cpu, "_loaded", {})
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O2"))
+    monkeypatch.setattr(build, "_loaded", {})
     assert works()
     assert len(list(cache.iterdir())) == 2
 
@@ -533,7 +534,7 @@ def test_another_compiler_is_another_file(
             script.write_text(f'#!/bin/sh\nexec c++ -DOF_VERSION={version} "$@"\n')
             script.chmod(0o755)
             monkeypatch.setenv("CXX", str(script))
-            monkeypatch.setattr(cpu, "_loaded", None)
+            monkeypatch.setattr(build, "_loaded", {})
             assert works()
     assert len(set(builds)) == len(list(cache.iterdir())) == 4
 
@@ -541,7 +542,7 @@ def test_another_compiler_is_another_file(
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "changed"])
 def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     """It is compiled again, and the file replaced."""
-    assert isinstance(cpu._library(), ctypes.CDLL)
+    assert isinstance(build.library_of(), ctypes.CDLL)
     (file,) = cache.iterdir()
     content = file.read_bytes()
     changed = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
@@ -553,7 +554,7 @@ def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) 
     }[damage]
     file.unlink()  # what is loaded keeps its own
     file.write_bytes(broken)
-    monkeypatch.setattr(cpu, "_loaded", {})
+    monkeypatch.setattr(build, "_loaded", {})
     assert works()
     assert len(file.read_bytes()) == len(content)
 
@@ -570,7 +571,7 @@ def test_folder_that_cannot_be_written(
     (folder,) = (tmp_path / "temporary").iterdir()
     assert folder.name == f"megatron-s3-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(cpu, "_loaded", {})
+    monkeypatch.setattr(build, "_loaded", {})
     assert works()
     assert list(folder.iterdir()) == builds
     assert len(builds) == 1
@@ -606,10 +607,10 @@ def test_folder_that_can_only_be_read(builds: list[Path], monkeypatch: pytest.Mo
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(cpu, "_loaded", {})
+    monkeypatch.setattr(build, "_loaded", {})
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(cpu, "_build", refuse)
-    monkeypatch.setattr(cpu, "sole_builder", refuse)
+    monkeypatch.setattr(build, "_build", refuse)
+    monkeypatch.setattr(build, "sole_builder", refuse)
     monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
     assert works()
 
@@ -620,11 +621,11 @@ def test_compiler_that_has_gone(
 ) -> None:
     """What was built of this source for this CPU is used without one."""
     assert works()
-    monkeypatch.setattr(cpu, "_loaded", {})
+    monkeypatch.setattr(build, "_loaded", {})
     monkeypatch.setenv("CXX", "/nonexistent" if how == "none" else "false")
     assert works()
-    monkeypatch.setattr(cpu, "_loaded", {})
-    monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-O2"))
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O2"))
     assert "compiler" in cpu.reason(s3_update, [make(8)], **RULE)
 
 
@@ -634,12 +635,12 @@ def test_without_a_compiler_no_other_kernel_is_used(
 ) -> None:
     """A kernel of another source would step wrongly, one of another CPU end the process."""
     assert works()
-    monkeypatch.setattr(cpu, "_loaded", None)
+    monkeypatch.setattr(build, "_loaded", {})
     monkeypatch.setenv("CXX", "/nonexistent")
     if changed == "source":
         source = tmp_path / "cpu.cpp"
-        source.write_bytes(cpu._SOURCE.read_bytes() + b"\n")
-        monkeypatch.setattr(cpu, "_SOURCE", source)
+        source.write_bytes(build._SOURCE.read_bytes() + b"\n")
+        monkeypatch.setattr(build, "_SOURCE", source)
     elif changed == "machine":
         monkeypatch.setattr("platform.machine", lambda: "another")
     elif changed == "instruction sets":
@@ -663,9 +664,10 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     """One compiles into the empty folder, the other waits; both can step."""
     code = (
         "import torch; from megatron_s3.kernels import cpu; "
+        "from megatron_s3.kernels.cpu import build; "
         "from megatron_s3.kernels.operands import Operands; "
         "from megatron_s3.rules.s3 import s3_update; "
-        "cpu._FLAGS = tuple('-O0' if f == '-O3' else f for f in cpu._FLAGS); "
+        "build._FLAGS = tuple('-O0' if f == '-O3' else f for f in build._FLAGS); "
         "o = Operands(*torch.ones(2, 9), tuple(torch.zeros(2, 9))); "
         "assert cpu.reason(s3_update, [o], beta=.95, p=3) is None; "
         "cpu.step(s3_update, [o], lr=.5, weight_decay=0., beta=.95, p=3); assert o.param[8] < 1"
@@ -700,8 +702,8 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 def test_nothing_is_compiled_at_import() -> None:
     """Importing must not start a compiler: every rank and every tool imports."""
     code = (
-        "import subprocess; subprocess.run = None; from megatron_s3.kernels import cpu; "
-        "assert cpu._loaded == {}"
+        "import subprocess; subprocess.run = None; from megatron_s3.kernels.cpu import build; "
+        "assert build._loaded == {}"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)

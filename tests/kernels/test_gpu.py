@@ -53,7 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", autouse=True)
 def _interpreted() -> Iterator[None]:
     """Without a GPU the kernel is one for the interpreter while these tests run."""
-    from megatron_s3.kernels import gpu_kernel, gpu_rules
+    from megatron_s3.kernels.gpu import kernel as gpu_kernel
+    from megatron_s3.kernels.gpu import rules as gpu_rules
 
     if HAS_GPU:
         yield
@@ -68,7 +69,7 @@ def _interpreted() -> Iterator[None]:
 
 
 def chunk() -> int:
-    from megatron_s3.kernels.gpu_kernel import CHUNK
+    from megatron_s3.kernels.gpu.kernel import CHUNK
 
     return CHUNK
 

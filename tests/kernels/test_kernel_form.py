@@ -18,7 +18,7 @@ from megatron_s3.rules import RULES
 from megatron_s3.rules.kernel_form import KernelForm, form, with_kernel
 from megatron_s3.rules.s3 import s3_update
 
-TRITON = Path(cpu.__file__).with_name("gpu_rules.py")
+TRITON = Path(gpu.__file__).with_name("rules.py")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kernel.name)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_s3.kernels import cpu, gpu, portable
+from megatron_s3.kernels.cpu import build
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers import OPTIMIZERS, AdamW, ElementwiseOptimizer
@@ -25,7 +26,7 @@ from tests.kernels.test_cpu import BF16, FP16, FP32, bits, copy, misaligned, num
 RATES = {"lr": 0.01, "weight_decay": 0.1}
 
 pytestmark = pytest.mark.skipif(
-    isinstance(cpu._library(), str) and not (shutil.which("c++") or shutil.which("g++")),
+    isinstance(build.library_of(), str) and not (shutil.which("c++") or shutil.which("g++")),
     reason="no C++ compiler",
 )
 

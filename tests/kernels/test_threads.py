@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_s3 import S3
-from megatron_s3.kernels import threads
-from megatron_s3.kernels.threads import spread
+from megatron_s3.kernels.cpu import threads
+from megatron_s3.kernels.cpu.threads import spread
 
 ROOT = Path(__file__).parents[2]
 

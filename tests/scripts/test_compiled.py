@@ -71,7 +71,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from megatron_s3.kernels import gpu_kernel
+    from megatron_s3.kernels.gpu import kernel as gpu_kernel
 
     kernel, found = gpu_kernel.step_kernel, []
 

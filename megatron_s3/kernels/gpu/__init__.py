@@ -1,4 +1,4 @@
-"""The fused step on NVIDIA GPUs: launches :mod:`megatron_s3.kernels.gpu_kernel`."""
+"""The fused step on NVIDIA GPUs: launches :mod:`megatron_s3.kernels.gpu.kernel`."""
 
 import contextlib
 import functools
@@ -177,7 +177,7 @@ def _launch(
 ) -> None:
     import triton.language as tl
 
-    from megatron_s3.kernels import gpu_kernel
+    from megatron_s3.kernels.gpu import kernel as gpu_kernel
 
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     grad, model, *states = dtypes
@@ -207,7 +207,7 @@ def _launch(
 
 def _function(kernel: KernelForm) -> Any:
     """Returns the rule as a Triton function."""
-    module, name = "megatron_s3.kernels.gpu_rules", kernel.name
+    module, name = "megatron_s3.kernels.gpu.rules", kernel.name
     if kernel.triton is not None:
         module, _, name = kernel.triton.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -282,7 +282,7 @@ def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
 
 
 def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
-    from megatron_s3.kernels.gpu_kernel import ROW
+    from megatron_s3.kernels.gpu.kernel import ROW
 
     fields = []
     for row in rows:
@@ -298,7 +298,7 @@ def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
 
 
 def _make_chunks(counts: Sequence[int], device: torch.device) -> Tensor:
-    from megatron_s3.kernels.gpu_kernel import CHUNK
+    from megatron_s3.kernels.gpu.kernel import CHUNK
 
     chunks = torch.tensor([-(-count // CHUNK) for count in counts], device="cpu")
     tensor = torch.arange(len(counts), device="cpu").repeat_interleave(chunks)

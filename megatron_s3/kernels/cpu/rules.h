@@ -1,4 +1,4 @@
-// The plugin's rules for cpu.cpp, which includes this file after what rules are made of.
+// The plugin's rules for step.cpp, which includes this file after what rules are made of.
 //
 // A rule is a struct with STATES, Scalars and update(): u and the new states from the gradient and
 // the states.  NAMEScalars and NAME_FLAG(variant) are declared from the rule's KernelForm

@@ -1,4 +1,4 @@
-// Fused optimizer steps on the CPU, called from cpu.py through ctypes; no header of torch's.
+// Fused optimizer steps on the CPU, called from __init__.py through ctypes; no header of torch's.
 //
 // Vectors are written out (GCC's and clang's vector types) instead of left to the vectorizer: an
 // update is one long chain of dependent operations, whose latency is hidden only where several
@@ -41,7 +41,7 @@ typedef Float Floats[LANES];
 
 enum Dtype : int64_t { NONE, FLOAT32, BFLOAT16, FLOAT16 };
 
-// What operands.py has of each tensor and cpu.py writes, all fields of 8 bytes.
+// What operands.py has of each tensor and the step's table has, all fields of 8 bytes.
 struct Array {
   char* data;
   Dtype dtype;

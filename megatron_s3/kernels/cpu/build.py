@@ -1,9 +1,7 @@
-"""The fused step on the CPU: C++ (:file:`cpu.cpp`), compiled where it is first used."""
+"""The compiled CPU kernel: where it is built, cached and found again."""
 
 import ctypes
-import functools
 import hashlib
-import itertools
 import os
 import platform
 import shlex
@@ -12,26 +10,17 @@ import stat
 import subprocess
 import tempfile
 import threading
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.autograd.graph import increment_version
-
-from megatron_s3.kernels.building import sole_builder
-from megatron_s3.kernels.operands import Operands, fault
-from megatron_s3.kernels.statistics import FIELDS, Statistics
-from megatron_s3.kernels.threads import spread
+from megatron_s3.kernels.cpu.sole_builder import sole_builder
 from megatron_s3.rules import RULES
-from megatron_s3.rules.kernel_form import KernelForm, cpp_declarations, form
+from megatron_s3.rules.kernel_form import KernelForm, cpp_declarations
 
-__all__ = ["NAME", "reason", "step"]
+__all__ = ["library_of"]
 
-NAME = "C++ kernel"
-
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+_SOURCE = Path(__file__).with_name("step.cpp")
+_RULES = Path(__file__).with_name("rules.h")
 _COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math, and no contraction: the arithmetic is IEEE's, operation by operation.
 _FLAGS = (
@@ -39,101 +28,6 @@ _FLAGS = (
     *("-ffp-contract=off", "-fPIC", "-shared"),
 )
 _PATIENCE = 300  # seconds; it takes a few
-
-_MOST_STATES = 4  # as in cpu.cpp
-
-
-def reason(
-    rule: Callable[..., Tensor], operands: Sequence[Operands], **hyperparameters: object
-) -> str | None:
-    """Why :func:`step` cannot take these operands, or None; the first call compiles the kernel.
-
-    Args:
-        rule: see :mod:`megatron_s3.rules`.
-        operands: what the step is to work on.
-        **hyperparameters: the rule's.
-    """
-    given = form(rule, hyperparameters)
-    if isinstance(given, str) or (not given.kernel.own and given.kernel.cpp is None):
-        return f"the C++ kernel does not have {given if isinstance(given, str) else given.name}"
-    if given.inexact:
-        return f"the C++ kernel has {given.inexact}"
-    if found := fault(operands, "cpu", given.states):
-        return f"the C++ kernel cannot take {found}"
-    library = _library(given.kernel)
-    return library if isinstance(library, str) else None
-
-
-@torch.no_grad()
-def step(
-    rule: Callable[..., Tensor],
-    operands: Sequence[Operands],
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    statistics: Statistics | None = None,
-    **hyperparameters: object,
-) -> None:
-    """One step, the same bits as the portable path's whatever the number of threads.
-
-    Args:
-        rule, operands, **hyperparameters: such that :func:`reason` is None.
-        lr: learning rate, a number or a 0-dim tensor on the CPU.
-        weight_decay: decoupled weight decay.
-        statistics: what to add the step's to.
-
-    It works with ``torch.get_num_threads()`` threads, each with an equal share of all elements.
-
-    Raises:
-        RuntimeError: there is no compiled kernel.
-    """
-    given = form(rule, hyperparameters)
-    library = given if isinstance(given, str) else _library(given.kernel)
-    if isinstance(given, str) or isinstance(library, str):
-        raise RuntimeError(library)
-    chunk_of = _chunk_of(library, given.name, given.variant)
-    numbers = (float(lr), float(1 - lr * weight_decay), *given.scalars)
-    scalars = (ctypes.c_float * len(numbers))(*numbers)
-    table = array("q")
-    filler = (0, 0) * (_MOST_STATES - given.states)
-    for o in operands:
-        table.extend(o.read + o.written + filler)
-    counts = [o.param.numel() for o in operands]
-    chunk = library.chunk_elements()
-    chunks = sum(-(-count // chunk) for count in counts)
-    rows = None
-    if statistics is not None:
-        rows = torch.empty(chunks, len(FIELDS), dtype=torch.float64, device="cpu")
-    address, total = table.buffer_info()[0], sum(counts)
-
-    def run(begin: int, end: int) -> None:
-        library.step(
-            *(chunk_of, address, len(counts), begin, end),
-            *(ctypes.byref(scalars), None if rows is None else rows.data_ptr()),
-        )
-
-    threads = max(1, min(torch.get_num_threads(), chunks))
-    bounds = [total * i // threads for i in range(threads + 1)]
-    spread(run, list(itertools.pairwise(bounds)))
-    if statistics is not None:
-        counted = torch.tensor([-(-count // chunk) for count in counts], device="cpu")
-        row = torch.tensor([o.row for o in operands], device="cpu")
-        statistics.add(rows, row.repeat_interleave(counted))
-    # Autograd must notice that what it saved was changed.
-    for o in operands:
-        increment_version(o.param)
-        if o.model_param is not None:
-            increment_version(o.model_param)
-
-
-@functools.cache
-def _chunk_of(library: ctypes.CDLL, name: str, variant: int) -> int:
-    """Address of the function that steps a chunk by a rule."""
-    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
-    return prototype((f"rule_{name}", library))(variant)
-
-
-# ---- compilation ---------------------------------------------------------------------------------
 
 _lock = threading.Lock()
 #: What was compiled, or why it could not be, by the rule whose library it is (None: the plugin's).
@@ -149,7 +43,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _library(kernel: KernelForm | None = None) -> ctypes.CDLL | str:
+def library_of(kernel: KernelForm | None = None) -> ctypes.CDLL | str:
     """Returns the compiled library that holds a rule, or why there is none; tried once each."""
     if kernel is not None and kernel.own:
         kernel = None
@@ -160,7 +54,7 @@ def _library(kernel: KernelForm | None = None) -> ctypes.CDLL | str:
     return _loaded[kernel]
 
 
-#: Files by name, :file:`cpu.cpp` among them.
+#: Files by name, :file:`step.cpp` among them.
 _Source = dict[str, bytes]
 
 
@@ -168,12 +62,12 @@ def _source(kernel: KernelForm | None) -> _Source:
     """Returns the files of the library of a rule; of the plugin's rules, if None."""
     if kernel is None:
         kernels = [rule.kernel for rule in RULES]
-        rules = _SOURCE.with_name("cpu_rules.h").read_bytes()
+        rules = _RULES.read_bytes()
     else:
         kernels, rules = [kernel], (kernel.cpp or "").encode()
     declarations = "\n".join(map(cpp_declarations, kernels)).encode()
     return {
-        "cpu.cpp": _SOURCE.read_bytes(),
+        "step.cpp": _SOURCE.read_bytes(),
         "declarations.h": declarations,
         "rules.h": rules,
     }
@@ -299,7 +193,7 @@ def _build(compiler: list[str], path: Path, source: _Source) -> None:
         file = Path(temporary) / path.name
         for name, text in source.items():
             (Path(temporary) / name).write_bytes(text)
-        _run([*compiler, *_FLAGS, "-o", str(file), str(Path(temporary) / "cpu.cpp")])
+        _run([*compiler, *_FLAGS, "-o", str(file), str(Path(temporary) / "step.cpp")])
         content = file.read_bytes()
         with file.open("ab") as end:
             end.write(hashlib.sha256(content).digest())

@@ -5,7 +5,7 @@ its number of elements, whether all addresses are multiples of 16, and the addre
 Full chunks of such tensors take a loop without masks, whose accesses are 16 bytes wide for float32
 and 8 for 16-bit types; everything else takes the masked loop.
 
-The rule is one of :mod:`megatron_s3.kernels.gpu_rules`.  The kernel is launched with
+The rule is one of :mod:`megatron_s3.kernels.gpu.rules`.  The kernel is launched with
 ``enable_fp_fusion=False``, so that the results are the portable path's bits.
 """
 

@@ -71,19 +71,21 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
             _say(error)
     from megatron_s3.mcore.planning import job
 
-    parameters: dict[tuple, int] = {}  # padding of the vocabulary depends on tensor parallelism
+    parameters: dict[tuple, str] = {}  # padding of the vocabulary depends on tensor parallelism
     rows = []
     for name, config, shape, args in checked:
         model = (args.num_layers, args.hidden_size, args.vocab_size, shape["tensor"])
-        if model not in parameters:
-            parameters[model] = job.plan(job.completed(args)).parameters
+        if args.vocab_size is None and args.padded_vocab_size is None:
+            parameters[model] = "by its dataset"
+        elif model not in parameters:
+            parameters[model] = f"{job.plan(job.completed(args)).parameters:,}"
         tokens = shape["global_batch_size"] * args.seq_length * (args.train_iters or 0)
         if config.array:
             name += f" ({', '.join(config.array)}: {', '.join(*config.array.values())})"
         rows.append(
             (
                 name,
-                f"{parameters[model]:,}",
+                parameters[model],
                 str(shape["world_size"]),
                 f"{shape['data_parallel']} x {shape['tensor']} x {shape['pipeline']}",
                 f"{shape['global_batch_size']} = {shape['data_parallel']} x "

@@ -28,7 +28,7 @@ KNOWS = {
 }
 
 #: What every room may know.
-FOR_ALL = {"errors", "folders", "log", "version"}
+FOR_ALL = {"errors", "folders", "log", "renamed", "version"}
 
 #: Where Megatron is imported, beside mcore.
 KNOW_MEGATRON = {"bridge", "pretrain_gpt"}

@@ -199,7 +199,7 @@ def refuse_missing_gpus(config: Config) -> None:
     Raises:
         ConfigError: with the two numbers.
     """
-    if config.arguments.get("s3_device") != "cuda" or not importlib.util.find_spec("torch"):
+    if config.arguments.get("plugin_device") != "cuda" or not importlib.util.find_spec("torch"):
         return
     tell("counting this node's GPUs with torch")
     import torch
@@ -210,8 +210,8 @@ def refuse_missing_gpus(config: Config) -> None:
         raise ConfigError(
             f"this node has {there} GPUs for torch, and the configuration wants "
             f"{config.launch.nproc_per_node} (launch.nproc_per_node, "
-            f"{config.origins.get('launch.nproc_per_node', 'a default')}; s3_device cuda, "
-            f"{config.where('s3_device')}); s3_device=cpu trains without"
+            f"{config.origins.get('launch.nproc_per_node', 'a default')}; plugin_device cuda, "
+            f"{config.where('plugin_device')}); plugin_device=cpu trains without"
         )
 
 

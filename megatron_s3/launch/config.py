@@ -22,7 +22,9 @@ A file is a mapping of these keys, all optional::
       lr: [1e-3, 3e-3]              # (several keys: all combinations)
     dataset: PREFIX                 # what `megatron-s3 data` wrote, instead of --data-path
 
-Later files win over earlier ones, key by key, and ``--set`` wins over all files.
+Later files win over earlier ones, key by key, and ``--set`` wins over all files.  With another
+optimizer what was given to the one before, by its name (``s3_beta``), is left out, and that is
+said.
 """
 
 import difflib
@@ -34,7 +36,9 @@ from typing import Any
 import yaml
 
 from megatron_s3.launch.config_paths import find, name_of
+from megatron_s3.launch.output import note
 from megatron_s3.launch.resolved import DERIVED, LAUNCH, Config, ConfigError, Launch, Origin, Value
+from megatron_s3.renamed import RENAMED, renamed
 
 __all__ = ["COPY", "Config", "ConfigError", "load"]
 
@@ -64,7 +68,10 @@ def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
     for name in files:
         _read(*find(name), merged, ())
     for word in sets:
-        _set(word, merged)
+        read: dict[str, tuple[Value, Origin]] = {}
+        _set(word, read)
+        _replace_optimizer(merged, read)
+        merged |= read
     return _resolve(name_of(files[0]), merged)
 
 
@@ -107,7 +114,24 @@ def _read(
     if text.startswith(COPY):
         lines = text.split("\n")
         read = {k: (v, _given_at(lines[o.line - 1], o)) for k, (v, o) in read.items()}
+    _replace_optimizer(merged, read)
     merged |= read
+
+
+def _replace_optimizer(
+    merged: dict[str, tuple[Value, Origin]], read: dict[str, tuple[Value, Origin]]
+) -> None:
+    """Takes away what was given to an optimizer in whose place another one comes, and says so."""
+    key = "arguments.optimizer"
+    if key not in read or key not in merged or read[key][0] == merged[key][0]:
+        return
+    (new, origin), (old, _) = read[key], merged[key]
+    owned = [name for name in merged if name.startswith(f"arguments.{old}_")]
+    if owned:
+        places = ", ".join(f"{name.partition('.')[2]} ({merged[name][1]})" for name in owned)
+        note(f"{origin}: optimizer {new} takes the place of {old}, and leaves out {places}")
+    for name in owned:
+        del merged[name]
 
 
 def _given_at(line: str, origin: Origin) -> Origin:
@@ -187,6 +211,9 @@ def _put(
         _known(name, LAUNCH, origin, "launch setting")
     else:
         name = name.replace("-", "_")
+        if (new := RENAMED.get(name)) is not None:
+            note(renamed(f"{origin}: {name}", new))
+            name = new
     merged[f"{section}.{name}"] = (value, origin)
 
 

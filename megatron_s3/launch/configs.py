@@ -61,7 +61,7 @@ def _say(error: ConfigError) -> None:
 
 def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[str, ...]]:
     # A process that has seen a job for CPUs takes none for GPUs any more.
-    configs = sorted(configs, key=lambda c: c[1].arguments.get("s3_device") == "cpu")
+    configs = sorted(configs, key=lambda c: c[1].arguments.get("plugin_device") == "cpu")
     checked = []
     for name, config in configs:
         try:

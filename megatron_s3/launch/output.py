@@ -1,9 +1,11 @@
 """What the launcher says."""
 
 import contextlib
+import functools
 import os
+import sys
 
-__all__ = ["first_node", "say"]
+__all__ = ["first_node", "note", "say"]
 
 
 def first_node() -> bool:
@@ -16,3 +18,11 @@ def say(message: str) -> None:
     if first_node():
         with contextlib.suppress(OSError):
             print(f"[megatron-s3] {message}", flush=True)
+
+
+@functools.cache
+def note(message: str) -> None:
+    """Prints one line beside the output, once, however often a configuration is read."""
+    if first_node():
+        with contextlib.suppress(OSError):
+            print(f"[megatron-s3] {message}", file=sys.stderr, flush=True)

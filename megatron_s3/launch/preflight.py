@@ -87,7 +87,7 @@ def _preflight(args: argparse.Namespace, config: "Config", run_dir: Path) -> int
 
     try:
         so_far = progress(config, run_dir)
-        devices = _devices(config.arguments.get("s3_device"), config.launch.nproc_per_node)
+        devices = _devices(config.arguments.get("plugin_device"), config.launch.nproc_per_node)
         node = Node(
             rank=int(os.environ["SLURM_NODEID"]),
             names=args.nodes.split(","),
@@ -120,11 +120,13 @@ def _backends(devices: int, without_gloo: bool) -> tuple[str, ...]:
     return ("nccl",) if without_gloo else ("nccl", "gloo")
 
 
-def _devices(s3_device: object, per_node: int) -> int:
-    """How many GPUs a node needs, as the adapter's --s3-device decides it."""
+def _devices(plugin_device: object, per_node: int) -> int:
+    """How many GPUs a node needs, as the adapter's --plugin-device decides it."""
     import torch
 
-    if s3_device == "cpu" or (s3_device in (None, "auto") and not torch.cuda.is_available()):
+    if plugin_device == "cpu" or (
+        plugin_device in (None, "auto") and not torch.cuda.is_available()
+    ):
         return 0
     return per_node
 

@@ -60,7 +60,7 @@ def command(config: Config, words: list[str], run_dir: Path, tasks: int) -> list
     if config.launch.time:
         options["time"] = config.launch.time
     asks_for_gpus = any(name.startswith(("gpus", "gres")) for name in config.launch.sbatch)
-    if config.arguments.get("s3_device", "cuda") != "cpu" and not asks_for_gpus:
+    if config.arguments.get("plugin_device", "cuda") != "cpu" and not asks_for_gpus:
         options["gpus-per-node"] = str(config.launch.nproc_per_node)
     if tasks:
         options["array"] = f"0-{tasks - 1}"

@@ -83,8 +83,8 @@ def _path(
     training: Training,
 ) -> str:
     """Returns what steps on a device, as far as that depends on settings alone."""
-    if switches(config)["s3_no_fused"]:
-        return f"portable path on {device} (--s3-no-fused)"
+    if switches(config)["plugin_no_fused"]:
+        return f"portable path on {device} (--plugin-no-fused)"
     description = cls.description
     if device not in KERNELS:
         reasons = {f"no kernel for {description.label} on {device}"}

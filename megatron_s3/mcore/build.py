@@ -126,7 +126,7 @@ def get_megatron_optimizer(
         for group in part.optimizer.param_groups:
             group.update({name: None for name, value in group.items() if value is no_rate})
         _exchange(part, cls, config)
-    log_updates = bool(getattr(config, "s3_log_updates", False))
+    log_updates = bool(getattr(config, "plugin_log_updates", False))
     if any(built is part.optimizer for part in found):  # a release that returns it as it is
         built = ChainedOptimizer([built])
     training = state.Training()
@@ -136,8 +136,8 @@ def get_megatron_optimizer(
         ElementwiseChainedOptimizer.adopt(built, training)
     elif log_updates:
         raise ValueError(
-            f"--s3-log-updates does not know the parts of a {type(built).__name__}, which Megatron "
-            "builds for this kind of model. Leave it out."
+            f"--plugin-log-updates does not know the parts of a {type(built).__name__}, which "
+            "Megatron builds for this kind of model. Leave it out."
         )
     state.start(training)
     announce(stepping, cls, config, training)
@@ -177,7 +177,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         lr=config.lr,
         weight_decay=config.weight_decay,
         # A graph of another path would not follow the learning rate.
-        fused=False if switches(config)["s3_no_fused"] else (True if in_graph else None),
+        fused=False if switches(config)["plugin_no_fused"] else (True if in_graph else None),
         state_dtype=state_dtypes(cls, config),
         **hyperparameters(cls, config),
     )

@@ -57,8 +57,8 @@ needs_grad_norm`).
 
         Returns:
             Whether the parameters were updated; the gradient norm, 0.0 where it was not computed
-            (``config.s3_log_grad_norm = True`` has it computed); the number of zeros, None unless
-            ``config.log_num_zeros_in_grad``. Both are None where a gradient overflowed, as
+            (``config.plugin_log_grad_norm = True`` has it computed); the number of zeros, None
+            unless ``config.log_num_zeros_in_grad``. Both are None where a gradient overflowed, as
             upstream's.
         """
         self._without_grad_norm = not (self.chained_optimizers and needs_grad_norm(self.config))

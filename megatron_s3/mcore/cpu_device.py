@@ -264,15 +264,15 @@ def select(device: str) -> str:
         ValueError: ``device`` is none of the three.
     """
     if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"--s3-device {device}: expected auto, cuda or cpu")
+        raise ValueError(f"--plugin-device {device}: expected auto, cuda or cpu")
     has_cuda = not _active and torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         reason = "the process is on the CPU already" if _active else "torch sees no CUDA device"
-        raise RuntimeError(f"--s3-device cuda: {reason}; use --s3-device cpu, or auto")
+        raise RuntimeError(f"--plugin-device cuda: {reason}; use --plugin-device cpu, or auto")
     if device == "cuda" or (device == "auto" and has_cuda):
         return "cuda"
     if not _active and os.environ.get("RANK", "0") == "0":
-        reason = "--s3-device cpu" if device == "cpu" else "torch sees no CUDA device"
+        reason = "--plugin-device cpu" if device == "cpu" else "torch sees no CUDA device"
         print(f"[megatron_s3] training on the CPU with gloo ({reason})", flush=True)
     use_cpu()
     return "cpu"

@@ -12,7 +12,7 @@ __all__ = ["register"]
 def register() -> None:
     """See :func:`megatron_s3.register`.
 
-    The device is chosen first, from ``--s3-device`` on the command line: Megatron looks at
+    The device is chosen first, from ``--plugin-device`` on the command line: Megatron looks at
     torch.cuda while it is imported, long before it parses arguments.
     """
     cpu_device.select(_device_asked_for(sys.argv[1:]))
@@ -22,11 +22,11 @@ def register() -> None:
 
 
 def _device_asked_for(argv: list[str]) -> str:
-    """The value of ``--s3-device``; argparse reads and checks it again with all other flags."""
+    """The value of ``--plugin-device``; argparse reads and checks it again with all other flags."""
     asked = "auto"
     for flag, value in itertools.pairwise([*argv, ""]):
-        if flag == "--s3-device" and value in DEVICES:
+        name, equals, own = flag.partition("=")
+        value = own if equals else value
+        if name in ("--plugin-device", "--s3-device") and value in DEVICES:
             asked = value
-        elif flag.startswith("--s3-device=") and flag.partition("=")[2] in DEVICES:
-            asked = flag.partition("=")[2]
     return asked

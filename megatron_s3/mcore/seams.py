@@ -57,7 +57,7 @@ SEAMS: tuple[Seam, ...] = (
     Wrapped(
         "megatron.training.arguments",
         "add_megatron_arguments",
-        "adds the optimizers to --optimizer, their flags and --s3-device; on the CPU, gloo and "
+        "adds the optimizers to --optimizer, their flags and --plugin-device; on the CPU, gloo and "
         "layers without GPU kernels as defaults",
         ("parser",),
         arguments.add_megatron_arguments,
@@ -195,7 +195,7 @@ SEAMS: tuple[Seam, ...] = (
         "megatron.training.training",
         "training_log",
         "with --optimizer adam too: says that a loss is not finite, which Megatron's log leaves "
-        "out; with --s3-log-updates or --s3-metrics writes the log of each interval",
+        "out; with --plugin-log-updates or --plugin-metrics writes the log of each interval",
         (
             *("loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale"),
             *("report_memory_flag", "skipped_iter", "grad_norm"),
@@ -205,7 +205,7 @@ SEAMS: tuple[Seam, ...] = (
     Wrapped(
         "megatron.training.training",
         "evaluate_and_print_results",
-        "with --s3-log-updates or --s3-metrics alone: the same for the log of evaluations",
+        "with --plugin-log-updates or --plugin-metrics alone: the same for the log of evaluations",
         ("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
         telemetry.evaluate_and_print_results,
     ),
@@ -252,7 +252,7 @@ SEAMS: tuple[Seam, ...] = (
         "megatron.training.checkpointing",
         "save_checkpoint",
         "with --optimizer adam too: says where and why a checkpoint could not be saved, and does "
-        "for torch_dcp and fsdp_dtensor what save does; with --s3-metrics the spikes so far "
+        "for torch_dcp and fsdp_dtensor what save does; with --plugin-metrics the spikes so far "
         "are in it",
         ("iteration", "model", "optimizer", "opt_param_scheduler"),
         saving.save_checkpoint,

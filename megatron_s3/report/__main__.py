@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megatron-s3 report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help=(
         "a folder of runs as scripts/reproduce.sh leaves it, of several lengths for the steps to "
-        "equal loss; or runs of any other launch with --s3-log-updates or --s3-metrics, finished "
-        "or running"))  # fmt: skip
+        "equal loss; or runs of any other launch with --plugin-log-updates or --plugin-metrics, "
+        "finished or running"))  # fmt: skip
     parser.add_argument(
         "--output",
         type=Path,

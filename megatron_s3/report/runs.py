@@ -68,7 +68,7 @@ class Trained:
         )
 
     def update(self, name: str) -> list[tuple[int, float]]:
-        """Iteration and a figure over all parameters; empty without ``--s3-log-updates``."""
+        """Iteration and a figure over all parameters; empty without ``--plugin-log-updates``."""
         return [
             (r["iteration"], float(r["updates"]["all"][name]))
             for r in self.records
@@ -187,8 +187,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
                 raise RunError(f"{place}: the log has no first record; was the run ever started?")
             return records
     raise RunError(
-        f"{folder}: no {runlog.NAME}; train with --s3-log-updates, or --s3-metrics, which is for "
-        "any optimizer, and --tensorboard-dir"
+        f"{folder}: no {runlog.NAME}; train with --plugin-log-updates, or --plugin-metrics, which is "
+        "for any optimizer, and --tensorboard-dir"
     )
 
 

@@ -70,7 +70,7 @@ def train(
     Returns:
         The run, and why it failed or None.
     """
-    words = [*_MODEL, *(_LARGER if device == "cuda" else []), "--s3-device", device]
+    words = [*_MODEL, *(_LARGER if device == "cuda" else []), "--plugin-device", device]
     words += ["--global-batch-size", str(8 if ranks in (1, 2, 4, 8) else 2 * ranks)]
     words += [*(LOCAL if impl == "local" else []), "--deterministic-mode"]
     run = trainer.train(
@@ -168,7 +168,7 @@ def _world(writer: Writer, device: str, folder: Path, ranks: int) -> None:
     _, problem = launch(resumed, "--load", through, "--ckpt-step", "4", resume=True)
     _equal(writer, f"{name}: resume", problem, through, resumed)
     if device == "cuda":
-        _, problem = launch(portable, "--s3-no-fused")
+        _, problem = launch(portable, "--plugin-no-fused")
         _equal(writer, f"{name}: kernel = portable step", problem, through, portable)
 
 

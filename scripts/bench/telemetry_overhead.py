@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time of an iteration with --s3-log-updates beside without it, in Megatron's trainer on a CPU.
+"""Time of an iteration with --plugin-log-updates beside without it, in Megatron's trainer on a CPU.
 
     python -m scripts.bench.telemetry_overhead [--pairs 5] [--iters 120]
 
@@ -46,7 +46,7 @@ def main() -> int:
 
 def iteration(iters: int, prefix: str, folder: str, on: bool) -> float:
     """Milliseconds of the median logged interval of a run on one rank."""
-    log = f"s3_log_updates={'true' if on else 'null'}"
+    log = f"plugin_log_updates={'true' if on else 'null'}"
     words = [*model.words("S3", iters, log), "--tensorboard-dir", folder]
     words += data.megatron_arguments(prefix)
     run = train(*words, tiny=False, check=False, threads=None)

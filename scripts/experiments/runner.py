@@ -28,7 +28,7 @@ SMALL = [
     *SHAPE,
     *"""--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 16
     --micro-batch-size 16 --global-batch-size 16 --attention-backend unfused --no-rope-fusion
-    --s3-device cpu --eval-iters 100 --lr-decay-style cosine""".split(),
+    --plugin-device cpu --eval-iters 100 --lr-decay-style cosine""".split(),
     *LOCAL,
 ]
 
@@ -177,7 +177,7 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
         *("--train-iters", str(iters), "--lr-warmup-fraction", "0.1"),
         *("--eval-interval", str(max(1, iters // 6)), "--log-interval", str(max(1, iters // 120))),
         *data.megatron_arguments(str(args.out / "text")),
-        *("--tensorboard-dir", str(args.out / run.key), "--s3-log-updates"),
+        *("--tensorboard-dir", str(args.out / run.key), "--plugin-log-updates"),
         *run.words,
         *args.megatron,
     ]
@@ -234,8 +234,8 @@ def _prepare(args: argparse.Namespace) -> None:
     """What every run needs, once: it takes longer than many a run."""
     import torch
 
-    if "--s3-device" not in sys.argv:
-        sys.argv += ["--s3-device", "cpu"]
+    if "--plugin-device" not in sys.argv:
+        sys.argv += ["--plugin-device", "cpu"]
     # More threads than cores wait for each other.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     os.environ |= args.held
@@ -269,7 +269,7 @@ def _collect(runs: Sequence[Run], args: argparse.Namespace) -> None:
 
 
 def _command(run: Run, args: argparse.Namespace) -> list[str]:
-    settings = dict(_settings(run.words)) | {"s3_log_updates": "true"}
+    settings = dict(_settings(run.words)) | {"plugin_log_updates": "true"}
     if "lr_warmup_fraction" in settings:
         settings["lr_warmup_iters"] = "0"
     if args.iters is not None:

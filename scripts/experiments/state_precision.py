@@ -57,7 +57,7 @@ def main() -> int:
 def train(args: argparse.Namespace, prefix: str, seed: int, flags: list[str]) -> float:
     """The validation loss at the end of a run."""
     words = [
-        *model.words("S3", args.iters, "s3_log_updates=null"),
+        *model.words("S3", args.iters, "plugin_log_updates=null"),
         *(*data.megatron_arguments(prefix), *flags),
         *("--seed", str(seed), "--eval-interval", str(args.iters)),
     ]

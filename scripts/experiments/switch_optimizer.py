@@ -77,7 +77,7 @@ def train(
         words = model.words(
             "S3" if factor else "AdamW",
             args.iters,
-            *("s3_log_updates=null", f"lr={lr}", "lr_times_weight_decay=null"),
+            *("plugin_log_updates=null", f"lr={lr}", "lr_times_weight_decay=null"),
             f"weight_decay={rates.over(decay, factor or 1.0)}",
         )
         at = words.index("--lr-warmup-fraction")

@@ -19,7 +19,7 @@ MODEL = """--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 
 --lr-decay-style cosine --lr-decay-iters 8 --weight-decay 0.01 --mock-data
 --tokenizer-type NullTokenizer --vocab-size 63 --make-vocab-size-divisible-by 64 --log-interval 1
 --eval-iters 1 --eval-interval 1000 --save-interval 4 --use-distributed-optimizer
---s3-device cpu""".split()
+--plugin-device cpu""".split()
 S3, ADAMW = ["--optimizer", "s3"], ["--optimizer", "adamw"]
 TORCH = ["--ckpt-format", "torch"]
 RUNS = {

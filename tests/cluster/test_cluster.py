@@ -128,7 +128,7 @@ def test_preflight_names_the_node_whose_disk_is_read_only(cluster, tmp_path: Pat
 
 
 def test_preflight_names_the_nodes_without_gpus(cluster, tmp_path: Path) -> None:
-    words = [*TWO_NODES, "--set", "s3_device=cuda"]
+    words = [*TWO_NODES, "--set", "plugin_device=cuda"]
     job = cluster.submit(tmp_path / "run", *words, options="--nodes=2")
     assert job.wait_for_end() == "FAILED"
     what = "has 0 GPUs, and the configuration wants 1 (launch.nproc_per_node)"

@@ -86,7 +86,7 @@ def test_megatron_is_asked_and_its_refusals_name_the_lines():
         "min_lr=1": "assert args.min_lr <= args.lr",
         "lr_decay_style=WSD": "wsd_decay_steps is not None",
         "num_attention_heads=33": "hidden_size % args.num_attention_heads == 0",
-        "optimizer=adam": "--s3-beta is a flag of --optimizer s3, but this is --optimizer adam",
+        "optimizer=adam": "--plugin-log-updates does nothing with --optimizer adam",
         "fp16=true": "given: bf16 (configs/base.yaml:",
     }
     run = subprocess.run(
@@ -183,8 +183,8 @@ def test_missing_gpus_are_counted(monkeypatch):
         check.refuse_missing_gpus(config)
     assert re.sub(r"(yaml):\d+", r"\1:LINE", str(error.value)) == (
         "this node has 4 GPUs for torch, and the configuration wants 8 (launch.nproc_per_node, "
-        "configs/layouts/gpt2-7b/8gpu.yaml:LINE; s3_device cuda, configs/base.yaml:LINE); "
-        "s3_device=cpu trains without"
+        "configs/layouts/gpt2-7b/8gpu.yaml:LINE; plugin_device cuda, configs/base.yaml:LINE); "
+        "plugin_device=cpu trains without"
     )
     check.refuse_missing_gpus(load(["gpt2-7b-s3"], ["launch.nproc_per_node=4"]))
     check.refuse_missing_gpus(load(["tiny-s3"]))

@@ -122,7 +122,7 @@ def test_two_optimizers_differ_only_in_the_optimizers_lines():
         different = {k for k in s3.keys() | adamw.keys() if s3.get(k) != adamw.get(k)}
         assert different == {
             "optimizer", "lr", "min_lr", "weight_decay", "clip_grad", "s3_beta", "s3_p",
-            "s3_log_updates", "adam_beta1", "adam_beta2", "adam_eps",
+            "plugin_log_updates", "adam_beta1", "adam_beta2", "adam_eps",
         }  # fmt: skip
 
 
@@ -172,3 +172,37 @@ def test_an_error_shows_no_credential():
         with pytest.raises(ConfigError) as refused:
             load(["tiny-s3"], [word])
         assert "hush" not in str(refused.value)
+
+
+def test_another_optimizer_leaves_out_what_was_the_other_ones(tmp_path, capsys):
+    """What is set for the new one stays, in whatever order."""
+    config = load(["tiny-s3"], ["ademamix_alpha=2", "optimizer=ademamix", "ademamix_beta1=0.8"])
+    assert not [name for name in config.arguments if name.startswith("s3_")]
+    assert config.arguments["ademamix_alpha"] == "2"
+    assert config.arguments["ademamix_beta1"] == "0.8"
+    said = capsys.readouterr().err
+    assert "--set optimizer=ademamix: optimizer ademamix takes the place of s3" in said
+    assert "s3_beta (configs/tiny-s3.yaml:6)" in said
+    same = load(["tiny-s3"], ["optimizer=s3", "s3_beta=0.9"])
+    assert same.arguments["s3_beta"] == "0.9" and same.arguments["s3_p"] == "3"
+    (tmp_path / "mine.yaml").write_text(
+        "extends: tiny-s3.yaml\narguments:\n  optimizer: lion\n  lion_beta1: 0.9\n".replace(
+            "tiny-s3.yaml", str(REPOSITORY / "configs/tiny-s3.yaml")
+        )
+    )
+    mine = load([str(tmp_path / "mine.yaml")])
+    assert mine.arguments["lion_beta1"] == "0.9" and "s3_p" not in mine.arguments
+
+
+def test_switches_under_their_old_names_are_taken_and_said_once(tmp_path, capsys):
+    (tmp_path / "old.yaml").write_text("arguments:\n  s3_device: cpu\n  s3-metrics: true\n")
+    for _ in range(2):
+        config = load([str(tmp_path / "old.yaml")], ["s3_log_updates=true"])
+    assert config.arguments["plugin_device"] == "cpu"
+    assert config.arguments["plugin_metrics"] is config.arguments["plugin_log_updates"] is True
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert said[0].endswith(
+        "old.yaml:2: s3_device is called plugin_device now, since it is not S3's alone; the old "
+        "name goes on working"
+    )

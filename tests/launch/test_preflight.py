@@ -70,7 +70,7 @@ def test_missing_node(nodes) -> None:
 
 
 def test_missing_gpus_on_all(nodes) -> None:
-    statuses, lines = nodes("--set", "s3_device=cuda")
+    statuses, lines = nodes("--set", "plugin_device=cuda")
     assert statuses == [1, 1]
     assert lines == [
         f"preflight: {name}: has 0 GPUs, and the configuration wants 2 (launch.nproc_per_node)"

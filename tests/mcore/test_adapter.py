@@ -131,7 +131,7 @@ def states(optimizer):
     return [t for state in inner(optimizer).state.values() for t in state.values()]
 
 
-@pytest.mark.parametrize("settings", [{"clip_grad": 0.5}, {"s3_log_grad_norm": True}], ids=str)
+@pytest.mark.parametrize("settings", [{"clip_grad": 0.5}, {"plugin_log_grad_norm": True}], ids=str)
 @on_ranks(2)
 def test_the_norm_is_computed_where_it_is_asked_for(settings):
     computed = norms()
@@ -174,9 +174,9 @@ def test_an_overflow_on_one_rank_skips_the_step_on_both(sharded):
 WAYS = {
     "whole": (False, {}),
     "sharded": (True, {}),
-    "sharded, portable": (True, {"s3_no_fused": True}),
+    "sharded, portable": (True, {"plugin_no_fused": True}),
     "aware": (True, AWARE),
-    "aware, portable": (True, AWARE | {"s3_no_fused": True}),
+    "aware, portable": (True, AWARE | {"plugin_no_fused": True}),
     "half offloaded": (True, HALF | {"overlap_cpu_optimizer_d2h_h2d": True}),
     "offloaded": (True, ALL),
 }

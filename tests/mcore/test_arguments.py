@@ -56,9 +56,23 @@ def test_each_flag_has_its_effect():
     assert s3("--s3-bias-correction").s3_bias_correction is True
     args = s3("--s3-beta-ramp", "--s3-grad-bound", "10")
     assert args.s3_grad_bound == 10.0 and args.s3_beta_ramp is True
-    assert s3("--s3-log-updates", "--tensorboard-dir", "here").s3_metrics
+    assert s3("--plugin-log-updates", "--tensorboard-dir", "here").plugin_metrics
     assert s3("--clip-grad", "1.0").clip_grad == 1.0
     assert s3(*MEGATRON_FSDP).use_distributed_optimizer
+
+
+@on_ranks()
+def test_switches_have_their_old_names_too():
+    """In a flag and in a configuration that a program has made."""
+    from types import SimpleNamespace
+
+    from megatron_s3.mcore.arguments import needs_grad_norm, switches
+
+    args = s3("--s3-no-fused", "--s3-metrics", "--s3-device", "cpu", "--tensorboard-dir", "here")
+    assert args.plugin_no_fused and args.plugin_metrics and args.plugin_device == "cpu"
+    assert not args.plugin_log_updates and not hasattr(args, "s3_no_fused")
+    config = SimpleNamespace(s3_log_grad_norm=True, clip_grad=0.0)
+    assert switches(config)["plugin_log_grad_norm"] and needs_grad_norm(config)
 
 
 @on_ranks()
@@ -119,9 +133,9 @@ def test_what_s3_cannot_do_is_refused(flags):
     ("flags", "message"),
     [
         ("--s3-p 2", "--s3-p is a flag of --optimizer s3"),
-        ("--s3-log-updates", "--s3-log-updates does nothing with --optimizer adam"),
-        ("--s3-log-grad-norm", "--s3-log-grad-norm does nothing with --optimizer adam"),
-        ("--s3-no-fused", "--s3-no-fused does nothing with --optimizer adam"),
+        ("--plugin-log-updates", "--plugin-log-updates does nothing with --optimizer adam"),
+        ("--plugin-log-grad-norm", "--plugin-log-grad-norm does nothing with --optimizer adam"),
+        ("--plugin-no-fused", "--plugin-no-fused does nothing with --optimizer adam"),
     ],
 )
 @on_ranks()
@@ -132,8 +146,8 @@ def test_what_adam_has_nothing_of_is_refused(flags, message):
 
 GRAPH = {
     "optimizer_cuda_graph": True,
-    "s3_no_fused": False,
-    "s3_log_updates": False,
+    "plugin_no_fused": False,
+    "plugin_log_updates": False,
     "fp16": False,
     "loss_scale": None,
     "weight_decay_incr_style": "constant",
@@ -149,8 +163,8 @@ def test_what_a_replayed_step_cannot_do_is_refused(monkeypatch):
     monkeypatch.setattr(checks.cpu_device, "active", lambda: False)
     checks.check_cuda_graph(argparse.Namespace(**GRAPH), S3)
     for name, value in {
-        "s3_no_fused": True,
-        "s3_log_updates": True,
+        "plugin_no_fused": True,
+        "plugin_log_updates": True,
         "fp16": True,
         "weight_decay_incr_style": "linear",
         "use_megatron_fsdp": True,

@@ -85,8 +85,8 @@ def test_what_does_not_reach_such_a_model_is_an_error():
 
     with pytest.raises(ValueError, match=r"sets s3_beta=0.5, but Megatron built the optimizer of"):
         get_megatron_optimizer(configured(), [mimo_model()], {ParamKey(name="*"): {"beta": 0.5}})
-    with pytest.raises(ValueError, match="--s3-log-updates does not know the parts of a MimoOpt"):
-        get_megatron_optimizer(configured(s3_log_updates=True), [mimo_model()])
+    with pytest.raises(ValueError, match="does not know the parts of a MimoOpt"):
+        get_megatron_optimizer(configured(plugin_log_updates=True), [mimo_model()])
 
 
 @on_ranks(1)
@@ -210,7 +210,7 @@ def test_the_norm_is_a_number_and_whoever_asks_is_told_it(release):
             norm = optimizer.get_grad_norm()
             right = pytest.approx(math.sqrt(1850), rel=1e-5)
             assert isinstance(norm, float) and (math.isnan(norm) if scale != 1.0 else norm == right)
-        logged, logging = build(**settings, s3_log_grad_norm=True)
+        logged, logging = build(**settings, plugin_log_grad_norm=True)
         other, clipping = build(**settings, clip_grad=1e9)
         norms = [step(logged, logging, 7)[1], step(other, clipping, 7)[1]]
         assert norms[0] == norms[1] > 40, kind
@@ -248,7 +248,7 @@ def test_a_norm_that_was_not_computed_is_not_logged(optimizer):
     def log(losses, total, lr, iteration, scale, report, skipped, grad_norm, *rest):
         logged.append(grad_norm)
 
-    for settings in ({}, {"s3_log_grad_norm": True}, {"clip_grad": 1.0}):
+    for settings in ({}, {"plugin_log_grad_norm": True}, {"clip_grad": 1.0}):
         vars(args).update(settings)
         telemetry.training_log(log, {}, {}, 0.1, 1, 1.0, False, 0, 2.5)
     assert logged == ([None, 2.5, 2.5] if optimizer == "s3" else [2.5] * 3)

@@ -47,9 +47,9 @@ def switched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     [
         ("auto", True, "cuda", ""),
         ("cuda", True, "cuda", ""),
-        ("cpu", True, "cpu", "(--s3-device cpu)"),
+        ("cpu", True, "cpu", "(--plugin-device cpu)"),
         ("auto", False, "cpu", "(torch sees no CUDA device)"),
-        ("cpu", False, "cpu", "(--s3-device cpu)"),
+        ("cpu", False, "cpu", "(--plugin-device cpu)"),
     ],
 )
 def test_select(asked, has_cuda, got, line, switched, monkeypatch, capsys) -> None:
@@ -69,13 +69,13 @@ def test_only_the_first_rank_says_so(switched, monkeypatch, capsys) -> None:
 
 def test_cuda_without_a_device_names_the_flag(switched, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="--s3-device cuda: torch sees no CUDA device"):
+    with pytest.raises(RuntimeError, match="--plugin-device cuda: torch sees no CUDA device"):
         cpu_device.select("cuda")
     assert not switched
 
 
 def test_unknown_device(switched) -> None:
-    with pytest.raises(ValueError, match="--s3-device tpu: expected auto, cuda or cpu"):
+    with pytest.raises(ValueError, match="--plugin-device tpu: expected auto, cuda or cpu"):
         cpu_device.select("tpu")
 
 

@@ -84,7 +84,7 @@ def test_gradient_accumulation_and_recorded_updates(tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(
-        *["--optimizer", "s3", "--bf16", DISTRIBUTED, "--s3-log-updates"],
+        *["--optimizer", "s3", "--bf16", DISTRIBUTED, "--plugin-log-updates"],
         *["--micro-batch-size", "1", "--global-batch-size", "8", "--tensorboard-dir", tmp_path],
         ranks=2,
     )

@@ -127,10 +127,10 @@ AWARE = ("--bf16", "--use-precision-aware-optimizer")
 STATES_IN_BF16 = ("--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")
 SAME = {
     # name: flags of two runs.
-    "without the kernel, optim_grads_params": (("--bf16",), ("--bf16", "--s3-no-fused")),
+    "without the kernel, optim_grads_params": (("--bf16",), ("--bf16", "--plugin-no-fused")),
     "without the kernel, no_shard": (
         ("--bf16", STRATEGY, "no_shard"),
-        ("--bf16", STRATEGY, "no_shard", "--s3-no-fused"),
+        ("--bf16", STRATEGY, "no_shard", "--plugin-no-fused"),
     ),
     "precision-aware, bf16 gradients": (("--bf16",), AWARE),
     "precision-aware, fp32 gradients": (("--bf16", *FP32_GRADS), (*AWARE, *FP32_GRADS)),
@@ -148,7 +148,9 @@ def test_the_same_bits_in_another_way(case: str, tmp_path) -> None:
     assert runs[0].losses == runs[1].losses
     assert_bitwise_equal(of_fsdp(tmp_path / "0"), of_fsdp(tmp_path / "1"))
     said = " ".join(runs[1].said)
-    assert ("portable path on cpu (--s3-no-fused)" in said) == ("--s3-no-fused" in SAME[case][1])
+    assert ("portable path on cpu (--plugin-no-fused)" in said) == (
+        "--plugin-no-fused" in SAME[case][1]
+    )
 
 
 @pytest.mark.thorough
@@ -241,7 +243,7 @@ def test_updates_are_logged_as_in_data_parallel(strategy: str, tmp_path) -> None
     logs = {}
     for name, flags in {"plain": SHARDED, "fsdp": (*FSDP, STRATEGY, strategy)}.items():
         folder = tmp_path / name
-        log = ("--s3-log-updates", "--tensorboard-dir", folder)
+        log = ("--plugin-log-updates", "--tensorboard-dir", folder)
         train(*S3, *flags, *ONE_BATCH, *log, ranks=2)
         logs[name] = [r["updates"] for r in read(folder) if r["kind"] == "train"]
     assert len(logs["plain"]) == len(logs["fsdp"]) == ITERATIONS

@@ -15,7 +15,7 @@ HOW = {
     "whole": {"sharded": False},
     "sharded": {},
     "aware": {"use_precision_aware_optimizer": True},
-    "aware, not fused": {"use_precision_aware_optimizer": True, "s3_no_fused": True},
+    "aware, not fused": {"use_precision_aware_optimizer": True, "plugin_no_fused": True},
     "aware, offloaded": {
         "use_precision_aware_optimizer": True,
         "optimizer_cpu_offload": True,
@@ -268,9 +268,9 @@ REFUSED = {
     },
     "--main-params-dtype fp16 is not supported": HOW["aware"]
     | {"main_params_dtype": torch.float16},
-    "does not support --optimizer-cuda-graph here: with --s3-no-fused": {
+    "does not support --optimizer-cuda-graph here: with --plugin-no-fused": {
         "optimizer_cuda_graph": True,
-        "s3_no_fused": True,
+        "plugin_no_fused": True,
     },
 }
 

@@ -44,7 +44,7 @@ CASES = {
         ],
         HALF,
     ),
-    "not fused": (["--optimizer", "s3", *BF16, "--s3-no-fused"], HALF),
+    "not fused": (["--optimizer", "s3", *BF16, "--plugin-no-fused"], HALF),
     "clipped": (["--optimizer", "s3", *BF16, "--clip-grad", "0.5"], HALF),
     "ramp": (["--optimizer", "s3", *BF16, "--s3-beta-ramp"], HALF),
     "adan": (["--optimizer", "adan", *BF16], HALF),
@@ -61,7 +61,7 @@ def logged_steps(folder: Path) -> list[dict]:
 def test_the_same_bits_and_checkpoints(name: str, tmp_path: Path) -> None:
     """Bitwise, losses and every tensor; saved with and resumed without it, and the reverse."""
     common, own = CASES[name]
-    logged = ["--s3-log-updates", "--s3-log-grad-norm", "--tensorboard-dir"]
+    logged = ["--plugin-log-updates", "--plugin-log-grad-norm", "--tensorboard-dir"]
     without, offloaded, entered, left = (tmp_path / n for n in ("a", "b", "c", "d"))
     flags = [*AWARE, *common]
     offload = [*flags, "--optimizer-cpu-offload", *own]

@@ -63,12 +63,12 @@ def test_same_bits_as_upstreams_phases(layout: str, tmp_path: Path) -> None:
         name: train(
             *S3, *flags, *more, "--save", tmp_path / name, "--save-interval", 6, ranks=ranks
         )
-        for name, more in {"one": [], "phases": ["--s3-no-fused"]}.items()
+        for name, more in {"one": [], "phases": ["--plugin-no-fused"]}.items()
     }
     assert runs["one"].losses == runs["phases"].losses
     assert_bitwise_equal(tensors(tmp_path / "one"), tensors(tmp_path / "phases"))
     said = {name: " ".join(run.said) for name, run in runs.items()}
-    assert "portable path on cpu (--s3-no-fused)" in said["phases"]
+    assert "portable path on cpu (--plugin-no-fused)" in said["phases"]
     assert "C++ kernel on cpu" in said["one"]
     assert "is updated by torch operations" not in said["one"] + said["phases"]
 
@@ -82,7 +82,7 @@ COPIES = {
     "fp16": (FP16, 1),
     "clipped": (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--clip-grad", "1e6"], 1),
     "zeros": (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--log-num-zeros-in-grad"], 1),
-    "norm": (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--s3-log-grad-norm"], 1),
+    "norm": (["--bf16", *SHARDED, "--grad-reduce-in-bf16", "--plugin-log-grad-norm"], 1),
 }
 
 
@@ -107,7 +107,7 @@ def test_upstreams_phases_are_taken_without_the_kernel() -> None:
     program = (str(REPOSITORY / "tests/mcore/ranks/copies.py"),)
     counts = {}
     for grads in ([], ["--grad-reduce-in-bf16"]):
-        run = train(*S3, "--bf16", *SHARDED, *grads, "--s3-no-fused", ranks=2, command=program)
+        run = train(*S3, "--bf16", *SHARDED, *grads, "--plugin-no-fused", ranks=2, command=program)
         (counted,) = [line for line in run.log.splitlines() if line.startswith("copied in a step")]
         counts[bool(grads)] = int(counted.split()[-1])
     assert counts[False] >= PARAMETERS // 2

@@ -8,7 +8,7 @@ from tests.mcore.library import build, inner, on_ranks, step
 SETTINGS = {
     "plain": {},
     "clipped": {"clip_grad": 0.5},
-    "norm": {"s3_log_grad_norm": True},
+    "norm": {"plugin_log_grad_norm": True},
     "zeros": {"log_num_zeros_in_grad": True},
     "fp16": {"dtype": torch.float16, "loss_scale": 8.0},
     "fp16, clipped": {"dtype": torch.float16, "loss_scale": 8.0, "clip_grad": 0.5},
@@ -65,7 +65,7 @@ def trained(sharded, **settings):
 @on_ranks(2)
 def test_parameters_kept_in_fp32_beside_others(sharded, case):
     one, said = trained(sharded, **SETTINGS[case])
-    phases, theirs = trained(sharded, s3_no_fused=True, **SETTINGS[case])
+    phases, theirs = trained(sharded, plugin_no_fused=True, **SETTINGS[case])
     assert said == theirs
     assert all(map(torch.equal, one, phases))
 

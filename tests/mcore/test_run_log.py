@@ -17,7 +17,7 @@ class Run:
     def __init__(self, folder, **flags):
         from megatron_s3.mcore import metrics_log, state, telemetry
 
-        values = {"optimizer": "s3", "clip_grad": 1.0, "log_interval": 2, "s3_metrics": True}
+        values = {"optimizer": "s3", "clip_grad": 1.0, "log_interval": 2, "plugin_metrics": True}
         values |= {"tensorboard_dir": str(folder), "consumed_train_samples": 0, "seq_length": 8}
         self.args, self.telemetry, self.now = Namespace(**values | flags), telemetry, 0.0
         self.begin = lambda: state.start(state.Training())
@@ -107,7 +107,7 @@ def test_a_checkpoint_holds_what_the_rank_that_writes_knows(tmp_path):
 @pytest.mark.parametrize("skipped", [0, 1])
 @on_ranks(1)
 def test_a_loss_that_is_not_finite_is_said_where_it_was_stepped(skipped, tmp_path):
-    run = Run(tmp_path, s3_metrics=False)
+    run = Run(tmp_path, plugin_metrics=False)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run.iterate(1, float("nan"), skipped)
         assert not said.getvalue()

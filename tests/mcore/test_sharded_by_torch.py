@@ -74,7 +74,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("settings", [{}, {"s3_no_fused": True}, {"clip_grad": 0.5}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"plugin_no_fused": True}, {"clip_grad": 0.5}], ids=str)
 @on_ranks(2)
 def test_sharded_equals_whole(dtype, settings):
     """Bitwise where nothing is clipped, and in one pass."""
@@ -87,7 +87,7 @@ def test_sharded_equals_whole(dtype, settings):
         return function(self)
 
     Upstream._copy_main_params_to_model_params = note
-    fused = "s3_no_fused" not in settings
+    fused = "plugin_no_fused" not in settings
     results, norms = [], []
     for sharded in (False, True):
         copies.clear()

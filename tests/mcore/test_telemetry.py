@@ -12,7 +12,7 @@ from tests.harness.trainer import PARAMETERS, brief, train
 
 pytestmark = pytest.mark.slow
 
-S3 = ("--optimizer", "s3", "--s3-log-updates")
+S3 = ("--optimizer", "s3", "--plugin-log-updates")
 LAYOUTS = {
     "data 2": (2, ()),
     "data 2, sharded": (2, ("--use-distributed-optimizer",)),
@@ -144,13 +144,13 @@ def test_skipped_updates_are_no_spike(tmp_path) -> None:
 
 
 def test_other_optimizers_log_their_losses(tmp_path) -> None:
-    run = train("--optimizer", "adam", "--s3-metrics", "--tensorboard-dir", tmp_path)
+    run = train("--optimizer", "adam", "--plugin-metrics", "--tensorboard-dir", tmp_path)
     records = [r for r in read(tmp_path) if r["kind"] == "train"]
     assert len(records) == 6 and not any("updates" in r for r in records)
     assert f"{records[0]['loss']:.6E}" == run.losses[1]
 
 
-@pytest.mark.parametrize("flag", ["--s3-log-updates", "--s3-metrics"])
+@pytest.mark.parametrize("flag", ["--plugin-log-updates", "--plugin-metrics"])
 def test_a_log_needs_a_folder(flag: str) -> None:
     run = train("--optimizer", "s3", flag, check=False)
     assert f"{flag} has no folder" in run.error and "--tensorboard-dir" in run.error

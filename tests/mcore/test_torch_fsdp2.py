@@ -23,7 +23,7 @@ CASES = {
     "bf16": ["--optimizer", "s3", "--bf16"],
     "fp32, torch_dcp": ["--optimizer", "s3", *DCP],
     "bf16, torch_dcp": ["--optimizer", "s3", "--bf16", *DCP],
-    "bf16, not fused": ["--optimizer", "s3", "--bf16", "--s3-no-fused"],
+    "bf16, not fused": ["--optimizer", "s3", "--bf16", "--plugin-no-fused"],
     "clipped": ["--optimizer", "s3", "--bf16", "--clip-grad", "0.5"],
     "counts its steps": ["--optimizer", "s3", "--bf16", "--s3-beta-ramp"],
     "counts its steps, torch_dcp": ["--optimizer", "s3", "--s3-beta-ramp", *DCP],
@@ -55,7 +55,7 @@ def test_resumes_bitwise(name: str, tmp_path: Path) -> None:
 def test_equals_data_parallel(precision: str, tmp_path: Path) -> None:
     """Bitwise, losses and statistics, where both add the gradients of two ranks and no more."""
     flags = ["--optimizer", "s3", "--untie-embeddings-and-output-weights", *AT_ONCE]
-    flags += ["--s3-log-updates", "--s3-log-grad-norm"]
+    flags += ["--plugin-log-updates", "--plugin-log-grad-norm"]
     if precision == "bf16":
         flags += ["--bf16"]
     plain = [*flags, *(["--grad-reduce-in-bf16"] if precision == "bf16" else [])]

@@ -52,7 +52,7 @@ def test_the_weight_ratio_is_that_of_the_parameters(case):
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     model, optimizer = build(
-        overrides=overrides_of(case), min_lr=0.01, weight_decay=0.0, s3_log_updates=True
+        overrides=overrides_of(case), min_lr=0.01, weight_decay=0.0, plugin_log_updates=True
     )
     scheduler = OptimizerParamScheduler(
         *(optimizer, 0.0, 0.1, 0.01, 2, 10, "linear", 0.0, 0.0, 10, "constant")
@@ -83,7 +83,7 @@ def test_the_weight_ratio_is_that_of_the_parameters(case):
 @on_ranks(1)
 def test_an_interval_of_several_rates_is_their_mean():
     """With updates of one size in each step the mean square of the rates is what counts."""
-    model, optimizer = build("signsgd", weight_decay=0.0, s3_log_updates=True)
+    model, optimizer = build("signsgd", weight_decay=0.0, plugin_log_updates=True)
     squares = 0.0
     for rate in (0.3, 0.4):
         for group in optimizer.param_groups:
@@ -102,10 +102,10 @@ def test_the_bound_is_that_of_every_group():
     from megatron.core.optimizer import ParamKey
 
     for asked, right in (({"s3_beta": 0.5}, 1.0), ({"bias_correction": True}, 1.0)):
-        _, optimizer = build(overrides={ParamKey(name="*1.weight"): asked}, s3_log_updates=True)
+        _, optimizer = build(overrides={ParamKey(name="*1.weight"): asked}, plugin_log_updates=True)
         assert optimizer.update_log.bound() == right
     _, optimizer = build(
-        overrides={ParamKey(name="*1.weight"): {"beta2": 0.99}}, s3_log_updates=True
+        overrides={ParamKey(name="*1.weight"): {"beta2": 0.99}}, plugin_log_updates=True
     )
     assert optimizer.update_log.bound() > 1
 
@@ -117,7 +117,7 @@ def test_what_two_optimizer_instances_hold_is_counted_once():
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(num_distributed_optimizer_instances=2)
     model, optimizer = build(
-        ddp={"num_distributed_optimizer_instances": 2}, s3_log_updates=True, weight_decay=0.0
+        ddp={"num_distributed_optimizer_instances": 2}, plugin_log_updates=True, weight_decay=0.0
     )
     (part,) = optimizer.chained_optimizers
     assert part.distributed_optimizer_instance_id == torch.distributed.get_rank()
@@ -147,7 +147,7 @@ def test_what_several_ranks_update_alike_is_counted_once(case):
         module[1].weight.shared, numel = True, 1850 - 600
     elif case == "experts":  # each rank has its own
         module[1].weight.allreduce, numel = False, 1850 + 600
-    model, optimizer = build(model=module, s3_log_updates=True, weight_decay=0.0, **settings)
+    model, optimizer = build(model=module, plugin_log_updates=True, weight_decay=0.0, **settings)
     assert step(model, optimizer)[0]
     log = optimizer.update_log.take()["all"]
     assert log["numel"] == numel

@@ -125,7 +125,6 @@ def test_the_launcher_knows_an_installed_optimizer(
 ) -> None:
     words = ["launch", "tiny-s3", "--dry-run", "--run-dir", tmp_path / "run"]
     words += ["--set", "optimizer=ademamix", "--set", "clip_grad=1"]
-    words += ["--set", "s3_beta=null", "--set", "s3_p=null"]
     done = megatron_s3(*words, environment=installed)
     assert done.returncode == 0, done.stderr
     assert "--optimizer ademamix" in done.stdout

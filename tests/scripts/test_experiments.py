@@ -147,7 +147,7 @@ def test_jobs_are_submitted_once_and_recorded_when_they_end(tmp_path, monkeypatc
     assert runner.main(words) == 0 and runner.main(words) == 0
     assert len(submitted) == suite.FIRST * len(suite.SEARCHES["recipes"])
     long = next(c for c in submitted if "lr_warmup_fraction=0.3" in c)
-    assert "lr_warmup_iters=0" in long and "s3_log_updates=true" in long and "--slurm" in long
+    assert "lr_warmup_iters=0" in long and "plugin_log_updates=true" in long and "--slurm" in long
     for command in submitted:
         folder = Path(command[command.index("--run-dir") + 1]) / "tensorboard"
         folder.mkdir()

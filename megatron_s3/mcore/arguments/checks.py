@@ -143,10 +143,10 @@ def check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool 
     why_not = None
     if cpu_device.active() and not anywhere:
         why_not = "there are no CUDA graphs where it trains on the CPU"
-    elif switches(args)["s3_no_fused"]:
-        why_not = "with --s3-no-fused there is no kernel to record"
-    elif switches(args)["s3_log_updates"]:
-        why_not = "nothing would count for --s3-log-updates: a replay runs no Python"
+    elif switches(args)["plugin_no_fused"]:
+        why_not = "with --plugin-no-fused there is no kernel to record"
+    elif switches(args)["plugin_log_updates"]:
+        why_not = "nothing would count for --plugin-log-updates: a replay runs no Python"
     elif args.fp16 or getattr(args, "loss_scale", None):
         why_not = "under a loss scale the host reads whether gradients overflowed"
     elif getattr(args, "rl_offload_optimizer_during_inference", False):
@@ -185,9 +185,9 @@ def check_megatron_fsdp(args: argparse.Namespace) -> None:
 
 def check_metrics(args: argparse.Namespace) -> None:
     """Raises ValueError where a log is asked for and no folder to write it to."""
-    args.s3_metrics = args.s3_metrics or args.s3_log_updates
-    if args.s3_metrics and not (args.tensorboard_dir or args.save):
-        asked = "--s3-log-updates" if args.s3_log_updates else "--s3-metrics"
+    args.plugin_metrics = args.plugin_metrics or args.plugin_log_updates
+    if args.plugin_metrics and not (args.tensorboard_dir or args.save):
+        asked = "--plugin-log-updates" if args.plugin_log_updates else "--plugin-metrics"
         raise ValueError(
             f"{asked} has no folder to write metrics.jsonl to. Give --tensorboard-dir or --save, "
             f"or leave {asked} out."
@@ -199,7 +199,7 @@ def check_device(args: argparse.Namespace) -> None:
     if cpu_device.active() and args.distributed_backend != "gloo":
         raise ValueError(
             f"--distributed-backend {args.distributed_backend} needs GPUs, and this job trains on "
-            "the CPU. Leave the flag out, or train on GPUs (--s3-device cuda)."
+            "the CPU. Leave the flag out, or train on GPUs (--plugin-device cuda)."
         )
 
 

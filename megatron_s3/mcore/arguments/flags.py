@@ -6,11 +6,13 @@ from typing import Any
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments.names import destination, flag, flag_named
+from megatron_s3.mcore.output import say_once
 from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.renamed import RENAMED, renamed
 
 __all__ = ["CPU_DEFAULTS", "DEVICES", "FOR_ALL", "SWITCHES", "Default", "add_megatron_arguments"]
 
-#: Values of ``--s3-device``.
+#: Values of ``--plugin-device``.
 DEVICES = ("auto", "cuda", "cpu")
 
 
@@ -29,28 +31,28 @@ CPU_DEFAULTS = {
 #: Switches for all of the plugin's optimizers: destination, help.
 SWITCHES = (
     (
-        "s3_log_grad_norm",
+        "plugin_log_grad_norm",
         "compute and log the gradient norm although nothing needs it: a pass over the gradients, "
         "an all-reduce and a host synchronisation each step; else the step returns 0.0 for it",
     ),
     (
-        "s3_log_updates",
+        "plugin_log_updates",
         "log size, share of large ones and ratio to the weights of each logging interval's "
         "updates, by kind of parameter and layer, to TensorBoard, Weights & Biases and "
         "metrics.jsonl",
     ),
     (
-        "s3_metrics",
+        "plugin_metrics",
         "write losses, learning rate and the like to metrics.jsonl in --tensorboard-dir (else "
-        "--save), with any --optimizer; implied by --s3-log-updates",
+        "--save), with any --optimizer; implied by --plugin-log-updates",
     ),
     (
-        "s3_no_verify_checkpoint",
+        "plugin_no_verify_checkpoint",
         "do not compare a checkpoint's data with its checksums before it is loaded (with any "
         "--optimizer)",
     ),
     (
-        "s3_no_fused",
+        "plugin_no_fused",
         "step with torch operations, between Megatron's copies of gradients and of parameters, "
         "instead of a fused kernel that needs neither; slower, with the same result",
     ),
@@ -58,7 +60,7 @@ SWITCHES = (
 
 
 #: Those that have an effect with Megatron's own optimizers too.
-FOR_ALL = ("s3_metrics", "s3_no_verify_checkpoint")
+FOR_ALL = ("plugin_metrics", "plugin_no_verify_checkpoint")
 
 
 #: Flags of Megatron's own optimizers that have no effect under another one.
@@ -66,6 +68,24 @@ _OF_OTHER_OPTIMIZERS = (
     *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
     "use_torch_optimizer_for_cpu_offload",
 )
+
+
+class _Renamed(argparse.Action):
+    """Takes a flag under its old name, and says once what it is called now."""
+
+    def __init__(self, option_strings: list[str], dest: str, **others: Any) -> None:
+        others |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        super().__init__(option_strings, dest, **others)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        say_once(renamed(self.option_strings[0], flag_named(self.dest)))
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
 
 
 class Default(float):
@@ -87,13 +107,18 @@ def add_megatron_arguments(
 
     group = parser.add_argument_group("megatron_s3")
     group.add_argument(
-        "--s3-device",
+        "--plugin-device",
         choices=DEVICES,
         default="auto",
         help="where to train; auto takes the CPU, with gloo, where there is no GPU",
     )
     for name, meaning in SWITCHES:
         group.add_argument(flag_named(name), action="store_true", help=meaning)
+    for old, new in RENAMED.items():
+        action = parser._option_string_actions[flag_named(new)]
+        group.add_argument(
+            flag_named(old), dest=new, action=_Renamed, nargs=action.nargs, choices=action.choices
+        )
     upstream = list(_OF_OTHER_OPTIMIZERS)
     for cls in OPTIMIZERS.values():
         description = cls.description

@@ -8,6 +8,7 @@ import torch
 from megatron_s3.mcore.arguments.flags import SWITCHES
 from megatron_s3.mcore.arguments.names import STATE_DTYPES, destination, dtype_of
 from megatron_s3.optimizers import ElementwiseOptimizer
+from megatron_s3.renamed import RENAMED
 
 __all__ = ["changes_by_step", "hyperparameters", "needs_grad_norm", "state_dtypes", "switches"]
 
@@ -23,7 +24,11 @@ def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, A
 
 def switches(holder: Any) -> dict[str, bool]:
     """The values of :data:`SWITCHES` in Megatron's arguments or optimizer configuration."""
-    return {name: bool(getattr(holder, name, False)) for name, _ in SWITCHES}
+    old = {new: name for name, new in RENAMED.items()}
+    return {
+        name: bool(getattr(holder, name, False) or getattr(holder, old[name], False))
+        for name, _ in SWITCHES
+    }
 
 
 def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torch.dtype]:
@@ -43,7 +48,7 @@ def needs_grad_norm(holder: Any) -> bool:
     return (
         holder.clip_grad > 0
         or math.isfinite(getattr(holder, "grad_norm_skip_threshold", math.inf))
-        or bool(getattr(holder, "s3_log_grad_norm", False))
+        or switches(holder)["plugin_log_grad_norm"]
     )
 
 

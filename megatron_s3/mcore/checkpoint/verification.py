@@ -43,7 +43,7 @@ def _verify(folder: Path, load_dir: Path, args: Any, own_file: bool) -> None:
         if own_file:
             _check_own_file(folder)
         # Before the process groups are there, only the arguments are read.
-        left_out = getattr(args, "s3_no_verify_checkpoint", False)
+        left_out = getattr(args, "plugin_no_verify_checkpoint", False)
         if not left_out and torch.distributed.is_initialized():
             count = checksums.verify(folder, rank, ranks)
     except (Damaged, OSError) as caught:
@@ -53,7 +53,7 @@ def _verify(folder: Path, load_dir: Path, args: Any, own_file: bool) -> None:
         seconds = time.monotonic() - began
         say(
             f"{folder} is what was written: {count / 1e9:.3g} GB checked by each of {ranks} ranks "
-            f"in {seconds:.1f} s; --s3-no-verify-checkpoint leaves this out"
+            f"in {seconds:.1f} s; --plugin-no-verify-checkpoint leaves this out"
         )
 
 

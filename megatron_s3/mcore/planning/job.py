@@ -132,7 +132,7 @@ def build() -> tuple[list[torch.nn.Module], Any]:
     model = training.get_model(provider, ModelType.encoder_or_decoder)
     made = training.get_megatron_optimizer_config(args)
     config, overrides = made if isinstance(made, tuple) else (made, None)
-    config.s3_log_updates = False  # a few kilobytes, and collectives that nobody would join
+    config.plugin_log_updates = False  # a few kilobytes, and collectives that nobody would join
     more = {"config_overrides": overrides} if isinstance(made, tuple) else {}
     optimizer = training.get_megatron_optimizer(
         config, model, use_gloo_process_groups=args.use_gloo_process_groups, **more

@@ -56,7 +56,7 @@ def release() -> str:
 def _device(words: Sequence[str]) -> str:
     """Returns the device that the job is for, cpu or cuda."""
     words = list(words)
-    return words[words.index("--s3-device") + 1] if "--s3-device" in words else "cuda"
+    return words[words.index("--plugin-device") + 1] if "--plugin-device" in words else "cuda"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -187,8 +187,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
                 raise RunError(f"{place}: the log has no first record; was the run ever started?")
             return records
     raise RunError(
-        f"{folder}: no {runlog.NAME}; train with --plugin-log-updates, or --plugin-metrics, which is "
-        "for any optimizer, and --tensorboard-dir"
+        f"{folder}: no {runlog.NAME}; train with --plugin-log-updates, or --plugin-metrics, "
+        "which is for any optimizer, and --tensorboard-dir"
     )
 
 

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in SLOW:
         print(f"[{argv[0]}] loading PyTorch", file=sys.stderr, flush=True)
     try:
-        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        status: int = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in PACKAGES:
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Megatron is imported inside the functions, because ``register`` has to come firs
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from megatron_s3.mcore.gpt import model_provider
 from megatron_s3.mcore.refusal import in_one_line
 
 
-def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
+def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Any, ...]:
     """Runs a micro-batch through this rank's part of the model.
 
     Args:
@@ -69,14 +70,15 @@ def _on_this_context_rank(name: str, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([parts[rank], parts[-1 - rank]], dim)
 
 
-def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple:
+def _loss(loss_mask: torch.Tensor | None, losses: torch.Tensor) -> tuple[Any, ...]:
     """Returns the summed loss, the number of tokens in it, and the two for Megatron to log."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
-    loss_mask = loss_mask.view(-1).float()
-    loss = torch.sum(losses.view(-1).float() * loss_mask)
-    tokens = loss_mask.sum().to(torch.int)
+    assert loss_mask is not None  # the last stage, which alone calls this, has read the batch
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    tokens = mask.sum().to(torch.int)
     args = get_args()
     rerun = get_rerun_state_machine()
     checks = []
@@ -99,7 +101,7 @@ def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple:
 
 def train_valid_test_datasets_provider(
     num_samples: list[int], vp_stage: int | None = None
-) -> tuple:
+) -> tuple[Any, ...]:
     """Builds the three datasets on the ranks that read them.
 
     Every rank of a tensor-parallel group reads for itself, which spares a broadcast of each batch.
@@ -142,11 +144,13 @@ def train_valid_test_datasets_provider(
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
     is_built = partial(is_first_or_last_pipeline_stage, vp_stage)
-    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built, config).build()
+    builder = BlendedMegatronDatasetBuilder(kind, num_samples, is_built, config)
+    built: tuple[Any, ...] = builder.build()
+    return built
 
 
 # Megatron then builds the data loaders on every rank instead of on the first of each group.
-train_valid_test_datasets_provider.is_distributed = True
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 @in_one_line()

@@ -233,15 +233,16 @@ def _train(
 
 def _eval_batches(iters: int, dataset: dict[str, Any]) -> int:
     """Returns the batches of an evaluation: the text at most once, and no more than are trained."""
-    whole = -(-dataset["valid"]["bytes"] // (BATCH * SEQ_LENGTH))
+    whole = -(-int(dataset["valid"]["bytes"]) // (BATCH * SEQ_LENGTH))
     return min(_EVAL_BATCHES, whole, iters)
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found
 
 
 def _store(path: Path, content: dict[str, Any]) -> None:

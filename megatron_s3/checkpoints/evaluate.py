@@ -40,7 +40,7 @@ def evaluate(
     device: str | None = None,
     batch_size: int = 8,
     limit: int | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Runs lm-evaluation-harness without examples in the prompt (zero-shot).
 
     Args:

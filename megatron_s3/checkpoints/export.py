@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def export(
     widen: bool = False,
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Writes ``output``, whole or not at all, after comparing logits with Megatron's own.
 
     Args:
@@ -114,22 +115,23 @@ def export(
         _write(part, gpt2.config(args, rows, dtype), state, folder)
         del state
         largest, scale = _compare(part, found, args, rows)
+        allowed = bound(args, scale)
         record = {
             "checkpoint": str(found.absolute()),
             "iteration": iteration_of(found),
             "largest_logit": scale,
             "largest_logit_difference": largest,
-            "bound": bound(args, scale),
+            "bound": allowed,
             "megatron_s3": __version__,
         }
         _say(
             f"largest difference from Megatron's logits {largest:.1e}, largest logit {scale:.3g}; "
-            f"rounding explains {record['bound']:.1e}"
+            f"rounding explains {allowed:.1e}"
         )
-        if not largest <= record["bound"]:
+        if not largest <= allowed:
             raise Mismatch(
                 f"{found}: Hugging Face's logits differ from Megatron's by {largest:.1e}, where "
-                f"rounding explains {record['bound']:.1e}. {output} was not written. This is a "
+                f"rounding explains {allowed:.1e}. {output} was not written. This is a "
                 "fault of the export: report it with the arguments of the run."
             )
         (part / "export.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -141,8 +143,8 @@ def export(
 
 def _tokenizer_folder(args: argparse.Namespace, given: str | Path | None) -> Path | None:
     if given is None:
-        of_run = getattr(args, "tokenizer_model", None)
-        if args.tokenizer_type != "HuggingFaceTokenizer" or not Path(of_run or "").is_dir():
+        of_run: str = getattr(args, "tokenizer_model", None) or ""
+        if args.tokenizer_type != "HuggingFaceTokenizer" or not Path(of_run).is_dir():
             return None
         given = of_run
     folder = Path(given)
@@ -155,7 +157,7 @@ def _tokenizer_folder(args: argparse.Namespace, given: str | Path | None) -> Pat
 
 
 def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None) -> int:
-    padded = args.padded_vocab_size
+    padded: int = args.padded_vocab_size
     if given is None and folder is not None:
         from transformers import AutoTokenizer
 
@@ -182,11 +184,13 @@ def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None
     return given
 
 
-def _write(folder: Path, config: dict, state: dict[str, torch.Tensor], tokenizer) -> None:
+def _write(
+    folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor], tokenizer: Path | None
+) -> None:
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoTokenizer, GPT2Config
 
-    ends = {"bos_token_id": None, "eos_token_id": None}
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer:
         for name in _TOKENIZER_FILES:
             if (tokenizer / name).is_file():
@@ -219,14 +223,16 @@ def _compare(
 def _hugging_face(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import GPT2LMHeadModel
 
-    model, loading = GPT2LMHeadModel.from_pretrained(
+    read: Any = GPT2LMHeadModel.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
+    model, loading = read
     wrong = {kind: sorted(names) for kind, names in loading.items() if names}
     if wrong:
         raise Mismatch(f"Hugging Face does not find its tensors in what was written: {wrong}")
     with torch.no_grad():
-        return model.eval()(tokens).logits
+        logits: torch.Tensor = model.eval()(tokens).logits
+    return logits
 
 
 def _say(message: str) -> None:

@@ -165,8 +165,8 @@ def state_dict(
     if not args.untie_embeddings_and_output_weights:
         tops.discard("lm_head.weight")
         found.pop("lm_head.weight", None)  # a copy, which the last of several stages holds
-    layers = range(args.num_layers)
-    expected = tops | {f"transformer.h.{i}.{name}" for i in layers for name in _LAYER.values()}
+    every = range(args.num_layers)
+    expected = tops | {f"transformer.h.{i}.{name}" for i in every for name in _LAYER.values()}
     if nowhere or found.keys() != expected:
         said = {
             "holds": nowhere + sorted(found.keys() - expected),
@@ -186,6 +186,6 @@ def _converted(args: argparse.Namespace, name: str, tensor: torch.Tensor) -> tor
     """Returns a layer's tensor: weights as (in, out), all queries before all keys and values."""
     if "linear_qkv.weight" in name or "linear_qkv.bias" in name:
         # Megatron's rows: for each head its query, key and value.
-        heads = tensor.unflatten(0, (args.num_attention_heads, 3, args.kv_channels))
+        heads = tensor.reshape(args.num_attention_heads, 3, args.kv_channels, *tensor.shape[1:])
         tensor = heads.transpose(0, 1).flatten(0, 2)
     return tensor.T if tensor.ndim == 2 else tensor

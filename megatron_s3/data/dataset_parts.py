@@ -59,7 +59,7 @@ def finished(folder: str, number: int) -> dict[str, Any] | None:
     """What part.json says, if the part is there and its files are as long as they were written."""
     part = Path(folder, name(number))
     try:
-        found = json.loads((part / "part.json").read_text())
+        found: dict[str, Any] = json.loads((part / "part.json").read_text())
         for side in SPLITS:
             for ending in ("bin", "idx") if found[side]["documents"] else ():
                 if os.path.getsize(part / f"{side}.{ending}") != found[side][f"{ending}_size"]:

@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from megatron_s3.data import hub
 from megatron_s3.data.errors import DataError
@@ -206,7 +207,7 @@ def _unzstandarded(path: str) -> Iterator[bytes]:
         raise DataError(f"{path}: cut off or damaged (no end of frame); fetch it again")
 
 
-def _parquet(path: str) -> "pyarrow.parquet.ParquetFile":  # noqa: F821
+def _parquet(path: str) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -225,7 +226,10 @@ def _from_parquet(shard: Shard) -> Iterator[bytes]:
     path = shard.files[0]
     file = _parquet(path)
     row = sum(file.metadata.row_group(g).num_rows for g in range(shard.start))
-    where = lambda: f"{path}, row {row}"
+
+    def where() -> str:
+        return f"{path}, row {row}"
+
     try:
         for batch in file.iter_batches(
             1024, row_groups=list(range(shard.start, shard.stop)), columns=[shard.key]
@@ -245,7 +249,10 @@ def _from_parquet(shard: Shard) -> Iterator[bytes]:
 
 def _from_hub(shard: Shard) -> Iterator[bytes]:
     row = 0
-    where = lambda: f"{shard.files[0]}, row {row}"
+
+    def where() -> str:
+        return f"{shard.files[0]}, row {row}"
+
     for record in hub.records(shard.kind.removeprefix("hub:"), shard.files[0], shard.key):
         row += 1
         if shard.key not in record:

@@ -45,9 +45,10 @@ def numbers(folder: str) -> list[int]:
 def plan(folder: str) -> dict[str, Any]:
     """The settings that the parts were made with."""
     try:
-        return json.loads(Path(folder, "plan.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(Path(folder, "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found
 
 
 def resume(prefix: str, shards: list[Shard], settings: dict[str, Any]) -> dict[int, dict[str, Any]]:

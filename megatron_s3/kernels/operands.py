@@ -41,7 +41,7 @@ class Operands:
 
     def __post_init__(self) -> None:
         model = self.model_param
-        written = (self.param.numel(), *_place(self.param))
+        written: tuple[int, ...] = (self.param.numel(), *_place(self.param))
         written += (0, 0) if model is None else _place(model)
         for tensor in self.state:
             written += _place(tensor)

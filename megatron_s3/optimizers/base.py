@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -245,7 +245,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         if "master_param" not in state:
             if self._is_offloaded(param):
-                state["master_param"] = self.host.offload.master(param)
+                state["master_param"] = self._offload().master(param)
             elif self._has_master(param):
                 state["master_param"] = param.detach().to(torch.float32, copy=True)
         device = self._state_device(param)
@@ -255,6 +255,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 with torch.inference_mode(False):  # it is stepped outside as well
                     state[name] = torch.zeros_like(param, dtype=dtype, device=device)
         return [state[name] for name in self.description.state]
+
+    def _offload(self) -> Offload:
+        assert self.host.offload is not None  # as _is_offloaded has found
+        return self.host.offload
 
     def _has_master(self, param: Tensor) -> bool:
         return self.host.master_params and param.dtype in (torch.bfloat16, torch.float16)
@@ -304,8 +308,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         work = []
         for index, group in enumerate(self.param_groups):
-            found = [(param, _grad(param)) for param in group["params"]]
-            found = [(param, grad) for param, grad in found if grad is not None]
+            grads = ((param, _grad(param)) for param in group["params"])
+            found = [(param, grad) for param, grad in grads if grad is not None]
             if found:
                 self._check_group(group)
             for param, grad in found:
@@ -327,7 +331,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             self._run(task, task.choice.kernel)
         return loss
 
-    def _nothing_to_do(self, work: list[tuple[dict[str, Any], list]]) -> bool:
+    def _nothing_to_do(self, work: list[tuple[dict[str, Any], list[Any]]]) -> bool:
         """Returns whether no parameter has a gradient; a rank with empty parts alone lacks none."""
         if any(found for _, found in work):
             return False
@@ -383,8 +387,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if self.host.offload is not None:
             batches = [([u for u in updates if not self._is_offloaded(u.param)], None)]
             pairs = [(update.param, update) for update in updates]
-            for batch in self.host.offload.batches(pairs):
-                batches.append(([update for _, update in batch], self.host.offload))
+            for offloaded in self.host.offload.batches(pairs):
+                batches.append(([update for _, update in offloaded], self.host.offload))
         tasks = []
         for batch, offload in batches:
             for choice in choose(
@@ -397,7 +401,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _log(self, tasks: list[_Task]) -> None:
         if self.fused is not False and self.host.log_path:
-            reasons = {task.choice.reason for task in tasks} - self._logged - {None}
+            found = {task.choice.reason for task in tasks if task.choice.reason is not None}
+            reasons = found - self._logged
             if reasons:
                 self._logged |= reasons
                 _logger.warning(
@@ -422,14 +427,14 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if offload is not None:
             for param in task.params:
                 offload.send_back(param, self.state[param]["master_param"])
-            if statistics is not None:
+            if statistics is not None and self.host.statistics is not None:
                 self.host.statistics.absorb(statistics)
 
-    def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list]:
+    def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
         state = self._init_state(param)
         row = 0 if self.host.statistics is None else self.host.statistics.rows.get(param, 0)
         if self._is_offloaded(param):
-            grad, new = self.host.offload.fetch(param, grad), self.host.offload.new(param)
+            grad, new = self._offload().fetch(param, grad), self._offload().new(param)
             return flatten(self.state[param]["master_param"], grad, state, new, row)
         if self._has_master(param):
             return flatten(self.state[param]["master_param"], grad, state, param.detach(), row)
@@ -489,7 +494,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def _check_finite(self, grads: list[Tensor]) -> None:
-        finite = [grad.isfinite().all() for grad in grads]
+        finite: list[Any] = [grad.isfinite().all() for grad in grads]
         # A DTensor's is each rank's own until it is reduced: one for all to step, or none.
         bad = [not bool(f if placements(f) is None else f.full_tensor()) for f in finite]
         if any(bad):
@@ -545,12 +550,13 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return self._state_device(param), self._state_dtype(name, param)
 
 
-def _grad(param: Tensor) -> Tensor | None:
-    grad = getattr(param, "decoupled_grad", None)
+def _grad(param: Any) -> Tensor | None:
+    grad: Any = getattr(param, "decoupled_grad", None)
     grad = param.grad if grad is None else grad
-    if grad is None or placements(grad) == placements(param):
-        return grad
-    if placements(grad) is None or placements(param) is None:
-        return grad  # what the check then says
+    same = grad is None or placements(grad) == placements(param)
+    # Of the two kinds at once the check speaks.
+    if same or placements(grad) is None or placements(param) is None:
+        return cast("Tensor | None", grad)
     # As in torch's own optimizers: what autograd leaves partial, or laid out in another way.
-    return grad.redistribute(param.device_mesh, param.placements)
+    laid_out: Tensor = grad.redistribute(param.device_mesh, param.placements)
+    return laid_out

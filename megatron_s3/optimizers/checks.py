@@ -74,7 +74,7 @@ def check_decay(lr: float | Tensor | None, weight_decay: float | Tensor, most: f
             )
 
 
-def placements(tensor: Tensor) -> tuple | None:
+def placements(tensor: Tensor) -> tuple[Any, ...] | None:
     """Returns how a DTensor is laid out over its mesh; None for other tensors."""
     return getattr(tensor, "placements", None)
 

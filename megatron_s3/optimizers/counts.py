@@ -22,7 +22,7 @@ class Update(NamedTuple):
     grad: Tensor
     operands: Operands
     copies: list[tuple[Tensor, Tensor]]
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class GroupUpdates:
         if counts <= {None}:
             yield self.values, self.updates
             return
-        equal: dict[tuple, tuple[dict[str, Any], list[Update]]] = {}
+        equal: dict[tuple[Any, ...], tuple[dict[str, Any], list[Update]]] = {}
         known = {
             count: self.values if count is None else hyperparameters(self.group | {"step": count})
             for count in counts
@@ -93,7 +93,7 @@ def is_empty(param: Tensor) -> bool:
     return not is_lazy(param) and local(param).numel() == 0
 
 
-class Watched(dict):
+class Watched(dict[str, Any]):
     """A param group that notes whether its step is read."""
 
     read = False
@@ -125,7 +125,7 @@ class Counts:
 
     def of(self, param: Tensor, group: Mapping[str, Any]) -> int:
         """The number of updates that a parameter of the group has had."""
-        return self._own.get(param, group["step"])
+        return self._own.get(param, int(group["step"]))
 
     def begin(self, group: Mapping[str, Any], params: Iterable[Tensor]) -> None:
         """Counts parameters that have no state from 0 on."""

@@ -57,7 +57,7 @@ def plain(value: Any) -> Any:
     try:
         converted = float(number)
     except OverflowError:
-        return math.inf if number > 0 else -math.inf
+        return math.inf if number > 0 else -math.inf  # type: ignore[operator]
     return number if isinstance(number, int) else converted
 
 

@@ -12,6 +12,9 @@ from megatron_s3.rules.nadam import nadam_update
 
 __all__ = ["NAdam"]
 
+#: Schedules of mu whose product is remembered; a scheduler may change beta1 in each step.
+_MOST_KNOWN = 64
+
 
 class NAdam(ElementwiseOptimizer):
     """NAdam: agrees with torch.optim.NAdam(decoupled_weight_decay=True) within rounding.
@@ -51,25 +54,28 @@ class NAdam(ElementwiseOptimizer):
         values = super().group_hyperparameters(group)
         beta1, decay, step = values["beta1"], values.pop("momentum_decay"), group["step"]
         mu, following = (_mu(beta1, decay, t) for t in (step, step + 1))
-        product = _product(beta1, decay, step)
+        product = self._product(beta1, decay, step)
         values["weight_grad"] = (1 - mu) / (1 - product)
         values["weight_avg"] = following / (1 - product * following)
         values["correction2"] = 1 - values["beta2"] ** step
         return values
 
+    def _product(self, beta1: float, decay: float, step: int) -> float:
+        """Returns ``mu_1 ... mu_step``.
+
+        It follows from the step alone, so that it needs no place in a checkpoint; where the step
+        before is known one factor is added.
+        """
+        known: dict[tuple[float, float], tuple[int, float]] = vars(self).setdefault("_known", {})
+        at, product = known.get((beta1, decay), (0, 1.0))
+        if at > step:
+            at, product = 0, 1.0
+        product = math.prod((_mu(beta1, decay, t) for t in range(at + 1, step + 1)), start=product)
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[beta1, decay] = step, product
+        return product
+
 
 def _mu(beta1: float, decay: float, step: int) -> float:
-    return beta1 * (1 - 0.5 * 0.96 ** (step * decay))
-
-
-_products: dict[tuple[float, float], tuple[int, float]] = {}
-
-
-def _product(beta1: float, decay: float, step: int) -> float:
-    """``mu_1 ... mu_step``: from the step alone, so that it needs no place in a checkpoint."""
-    known, product = _products.get((beta1, decay), (0, 1.0))
-    if known > step:
-        known, product = 0, 1.0
-    product = math.prod((_mu(beta1, decay, t) for t in range(known + 1, step + 1)), start=product)
-    _products[beta1, decay] = step, product
-    return product
+    return float(beta1 * (1 - 0.5 * 0.96 ** (step * decay)))

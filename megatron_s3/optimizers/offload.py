@@ -1,7 +1,7 @@
 """States and main parameters in the CPU's memory, and their step on the CPU."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from megatron_s3.kernels.statistics import Statistics
 
 __all__ = ["Offload"]
+
+Given = TypeVar("Given")
 
 
 class Offload:
@@ -64,8 +66,8 @@ class Offload:
         self.__dict__.update(state)
         self._forget()
 
-    def batches(self, found: Iterable[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
-        """What the CPU steps at once of these parameters and their gradients."""
+    def batches(self, found: Iterable[tuple[Tensor, Given]]) -> list[list[tuple[Tensor, Given]]]:
+        """Returns what the CPU steps at once of these parameters, each with what goes with it."""
         mine = [pair for pair in found if pair[0] in self.params]
         if self.overlap:
             return [[pair] for pair in mine]
@@ -133,7 +135,8 @@ class Offload:
         if not self.overlap:
             return (torch.cuda.current_stream(),) * 2
         if self._streams is None:
-            self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+            made = (torch.cuda.Stream(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            self._streams = made
         return self._streams
 
     @staticmethod

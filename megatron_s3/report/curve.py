@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -205,7 +205,7 @@ def draw(
     figure(runs, title, unigram_entropy).savefig(png)
 
 
-def _draw_loss(panel, run: Run, colour: str, line: str, marker: str) -> None:
+def _draw_loss(panel: Any, run: Run, colour: str, line: str, marker: str) -> None:
     train = run.scalars[TRAIN_LOSS]
     window = min(_SMOOTHED_OVER, max(1, len(train.values) // 20))
     label = f"{run.name}, training" + (f" (mean of {window})" if window > 1 else "")

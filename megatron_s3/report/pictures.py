@@ -3,9 +3,9 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_s3.report.compare import best_rate, finalists, labels
 from megatron_s3.report.runs import Suite, Trained
@@ -60,7 +60,7 @@ def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture
     return found
 
 
-def _panels(count: int, columns: int, size: tuple[float, float], **options):
+def _panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """A figure with as many axes, two or three in a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -86,7 +86,12 @@ def _reference(runs: Sequence[Trained]) -> str:
 
 
 def _band(
-    panel, runs: Sequence[Trained], series: Callable, line: str, colour: str, name: str
+    panel: Any,
+    runs: Sequence[Trained],
+    series: Callable[[Trained], Iterable[tuple[int, float]]],
+    line: str,
+    colour: str,
+    name: str,
 ) -> None:
     """The mean over seeds, from the lowest to the highest."""
     curves = [dict(series(run)) for run in runs]
@@ -278,7 +283,14 @@ def _around_spikes(suite: Suite) -> Picture | None:
     return Picture(f"{suite.name}-spikes", title, drawn)
 
 
-def _near(panel, series, near: tuple[float, float], line: str, colour: str, name: str) -> None:
+def _near(
+    panel: Any,
+    series: Iterable[tuple[int, float]],
+    near: tuple[float, float],
+    line: str,
+    colour: str,
+    name: str,
+) -> None:
     inside = [(i, v) for i, v in series if near[0] <= i <= near[1]]
     if inside:
         panel.plot(*zip(*inside, strict=True), line, color=colour, linewidth=1.2, label=name)

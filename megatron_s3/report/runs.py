@@ -136,7 +136,7 @@ class Suite:
         return max(run.iterations for run in self.runs)
 
     @property
-    def model(self) -> tuple:
+    def model(self) -> tuple[object, ...]:
         """What suites share that differ in length alone."""
         return (
             *self.words,

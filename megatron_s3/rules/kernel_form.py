@@ -13,7 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["Form", "KernelForm", "cpp_declarations", "form", "name_of", "with_kernel"]
+__all__ = [
+    "Form",
+    "KernelForm",
+    "cpp_declarations",
+    "form",
+    "kernel_of",
+    "name_of",
+    "with_kernel",
+]
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
@@ -139,6 +147,16 @@ def with_kernel(kernel: KernelForm) -> Callable[[Rule], Rule]:
         return rule
 
     return decorate
+
+
+def kernel_of(rule: Callable[..., Any]) -> KernelForm:
+    """Returns the definition that a rule carries.
+
+    Raises:
+        AttributeError: it carries none.
+    """
+    kernel: KernelForm = rule.kernel  # type: ignore[attr-defined]
+    return kernel
 
 
 def form(rule: Callable[..., Any], hyperparameters: Mapping[str, object]) -> Form | str:

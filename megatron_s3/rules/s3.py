@@ -175,7 +175,7 @@ def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
     ratio = (beta / beta2 ** (1 / p)) ** q
     if ratio >= 1:
         return math.inf
-    return (1 - beta) / ((1 - beta2) ** (1 / p) * (1 - ratio) ** (1 / q))
+    return float((1 - beta) / ((1 - beta2) ** (1 / p) * (1 - ratio) ** (1 / q)))
 
 
 def s3_correction(
@@ -192,7 +192,7 @@ def s3_correction(
     """
     beta_s = beta if beta2 is None else beta2
     k = step + 1 if nesterov else step
-    return (1 - beta_s**k) ** (1 / p) / (1 - beta**k)
+    return float((1 - beta_s**k) ** (1 / p) / (1 - beta**k))
 
 
 def s3_beta_ramp(step: int, beta: float) -> float:

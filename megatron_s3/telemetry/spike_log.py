@@ -33,7 +33,9 @@ class SpikeLog:
         """Spikes so far, one under way among them."""
         return len(self.detector.spikes) + (self.detector.open is not None)
 
-    def add(self, iteration: int, loss: float, updates: Mapping | None) -> list[dict[str, Any]]:
+    def add(
+        self, iteration: int, loss: float, updates: Mapping[str, Mapping[str, Any]] | None
+    ) -> list[dict[str, Any]]:
         """Takes the next interval.
 
         Args:

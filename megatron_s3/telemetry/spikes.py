@@ -180,7 +180,8 @@ class SpikeDetector:
         self.spikes = [_read(spike) for spike in state["spikes"]]
         self.open, self._fit, self._last = None, None, state["last"]
         if state["open"] is not None:
-            self.open, self._at, self._in_spike = _read(state["open"][0]), *state["open"][1:]
+            spike, self._at, self._in_spike = state["open"]
+            self.open = _read(spike)
 
 
 def _written(spike: Spike) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_s3.kernels.statistics import FIELDS
 from megatron_s3.telemetry.parameter_kinds import Layout
 
 __all__ = ["rising", "sizes", "summary", "tags"]
 
+Sizes = Mapping[str, Mapping[str, float]]
+
 
 def summary(
     layout: Layout, totals: Sequence[Sequence[float]], numel: Sequence[float], steps: int
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Of the whole model, each kind and each layer that has parameters.
 
     Args:
@@ -50,7 +53,7 @@ def summary(
             "nonfinite_grads": int(sum(columns["nonfinite_grads"])),
         }
 
-    def present(groups: Mapping[str, Sequence[int]]) -> dict[str, dict]:
+    def present(groups: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
         return {name: of(rows) for name, rows in groups.items() if any(numel[r] for r in rows)}
 
     return {
@@ -60,7 +63,7 @@ def summary(
     }
 
 
-def sizes(updates: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
+def sizes(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean |u| of each kind and each layer of a :func:`summary`, and nothing else."""
     return {
         group: {name: values["mean_abs"] for name, values in updates[group].items()}
@@ -68,7 +71,7 @@ def sizes(updates: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
     }
 
 
-def rising(history: Sequence[Mapping], now: Mapping, most: int = 5) -> list[str]:
+def rising(history: Sequence[Sizes], now: Sizes, most: int = 5) -> list[str]:
     """The kinds and layers whose mean |u| stands highest over its median of the intervals before.
 
     Args:
@@ -90,7 +93,7 @@ def rising(history: Sequence[Mapping], now: Mapping, most: int = 5) -> list[str]
     return [f"{name} x{ratio:.1f}" for ratio, name in sorted(found, reverse=True)[:most]]
 
 
-def tags(updates: Mapping[str, Mapping]) -> dict[str, float]:
+def tags(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Scalars for TensorBoard of a :func:`summary`."""
     names = ("mean_abs", "max_abs", "share_large", "rms", "weight_ratio", "grad_rms")
     found = {f"update/{name}": updates["all"][name] for name in names}

@@ -158,3 +158,14 @@ def test_an_element_depends_on_that_element_alone(name: str) -> None:
 def test_an_unknown_hyperparameter_is_refused() -> None:
     with pytest.raises(TypeError, match="AdamW has no beta"):
         AdamW(params(0, torch.float32), beta=0.9)
+
+
+def test_nadam_remembers_few_schedules() -> None:
+    """A beta1 that changes in each step, and the product of all steps each time."""
+    optimizer = NAdam([torch.zeros(1)])
+    for step in range(1, 200):
+        group = {"beta1": 0.5 + step / 500, "beta2": 0.9, "eps": 0.0, "momentum_decay": 4e-3}
+        values = optimizer.group_hyperparameters(group | {"step": step})
+        fresh = NAdam([torch.zeros(1)]).group_hyperparameters(group | {"step": step})
+        assert values == fresh
+    assert len(vars(optimizer)["_known"]) <= 64

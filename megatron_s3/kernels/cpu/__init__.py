@@ -96,7 +96,7 @@ def step(
     threads = max(1, min(torch.get_num_threads(), chunks))
     bounds = [total * i // threads for i in range(threads + 1)]
     spread(run, list(itertools.pairwise(bounds)))
-    if statistics is not None:
+    if statistics is not None and rows is not None:
         counted = torch.tensor([-(-count // chunk) for count in counts], device="cpu")
         row = torch.tensor([o.row for o in operands], device="cpu")
         statistics.add(rows, row.repeat_interleave(counted))
@@ -111,4 +111,4 @@ def step(
 def _chunk_of(library: ctypes.CDLL, name: str, variant: int) -> int:
     """Address of the function that steps a chunk by a rule."""
     prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
-    return prototype((f"rule_{name}", library))(variant)
+    return int(prototype((f"rule_{name}", library))(variant))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_s3.kernels.cpu.sole_builder import sole_builder
 from megatron_s3.rules import RULES
-from megatron_s3.rules.kernel_form import KernelForm, cpp_declarations
+from megatron_s3.rules.kernel_form import KernelForm, cpp_declarations, kernel_of
 
 __all__ = ["library_of"]
 
@@ -61,7 +61,7 @@ _Source = dict[str, bytes]
 def _source(kernel: KernelForm | None) -> _Source:
     """Returns the files of the library of a rule; of the plugin's rules, if None."""
     if kernel is None:
-        kernels = [rule.kernel for rule in RULES]
+        kernels = [kernel_of(rule) for rule in RULES]
         rules = _RULES.read_bytes()
     else:
         kernels, rules = [kernel], (kernel.cpp or "").encode()
@@ -164,14 +164,17 @@ def _cached(compiler: list[str], name: str, source: _Source) -> ctypes.CDLL:
         return _load(path)  # what is loaded stays when the file goes
 
 
+def _cache(given: str | None) -> Path:
+    return Path(given) if given else Path.home() / ".cache"
+
+
 def _cache_folders() -> Iterator[Path]:
     """Returns torch's folder of compiled extensions, or the user's own where it is not writable."""
     try:
-        root = os.environ.get("TORCH_EXTENSIONS_DIR")
-        if not root:
-            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            root = Path(cache) / "torch_extensions"
-        folder = Path(root) / "megatron_s3"
+        given = os.environ.get("TORCH_EXTENSIONS_DIR")
+        cache = os.environ.get("XDG_CACHE_HOME")
+        root = Path(given) if given else _cache(cache) / "torch_extensions"
+        folder = root / "megatron_s3"
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except (OSError, RuntimeError):  # RuntimeError: no home

@@ -1,5 +1,6 @@
 """Threads for the shares of a step's work, kept from step to step."""
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -12,7 +13,7 @@ _threads: ThreadPoolExecutor | None = None
 _threads_count = 0
 
 
-def spread(run: Callable[..., None], shares: Sequence[tuple]) -> None:
+def spread(run: Callable[..., None], shares: Sequence[tuple[int, ...]]) -> None:
     """Runs ``run(*share)`` for every share, in as many threads as there are shares where it can.
 
     The caller's thread takes shares too, and all of them where there is no other: when the
@@ -39,12 +40,11 @@ def spread(run: Callable[..., None], shares: Sequence[tuple]) -> None:
                 if not left:
                     finished.set()
 
-    pool = _pool(len(shares) - 1) if len(shares) > 1 else None
-    for _ in shares[1:]:
-        try:
-            pool.submit(work)
-        except RuntimeError:
-            break
+    if len(shares) > 1:
+        pool = _pool(len(shares) - 1)
+        with contextlib.suppress(RuntimeError):
+            for _ in shares[1:]:
+                pool.submit(work)
     if shares:
         work()
     while shares and not finished.is_set():

@@ -138,7 +138,7 @@ def step(
                 partials = torch.empty(shape, dtype=torch.float64, device=device)
             host = (float(lr), float(decay)) if rates is None else (0.0, 1.0)
             _launch(plan, dtypes, given, host, rates, partials)
-            if statistics is not None:
+            if statistics is not None and partials is not None:
                 statistics.add(partials, _statistics_rows(group, plan))
     # Autograd must notice that what it saved was changed.
     for o in operands:
@@ -179,7 +179,9 @@ def _launch(
 
     from megatron_s3.kernels.gpu import kernel as gpu_kernel
 
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    types: dict[torch.dtype | None, Any] = {
+        torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+    }  # fmt: skip
     grad, model, *states = dtypes
     gpu_kernel.step_kernel[(plan.programs,)](
         plan.table,
@@ -225,7 +227,7 @@ class _Plan:
 _Row = tuple[int, ...]
 
 
-class _Recent(OrderedDict):
+class _Recent(OrderedDict[Any, Any]):
     """What was used last, at most 256 things: a group's tables, a few kilobytes."""
 
     def find(self, key: object, make: Callable[[], Any]) -> Any:
@@ -275,7 +277,7 @@ def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
     def make() -> Tensor:
         return torch.tensor(rows, device=device)[plan.chunks[:, 0].long()]
 
-    found = _statistics.find((device, rows, tuple(o.param.numel() for o in group)), make)
+    found: Tensor = _statistics.find((device, rows, tuple(o.param.numel() for o in group)), make)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(found)
     return found

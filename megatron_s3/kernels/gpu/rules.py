@@ -7,7 +7,7 @@ returns the update ``u`` and the new states.  The arithmetic is that of :mod:`me
 import triton
 import triton.language as tl
 
-from megatron_s3.rules.kernel_form import KernelForm
+from megatron_s3.rules.kernel_form import KernelForm, kernel_of
 from megatron_s3.rules.s3 import s3_update
 from megatron_s3.rules.sgdm import sgdm_update
 
@@ -19,12 +19,12 @@ def _place(kernel: KernelForm, flag: str) -> tl.constexpr:
     return tl.constexpr(1 << kernel.flag(flag)[0])
 
 
-_WHOLE_P = _place(s3_update.kernel, "whole_p")
-_WHOLE_PS = tl.constexpr(s3_update.kernel.flag("whole_p")[1] + 1)
-_NESTEROV = _place(s3_update.kernel, "nesterov")
-_FORGETS = _place(s3_update.kernel, "forgets")
-_BOUNDED = _place(s3_update.kernel, "bounded")
-_SGDM_NESTEROV = _place(sgdm_update.kernel, "nesterov")
+_WHOLE_P = _place(kernel_of(s3_update), "whole_p")
+_WHOLE_PS = tl.constexpr(kernel_of(s3_update).flag("whole_p")[1] + 1)
+_NESTEROV = _place(kernel_of(s3_update), "nesterov")
+_FORGETS = _place(kernel_of(s3_update), "forgets")
+_BOUNDED = _place(kernel_of(s3_update), "bounded")
+_SGDM_NESTEROV = _place(kernel_of(sgdm_update), "nesterov")
 
 
 @triton.jit

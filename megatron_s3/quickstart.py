@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_s3 import data, report
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch import lock
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.launch import STOPPED
@@ -37,7 +38,7 @@ _ITERATION = re.compile(
 _RANK_FAILED = re.compile(r"failed \(exitcode: ")
 
 
-class QuickstartError(Exception):
+class QuickstartError(MegatronS3Error):
     """Something the user has to know; the message says what to do."""
 
 

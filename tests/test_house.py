@@ -256,3 +256,19 @@ def test_what_is_global_is_of_the_process() -> None:
         ("mcore.cpu_device", "_active"),
         ("mcore.state", "_running"),
     }
+
+
+def test_errors_have_one_base_and_names_of_their_own() -> None:
+    """An error is a class that derives from one of Python's; its name says which."""
+    found: dict[str, list[str]] = {}
+    for name, path in PRODUCT.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases = [ast.unparse(base) for base in node.bases]
+                if any(re.search(r"(Error|Exception)$", base) for base in bases):
+                    found.setdefault(node.name, []).append(name)
+                    assert bases[0] == "MegatronS3Error" or node.name == "MegatronS3Error", (
+                        node.name
+                    )
+    assert {name: where for name, where in found.items() if len(where) > 1} == {}
+    assert len(found) > 20

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.version import __version__
 
@@ -27,7 +28,7 @@ _HATCHES = ("", "//", "..", "\\\\", "xx", "--")
 Results = Mapping[str, Mapping[str, Any]]
 
 
-class EvaluationError(ValueError):
+class EvaluationError(MegatronS3Error, ValueError):
     """The evaluation cannot be made; the message says why, and what to do."""
 
 

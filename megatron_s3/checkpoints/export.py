@@ -13,6 +13,7 @@ import torch
 
 from megatron_s3.checkpoints import gpt2
 from megatron_s3.checkpoints.errors import Mismatch
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.mcore.checkpoint import forward, read
 from megatron_s3.storage.layout import iteration_of
 from megatron_s3.storage.writable import refuse_unwritable
@@ -31,7 +32,7 @@ _TOKENIZER_FILES = (
 _SAMPLE = 1024  # tokens compared
 
 
-class ExportError(ValueError):
+class ExportError(MegatronS3Error, ValueError):
     """The export cannot be made; the message says why, and what to do."""
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = ["NotGPT2", "check", "config", "state_dict"]
 
 
-class NotGPT2(ValueError):
+class NotGPT2(MegatronS3Error, ValueError):
     """The checkpoint's model computes what GPT2LMHeadModel does not; the message names it."""
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = ["TASKS", "Task", "TaskError", "load", "manager"]
 
 
-class TaskError(ValueError):
+class TaskError(MegatronS3Error, ValueError):
     """A task's data cannot be read; the message names the task, the file and line, and the keys."""
 
 

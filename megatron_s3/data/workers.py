@@ -14,9 +14,10 @@ from megatron_s3.data import dataset_parts, indexed
 from megatron_s3.data.errors import IncompleteError
 from megatron_s3.data.shards import Shard
 from megatron_s3.data.tokenizers import Tokenizer
+from megatron_s3.errors import MegatronS3Error
 
 
-class _StoppedError(Exception):
+class _StoppedError(MegatronS3Error):
     """Another shard failed, or the user interrupted."""
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from megatron_s3.launch.edits import Edits, Mismatch, compare, line
+from megatron_s3.launch.edits import Edits, WrongEdit, compare, line
 from megatron_s3.launch.launches import FLAGS, Launch, LaunchError, find, shown, unused
 from megatron_s3.launch.rules import OVER, TIMES, Rules, number
 from megatron_s3.launch.shell import UNKNOWN, ShellError, value
@@ -89,7 +89,7 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
                 continue
             tried.add(result)
             notes = compare(before, _follow(result), rules)
-        except Mismatch as error:
+        except WrongEdit as error:
             reason = reason or str(error)
             continue
         warnings = _warnings(text, launches, lr_factor)

@@ -4,17 +4,18 @@ import itertools
 import re
 from collections.abc import Sequence
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch.launches import Flag, Launch, LaunchError, find, place, shown
 from megatron_s3.launch.rules import Rules
 from megatron_s3.launch.shell import Char, value
 from megatron_s3.launch.trace import Trace
 
-__all__ = ["Edits", "Mismatch", "compare", "line"]
+__all__ = ["Edits", "WrongEdit", "compare", "line"]
 
 _OURS = ("-m", "megatron_s3")
 
 
-class Mismatch(Exception):
+class WrongEdit(MegatronS3Error):
     """The launches would not become what they have to."""
 
 
@@ -106,7 +107,7 @@ class Edits:
 
     def _replace(self, span: tuple[int, int], new: str, change: str) -> None:
         if self._replaced.setdefault(span, new) != new:
-            raise Mismatch(
+            raise WrongEdit(
                 f"{line(self.text, span[0])}{self.text[slice(*span)] or 'this place'} would have "
                 f"to become {self._replaced[span]} and {new}"
             )
@@ -143,7 +144,7 @@ class Edits:
         """The text with all changes.
 
         Raises:
-            Mismatch: two of them overlap.
+            WrongEdit: two of them overlap.
         """
         text = self.text
         for at, flags in self._added.items():
@@ -151,7 +152,7 @@ class Edits:
         spans = sorted(self._replaced, reverse=True)
         for (start, _), (_, end) in itertools.pairwise(spans):
             if end > start:
-                raise Mismatch(f"{line(text, start)}two changes overlap")
+                raise WrongEdit(f"{line(text, start)}two changes overlap")
         # From the end, so that the places before stay right; of two at one place, the replacement
         # of what ends there comes after what is put in.
         for start, end in spans:
@@ -176,21 +177,21 @@ def compare(before: Trace, after: Trace, rules: Rules) -> list[str]:
         What changed beside the launches' flags: names made of a changed number.
 
     Raises:
-        Mismatch: something is not what it has to be.
+        WrongEdit: something is not what it has to be.
     """
     if len(before.commands) != len(after.commands):
-        raise Mismatch("other commands would be started")
+        raise WrongEdit("other commands would be started")
     notes: list[str] = []
     old_launches = {id(launch.words): launch for launch in find(before)}
     try:
         new_launches = {id(launch.words): launch for launch in find(after)}
     except LaunchError as error:
-        raise Mismatch(str(error)) from error
+        raise WrongEdit(str(error)) from error
     alone = [launch for launch in old_launches.values() if launch.trainer < 0]
     if alone:
         olds, news = list(old_launches.values()), list(new_launches.values())
         if len(olds) != len(news):
-            raise Mismatch("other arguments would be there")
+            raise WrongEdit("other arguments would be there")
         for old, new in zip(olds, news, strict=True):
             _compare_launch(old, new, rules, notes)
         return notes
@@ -199,10 +200,10 @@ def compare(before: Trace, after: Trace, rules: Rules) -> list[str]:
         if launch and became:
             _compare_launch(launch, became, rules, notes)
         elif launch or became:
-            raise Mismatch("another launch would be there")
+            raise WrongEdit("another launch would be there")
         elif value(old.words[0]).rpartition("/")[2] not in ("echo", "printf"):
             if old.scripts != new.scripts:
-                raise Mismatch("other commands would be started")
+                raise WrongEdit("other commands would be started")
             # Commands inside a word are compared on their own.
             texts = [
                 [value(word) for n, word in enumerate(each.words) if n not in each.scripts]
@@ -220,7 +221,7 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
         program = [*_OURS, *program]
     size = len(front) + len(program)
     if texts[1][:size] != [*front, *program]:
-        raise Mismatch(f"{' '.join(program)} would not be what is started")
+        raise WrongEdit(f"{' '.join(program)} would not be what is started")
     given = {flag.word: flag for flag in old.flags()}
     wanted: list[str] = []
     last: dict[str, str] = {}
@@ -244,7 +245,7 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
     # What other launches need where they share a place may be there too, if it is not in force.
     for pair in added:
         if not _remove(got, list(pair[:2])):
-            raise Mismatch(f"{pair[0]} {pair[1]} would be missing")
+            raise WrongEdit(f"{pair[0]} {pair[1]} would be missing")
     for flag, number, _ in rules.missing(set()):
         if len(got) > len(wanted):
             _remove(got, [flag, number])
@@ -252,7 +253,7 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
     words = tuple(tuple(Char(c, 0, 0) for c in word) for word in texts[1])
     found = {f.name: value(f.value) for f in Launch(words, -1, size, True, 0).flags()}
     if any(found.get(name) != wanted_value for name, wanted_value in last.items()):
-        raise Mismatch("a flag that is added would be in force in place of one that is given")
+        raise WrongEdit("a flag that is added would be in force in place of one that is given")
 
 
 def _remove(words: list[str], pair: list[str]) -> bool:
@@ -265,13 +266,13 @@ def _remove(words: list[str], pair: list[str]) -> bool:
 
 def _compare_words(wanted: list[str], got: list[str], notes: list[str]) -> None:
     if len(wanted) != len(got):
-        raise Mismatch("other words would be there")
+        raise WrongEdit("other words would be there")
     for one, other in zip(wanted, got, strict=True):
         if one == other:
             continue
         numbers = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
         plain = numbers.fullmatch(one) or numbers.sub("", one) != numbers.sub("", other)
         if plain or one.startswith("-"):
-            raise Mismatch(f"{one[:60]} would become {other[:60]}")
+            raise WrongEdit(f"{one[:60]} would become {other[:60]}")
         note = f"{one} -> {other}: named after a number that changes"
         notes += [note] if note not in notes else []

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch import grammar, shell
 from megatron_s3.launch.expansion import State
 from megatron_s3.launch.shell import UNKNOWN, Argument, Char, value
@@ -34,7 +35,7 @@ _WITHOUT_VALUE = {
 _PYTHON_WITH_VALUE = {"-X", "-W", "--check-hash-based-pycs"}
 
 
-class LaunchError(ValueError):
+class LaunchError(MegatronS3Error, ValueError):
     """The launch cannot be translated; the message says why, and what to do.
 
     Args:

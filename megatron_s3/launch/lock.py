@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = ["VARIABLE", "InUse", "die_with_parent", "hold", "join", "variable"]
 
 #: Tells the ranks the launcher's process id and the files, as a JSON list.
@@ -36,7 +38,7 @@ _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
-class InUse(Exception):
+class InUse(MegatronS3Error):
     """Another launch writes to the folder; the message says which and what to do."""
 
 

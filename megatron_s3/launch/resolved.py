@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch.redact import is_secret, redact, redact_word
 
 __all__ = [
@@ -31,7 +32,7 @@ DERIVED = {"lr_times_weight_decay": "weight_decay", "min_lr_over_lr": "min_lr"}
 LAUNCH = ("nodes", "nproc_per_node", "script", "time", "environment", "sbatch")
 
 
-class ConfigError(ValueError):
+class ConfigError(MegatronS3Error, ValueError):
     """A configuration that cannot be run; the message names file, line, reason and remedy.
 
     What looks like a credential in it is left out.

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = [
     "UNKNOWN",
     "Argument",
@@ -27,7 +29,7 @@ __all__ = [
 UNKNOWN = "\0"
 
 
-class ShellError(ValueError):
+class ShellError(MegatronS3Error, ValueError):
     """The text is not shell, or not of the kind that is read here.
 
     Args:

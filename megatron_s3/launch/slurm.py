@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch import private
 from megatron_s3.launch.config import COPY, Config
 from megatron_s3.launch.config_paths import shipped
@@ -31,7 +32,7 @@ _SETTINGS = (
 )
 
 
-class SlurmError(Exception):
+class SlurmError(MegatronS3Error):
     """The job could not be submitted; the message says why."""
 
 

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = ["Refused", "in_one_line"]
 
 
@@ -13,7 +15,7 @@ __all__ = ["Refused", "in_one_line"]
 _PATIENCE = 60.0
 
 
-class Refused(ValueError):
+class Refused(MegatronS3Error, ValueError):
     """The plugin does not train with these arguments; says which, why, and what to do."""
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = ["CHECKED_RELEASES", "Builtin", "Replaced", "Seam", "SeamMoved", "Wrapped"]
 
 #: Releases of Megatron-LM on which every seam was trained, saved and resumed through.
@@ -21,7 +23,7 @@ CHECKED_RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.0", "0.19.2", "main of 2
 MARK = "__megatron_s3_seam__"
 
 
-class SeamMoved(RuntimeError):
+class SeamMoved(MegatronS3Error, RuntimeError):
     """Something that the plugin wraps or replaces is missing, or is not as it is known."""
 
 

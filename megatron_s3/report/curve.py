@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_s3.report.errors import RunError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -29,10 +31,6 @@ _STYLES = (
     ("#222222", ":", "D"),
 )
 _SMOOTHED_OVER = 25
-
-
-class RunError(ValueError):
-    """A run cannot be read; the message names its directory and what is missing."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.report.errors import RunError
 from megatron_s3.telemetry import runlog
 
 __all__ = ["RunError", "Suite", "Trained", "load"]
-
-
-class RunError(ValueError):
-    """A run cannot be read; the message names its folder and what is missing."""
 
 
 @dataclass(frozen=True)

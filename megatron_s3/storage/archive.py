@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = ["Archive", "Differs", "Entry", "entries", "verify"]
 
 _BLOCK = 1 << 20
@@ -30,7 +32,7 @@ _HAS_DESCRIPTOR = 8
 _IN_ZIP64 = 0xFFFFFFFF
 
 
-class Differs(Exception):
+class Differs(MegatronS3Error):
     """Two things in an archive that must agree do not."""
 
 

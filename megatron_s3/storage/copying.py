@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.storage.archive import Archive, entries
 
 __all__ = ["Stopped", "Writer", "copy", "rewrite"]
@@ -56,7 +57,7 @@ class Writer:
         self._file.seek(place)
 
 
-class Stopped(Exception):
+class Stopped(MegatronS3Error):
     """The conversion has failed in another thread, or was interrupted."""
 
 

@@ -1,9 +1,11 @@
 """What is raised about files."""
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = ["Damaged", "unreadable"]
 
 
-class Damaged(ValueError):
+class Damaged(MegatronS3Error, ValueError):
     """A checkpoint is not what was written; the message begins with the file's path."""
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.kernels.cpu.sole_builder import sole_builder
 from megatron_s3.rules import RULES
 from megatron_s3.rules.kernel_form import KernelForm, cpp_declarations, kernel_of
@@ -125,7 +126,7 @@ def _compiler() -> list[str] | str:
     return f"no C++ compiler: none of {', '.join(_COMPILERS)}, and CXX is not set"
 
 
-class _CompilerError(Exception):
+class _CompilerError(MegatronS3Error):
     pass
 
 

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from megatron_s3.errors import MegatronS3Error
+
 __all__ = [
     "WriterDied",
     "clear_frames",
@@ -18,7 +20,7 @@ __all__ = [
 ]
 
 
-class WriterDied(RuntimeError):
+class WriterDied(MegatronS3Error, RuntimeError):
     """The process that writes asynchronous checkpoints has ended."""
 
 

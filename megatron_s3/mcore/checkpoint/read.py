@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.storage import checksums, unpickle
 from megatron_s3.storage.errors import Damaged
 from megatron_s3.storage.layout import (
@@ -28,7 +29,7 @@ from megatron_s3.storage.newest import RELEASE, Unclear, newest, saved
 __all__ = ["CheckpointError", "arguments", "common", "find", "load_object", "tensors", "threads"]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MegatronS3Error, ValueError):
     """A checkpoint cannot be read; the message names the folder, the reason and what to do."""
 
 

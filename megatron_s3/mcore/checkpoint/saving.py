@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.mcore import telemetry
 from megatron_s3.mcore.checkpoint import async_writers
 from megatron_s3.mcore.checkpoint.choice import complete_ones
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(MegatronS3Error, RuntimeError):
     """A checkpoint could not be written; the message names the folder and the reason."""
 
 

@@ -1,0 +1,9 @@
+"""What is wrong with runs that are to be reported."""
+
+from megatron_s3.errors import MegatronS3Error
+
+__all__ = ["RunError"]
+
+
+class RunError(MegatronS3Error, ValueError):
+    """A run cannot be read; the message names its folder and what is missing."""

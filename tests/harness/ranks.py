@@ -75,7 +75,8 @@ def _main() -> None:
     sys.modules[module.__name__] = module
     specification.loader.exec_module(module)
     getattr(module, name).__wrapped__(**pickle.loads(base64.b64decode(arguments)))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

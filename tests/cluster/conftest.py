@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.runs import Run
+
 REPOSITORY = Path(__file__).parents[2]
 BODY = REPOSITORY / "scripts" / "pretrain.sbatch"
 NODES = 3
@@ -101,9 +103,7 @@ class Job:
         Without the second line of each, for which Megatron prints the mean of two iterations.
         """
         parts = re.split(r"^\[pretrain.sbatch\] .* attempt \d+ on .*", self.log, flags=re.M)[1:]
-        pattern = r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+)"
-        found = [re.findall(pattern, part) for part in parts]
-        return [{int(i): loss for n, (i, loss) in enumerate(a) if n != 1} for a in found]
+        return [Run(0, part).losses for part in parts]
 
     @property
     def state(self) -> str:

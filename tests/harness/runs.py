@@ -34,6 +34,10 @@ class Run:
         finite = {i: x for i, x in self.column("lm loss").items() if math.isfinite(float(x))}
         return {i: loss for n, (i, loss) in enumerate(finite.items()) if n != 1}
 
+    def losses_after(self, iteration: int) -> dict[int, str]:
+        """Returns the losses after an iteration, but those that are a mean in a resume from it."""
+        return {i: x for i, x in self.losses.items() if i > iteration and i != iteration + 2}
+
     @property
     def said(self) -> list[str]:
         """The lines of the plugin, without its name."""

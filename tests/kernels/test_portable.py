@@ -13,14 +13,10 @@ from megatron_s3.kernels import portable
 from megatron_s3.kernels.operands import flatten, write_back
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update
+from tests.harness.tensors import random
 
 CHUNK = portable._CHUNK["cpu"]
 SHARED = {"lr": 0.01, "weight_decay": 0.1, "beta": 0.95, "p": 3.0}
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def steps(param: Tensor, grads: list[Tensor], **changes: object) -> tuple[Tensor, Tensor, Tensor]:

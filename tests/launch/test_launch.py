@@ -15,6 +15,7 @@ import pytest
 from megatron_s3.launch import commands, launch, lock, provenance, selection, slurm, stopping
 from megatron_s3.launch.config import ConfigError, load
 from megatron_s3.launch.progress import progress
+from tests.harness.runs import Run
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -370,12 +371,6 @@ def test_other_nodes_of_a_job_share_its_folder(tmp_path, monkeypatch):
     assert files == [f"{tmp_path}/lock", f"{tmp_path}/checkpoints/lock"]
 
 
-def losses(log: str) -> dict[int, str]:
-    return {
-        int(i): loss for i, loss in re.findall(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+)", log)
-    }
-
-
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     """Status 75 and a checkpoint; then 0 and the last iteration; then nothing to do.
@@ -403,7 +398,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stdout[-4000:]
     assert f"going on from iteration {stopped}" in again.stdout
-    assert min(losses(again.stdout)) == stopped + 1
+    assert min(Run(0, again.stdout).column("lm loss")) == stopped + 1
     assert progress(load(["tiny-s3"]), tmp_path).saved == 100
     third = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "trained to iteration 100 of 100 already; nothing to do" in third.stdout

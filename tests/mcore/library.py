@@ -8,14 +8,14 @@ def test_something(case):
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from tests.harness.ranks import on_ranks
 
-__all__ = ["build", "globally", "inner", "on_ranks", "step", "wrap"]
+__all__ = ["build", "equal", "globally", "inner", "on_ranks", "states", "step", "wrap"]
 
 
 def build(
@@ -121,3 +121,13 @@ def inner(optimizer: Any) -> Any:
     """The torch optimizer in a Megatron optimizer of one part."""
     (part,) = optimizer.chained_optimizers
     return part.optimizer
+
+
+def states(optimizer: Any) -> list[Any]:
+    """All that the states of a Megatron optimizer of one part hold."""
+    return [value for state in inner(optimizer).state.values() for value in state.values()]
+
+
+def equal(one: Iterable[torch.Tensor], other: Iterable[torch.Tensor]) -> bool:
+    """Whether as many tensors are equal in pairs."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

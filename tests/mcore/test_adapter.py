@@ -9,7 +9,7 @@ import torch
 
 from tests.harness.reference import S3Reference
 from tests.mcore import library
-from tests.mcore.library import inner, on_ranks, step
+from tests.mcore.library import inner, on_ranks, states, step
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 AWARE = {"use_precision_aware_optimizer": True}
@@ -125,10 +125,6 @@ def test_the_state_is_two_fp32_tensors_and_sharded(dtype, sharded):
     groups = inner(optimizer).param_groups  # which hold nothing of Adam's
     assert all("betas" not in g and "eps" not in g for g in groups)
     assert {g["algorithm"] for g in groups} == {"s3"}
-
-
-def states(optimizer):
-    return [t for state in inner(optimizer).state.values() for t in state.values()]
 
 
 @pytest.mark.parametrize("settings", [{"clip_grad": 0.5}, {"plugin_log_grad_norm": True}], ids=str)

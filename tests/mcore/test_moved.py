@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.harness.releases import RELEASES
-from tests.mcore.library import build, inner, on_ranks, step
+from tests.mcore.library import build, equal, inner, on_ranks, states, step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HOW = {
@@ -32,19 +32,11 @@ def read(model):
     return [param.detach().clone() for param in model.parameters()]
 
 
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 def away_and_back(optimizer):
     """As where there is a GPU: upstream's methods give every tensor that they move new memory."""
     torch.Tensor.cuda = lambda tensor: tensor.clone()  # in a forked rank
     optimizer.offload_to_cpu()
     optimizer.restore_from_cpu()
-
-
-def states(optimizer):
-    return [t for state in inner(optimizer).state.values() for t in state.values()]
 
 
 @pytest.mark.parametrize("release", RELEASES)

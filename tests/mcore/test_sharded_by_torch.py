@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.mcore.library import inner, on_ranks
+from tests.mcore.library import equal, inner, on_ranks
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -67,10 +67,6 @@ def tensors(model, optimizer):
             state = inner(optimizer).state[param]
             found += [param.detach(), state["exp_avg"], state["exp_pnorm"]]
     return [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in found]
-
-
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,7 +14,7 @@ from tests.mcore.library import on_ranks
 pytestmark = pytest.mark.slow
 
 # Sizes that leave gaps: no dimension is a multiple of 64 x ranks, and no bucket ends at one.
-ODD = """--s3-device cpu --train-iters 6 --hidden-size 40 --ffn-hidden-size 132
+ODD = """--plugin-device cpu --train-iters 6 --hidden-size 40 --ffn-hidden-size 132
 --num-attention-heads 2 --make-vocab-size-divisible-by 2 --vocab-size 201""".split()
 BF16, SHARDED = ["--bf16"], ["--use-distributed-optimizer"]
 BUCKETS = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "9000"]

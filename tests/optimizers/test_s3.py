@@ -21,11 +21,7 @@ from megatron_s3 import S3
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update_bound
 from tests.harness.reference import S3Reference
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype)
+from tests.harness.tensors import random
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Parameter:

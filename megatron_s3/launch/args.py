@@ -56,12 +56,12 @@ class Translation:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Of the warnings, those of flags with which S3 does not start."""
+        """Returns those of the warnings that are of flags with which S3 does not start."""
         return tuple(each for each in self.warnings if _REFUSED.search(each))
 
 
 def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
-    """The launch for S3.
+    """Translates a launch into one for S3.
 
     Args:
         text: a shell line, a script, or arguments alone.
@@ -79,7 +79,8 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
         for beside_lr in (True, False)
         for outermost in (True, False)
     ]
-    reason, tried = "", set()
+    reason = ""
+    tried: set[str] = set()
     for edits in attempts:
         try:
             for launch in launches:
@@ -109,7 +110,7 @@ def _follow(text: str) -> Trace:
 
 
 def _launches(text: str, found: Trace) -> list[Launch]:
-    """The launches of AdamW's in the text, each once for each way on which it differs."""
+    """Returns AdamW's launches in the text, each once for each way on which it differs."""
     try:
         launches = find(found)
     except LaunchError as error:
@@ -164,11 +165,12 @@ def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str
     from megatron_s3.mcore.arguments import UNSUPPORTED
 
     found: dict[str, None] = {}
-    say = lambda what: found.setdefault(what)
+
+    def say(what: str) -> None:
+        found.setdefault(what)
+
     for launch in launches:
         texts = [value(word) for word in launch.words[max(launch.arguments, 0) :]]
-        has = lambda flag, texts=texts: any(t == flag or t.startswith(flag + "=") for t in texts)
-        given = lambda flag, launch=launch: _values(launch, flag)
         if launch.trainer < 0:
             say(
                 "no script in it: put -m megatron_s3 before the one that you start (torchrun ... "
@@ -180,24 +182,26 @@ def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str
                 "python, torchrun, or options of theirs"
             )
         for _, flag, reason in UNSUPPORTED:
-            if has(flag):
+            if _has(texts, flag):
                 say(f"{flag} is refused with S3: {reason}")
         for flag in _STATES:
-            for dtype in given(flag):
+            for dtype in _values(launch, flag):
                 if dtype not in ("fp32", "bf16"):
                     say(
                         f"{flag} {dtype} is refused with S3, which keeps its states in fp32 or bf16"
                     )
-        for dtype in given("--main-params-dtype"):
+        for dtype in _values(launch, "--main-params-dtype"):
             if dtype != "fp32":
                 say(f"--main-params-dtype {dtype} is refused with S3: leave it out")
-        if has("--use-precision-aware-optimizer") and not has("--use-distributed-optimizer"):
+        if _has(texts, "--use-precision-aware-optimizer") and not _has(
+            texts, "--use-distributed-optimizer"
+        ):
             say(
                 "--use-precision-aware-optimizer is refused with S3 without "
                 "--use-distributed-optimizer"
             )
-        for folder in given("--load"):
-            if not has("--no-load-optim") and not has("--finetune"):
+        for folder in _values(launch, "--load"):
+            if not _has(texts, "--no-load-optim") and not _has(texts, "--finetune"):
                 say(
                     f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert "
                     f"{folder} NEW --to s3 --lr-factor {lr_factor}` makes a checkpoint that "
@@ -205,7 +209,7 @@ def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str
                     "and there, goes better. --no-load-optim takes the weights alone"
                 )
         for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
-            if has(flag):
+            if _has(texts, flag):
                 say(
                     f"{flag}: what the checkpoint was saved with is taken, and not what stands here"
                 )
@@ -214,15 +218,19 @@ def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str
                 f"{line(text, launch.place)}flags of AdamW's that come from elsewhere (a variable "
                 "of the environment, a file that is read) stay as they are"
             )
-        elif not has("--lr"):
+        elif not _has(texts, "--lr"):
             say(f"no --lr in it: S3's is {LR_FACTOR} times AdamW's")
-        if has("--config"):
+        if _has(texts, "--config"):
             say("--config: what that file holds was not read")
         for word in launch.words[launch.arguments :]:
             name = shown(word)
             if value(word) == UNKNOWN and re.search(r"^\$.*(@|ARG|OPT|FLAG|EXTRA)", name.upper()):
                 say(f"{name} is not known here: flags of AdamW's that it may hold stay as they are")
     return list(found)
+
+
+def _has(texts: Sequence[str], flag: str) -> bool:
+    return any(text == flag or text.startswith(flag + "=") for text in texts)
 
 
 def _values(launch: Launch, flag: str) -> Iterator[str]:

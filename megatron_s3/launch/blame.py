@@ -6,7 +6,7 @@ __all__ = ["blame", "rounds"]
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Neighbours in a ring, as rounds of pairs that are disjoint within a round.
+    """Returns neighbours in a ring, as rounds of pairs that are disjoint within a round.
 
     Args:
         nodes: how many, at least 2.
@@ -20,7 +20,7 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def blame(names: list[str], failed: Iterable[tuple[int, int]]) -> dict[int, str]:
-    """Who is to blame when these neighbours in a ring do not reach one another.
+    """Tells who is to blame when these neighbours in a ring do not reach one another.
 
     Args:
         names: host names, by rank.

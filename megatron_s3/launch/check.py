@@ -26,7 +26,7 @@ __all__ = [
 
 
 def megatron_is_here() -> bool:
-    """Whether torch and a Megatron with a trainer can be imported."""
+    """Returns whether torch and a Megatron with a trainer can be imported."""
     try:
         return all(importlib.util.find_spec(name) for name in ("torch", "megatron.training"))
     except ModuleNotFoundError:
@@ -34,7 +34,7 @@ def megatron_is_here() -> bool:
 
 
 def ask_megatron(config: Config, more: list[str] | None = None) -> None:
-    """As :func:`check`; where there is no Megatron, says so and leaves it to the job's nodes."""
+    """Calls :func:`check`; without Megatron says so, and leaves it to the job's nodes."""
     if megatron_is_here():
         tell("asking Megatron whether it takes this; importing it takes a while")
         check(config, more)
@@ -64,8 +64,8 @@ def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:
         return _check(config, words)
 
 
-def environment(config: Config) -> contextlib.AbstractContextManager:
-    """Inside, this process has the environment that the ranks will have."""
+def environment(config: Config) -> contextlib.AbstractContextManager[object]:
+    """Gives this process the environment that the ranks will have, inside a ``with``."""
     return mock.patch.dict(os.environ, config.launch.environment)
 
 
@@ -109,7 +109,7 @@ def _pattern(name: str) -> str:
 
 
 def arithmetic(config: Config) -> dict[str, int]:
-    """World size and batch, as Megatron will divide them.
+    """Computes world size and batch, as Megatron will divide them.
 
     Returns:
         ``world_size``, ``tensor``, ``pipeline``, ``context``, ``data_parallel``,
@@ -216,11 +216,13 @@ def refuse_missing_gpus(config: Config) -> None:
 
 
 def _own_values(config: Config) -> None:
-    """Hyperparameters of the plugin's optimizers, which need no Megatron to be judged."""
+    """Checks hyperparameters of the plugin's optimizers, which takes no Megatron."""
     from megatron_s3.optimizers import OPTIMIZERS
 
     cls = OPTIMIZERS.get(str(config.arguments.get("optimizer")))
-    for h in cls.description.hyperparameters if cls else ():
+    if cls is None:
+        return
+    for h in cls.description.hyperparameters:
         name = f"{cls.description.name}_{h.name}".replace("-", "_")
         value = config.arguments.get(name)
         if h.is_switch or not isinstance(value, str):
@@ -236,7 +238,7 @@ def _own_values(config: Config) -> None:
 
 
 def whole(config: Config, name: str, default: int | None = None, least: int = 1) -> int:
-    """The value of an argument that counts something.
+    """Returns the value of an argument that counts something.
 
     Args:
         config: that gives it.
@@ -276,7 +278,7 @@ def _names_and_values(config: Config, parser: argparse.ArgumentParser) -> None:
             if value is not True:
                 raise ConfigError(f"{where}: {name} is a switch: true or false, not {value!r}")
             continue
-        if value is True:
+        if isinstance(value, bool):
             raise ConfigError(f"{where}: {name} needs a value")
         if isinstance(value, list) and action.nargs is None:
             raise ConfigError(f"{where}: {name} takes one value, not a list")

@@ -12,7 +12,7 @@ __all__ = ["megatron_words", "torchrun"]
 
 
 def megatron_words(config: Config, run_dir: Path) -> list[str]:
-    """Megatron's command line for a run: the configuration's, the dataset's, and its folders.
+    """Returns Megatron's command line for a run, with its dataset and its folders.
 
     Raises:
         ConfigError: there is no data to train on, or the dataset is not there.
@@ -52,7 +52,7 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
 
 
 def torchrun(config: Config, words: list[str]) -> list[str]:
-    """The command that starts this node's ranks.
+    """Returns the command that starts this node's ranks.
 
     Raises:
         ConfigError: the SLURM job has another number of nodes, or does not say where they meet.

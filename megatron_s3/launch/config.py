@@ -28,7 +28,8 @@ said.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def _replace_optimizer(
 
 
 def _given_at(line: str, origin: Origin) -> Origin:
-    """The place that stands behind a value in a copy."""
+    """Returns the place that stands behind a value in a copy."""
     place = line.partition("  # ")[2]
     if place.startswith("--set "):
         return Origin(place.removeprefix("--set "))
@@ -144,7 +145,7 @@ def _given_at(line: str, origin: Origin) -> Origin:
 
 
 def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml.Node, Origin]]:
-    """The keys of a mapping with their values and places.
+    """Yields the keys of a mapping with their values and places.
 
     Raises:
         ConfigError: it is no mapping, or a key occurs twice.
@@ -167,7 +168,7 @@ def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml
 
 
 def _value(node: yaml.Node, origin: Origin, key: str) -> Value:
-    """A scalar as it is written (3e-3 stays 3e-3), true, false and null apart; or a list."""
+    """Returns a scalar as it is written (3e-3 stays 3e-3), a bool, None, or a list."""
     if isinstance(node, yaml.SequenceNode):
         return [str(_value(item, origin, key)) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
@@ -175,8 +176,8 @@ def _value(node: yaml.Node, origin: Origin, key: str) -> Value:
     if node.tag == "tag:yaml.org,2002:null":
         return None
     if node.tag == "tag:yaml.org,2002:bool":
-        return node.value.lower() in ("true", "yes", "on")
-    return node.value
+        return str(node.value).lower() in ("true", "yes", "on")
+    return str(node.value)
 
 
 def _known(key: str, known: Iterable[str], origin: Origin, what: str) -> None:
@@ -304,12 +305,15 @@ def _derive(
 ) -> dict[str, str]:
     """Adds the derived arguments; returns the factors of those that were not given."""
     used = {}
+    compute: Callable[[Decimal, Decimal], Decimal]
     for key, compute in (
-        ("lr_times_weight_decay", lambda x, lr: x / lr),
-        ("min_lr_over_lr", lambda x, lr: x * lr),
+        ("lr_times_weight_decay", operator.truediv),
+        ("min_lr_over_lr", operator.mul),
     ):
         target = DERIVED[key]
-        value, origin = merged.get(f"derived.{key}", (None, None))
+        if f"derived.{key}" not in merged:
+            continue
+        value, origin = merged[f"derived.{key}"]
         if value is None or target in arguments:
             continue
         if "lr" not in arguments:

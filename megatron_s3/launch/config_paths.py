@@ -10,14 +10,14 @@ __all__ = ["find", "name_of", "shipped"]
 
 
 def shipped() -> Path:
-    """The folder of the configurations that came with this package."""
+    """Returns the folder of the configurations that came with this package."""
     package = Path(__file__).parents[1]
     inside = package / "configs"  # as installed from the wheel
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
-    """The file that a user means, a path or the name of a shipped configuration, and its name.
+    """Finds the file that a user means by a path or by a shipped configuration's name.
 
     Args:
         name: ``my.yaml``, ``gpt2-7b-s3`` or ``configs/layouts/gpt2-7b-64gpu.yaml``.
@@ -45,7 +45,7 @@ def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
 
 
 def _shown(path: Path) -> str:
-    """How messages call a file: from configs/ if it came with the package, else as given."""
+    """Returns how messages call a file: from configs/ if the package brought it, else as given."""
     real = path.resolve()
     if real.is_relative_to(shipped().resolve()):
         return str(Path("configs") / real.relative_to(shipped().resolve()))
@@ -53,7 +53,7 @@ def _shown(path: Path) -> str:
 
 
 def name_of(name: str) -> str:
-    """What a file is called in names of runs: ``configs/overlays/table-iv/3-s3`` table-iv-3-s3."""
+    """Returns what names of runs call a file: ``configs/overlays/table-iv/3-s3`` table-iv-3-s3."""
     path = Path(find(name)[1]).with_suffix("")
     parts = path.parts if path.parts[0] == "configs" else path.parts[-1:]
     return "-".join(p for p in parts if p not in ("configs", "overlays", "layouts"))

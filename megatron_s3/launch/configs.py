@@ -14,7 +14,7 @@ _COLUMNS = ("configuration", "parameters", "ranks", "d x t x p", "batch", "itera
 
 
 def names() -> list[str]:
-    """The shipped configurations that can be run; bases and models are only extended."""
+    """Returns the shipped configurations that can be run; bases and models are only extended."""
     found = (path.relative_to(shipped()).with_suffix("") for path in shipped().rglob("*.yaml"))
     runnable = (path for path in found if path.parts[0] not in ("models", "base"))
     return [str(path) for path in sorted(runnable, key=lambda path: (len(path.parts), path))]
@@ -71,8 +71,10 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
             _say(error)
     from megatron_s3.mcore.planning import job
 
-    parameters: dict[tuple, str] = {}  # padding of the vocabulary depends on tensor parallelism
-    rows = []
+    parameters: dict[
+        tuple[object, ...], str
+    ] = {}  # padding of the vocabulary depends on tensor parallelism
+    rows: list[tuple[str, ...]] = []
     for name, config, shape, args in checked:
         model = (args.num_layers, args.hidden_size, args.vocab_size, shape["tensor"])
         if args.vocab_size is None and args.padded_vocab_size is None:

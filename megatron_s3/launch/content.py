@@ -17,7 +17,7 @@ _LISTS = ("data_args_path", "per_split_data_args_path")
 
 
 def cache_folder(config: Config, run_dir: Path) -> Path:
-    """The folder for Megatron's indices: one for each content of the data."""
+    """Returns the folder for Megatron's indices: there is one for each content of the data."""
     folder = run_dir.absolute() / "data-cache"
     known = _content(config)
     if not known:
@@ -33,7 +33,7 @@ def changed(config: Config, run_dir: Path) -> bool:
     return folder.parent.is_dir() and any(path.is_dir() for path in folder.parent.iterdir())
 
 
-def _content(config: Config) -> list:
+def _content(config: Config) -> list[object]:
     """Returns what tells the data from others: checksums, or else sizes and times."""
     if config.dataset:
         from megatron_s3 import data

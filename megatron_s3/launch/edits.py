@@ -8,7 +8,7 @@ from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch.launches import Flag, Launch, LaunchError, find, place, shown
 from megatron_s3.launch.rules import Rules
 from megatron_s3.launch.shell import Char, value
-from megatron_s3.launch.trace import Trace
+from megatron_s3.launch.trace import Command, Trace
 
 __all__ = ["Edits", "WrongEdit", "compare", "line"]
 
@@ -20,7 +20,7 @@ class WrongEdit(MegatronS3Error):
 
 
 def line(text: str, at: int | None) -> str:
-    """The number of the line at a place, as an error begins; empty for a text of one line."""
+    """Returns "line N: " of a place, as an error begins; empty for a text of one line."""
     if at is None:
         return ""
     return f"line {text.count(chr(10), 0, at) + 1}: " if "\n" in text.strip() else ""
@@ -56,7 +56,7 @@ class Edits:
             elif new != old:
                 constant = flag.name in ("--optimizer", "--clip-grad")
                 span = None if constant or not self.where_set else _one_place(flag.value)
-                if span is None and flag.value:
+                if span is None:
                     span = place(flag.value, flag.key[0])
                 change = f"{flag.name} {shown(flag.value)} -> {new}: {reason}"
                 self._replace(self._with_quotes(span), new, change)
@@ -75,9 +75,9 @@ class Edits:
                 at = self._with_quotes(span)[1]
             else:
                 at = len(self.text.rstrip())
-            for flag, number, reason in added:
-                self._added.setdefault(at, {})[flag] = number
-                self._say(f"{flag} {number} added: {reason}")
+            for name, number, reason in added:
+                self._added.setdefault(at, {})[name] = number
+                self._say(f"{name} {number} added: {reason}")
         if launch.trainer >= 0 and not launch.registered:
             self._register(launch)
 
@@ -130,7 +130,7 @@ class Edits:
         self._say(f"{flag.name} {shown(flag.value)} left out: {reason}")
 
     def _whole(self, start: int, end: int) -> tuple[int, int]:
-        """A place with the blanks before it, or its line if nothing else stands there."""
+        """Returns a place with the blanks before it, or its line if nothing else stands there."""
         begin = self.text.rfind("\n", 0, start) + 1
         after = re.compile(r"[ \t]*(\\?)\n").match(self.text, end)
         continued = self.text[:begin].endswith("\\\n")
@@ -141,7 +141,7 @@ class Edits:
         return start, end
 
     def result(self) -> str:
-        """The text with all changes.
+        """Returns the text with all changes.
 
         Raises:
             WrongEdit: two of them overlap.
@@ -192,25 +192,25 @@ def compare(before: Trace, after: Trace, rules: Rules) -> list[str]:
         olds, news = list(old_launches.values()), list(new_launches.values())
         if len(olds) != len(news):
             raise WrongEdit("other arguments would be there")
-        for old, new in zip(olds, news, strict=True):
-            _compare_launch(old, new, rules, notes)
+        for launch, became in zip(olds, news, strict=True):
+            _compare_launch(launch, became, rules, notes)
         return notes
     for old, new in zip(before.commands, after.commands, strict=True):
-        launch, became = old_launches.get(id(old.words)), new_launches.get(id(new.words))
-        if launch and became:
-            _compare_launch(launch, became, rules, notes)
-        elif launch or became:
+        starts, will_start = old_launches.get(id(old.words)), new_launches.get(id(new.words))
+        if starts and will_start:
+            _compare_launch(starts, will_start, rules, notes)
+        elif starts or will_start:
             raise WrongEdit("another launch would be there")
         elif value(old.words[0]).rpartition("/")[2] not in ("echo", "printf"):
             if old.scripts != new.scripts:
                 raise WrongEdit("other commands would be started")
             # Commands inside a word are compared on their own.
-            texts = [
-                [value(word) for n, word in enumerate(each.words) if n not in each.scripts]
-                for each in (old, new)
-            ]
-            _compare_words(*texts, notes)
+            _compare_words(_plain_words(old), _plain_words(new), notes)
     return notes
+
+
+def _plain_words(command: Command) -> list[str]:
+    return [value(word) for n, word in enumerate(command.words) if n not in command.scripts]
 
 
 def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) -> None:
@@ -240,15 +240,15 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
         number += 1
     names = {flag.name for flag in given.values()}
     added = [] if old.bare else list(rules.missing(names))
-    last |= {flag: number for flag, number, _ in added}
+    last |= {name: new_value for name, new_value, _ in added}
     got = texts[1][size:]
     # What other launches need where they share a place may be there too, if it is not in force.
     for pair in added:
         if not _remove(got, list(pair[:2])):
             raise WrongEdit(f"{pair[0]} {pair[1]} would be missing")
-    for flag, number, _ in rules.missing(set()):
+    for name, new_value, _ in rules.missing(set()):
         if len(got) > len(wanted):
-            _remove(got, [flag, number])
+            _remove(got, [name, new_value])
     _compare_words(wanted, got, notes)
     words = tuple(tuple(Char(c, 0, 0) for c in word) for word in texts[1])
     found = {f.name: value(f.value) for f in Launch(words, -1, size, True, 0).flags()}

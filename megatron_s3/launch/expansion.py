@@ -38,13 +38,13 @@ class State:
     decided: dict[str, bool] = field(default_factory=dict)
 
     def put(self, name: str, found: tuple[Argument, ...], array: bool) -> "State":
-        """The state after an assignment."""
+        """Returns the state after an assignment."""
         arrays = self.arrays | {name} if array else self.arrays - {name}
         variables = {**self.variables, name: found}
         return replace(self, variables=variables, arrays=arrays, decided=self._still(name))
 
     def without(self, name: str) -> "State":
-        """The state in which a variable is not known."""
+        """Returns the state in which a variable is not known."""
         kept = {k: v for k, v in self.variables.items() if k != name}
         arrays = self.arrays - {name}
         return replace(self, variables=kept, arrays=arrays, decided=self._still(name))
@@ -62,7 +62,7 @@ class Expansion:
         raise NotImplementedError
 
     def join(self, word: Word, state: State) -> Argument:
-        """A word as one argument, as in an assignment."""
+        """Returns a word as one argument, as in an assignment."""
         chars: list[Char] = []
         for field_ in self._fields(word, state, split=False):
             chars += [Char(" ", field_[0].start, field_[0].start)] if chars and field_ else []
@@ -70,7 +70,7 @@ class Expansion:
         return tuple(chars)
 
     def expand(self, word: Word, state: State) -> list[Argument]:
-        """A word as the arguments that become of it."""
+        """Returns the arguments that become of a word."""
         return self._fields(word, state, split=True)
 
     def _fields(self, word: Word, state: State, split: bool) -> list[Argument]:
@@ -112,7 +112,7 @@ class Expansion:
                 fields.append([])
 
     def _value(self, part: Variable, state: State) -> tuple[list[Argument], bool]:
-        """What a variable holds, with this place in each character; whether it is a list."""
+        """Returns what a variable holds, with this place in each character, and if it is a list."""
         via = (part.span, *part.at.via)
         found: tuple[Argument, ...] | None
         separate = part.index in ("@", "*")

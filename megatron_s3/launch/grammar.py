@@ -6,7 +6,16 @@ Nothing is run.  What this grammar does not have is an error.
 import re
 from collections.abc import Sequence
 
-from megatron_s3.launch.shell import Assignment, Char, Literal, Node, Variable, Word, value
+from megatron_s3.launch.shell import (
+    Assignment,
+    Char,
+    HereDocument,
+    Literal,
+    Node,
+    Variable,
+    Word,
+    value,
+)
 from megatron_s3.launch.words import META, OPERATORS, Words
 
 __all__ = ["here_document", "parse"]
@@ -21,7 +30,7 @@ _ENDS = {"then", "do", "done", "fi", "else", "elif", "esac", "}"}
 
 
 def parse(chars: Sequence[Char]) -> Node:
-    """The commands of a script.
+    """Reads the commands of a script.
 
     Raises:
         ShellError: it is no shell script.
@@ -30,13 +39,13 @@ def parse(chars: Sequence[Char]) -> Node:
 
 
 def here_document(chars: Sequence[Char]) -> Word:
-    """The text of a ``<<`` whose expansions are made."""
+    """Reads the text of a ``<<`` whose expansions are made."""
     return _Parser(chars).double_quoted(None)
 
 
 class _Parser(Words):
     def sequence(self, ends: Sequence[str]) -> Node:
-        """Commands up to one of the words or operators ``ends``, which is left."""
+        """Reads the commands up to one of the words or operators ``ends``, which is left."""
         found = Node("sequence")
         while True:
             self.newlines()
@@ -240,21 +249,21 @@ class _Parser(Words):
 
     def assignment(self, given: str) -> Assignment:
         self.at += len(given)
-        name = _NAME.match(given)[0]
+        name = re.split(r"[\[+=]", given, maxsplit=1)[0]
         append = given.endswith("+=") or "[" in given
         if not self.text.startswith("(", self.at):
             return Assignment(name, append, self.parts(lambda c: c in META), "[" in given)
         self.at += 1
-        words = []
+        items: list[Word] = []
         while True:
             self.newlines()
             if self.text.startswith(")", self.at):
                 self.at += 1
-                return Assignment(name, append, words, True)
+                return Assignment(name, append, [], True, items)
             word = self.word()
             if not word:
                 raise self.error(f"unexpected {self.text[self.at : self.at + 1] or 'end'!r}")
-            words.append(word)
+            items.append(word)
 
     def redirection(self, node: Node) -> bool:
         self.blank()
@@ -270,11 +279,11 @@ class _Parser(Words):
         if found[2] in ("<<", "<<-"):
             raw = any(isinstance(part, Literal) and part.quoted for part in word)
             end = "".join(value(part.chars) for part in word if isinstance(part, Literal))
-            where: list = []
-            node.here.append(where)
-            self.waiting.append((end, found[2] == "<<-", raw, where))
+            document = HereDocument(raw=raw)
+            node.here.append(document)
+            self.waiting.append((end, found[2] == "<<-", document))
         elif found[2] == "<<<":
-            node.here.append([self.chars[start : self.at], None])
+            node.here.append(HereDocument(self.chars[start : self.at]))
         elif ">" in found[2] and found[2] != ">&" and found[1] != "2":
             node.redirected = True
         return True

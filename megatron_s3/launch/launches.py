@@ -88,7 +88,7 @@ class Launch:
     bare: bool = False
 
     def flags(self) -> list[Flag]:
-        """Those of `FLAGS` that are there, in order.
+        """Returns those of `FLAGS` that are there, in order.
 
         Raises:
             LaunchError: one has no value.
@@ -99,6 +99,8 @@ class Launch:
             if name not in FLAGS:
                 continue
             if equals:
+                if len(word) == len(name) + 1:
+                    raise LaunchError(f"{name} has no value")
                 found.append(Flag(name, number, word[: len(name)], word[len(name) + 1 :], True))
                 continue
             following = self.words[number + 1] if number + 1 < len(self.words) else ()
@@ -109,12 +111,12 @@ class Launch:
 
 
 def shown(word: Argument) -> str:
-    """A word as it stands in the text, where it is not known."""
+    """Returns a word, with what stands in the text where it is not known."""
     return "".join(char.name if char.c == UNKNOWN else char.c for char in word)
 
 
 def find(found: Trace) -> list[Launch]:
-    """The launches of a script; its arguments alone where it starts nothing with arguments.
+    """Returns a script's launches; its arguments alone where it starts nothing with arguments.
 
     Raises:
         LaunchError: a command has Megatron's flags, and it cannot be said what it starts.
@@ -136,7 +138,7 @@ def find(found: Trace) -> list[Launch]:
 
 
 def _bare(found: Trace, launches: Sequence[Launch]) -> list[Launch]:
-    """The same launches on the ways on which their flags come from elsewhere."""
+    """Returns the same launches on the ways on which their flags come from elsewhere."""
     programs = {launch.words[launch.arguments - 1]: launch for launch in launches}
     bare = []
     for command in found.commands:
@@ -175,8 +177,8 @@ def _has_flags(words: Sequence[Argument]) -> bool:
 
 
 def _held(state: State) -> tuple[Argument, ...]:
-    """The words in all variables that hold flags."""
-    words = []
+    """Returns the words in all variables that hold flags."""
+    words: list[Argument] = []
     for items in state.variables.values():
         split: list[Argument] = []
         for item in items:
@@ -202,7 +204,8 @@ def _launch(command: Command) -> Launch:
 def _described(command: Command) -> Launch:
     texts = [value(word) for word in command.words]
     limit = next(i for i, text in enumerate(texts) if text.partition("=")[0] in FLAGS)
-    launcher = trainer = None
+    launcher: int | None = None
+    trainer: int | None = None
     torchrun = False
     at = 0
     while at < limit:
@@ -241,12 +244,12 @@ def _described(command: Command) -> Launch:
             "program it starts with it cannot be seen here: translate the script that starts the "
             "trainer, or write the launch out"
         )
-    module = texts[trainer] in ("-m", "--module")
-    name = texts[trainer + 1] if module else ""
+    by_module = texts[trainer] in ("-m", "--module")
+    name = texts[trainer + 1] if by_module else ""
     return Launch(
         command.words,
         trainer,
-        trainer + 1 + module,
+        trainer + 1 + by_module,
         name == "megatron_s3" or name.startswith("megatron_s3."),
         command.place,
     )
@@ -255,7 +258,7 @@ def _described(command: Command) -> Launch:
 def _first_positional(
     command: Command, texts: list[str], start: int, limit: int, torchrun: bool
 ) -> int | None:
-    """The program where its name is not known: what python or torchrun takes for it."""
+    """Finds the program where its name is not known: what python or torchrun takes for it."""
     at = start
     while at < limit:
         text = texts[at]
@@ -282,7 +285,10 @@ def place(chars: Sequence[Char], beside: Char) -> tuple[int, int]:
         beside: a character of another word, or of the same.
     """
     common = min(_common(char, beside) for char in (chars[0], chars[-1]))
-    level = lambda char: [(char.start, char.end), *char.via][len(char.via) - common]
+
+    def level(char: Char) -> tuple[int, int]:
+        return [(char.start, char.end), *char.via][len(char.via) - common]
+
     return level(chars[0])[0], level(chars[-1])[1]
 
 
@@ -298,10 +304,10 @@ def _common(char: Char, other: Char) -> int:
 
 
 def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
-    """The place of an ``--lr`` that no command and no launch has; None if there is none."""
-    used = {
-        char.start for command in (*found.commands, *launches) for w in command.words for char in w
-    }
+    """Returns the place of an ``--lr`` that no command and no launch has, if there is one."""
+    words = [word for command in found.commands for word in command.words]
+    words += [word for launch in launches for word in launch.words]
+    used = {char.start for word in words for char in word}
     there = {char.start for char in _written(grammar.parse(shell.characters(text)))}
     for flag in re.finditer(r"(?<![\w-])--lr(?=[\s=\"'])", text):
         if flag.start() in there and flag.start() not in used:
@@ -310,17 +316,20 @@ def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
 
 
 def _written(node: object) -> list[Char]:
-    """All characters that stand in a tree's words, without its comments."""
+    """Returns all characters that stand in a tree's words, without its comments."""
     if isinstance(node, shell.Literal):
         return node.chars
     if isinstance(node, Char):
         return [node]
     if isinstance(node, list | tuple):
         return [char for each in node for char in _written(each)]
+    if isinstance(node, shell.HereDocument):
+        return node.chars
+    inside: tuple[object, ...]
     if isinstance(node, shell.Node):
         inside = (node.children, node.words, node.assignments, node.here)
     elif isinstance(node, shell.Assignment):
-        inside = (node.value,)
+        inside = (node.value, node.items)
     elif isinstance(node, shell.Variable):
         inside = (node.rest,)
     elif isinstance(node, shell.Substitution):

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from megatron_s3.errors import MegatronS3Error
 
@@ -68,8 +68,22 @@ def hold(
         yield variable(folders)
 
 
+class _Record(TypedDict):
+    """What a launcher writes about itself."""
+
+    host: str
+    boot: str
+    pids: str
+    pid: int
+    started: str | None
+    job: str
+    attempt: str
+    since: str
+    beat: int
+
+
 def variable(folders: Sequence[Path]) -> dict[str, str]:
-    """The environment variable that ranks need for :func:`join`, on the other nodes of a job too.
+    """Returns the environment variable that :func:`join` needs, on a job's other nodes too.
 
     Args:
         folders: which the job's first node holds, or will hold before there are ranks.
@@ -191,7 +205,7 @@ def _take(file: int, path: Path, patience: float) -> bool:
         time.sleep(0.1)
 
 
-def _is_dead(holder: dict[str, Any], locks: bool) -> bool:
+def _is_dead(holder: _Record, locks: bool) -> bool:
     """Returns whether the launcher that a record names is known to be gone.
 
     Args:
@@ -208,7 +222,7 @@ def _is_dead(holder: dict[str, Any], locks: bool) -> bool:
     return holder["pids"] == me["pids"] and _started(holder["pid"]) != holder["started"]
 
 
-def _beats(path: Path, seen: dict[str, Any], beat: float) -> bool:
+def _beats(path: Path, seen: _Record, beat: float) -> bool:
     """Returns whether the holder shows that it lives, within three beats."""
     print(
         f"[megatron-s3] {path.parent}: {_who(seen)} has left it locked; looking for "
@@ -223,14 +237,14 @@ def _beats(path: Path, seen: dict[str, Any], beat: float) -> bool:
     return False
 
 
-def _live(file: int, record: dict[str, Any], beat: float, end: threading.Event) -> None:
+def _live(file: int, record: _Record, beat: float, end: threading.Event) -> None:
     while not end.wait(beat):
         record["beat"] += 1
         with contextlib.suppress(OSError):  # a full or ailing disk ends no training
             _write(file, record)
 
 
-def _me() -> dict[str, Any]:
+def _me() -> _Record:
     """Returns what is written down about this process."""
     environment = os.environ
     job = environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID")
@@ -250,28 +264,29 @@ def _me() -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """What a machine is called from one start to the next; containers have its name for it too."""
+    """Returns what a machine, or a container of it, is called from one start to the next."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return platform.node()
 
 
-def _write(file: int, record: dict[str, Any]) -> None:
+def _write(file: int, record: _Record) -> None:
     os.pwrite(file, json.dumps(record).encode().ljust(_SIZE), 0)
     os.fsync(file)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """The record; None if the last launch has ended well, or has written none yet."""
+def _read(path: Path) -> _Record | None:
+    """Reads the record; None if the last launch has ended well, or has written none yet."""
     try:
-        return json.loads(path.read_bytes() or b"null")
+        record: _Record | None = json.loads(path.read_bytes() or b"null")
+        return record
     except (OSError, ValueError):
         return None
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on, which is number 3 in proc(5)."""
+    """Returns the fields of /proc/PID/stat from the state on, which is number 3 in proc(5)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -279,7 +294,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; None if there is none."""
+    """Returns when a process began, in ticks since the machine did; None if there is none."""
     fields = _stat(pid)
     return fields[19] if fields and fields[0] not in "ZX" else None
 
@@ -292,12 +307,12 @@ def _ancestors() -> Iterator[int]:
         pid = int(fields[1]) if fields else 0
 
 
-def _who(holder: dict[str, Any]) -> str:
+def _who(holder: _Record) -> str:
     job = f", job {holder['job']}" if holder["job"] else ""
     return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
 
 
-def _in_use(path: Path, holder: dict[str, Any] | None) -> str:
+def _in_use(path: Path, holder: _Record | None) -> str:
     who = f": {_who(holder)}" if holder else ""
     return (
         f"{path.parent} is in use by another launch{who}; wait until it has ended, stop it, or "
@@ -305,7 +320,7 @@ def _in_use(path: Path, holder: dict[str, Any] | None) -> str:
     )
 
 
-def _left_over(path: Path, holder: dict[str, Any] | None) -> str:
+def _left_over(path: Path, holder: _Record | None) -> str:
     who = f" ({_who(holder)})" if holder else ""
     here = _holders(path)
     which = f": processes {', '.join(map(str, here))} of this machine" if here else ""
@@ -316,7 +331,7 @@ def _left_over(path: Path, holder: dict[str, Any] | None) -> str:
 
 
 def _holders(path: Path) -> list[int]:
-    """The processes of this machine that hold the lock, as far as /proc/locks tells."""
+    """Returns the processes of this machine that hold the lock, as far as /proc/locks tells."""
     inode = str(path.stat().st_ino)
     with contextlib.suppress(OSError):
         rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
 __all__ = ["Meeting", "Node"]
 
@@ -36,12 +36,13 @@ class Node:
 
     @property
     def name(self) -> str:
-        """This node's."""
+        """Returns this node's host name."""
         return self.names[self.rank]
 
     def connect(self, first: bool = False) -> "TCPStore":
         """Returns the store that the first node keeps."""
-        from torch.distributed import TCPStore
+        # torch exports it without listing it.
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host, _, port = self.address.rpartition(":")
         return TCPStore(

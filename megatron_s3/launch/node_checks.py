@@ -42,7 +42,7 @@ def disk(run_dir: Path, name: str, min_free: float) -> str | None:
 
 
 def not_shared(folders: Iterable[Path], names: Iterable[str]) -> dict[str, str]:
-    """Nodes whose files this node does not see."""
+    """Returns the nodes whose files this node does not see."""
     names = list(names)
     return {
         name: f"{folder} is another disk there than on the first node; it has to be shared"
@@ -80,14 +80,17 @@ def _multiply(_: int, devices: int) -> str | None:
 
 
 def all_reduce(node: Node, stage: str, ranks: Iterable[int]) -> str | None:
-    """An all-reduce over the devices of some nodes, this one among them."""
+    """Makes an all-reduce over the devices of some nodes, this one among them."""
     return _in_children(node, max(node.devices, 1), _reduce_one, node, stage, list(ranks))
 
 
 def _reduce_one(index: int, node: Node, stage: str, ranks: list[int]) -> str | None:
-    """One device's part of the all-reduce."""
+    """Does one device's part of the all-reduce."""
     import torch
     import torch.distributed as dist
+
+    # torch exports it without listing it.
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     each = max(node.devices, 1)
     world = len(ranks) * each
@@ -99,7 +102,7 @@ def _reduce_one(index: int, node: Node, stage: str, ranks: list[int]) -> str | N
         try:
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore(f"{stage}/{number}", node.connect()),
+                store=PrefixStore(f"{stage}/{number}", node.connect()),
                 rank=ranks.index(node.rank) * each + index,
                 world_size=world,
                 timeout=timedelta(seconds=0.8 * node.timeout),
@@ -115,7 +118,9 @@ def _reduce_one(index: int, node: Node, stage: str, ranks: list[int]) -> str | N
     return None
 
 
-def _in_children(node: Node, count: int, task: Callable, *args) -> str | None:
+def _in_children(
+    node: Node, count: int, task: Callable[..., str | None], *args: object
+) -> str | None:
     """Runs a task in processes that can be ended should a driver or the network hang.
 
     Args:
@@ -147,7 +152,7 @@ def _in_children(node: Node, count: int, task: Callable, *args) -> str | None:
     return "; ".join(dict.fromkeys(filter(None, problems))) or None
 
 
-def _report(pipe: Connection, task: Callable, *args) -> None:
+def _report(pipe: Connection, task: Callable[..., str | None], *args: object) -> None:
     pipe.send(task(*args))
 
 

@@ -19,7 +19,7 @@ H100_TFLOPS = 989.0
 
 
 def main(argv: list[str]) -> int:
-    """The command; see ``--help``.
+    """Runs the command; see ``--help``.
 
     Returns:
         The exit status: 2 where the configuration cannot run or be planned.

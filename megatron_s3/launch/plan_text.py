@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_s3.launch.planning import SAVING, Plan
+
+if TYPE_CHECKING:
+    from megatron_s3.mcore.planning.memory import Rank
 
 __all__ = ["as_json", "text"]
 
 
 def text(plan: Plan) -> str:
-    """The plan as lines for people; bytes in powers of ten."""
+    """Returns the plan as lines for people; bytes are in powers of ten."""
     rank, sizes = plan.fullest, plan.sizes
     used = " x ".join(f"{kind} {n:,}" for kind, n in plan.layout.items() if kind != "expert")
     if plan.layout["expert"] > 1:
@@ -22,7 +25,7 @@ def text(plan: Plan) -> str:
     read, written = rank.traffic()
     reduction = "reduce-scatter" if plan.sharded else "all-reduce"
     tokens = plan.batch * plan.sequence
-    rows: list[tuple[str, str, str]] = [
+    rows: list[tuple[str, str, str] | None] = [
         (f"{plan.name} on {plan.gpus:,} GPUs", "", ""),
         ("layout", used, f"{plan.optimizer}, its state {how} data-parallel ranks"),
         ("parameters", f"{sizes.parameters:,}", ""),
@@ -118,7 +121,7 @@ def _title(plan: Plan) -> str:
 
 
 def _other_stages(plan: Plan) -> list[tuple[str, str, str]]:
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for rank in plan.sizes.stages:
         if rank is not plan.fullest and (not rows or rows[-1][1] != _bytes(rank.total)):
             rows.append((f"  total, stage {rank.stage}", _bytes(rank.total), ""))
@@ -131,7 +134,7 @@ def _other_stages(plan: Plan) -> list[tuple[str, str, str]]:
 def _checkpoint(plan: Plan) -> list[tuple[str, str, str]]:
     """Returns what a save and a resume take beside the step."""
     now, other = plan.saved, plan.otherwise
-    if now is None:
+    if now is None or other is None:
         return []
     flag = "--dist-ckpt-optim-fully-reshardable"
     if now.form == "fully_reshardable":
@@ -162,7 +165,7 @@ def _activations(plan: Plan) -> tuple[str, str]:
     return _bytes(plan.activations), f"activations: an estimate, Megatron's {plan.formula}"
 
 
-def _ring(rank: Any) -> str:
+def _ring(rank: "Rank") -> str:
     return " and ".join(f"{n:,}" for n in sorted({b.ranks for b in rank.buffers}, reverse=True))
 
 
@@ -174,7 +177,7 @@ def _bytes(count: float) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Everything, bytes and elements as whole numbers."""
+    """Returns everything in the plan, bytes and elements as whole numbers."""
     fullest = plan.fullest
     read, written = fullest.traffic()
     reduced, gathered = fullest.reduced_and_gathered()

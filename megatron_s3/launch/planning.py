@@ -1,10 +1,13 @@
 """Makes the plan of a job: a rank's sizes and traffic, time and checkpoints, by Megatron's code."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_s3.launch.check import arithmetic, check, environment, schedule, tell
 from megatron_s3.launch.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_s3.mcore.planning.memory import Checkpoint, Rank, Sizes
 
 __all__ = ["SAVING", "Plan", "make"]
 
@@ -53,7 +56,7 @@ class Plan:
     sharded: bool
     vocabulary: int
     vocabulary_source: str
-    sizes: Any
+    sizes: "Sizes"
     activations: int
     formula: str
     norm: bool
@@ -65,27 +68,27 @@ class Plan:
     peak: float
     evaluated: int = 0
     signal: int = SIGNAL
-    saved: Any = None
-    otherwise: Any = None
+    saved: "Checkpoint | None" = None
+    otherwise: "Checkpoint | None" = None
 
     @property
-    def fullest(self) -> Any:
-        """The rank that holds most."""
+    def fullest(self) -> "Rank":
+        """Returns the rank that holds most."""
         return max(self.sizes.stages, key=lambda rank: rank.total)
 
     @property
     def step_seconds(self) -> float:
-        """Of a step."""
+        """Returns the time of a step."""
         return self.flops / (self.gpus * self.peak * self.mfu)
 
     @property
     def days(self) -> float:
-        """Of all steps, without evaluation, checkpoints and failures."""
+        """Returns the time of all steps, without evaluation, checkpoints and failures."""
         return self.steps * self.step_seconds / 86400
 
     @property
     def checkpoint(self) -> float:
-        """Bytes of a checkpoint: the model's weights, main parameters and states, each once."""
+        """Returns the bytes of a checkpoint: weights, main parameters and states, each once."""
         rank = self.fullest
         held = (rank.main_parameters + sum(rank.states.values())) / rank.updated
         weight = rank.weights / sum(b.elements for b in rank.buffers)
@@ -93,7 +96,7 @@ class Plan:
 
     @property
     def notice(self) -> float:
-        """Seconds that may pass from a signal to the end of a save.
+        """Returns the seconds that may pass from a signal to the end of a save.
 
         Megatron looks for signals between iterations, so that a step and an evaluation may come
         first. An evaluation's iteration is a forward pass, a third of a step.
@@ -188,7 +191,7 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
 
 
 def _signal(config: Config) -> int:
-    """The seconds of sbatch's --signal, whose own default is 60."""
+    """Returns the seconds of sbatch's --signal, whose own default is 60."""
     given = config.launch.sbatch.get("signal", f"@{SIGNAL}")
     if given is None:  # taken away
         return 0
@@ -200,7 +203,7 @@ def _signal(config: Config) -> int:
 
 
 def _vocabulary(config: Config) -> tuple[list[str], str]:
-    """Megatron's words for the dataset's vocabulary, and where its size is taken from.
+    """Returns Megatron's words for the dataset's vocabulary, and where its size comes from.
 
     The machine that plans needs no dataset: without it the configuration's vocab_size counts.
     """
@@ -209,11 +212,10 @@ def _vocabulary(config: Config) -> tuple[list[str], str]:
         return [], given
     from megatron_s3 import data
 
-    try:
-        words = data.megatron_arguments(config.dataset)
-    except data.DataError:
+    found = data.load(config.dataset)
+    if found is None:
         return [], f"{given}; dataset {config.dataset} is not here"
+    words = data.megatron_arguments(config.dataset)
     if "--vocab-size" not in words:
-        found = data.load(config.dataset)
         words += ["--vocab-size", str(found["tokenizer"]["vocab_size"])]
     return words, f"the dataset {config.dataset}"

@@ -121,7 +121,7 @@ def _backends(devices: int, without_gloo: bool) -> tuple[str, ...]:
 
 
 def _devices(plugin_device: object, per_node: int) -> int:
-    """How many GPUs a node needs, as the adapter's --plugin-device decides it."""
+    """Returns how many GPUs a node needs, as the adapter's --plugin-device decides it."""
     import torch
 
     if plugin_device == "cpu" or (
@@ -171,7 +171,7 @@ def _look(node: Node, folders: Sequence[Path], min_free: float) -> int:
 
 
 def _ask_pairs(node: Node, meeting: Meeting, reasons: dict[int | str, str]) -> dict[int | str, str]:
-    """The lines that name who is to blame, then what each node has said."""
+    """Returns the lines that name who is to blame, then what each node has said."""
     failed, said = [], list(reasons.values())
     for number, pairs in enumerate(rounds(len(node.names))):
         mine = next((pair for pair in pairs if node.rank in pair), None)
@@ -181,8 +181,9 @@ def _ask_pairs(node: Node, meeting: Meeting, reasons: dict[int | str, str]) -> d
         failed += [pair for pair in pairs if set(pair) & bad.keys()]
         said += bad.values()
     whole = "all nodes: the all-reduce over all of them fails, though not within pairs"
-    lines: dict[int | str, str] = {**blame(node.names, failed)} or {0: whole}
-    return lines | {f"reason {n}": f"  {line}" for n, line in enumerate(dict.fromkeys(said))}
+    lines: list[tuple[int | str, str]] = [*(blame(node.names, failed) or {0: whole}).items()]
+    lines += [(f"reason {n}", f"  {line}") for n, line in enumerate(dict.fromkeys(said))]
+    return dict(lines)
 
 
 def _say(node: Node, line: str) -> None:

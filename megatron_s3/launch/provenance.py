@@ -80,7 +80,7 @@ def _say_changes(path: Path, resolved: str) -> None:
 
 
 def _values(text: str) -> set[str]:
-    """The settings of a configuration in YAML, as ``name: value``."""
+    """Returns the settings of a configuration in YAML, as ``name: value``."""
     try:
         # Every value as it is written.
         sections = yaml.load(text, Loader=yaml.BaseLoader)
@@ -98,7 +98,7 @@ def _values(text: str) -> set[str]:
 
 
 def _code() -> tuple[str, str]:
-    """The plugin's version and commit, and what is changed beside the commit."""
+    """Returns the plugin's version and commit, and what is changed beside the commit."""
     here = Path(megatron_s3.__file__).parents[1]
     lines = [f"megatron_s3 {megatron_s3.__version__} ({here})", f"python {sys.version}"]
     commit = (
@@ -128,7 +128,7 @@ def _node() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; empty if it cannot run or fails."""
+    """Returns what a command prints; empty if it cannot run or fails."""
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, errors="surrogateescape", timeout=60

@@ -84,7 +84,7 @@ def is_secret(name: str, value: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """A text without what looks like a credential in it."""
+    """Returns a text without what looks like a credential in it."""
 
     def without(found: re.Match[str]) -> str:
         start, end = (at - found.start() for at in found.span("secret"))
@@ -102,7 +102,7 @@ def redact(text: str) -> str:
 
 
 def redact_word(word: str) -> str:
-    """A word of a command line without credentials.
+    """Returns a word of a command line without credentials.
 
     Args:
         word: any. Where it sets a name that says credential (``--set`` and ``--export`` do), all
@@ -115,7 +115,7 @@ def redact_word(word: str) -> str:
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> str:
-    """The environment as lines of NAME=VALUE, with the values of harmless variables alone."""
+    """Returns the environment as lines NAME=VALUE, with values of harmless variables alone."""
     return "".join(
         f"{name}={redact(value) if is_harmless(name) else HIDDEN}\n".replace("\0", "")
         for name, value in sorted(variables.items())

@@ -106,11 +106,11 @@ class Config:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Returns the number of ranks."""
         return self.launch.nodes * self.launch.nproc_per_node
 
     def words(self) -> list[str]:
-        """Megatron's command line."""
+        """Returns Megatron's command line."""
         words = []
         for name, value in self.arguments.items():
             words.append(_flag(name))
@@ -121,12 +121,12 @@ class Config:
         return words
 
     def where(self, name: str) -> str:
-        """Where argument ``name`` was given, for messages."""
+        """Returns where argument ``name`` was given, for messages."""
         origin = self.origins.get(f"arguments.{name}")
         return str(origin) if origin else "a default"
 
     def yaml(self, whole: bool = False) -> str:
-        """The resolved configuration as YAML, each value with the place it came from.
+        """Returns the resolved configuration as YAML, each value with the place it came from.
 
         In place of a credential there is a comment, and the ranks have to get it from the
         environment.
@@ -136,7 +136,7 @@ class Config:
                 these runs is made from.
         """
         derived = {DERIVED[key] for key in self.derived} if whole else set()
-        sections: dict[str, dict[str, Any]] = {
+        sections: dict[str, Any] = {
             "arguments": {k: v for k, v in self.arguments.items() if k not in derived},
             "derived": self.derived if whole else {},
             "launch": {name: getattr(self.launch, name) for name in LAUNCH},
@@ -189,7 +189,7 @@ def refuse_credentials(config: Config) -> None:
 
 
 def _text(value: Any) -> str:
-    """A value in YAML, on one line and without #, so that :func:`load` reads the same one."""
+    """Returns a value as YAML that :func:`load` reads the same: on one line, without #."""
     if isinstance(value, list):
         return "[" + ", ".join(_text(item) for item in value) + "]"
     if value is None:

@@ -18,7 +18,7 @@ class Rules:
         self.lr_factor, self.factor = lr_factor, Decimal(lr_factor)
 
     def new(self, name: str, old: str) -> tuple[str | None, str]:
-        """A flag's new value (None: it goes), and why."""
+        """Returns a flag's new value (None: it goes), and why."""
         if name == "--optimizer":
             return "s3", "S3 for every parameter, sharded as Adam is"
         if name == "--clip-grad":
@@ -45,7 +45,7 @@ class Rules:
 
 
 def number(old: str, factor: Decimal, over: Decimal | None = None) -> str:
-    """``old`` times the factor (or, exactly, over ``over``), written as it was."""
+    """Multiplies ``old`` by the factor (or divides it by ``over``, exactly); written as it was."""
     value = Decimal(old)
     if not value.is_finite():
         raise InvalidOperation(old)
@@ -56,7 +56,7 @@ def number(old: str, factor: Decimal, over: Decimal | None = None) -> str:
         return repr(float(new))
     if "e" not in old.lower():
         return f"{new:f}"
-    _, digits, exponent = new.as_tuple()
+    digits = new.as_tuple().digits
     mantissa = str(digits[0]) + ("." + "".join(map(str, digits[1:])) if digits[1:] else "")
     sign = "-" if new < 0 else ""
-    return f"{sign}{mantissa}e{exponent + len(digits) - 1}"
+    return f"{sign}{mantissa}e{new.adjusted()}"

@@ -17,7 +17,7 @@ _IN_A_NAME = "+,=:@"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, OVERLAY and --set, for every verb that takes a configuration."""
+    """Adds CONFIG, OVERLAY and --set, for every verb that takes a configuration."""
     parser.add_argument("config", help="a YAML file, or the name of a shipped one (gpt2-7b-s3)")
     parser.add_argument("overlay", nargs="*", help="more files; the later ones win")
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """--run-dir and --task."""
+    """Adds --run-dir and --task."""
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
@@ -47,7 +47,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
-    """The configuration and the run directory that the arguments mean, those of the array's task.
+    """Returns the configuration and run directory that are meant, those of the array's task.
 
     Args:
         args: of :func:`add_config_arguments` and :func:`add_run_arguments`.
@@ -90,7 +90,7 @@ def run_dir_of(args: argparse.Namespace) -> Path:
 
 
 def array_tasks(config: Config) -> dict[str, list[str]]:
-    """The runs of an array: name -> overrides; all combinations of its values.
+    """Returns the runs of an array, name -> overrides: all combinations of its values.
 
     A name is that of one folder in the run's own: what a path would take for more is written as in
     URLs.

@@ -15,6 +15,7 @@ __all__ = [
     "Argument",
     "Assignment",
     "Char",
+    "HereDocument",
     "Literal",
     "Node",
     "ShellError",
@@ -106,20 +107,42 @@ class Substitution:
     span: tuple[int, int]
 
 
-Word = list  # of Literal, Variable and Substitution
+Word = list[Literal | Variable | Substitution]
 
 #: A word after expansion.
-Argument = tuple  # of Char
+Argument = tuple[Char, ...]
 
 
 @dataclass
 class Assignment:
-    """``NAME=VALUE``, ``NAME+=VALUE``, ``NAME=(VALUES)``; ``value`` is a list of words then."""
+    """``NAME=VALUE``, ``NAME+=VALUE``, ``NAME=(VALUES)``.
+
+    Attributes:
+        name: of the variable.
+        append: whether the value comes behind what the variable holds.
+        value: what follows ``=``; empty if that is in parentheses.
+        array: whether the variable is an array.
+        items: the words in parentheses; None if there are no parentheses.
+    """
 
     name: str
     append: bool
     value: Word
     array: bool = False
+    items: list[Word] | None = None
+
+
+@dataclass
+class HereDocument:
+    """A text that a command reads (``<<``, ``<<<``).
+
+    Attributes:
+        chars: the text; empty where the script ends before it.
+        raw: whether it is taken as it stands.
+    """
+
+    chars: list[Char] = field(default_factory=list)
+    raw: bool = False
 
 
 @dataclass
@@ -135,7 +158,7 @@ class Node:
             depends on variables alone; of a case's body, its pattern.
         words: of a command or a for.
         assignments: before a command, or of export and its like.
-        here: texts that a command reads (`<<`), with whether they are taken as they stand.
+        here: texts that a command reads.
         redirected: whether its output goes into a file.
         at: place of its first character.
     """
@@ -145,16 +168,16 @@ class Node:
     name: str = ""
     words: list[Word] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
-    here: list[list] = field(default_factory=list)
+    here: list[HereDocument] = field(default_factory=list)
     redirected: bool = False
     at: int = 0
 
 
 def characters(text: str) -> list[Char]:
-    """The text as characters with their places."""
+    """Returns the text as characters with their places."""
     return [Char(c, i, i + 1) for i, c in enumerate(text)]
 
 
 def value(chars: Sequence[Char]) -> str:
-    """The characters as a string; UNKNOWN where it is not known."""
+    """Returns the characters as a string; UNKNOWN stands where it is not known."""
     return "".join(char.c for char in chars)

@@ -37,12 +37,12 @@ class SlurmError(MegatronS3Error):
 
 
 def body() -> Path:
-    """The job's script, as it came with the package."""
+    """Returns the job's script, as it came with the package."""
     return shipped().parent / "scripts" / "pretrain.sbatch"
 
 
 def command(config: Config, words: list[str], run_dir: Path, tasks: int) -> list[str]:
-    """The sbatch command line.
+    """Returns the sbatch command line.
 
     Args:
         config: gives nodes, time and further options of sbatch, which win over those set here.
@@ -113,7 +113,7 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
 
 
 def _settings(run_dir: Path) -> dict[str, str]:
-    """The variables that the body needs, as they are here."""
+    """Returns the variables that the body needs, as they are here."""
     settings = {"RUN_DIR": str(run_dir.absolute())}
     settings |= {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
     if not settings.get("CONTAINER"):
@@ -131,7 +131,7 @@ def _settings(run_dir: Path) -> dict[str, str]:
 
 
 def _secrets(config: Config) -> dict[str, str]:
-    """Credentials of the ranks' environment, which reach the job as variables and by no file."""
+    """Returns the ranks' credentials, which reach the job as variables and by no file."""
     environment = config.launch.environment
     secrets = {name: value for name, value in environment.items() if is_secret(name, value)}
     export = config.launch.sbatch.get("export") or os.environ.get("SBATCH_EXPORT") or "ALL"
@@ -147,7 +147,7 @@ def _secrets(config: Config) -> dict[str, str]:
 
 
 def _script(config: Config, settings: dict[str, str]) -> str:
-    """The body with the settings in it, and without the options that are not wanted."""
+    """Returns the body with the settings in it, and without the options that are not wanted."""
     text = body().read_text(encoding="utf-8")
     for name, value in config.launch.sbatch.items():
         if value is None:

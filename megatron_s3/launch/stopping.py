@@ -31,7 +31,7 @@ _FOR_THE_LAUNCHER = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 def exit_signal(config: Config) -> signal.Signals:
-    """The signal at which the ranks of a configuration save a checkpoint and end.
+    """Returns the signal at which the ranks of a configuration save a checkpoint and end.
 
     Raises:
         ConfigError: there is none, so that every end before the last iteration would lose work.
@@ -76,7 +76,7 @@ class StopRequest:
         self.number = number
         self.asked_by: str | None = None
         self.killed = False
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._running = threading.Event()
 
     def __enter__(self) -> "StopRequest":
@@ -94,7 +94,7 @@ class StopRequest:
             signal.signal(number, handler)
         os.close(self._write)
 
-    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """Starts torchrun; asks its ranks to end as soon as they can if a signal has come already.
 
         Args:
@@ -109,11 +109,12 @@ class StopRequest:
         return self._process
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._process is None:
+        process = self._process
+        if number == signal.SIGINT and process is None:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and self.asked_by:
+        if number == signal.SIGINT and process is not None and self.asked_by:
             self.killed = True
-            self._process.kill()  # and the kernel its ranks
+            process.kill()  # and the kernel its ranks
         elif not self.asked_by:
             self.asked_by = signal.Signals(number).name
             os.write(self._write, b"!")  # a handler may interrupt whoever holds a lock
@@ -122,6 +123,7 @@ class StopRequest:
         if os.read(self._read, 1):
             say(f"{self.asked_by}: the ranks are asked to save and end")
             self._running.wait()
+            assert self._process is not None  # set before _running
             _stop_ranks(self._process, self.number)
         os.close(self._read)
 
@@ -132,7 +134,7 @@ def _in_child() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _stop_ranks(process: subprocess.Popen, number: signal.Signals) -> None:
+def _stop_ranks(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """Sends each rank one signal, as soon as it is ready to take it."""
     told: set[int] = set()
     while process.poll() is None:
@@ -144,7 +146,7 @@ def _stop_ranks(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _ranks(agent: int) -> set[int]:
-    """The processes that torchrun started."""
+    """Returns the processes that torchrun started."""
     try:
         return set(map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split()))
     except OSError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_s3.launch import grammar, shell
 from megatron_s3.launch.expansion import Expansion, State
-from megatron_s3.launch.shell import Argument, Char, Node, ShellError, value
+from megatron_s3.launch.shell import Argument, Char, HereDocument, Node, ShellError, value
 
 __all__ = ["Command", "Trace", "trace"]
 
@@ -70,6 +70,10 @@ def trace(text: str, watched: Callable[[str], object], names: frozenset[str]) ->
     return Trace(tuple(tracer.commands), (*tracer.exits, *ends))
 
 
+def _decide(state: State, text: str, holds: bool) -> State:
+    return replace(state, decided={**state.decided, text: holds})
+
+
 class _Tracer(Expansion):
     def __init__(self, watched: Callable[[str], object], names: frozenset[str]) -> None:
         self.watched, self.names = watched, names
@@ -80,13 +84,14 @@ class _Tracer(Expansion):
     # Constructs.
 
     def run(self, node: Node, states: list[State]) -> list[State]:
-        """The states after a node; a way that ends inside (exit) is not among them."""
+        """Returns the states after a node; a way that ends inside (exit) is not among them."""
         if not states:
             return []
-        return self.fewer(getattr(self, f"_{node.kind}")(node, states), node)
+        follow: Callable[[Node, list[State]], list[State]] = getattr(self, f"_{node.kind}")
+        return self.fewer(follow(node, states), node)
 
     def fewer(self, states: list[State], node: Node) -> list[State]:
-        """The states without those that are alike; what these have not in common is undecided."""
+        """Leaves out states that are alike; what these have not in common becomes undecided."""
         looks = (
             self._looks if len(states) > _STATES // 8 else lambda state: replace(state, decided={})
         )
@@ -134,7 +139,7 @@ class _Tracer(Expansion):
         self._subshell(node, [state])
 
     def _pipeline(self, node: Node, states: list[State]) -> list[State]:
-        here: list[list] = []
+        here: list[HereDocument] = []
         for child in node.children:
             # cat <<END | sbatch
             child = replace(child, here=[*child.here, *here])
@@ -154,9 +159,8 @@ class _Tracer(Expansion):
                 continue
             holds = [s for s in states if s.decided.get(text, True)]
             states = [s for s in states if not s.decided.get(text, False)]
-            decide = lambda s, yes, text=text: replace(s, decided={**s.decided, text: yes})
-            ended += self.run(bodies.pop(0), [decide(s, True) for s in holds])
-            states = [decide(s, False) for s in states]
+            ended += self.run(bodies.pop(0), [_decide(s, text, True) for s in holds])
+            states = [_decide(s, text, False) for s in states]
         return [*ended, *(self.run(bodies[0], states) if bodies else states)]
 
     def _loop(self, node: Node, states: list[State]) -> list[State]:
@@ -214,14 +218,15 @@ class _Tracer(Expansion):
             return [replace(each, exported=each.exported - prefix) for each in after]
         builtin = getattr(self, f"_do_{name}", None) if name.isalpha() else None
         if builtin:
-            return builtin(node, words, state)
+            done: list[State] = builtin(node, words, state)
+            return done
         self._start(node, words, seen)
         return [state]
 
     def _assign(self, given: shell.Assignment, state: State) -> State:
         old = state.variables.get(given.name, ())
-        if given.array and given.value and isinstance(given.value[0], list):
-            found = tuple(item for word in given.value for item in self.expand(word, state))
+        if given.items is not None:
+            found = tuple(item for word in given.items for item in self.expand(word, state))
         elif given.array:
             found = tuple(self.expand(given.value, state))
         else:
@@ -272,17 +277,21 @@ class _Tracer(Expansion):
         )
         for word in scripts.values():
             self._inner(word, child, node)
-        for chars, raw in node.here:
-            text = value(chars)
+        for here in node.here:
+            text = value(here.chars)
             if not self.watched(text) and "$" not in text:
                 continue
             written = names[0] in _WRITES and (node.redirected or names[0] == "tee")
             if written or _READS & set(names):
-                body = tuple(chars) if raw else self.join(grammar.here_document(chars), state)
+                body = (
+                    tuple(here.chars)
+                    if here.raw
+                    else self.join(grammar.here_document(here.chars), state)
+                )
                 self._inner(body, child, node)
 
     def _inner(self, text: Sequence[Char], state: State, node: Node) -> None:
-        """A script inside a word or a here-document."""
+        """Follows a script inside a word or a here-document."""
         self.depth += 1
         if self.depth > _DEPTH:
             raise ShellError("scripts stand in one another too deeply", node.at)
@@ -341,8 +350,8 @@ class _Tracer(Expansion):
     def _do_shift(self, node: Node, words: list[Argument], state: State) -> list[State]:
         if state.parameters is None:
             return [state]
-        many = value(words[1]) if len(words) > 1 else "1"
-        many = int(many) if many.isdecimal() else 1
+        given = value(words[1]) if len(words) > 1 else "1"
+        many = int(given) if given.isdecimal() else 1
         return [replace(state, parameters=state.parameters[many:])]
 
     def _do_unset(self, node: Node, words: list[Argument], state: State) -> list[State]:

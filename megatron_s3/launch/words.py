@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_s3.launch.shell import (
     Char,
+    HereDocument,
     Literal,
     Node,
     ShellError,
@@ -32,7 +33,7 @@ class Words:
         self.chars = list(chars)
         self.text = value(chars)
         self.at = 0
-        self.waiting: list[tuple[str, bool, bool, list]] = []  # here-documents: end, tabs, raw, to
+        self.waiting: list[tuple[str, bool, HereDocument]] = []  # the end, tabs, where to
 
     def error(self, what: str) -> ShellError:
         """Returns an error at the place where the reading is."""
@@ -40,11 +41,11 @@ class Words:
         return ShellError(what, place)
 
     def sequence(self, ends: Sequence[str]) -> Node:
-        """Commands up to one of the words or operators ``ends``, which is left."""
+        """Reads the commands up to one of the words or operators ``ends``, which is left."""
         raise NotImplementedError
 
     def script(self) -> Node:
-        """All commands of the text."""
+        """Reads all commands of the text."""
         found = self.sequence(())
         if self.at < len(self.text):
             raise self.error(f"unexpected {self.text[self.at]!r}")
@@ -68,7 +69,7 @@ class Words:
                 return
 
     def peek(self) -> str:
-        """The operator or the reserved word that comes next; empty for another word or the end."""
+        """Returns the operator or reserved word that is next; "" for another word or the end."""
         self.blank()
         for operator in OPERATORS:
             if self.text.startswith(operator, self.at):
@@ -93,7 +94,7 @@ class Words:
 
     def here_documents(self) -> None:
         """Reads the here-documents that begin in the next line."""
-        for end, tabs, raw, where in self.waiting:
+        for end, tabs, document in self.waiting:
             start = self.at
             while True:
                 if self.at >= len(self.text):
@@ -107,13 +108,13 @@ class Words:
                     break
                 self.at = line_end + 1
             self.at = min(line_end + 1, len(self.text))
-            where.extend([self.chars[start:stop], raw])
+            document.chars = self.chars[start:stop]
         self.waiting = []
 
     # Words.
 
     def word(self) -> Word:
-        """The next word; an empty list if there is none."""
+        """Reads the next word; the list is empty if there is none."""
         self.blank()
         return self.parts(lambda c: c in META)
 
@@ -180,7 +181,7 @@ class Words:
         return Literal(chars, True)
 
     def double_quoted(self, end: str | None) -> Word:
-        """Up to the character ``end``, which is left; up to the end of the text if None."""
+        """Reads up to the character ``end``, which is left, or to the end of the text if None."""
         parts: Word = []
         start = self.at
         while end is None or not self.text.startswith(end, self.at):
@@ -245,8 +246,9 @@ class Words:
         index = (found[3] or "") if found else ""
         if name in ("@", "*"):
             name, index = "@", name
-        operator = re.compile(r":?[-=+]|").match(self.text, self.at)[0] if found else "?"
-        self.at += len(operator) if found else 0
+        following = re.compile(r":?[-=+]").match(self.text, self.at) if found else None
+        operator = following[0] if following else "" if found else "?"
+        self.at += len(following[0]) if following else 0
         if not operator and not self.text.startswith("}", self.at):
             operator = "?"
         rest: Word = []
@@ -266,7 +268,7 @@ class Words:
         return Variable(name, index, operator, rest or None, quoted, at, span)
 
     def quoted_rest(self) -> Word:
-        """In ``"${NAME:-"`` up to ``}``: text, in which quotes are taken away."""
+        """Reads up to ``}`` in ``"${NAME:-"``, and takes quotes away."""
         parts: Word = []
         while self.at < len(self.text) and self.text[self.at] != "}":
             if self.text[self.at] == '"':

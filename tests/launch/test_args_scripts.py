@@ -241,6 +241,7 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
         ("LR=$1\ntorchrun t.py --lr $LR", r"line 2: --lr \$1 is no number here"),
         ("torchrun t.py --lr $(cat lr)", r"--lr \$\(cat lr\) is no number here"),
         ("torchrun t.py --lr", "--lr has no value"),
+        ("torchrun t.py --lr 1e-4 --clip-grad=", "--clip-grad has no value"),
         ("torchrun t.py --lr 1e-4 --optimizer $OPT", r"--optimizer \$OPT is known only when"),
         ("torchrun t.py --lr 1e-4\ntorchrun b.py --lr 1 --optimizer s3", "line 2: .* S3's already"),
         ("cd x\nbash run.sh --lr 1e-4", "line 2: bash is given --lr"),
@@ -262,6 +263,13 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
 def test_what_cannot_be_followed_is_refused(script: str, said: str) -> None:
     with pytest.raises(LaunchError, match=said):
         translate(script + "\n")
+
+
+@pytest.mark.parametrize("script", ["cat <<END", "X=$(cat <<END)"])
+def test_a_here_document_without_its_text_is_empty(script: str) -> None:
+    text = f"torchrun t.py --lr 1e-4 --weight-decay 0.1\n{script}"
+    result = translate(text).text
+    assert result.endswith(f" --lr 1e-3 --optimizer s3 --weight-decay 0.01\n{script}")
 
 
 def test_the_command_refuses_with_a_reason_and_prints_nothing(tmp_path, capsys) -> None:

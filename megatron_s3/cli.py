@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from megatron_s3.log import tell
+
 __all__ = ["main"]
 
 VERBS = {
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         print(what + _usage(), file=sys.stderr)
         return 2
     if argv[0] in SLOW:
-        print(f"[{argv[0]}] loading PyTorch", file=sys.stderr, flush=True)
+        tell("loading PyTorch")
     try:
         status: int = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     except ModuleNotFoundError as error:

@@ -6,11 +6,11 @@ import difflib
 import importlib.util
 import os
 import re
-import sys
 from typing import Any
 from unittest import mock
 
 from megatron_s3.launch.config import Config, ConfigError
+from megatron_s3.log import tell
 
 __all__ = [
     "arithmetic",
@@ -20,7 +20,6 @@ __all__ = [
     "megatron_is_here",
     "refuse_missing_gpus",
     "schedule",
-    "tell",
     "whole",
 ]
 
@@ -67,12 +66,6 @@ def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:
 def environment(config: Config) -> contextlib.AbstractContextManager[object]:
     """Gives this process the environment that the ranks will have, inside a ``with``."""
     return mock.patch.dict(os.environ, config.launch.environment)
-
-
-def tell(message: str) -> None:
-    """Says what is being done that takes time, beside the output."""
-    with contextlib.suppress(OSError):
-        print(f"[megatron-s3] {message}", file=sys.stderr, flush=True)
 
 
 def _check(config: Config, words: list[str]) -> argparse.Namespace:

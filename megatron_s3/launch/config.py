@@ -37,8 +37,8 @@ from typing import Any
 import yaml
 
 from megatron_s3.launch.config_paths import find, name_of
-from megatron_s3.launch.output import note
 from megatron_s3.launch.resolved import DERIVED, LAUNCH, Config, ConfigError, Launch, Origin, Value
+from megatron_s3.log import tell_once
 from megatron_s3.renamed import RENAMED, renamed
 
 __all__ = ["COPY", "Config", "ConfigError", "load"]
@@ -130,7 +130,7 @@ def _replace_optimizer(
     owned = [name for name in merged if name.startswith(f"arguments.{old}_")]
     if owned:
         places = ", ".join(f"{name.partition('.')[2]} ({merged[name][1]})" for name in owned)
-        note(f"{origin}: optimizer {new} takes the place of {old}, and leaves out {places}")
+        tell_once(f"{origin}: optimizer {new} takes the place of {old}, and leaves out {places}")
     for name in owned:
         del merged[name]
 
@@ -213,7 +213,7 @@ def _put(
     else:
         name = name.replace("-", "_")
         if (new := RENAMED.get(name)) is not None:
-            note(renamed(f"{origin}: {name}", new))
+            tell_once(renamed(f"{origin}: {name}", new))
             name = new
     merged[f"{section}.{name}"] = (value, origin)
 

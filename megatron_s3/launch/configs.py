@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_s3.launch.check import arithmetic, check, megatron_is_here, schedule, tell
+from megatron_s3.launch.check import arithmetic, check, megatron_is_here, schedule
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.config_paths import shipped
+from megatron_s3.log import tell
 
 __all__ = ["main", "names"]
 

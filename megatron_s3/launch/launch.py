@@ -27,7 +27,7 @@ from megatron_s3.launch.check import (
 from megatron_s3.launch.commands import megatron_words, torchrun
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.content import changed
-from megatron_s3.launch.output import first_node, say
+from megatron_s3.launch.output import first_node
 from megatron_s3.launch.progress import (
     Progress,
     continued,
@@ -45,6 +45,7 @@ from megatron_s3.launch.selection import (
     run_dir_of,
 )
 from megatron_s3.launch.stopping import StopRequest, exit_signal
+from megatron_s3.log import say
 
 __all__ = ["STOPPED", "main"]
 

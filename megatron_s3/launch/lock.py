@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from megatron_s3.errors import MegatronS3Error
+from megatron_s3.log import say
 
 __all__ = ["VARIABLE", "InUse", "die_with_parent", "hold", "join", "variable"]
 
@@ -201,7 +202,7 @@ def _take(file: int, path: Path, patience: float) -> bool:
             raise
         if not said and time.monotonic() > began + 1:
             said = True
-            print(f"[megatron-s3] {path.parent}: waiting for the last launch's ranks", flush=True)
+            say(f"{path.parent}: waiting for the last launch's ranks")
         time.sleep(0.1)
 
 
@@ -224,10 +225,9 @@ def _is_dead(holder: _Record, locks: bool) -> bool:
 
 def _beats(path: Path, seen: _Record, beat: float) -> bool:
     """Returns whether the holder shows that it lives, within three beats."""
-    print(
-        f"[megatron-s3] {path.parent}: {_who(seen)} has left it locked; looking for "
-        f"{3 * beat:.0f} s whether that is alive",
-        flush=True,
+    say(
+        f"{path.parent}: {_who(seen)} has left it locked; looking for {3 * beat:.0f} s whether "
+        "that is alive"
     )
     deadline = time.monotonic() + 3 * beat
     while time.monotonic() < deadline:

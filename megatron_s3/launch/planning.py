@@ -3,8 +3,9 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from megatron_s3.launch.check import arithmetic, check, environment, schedule, tell
+from megatron_s3.launch.check import arithmetic, check, environment, schedule
 from megatron_s3.launch.config import Config, ConfigError
+from megatron_s3.log import tell
 
 if TYPE_CHECKING:
     from megatron_s3.mcore.planning.memory import Checkpoint, Rank, Sizes

@@ -16,7 +16,7 @@ from types import FrameType
 
 from megatron_s3.launch import lock
 from megatron_s3.launch.config import Config, ConfigError
-from megatron_s3.launch.output import say
+from megatron_s3.log import say
 
 __all__ = ["SIGNALS", "StopRequest", "exit_signal"]
 

@@ -11,7 +11,7 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_s3.mcore.output import say
+from megatron_s3.log import say
 from megatron_s3.mcore.overrides import described
 
 __all__ = ["Part", "build_part", "check", "collected"]

@@ -1,24 +1,12 @@
-"""What the plugin says, and what Megatron does not."""
+"""What Megatron does not say."""
 
 import contextlib
-import functools
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 
-__all__ = ["quiet", "say", "say_once"]
-
-
-def say(message: str) -> None:
-    """Prints one line, on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"[megatron_s3] {message}", flush=True)
-
-
-#: For what Megatron asks more than once, or of every part of an optimizer.
-say_once = functools.cache(say)
+__all__ = ["quiet"]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Training runs to figures and pictures, read from Megatron's TensorBoard files."""
 
-from megatron_s3.report.curve import Run, RunError, Summary, draw, figure, read, summarize
+from megatron_s3.report.curve import Run, Summary, draw, figure, read, summarize
+from megatron_s3.report.errors import RunError
 
 __all__ = ["Run", "RunError", "Summary", "draw", "figure", "read", "summarize"]

@@ -1,6 +1,5 @@
 """`metrics.jsonl`: what a run logged, one JSON object a line."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from megatron_s3.log import say
 
 __all__ = ["KEPT", "NAME", "RunLog", "read"]
 
@@ -65,23 +66,18 @@ class RunLog:
                     os.fsync(file.fileno())
         except OSError as error:
             if not self._failed:
-                _say(f"{self.path} cannot be written: {error.strerror or error}; training goes on")
+                say(f"{self.path} cannot be written: {error.strerror or error}; training goes on")
             self._failed = True
             return
         if self._failed:
             lost = f"; {self._lost} lines are lost" if self._lost else ", and no line is lost"
-            _say(f"{self.path} is written again{lost}")
+            say(f"{self.path} is written again{lost}")
         self._failed, self._lost = False, 0
 
 
 def _write_all(file: IO[bytes], line: bytes) -> None:
     while line:  # a disk that is nearly full takes a part
         line = line[file.write(line) or 0 :]
-
-
-def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # the output may be on the same disk
-        print(f"[megatron_s3] {message}", flush=True)
 
 
 def finite(value: Any) -> Any:

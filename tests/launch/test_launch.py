@@ -328,7 +328,7 @@ def test_an_attempt_is_recorded_and_secrets_are_not(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     provenance.record(tmp_path, load(["tiny-s3"], ["seed=5"]), ["torchrun"])
     assert capsys.readouterr().out == (
-        "[megatron-s3] the configuration changed since the last attempt: seed: 1234 -> seed: 5\n"
+        "[megatron_s3] the configuration changed since the last attempt: seed: 1234 -> seed: 5\n"
     )
     first = tmp_path / "provenance/job-17-0"
     assert (first / "command.txt").read_text() == "torchrun 'a b'\n"

@@ -184,7 +184,7 @@ def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsy
     monkeypatch.setattr(job, "completed", fails)
     assert main(["tiny-s3"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "[megatron-s3] asking Megatron for the sizes; importing it takes a while",
+        "[megatron_s3] asking Megatron for the sizes; importing it takes a while",
         "error: tiny-s3: cannot be planned: Megatron does not build this model without a GPU: "
         "TypeError: unexpected keyword argument 'k_channels'",
     ]
@@ -223,7 +223,7 @@ def test_gpt2_7b(tmp_path, gpus, tensor, batch):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stderr == (
-        "[megatron-s3] asking Megatron for the sizes; importing it takes a while\n"
+        "[megatron_s3] asking Megatron for the sizes; importing it takes a while\n"
     )
     found = json.loads(out.read_text())
     hidden, layers = 4096, 32

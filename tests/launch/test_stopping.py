@@ -104,7 +104,7 @@ def test_a_signal_to_the_process_group_saves(name, launcher, tmp_path):
     os.killpg(process.pid, signal.Signals[name])
     said = process.communicate()[0].splitlines()
     assert said == [
-        f"[megatron-s3] {name}: the ranks are asked to save and end",
+        f"[megatron_s3] {name}: the ranks are asked to save and end",
         f"{name} False 0",
     ]
     assert len(list(tmp_path.glob("*.saved"))) == 2 and not living(tmp_path)
@@ -124,7 +124,7 @@ def test_a_signal_to_every_process_saves(name, launcher, tmp_path):
 def test_a_second_interrupt_kills(launcher, tmp_path):
     process = launcher(stubborn="1")
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline().startswith("[megatron-s3] SIGINT: the ranks are asked")
+    assert process.stdout.readline().startswith("[megatron_s3] SIGINT: the ranks are asked")
     process.send_signal(signal.SIGINT)
     assert process.communicate()[0] == "SIGINT True -9\n"
     until(lambda: not living(tmp_path))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_s3.log import say
 from megatron_s3.mcore import compat_before_0_18, cpu_device
 from megatron_s3.mcore.arguments.names import (
     STATE_DTYPES,
@@ -16,7 +17,6 @@ from megatron_s3.mcore.arguments.names import (
     flag_named,
 )
 from megatron_s3.mcore.arguments.readers import changes_by_step, hyperparameters, switches
-from megatron_s3.mcore.output import say
 from megatron_s3.optimizers import ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
 

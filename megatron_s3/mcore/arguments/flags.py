@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from megatron_s3.log import say_once
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments.names import destination, flag, flag_named
-from megatron_s3.mcore.output import say_once
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.renamed import RENAMED, renamed
 

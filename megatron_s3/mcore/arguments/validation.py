@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_s3.log import say
 from megatron_s3.mcore.arguments.checks import (
     check_device,
     check_megatron_fsdp,
@@ -23,7 +24,6 @@ from megatron_s3.mcore.arguments.names import (
     flag,
     flag_named,
 )
-from megatron_s3.mcore.output import say
 from megatron_s3.mcore.refusal import Refused
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import FORMAT, Description

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.log import say_once
 from megatron_s3.mcore.all_ranks import raise_first
-from megatron_s3.mcore.output import say_once
 from megatron_s3.storage.layout import TRACKER, folder_of, has_config
 from megatron_s3.storage.newest import Unclear, absent, complete, named, newest
 

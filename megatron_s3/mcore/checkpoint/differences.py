@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from megatron_s3.log import say_once
 from megatron_s3.mcore.arguments import flag, hyperparameters, state_dtypes
-from megatron_s3.mcore.output import say_once
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT
 from megatron_s3.optimizers.stamp import Stamp, settings

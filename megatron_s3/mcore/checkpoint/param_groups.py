@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
-from megatron_s3.mcore.output import say_once
+from megatron_s3.log import say_once
 
 __all__ = ["load_schedule", "load_state_dict", "pairs", "restore_scheduled"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from megatron_s3.log import say, say_once
 from megatron_s3.mcore.all_ranks import raise_first
 from megatron_s3.mcore.checkpoint.choice import Choice, instead
-from megatron_s3.mcore.output import say, say_once
 from megatron_s3.storage import checksums
 from megatron_s3.storage.errors import Damaged
 from megatron_s3.storage.layout import has_config, is_of_format_torch, iteration_of

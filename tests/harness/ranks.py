@@ -63,7 +63,7 @@ def _main() -> None:
     """What a rank runs: argv holds the test's file, its name, its arguments, and for Megatron 1."""
     path, name, arguments, megatron = sys.argv[1:]
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # Megatron's: every setting of every object
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # every setting of every object
     torch.distributed.init_process_group("gloo")
     if int(megatron):
         from megatron.core import parallel_state, tensor_parallel

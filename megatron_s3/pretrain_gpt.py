@@ -54,7 +54,7 @@ def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[
 
 
 def _on_this_context_rank(name: str, value: torch.Tensor) -> torch.Tensor:
-    """What context parallelism leaves this rank of each sequence: two of 2 x ranks parts.
+    """Returns what context parallelism leaves this rank of each sequence: two of 2 x ranks parts.
 
     The first and the last for rank 0 and so on, so that causal attention costs every rank as much;
     ``get_batch_on_this_cp_rank`` of megatron.core.utils, whose arguments differ between releases.

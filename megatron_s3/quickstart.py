@@ -306,7 +306,7 @@ def _launch(words: list[str], log: Path, expected: int) -> None:
 
 
 def _tail(log: Path) -> list[str]:
-    """The end of a failed launch's output, up to where torchrun reports that a rank has failed."""
+    """Returns the end of a launch's output, up to where torchrun reports that a rank has failed."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     start = max(i for i, line in enumerate(lines) if line.startswith("$ "))
     end = next((i for i in range(start, len(lines)) if _RANK_FAILED.search(lines[i])), None)

@@ -272,3 +272,26 @@ def test_errors_have_one_base_and_names_of_their_own() -> None:
                     )
     assert {name: where for name, where in found.items() if len(where) > 1} == {}
     assert len(found) > 20
+
+
+#: With these no sentence begins that says what a function does.
+NO_VERBS = frozenset(
+    "A All An And As Both By Each Every For From How If In Inside Its None Of One Same That The "
+    "This Those True What When Where Whether Which Who Why With Yes".split()
+)
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    """Ruff's D401 asks for the imperative, and passes "Of each tensor the number"."""
+    wrong = []
+    for name, path in PRODUCT.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            text = ast.get_docstring(node)
+            if text is None or "property" in map(ast.unparse, node.decorator_list):
+                continue  # a property is a noun
+            first = re.split(r"\W", text, maxsplit=1)[0]
+            if not first or first in NO_VERBS:
+                wrong.append(f"{name}.{node.name}: {text.splitlines()[0]}")
+    assert not [each for each in wrong if not each.startswith("megatron_s3.mcore")]

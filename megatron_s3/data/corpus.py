@@ -112,7 +112,7 @@ def build(
 
 
 def load(prefix: str) -> dict[str, Any] | None:
-    """The description of the whole dataset at `prefix`, or None if there is none."""
+    """Returns the description of the whole dataset at `prefix`, or None if there is none."""
     try:
         with open(f"{prefix}.json", encoding="utf-8") as file:
             found = json.load(file)
@@ -159,7 +159,7 @@ def unigram_entropy(counts: "np.ndarray", model: "np.ndarray") -> float:
 
 
 def _versions() -> dict[str, str]:
-    """Of what decides the bytes that are written."""
+    """Returns the versions of what decides the bytes that are written."""
     found = {}
     for package in ("megatron-core", "tokenizers", "datasets"):
         try:

@@ -29,7 +29,7 @@ Report = Callable[[int, int, int], None]
 
 
 def name(number: int) -> str:
-    """The folder of part `number`."""
+    """Returns the name of the folder of part `number`."""
     return f"{number:05d}"
 
 
@@ -39,13 +39,13 @@ def identity(shard: Shard) -> str:
 
 
 def is_valid(index: int, split: tuple[int, int]) -> bool:
-    """Whether document `index` is for validation: the first is, then one at regular distances."""
+    """Returns whether a document is for validation: the first is, then one at regular distances."""
     train, valid = split
     return -(-(index + 1) * valid // (train + valid)) > -(-index * valid // (train + valid))
 
 
 def first_index(number: int, shard: Shard, split: tuple[int, int]) -> int:
-    """The index that shard `number` starts to count its documents from.
+    """Returns the index that shard `number` starts to count its documents from.
 
     Where that is not known without reading the shards before it, starts in the golden ratio's
     steps keep the parts of the split right even if each shard holds a few documents only.
@@ -56,7 +56,7 @@ def first_index(number: int, shard: Shard, split: tuple[int, int]) -> int:
 
 
 def finished(folder: str, number: int) -> dict[str, Any] | None:
-    """What part.json says, if the part is there and its files are as long as they were written."""
+    """Returns part.json, if the part is there and its files are as long as they were written."""
     part = Path(folder, name(number))
     try:
         found: dict[str, Any] = json.loads((part / "part.json").read_text())

@@ -62,7 +62,7 @@ class Source:
     revision: str = ""
 
     def describe(self) -> dict[str, object]:
-        """The source as JSON values; equal ones ask for the same documents."""
+        """Returns the source as JSON values; equal ones ask for the same documents."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Source:
         return self.path
 
     def shards(self) -> list[Shard]:
-        """The documents' files, cut into the units of work, in order.
+        """Returns the documents' files, cut into the units of work, in order.
 
         Raises:
             DataError: If there is no file to read, or one cannot be.
@@ -152,7 +152,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
-    """The files below the source's path; symbolic links are followed, but not in circles.
+    """Yields the files below the source's path; it follows symbolic links, but not in circles.
 
     Args:
         src: The source.
@@ -197,7 +197,7 @@ def _globs(src: Source, there: list[str]) -> tuple[str, ...]:
 
 
 def _endings_of(names: list[str]) -> str:
-    """The most frequent endings, with how often they occur."""
+    """Returns the most frequent endings, with how often they occur."""
     seen: dict[str, int] = {}
     for name in names:
         base = os.path.basename(name)
@@ -237,7 +237,7 @@ def left_out(src: Source) -> list[str]:
 
 
 def _files(src: Source) -> list[str]:
-    """The source's files, relative to its path, in an order that is the same on every machine."""
+    """Returns the source's files, relative to its path, in the same order on every machine."""
     there = list(_walk(src))
     globs = _globs(src, there)
     found = [n for n in there if _matches(os.path.basename(n), globs)]

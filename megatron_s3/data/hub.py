@@ -17,7 +17,7 @@ NAMED = {
 
 
 def shards(repository: str, config: str, revision: str, key: str) -> list[Shard]:
-    """The files of a dataset's train split, each pinned to the commit that was found.
+    """Returns the files of a dataset's train split, each pinned to the commit that was found.
 
     Args:
         repository: The dataset's name on the hub, or a folder in a layout that `datasets` knows.

@@ -32,7 +32,7 @@ def library() -> Any:
 
 
 def builder(path: str, vocab_size: int) -> Any:
-    """An `IndexedDatasetBuilder` that writes `path`.bin with the narrowest type for the tokens."""
+    """Returns an `IndexedDatasetBuilder` of `path`.bin with the narrowest type for the tokens."""
     megatron = library()
     return megatron.IndexedDatasetBuilder(
         f"{path}.bin", dtype=megatron.DType.optimal_dtype(vocab_size)

@@ -141,7 +141,7 @@ def _text_of(line: bytes, key: str, where: Callable[[], str]) -> bytes:
 
 
 def _range(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """The lines of a file that begin at a byte of [start, stop)."""
+    """Yields the lines of a file that begin at a byte of [start, stop)."""
     try:
         with open(path, "rb") as file:
             position = start

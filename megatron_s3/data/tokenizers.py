@@ -60,12 +60,12 @@ class Tokenizer:
     sha256: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """The tokenizer as JSON values, without where it lies."""
+        """Returns the tokenizer as JSON values, without where it lies."""
         kept = {"name": self.name, "vocab_size": self.vocab_size, "eod": self.eod}
         return {**kept, "sha256": self.sha256} if self.sha256 else kept
 
     def encoder(self) -> "Encode":
-        """A function from documents (UTF-8) to their tokens, each ended by `eod`.
+        """Returns a function from documents (UTF-8) to their tokens, each ended by `eod`.
 
         A document that spells a special token out (`<|endoftext|>`) gets the tokens of these
         characters: the special token itself stands at the end of documents only.
@@ -101,7 +101,7 @@ class Tokenizer:
 
 
 def _pieces(text: str, ids: "Callable[[list[str]], list[np.ndarray]]") -> Iterator[str]:
-    """A long text cut where its tokens are the same with and without the cut.
+    """Cuts a long text where its tokens are the same with and without the cut.
 
     The library needs 150 times a text's size for it (offsets, masks and a string for each token).
     A cut lies between two kinds of characters, never inside a run of one kind, which may be one
@@ -248,7 +248,7 @@ def _copy(origin: Path, folder: Path) -> None:
 
 
 def _eod(folder: Path, name: str) -> str:
-    """The end-of-sequence token, which Megatron takes for the end of a document."""
+    """Returns the end-of-sequence token, which Megatron takes for the end of a document."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -38,12 +38,12 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def numbers(folder: str) -> list[int]:
-    """The parts that are there."""
+    """Returns the numbers of the parts that are there."""
     return sorted(int(n) for n in os.listdir(folder) if n.isdecimal())
 
 
 def plan(folder: str) -> dict[str, Any]:
-    """The settings that the parts were made with."""
+    """Returns the settings that the parts were made with."""
     try:
         found: dict[str, Any] = json.loads(Path(folder, "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,7 +52,7 @@ def plan(folder: str) -> dict[str, Any]:
 
 
 def resume(prefix: str, shards: list[Shard], settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The finished parts; what is left of unfinished ones is removed."""
+    """Returns the finished parts, and removes what is left of unfinished ones."""
     folder = Path(f"{prefix}.parts")
     there = numbers(str(folder))
     if there:

@@ -65,7 +65,7 @@ def _address(tensor: Tensor) -> int:
 
 @functools.cache
 def _has_memory(kind: type[Tensor]) -> bool:
-    """Whether tensors of this class are their memory: no code of the class's makes the elements."""
+    """Returns whether tensors of a class are their memory: no code of it makes the elements."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -80,7 +80,7 @@ _STATE = (torch.float32, torch.bfloat16)
 
 
 def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
-    """What a fused kernel cannot take of these operands, or None.
+    """Returns what a fused kernel cannot take of these operands, or None.
 
     Args:
         operands: what a step is to work on.
@@ -140,7 +140,7 @@ def _fits(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, in its memory (it may be empty); other tensors as they are.
+    """Returns this rank's part of a DTensor (it may be empty); other tensors as they are.
 
     What a collective operation is still to fill (an AsyncCollectiveTensor) is waited for.
     """
@@ -202,7 +202,7 @@ def _is_flat(tensor: Tensor) -> bool:
 
 
 def _is_copy(flat: Tensor, tensor: Tensor) -> bool:
-    """Whether flattening copied: by the address, and where there is none by the layout."""
+    """Returns whether flattening copied: by the address, and where there is none by the layout."""
     address = _address(tensor)
     return _address(flat) != address if address else not tensor.is_contiguous()
 

@@ -93,7 +93,7 @@ def _spans(places: tuple[int, ...], index: int) -> list[_Span]:
 
 
 def _span(tensor: Tensor, index: int) -> list[_Span]:
-    """From the first to the last element of a tensor in any layout."""
+    """Returns the span from the first to the last element of a tensor in any layout."""
     if not tensor.numel() or not (address := tensor.data_ptr()):
         return []
     last = sum(
@@ -103,7 +103,7 @@ def _span(tensor: Tensor, index: int) -> list[_Span]:
 
 
 def _cuts(flat: Sequence[Flat]) -> list[int]:
-    """As :meth:`Overlaps.cuts`, by comparing everything."""
+    """Returns what :meth:`Overlaps.cuts` does, by comparing everything."""
     spans: list[tuple[_Span, bool]] = []
     for i, (o, copies) in enumerate(flat):
         spans += ((span, True) for span in _spans(o.written, i))

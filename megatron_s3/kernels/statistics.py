@@ -64,7 +64,7 @@ class Statistics:
         other.values.zero_()
 
     def take(self) -> list[dict[str, float]]:
-        """The totals of each row by name, which begin again at 0; waits for the device."""
+        """Returns the totals of each row by name and begins again at 0; it waits for the device."""
         values = [dict(zip(FIELDS, row, strict=True)) for row in self.values.tolist()]
         self.values.zero_()
         return values

@@ -56,7 +56,7 @@ class AdamW(ElementwiseOptimizer):
     ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's arguments; the corrections of the bias come from the group's step."""
+        """Returns the rule's arguments; the corrections of the bias come from the group's step."""
         values = super().group_hyperparameters(group)
         for i in ("1", "2"):
             values["correction" + i] = 1 - values["beta" + i] ** group["step"]

@@ -42,7 +42,7 @@ class Adan(ElementwiseOptimizer):
     ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's arguments; the corrections of the bias come from the group's step."""
+        """Returns the rule's arguments; the corrections of the bias come from the group's step."""
         values = super().group_hyperparameters(group)
         for i in ("1", "2", "3"):
             values["correction" + i] = 1 - values["beta" + i] ** group["step"]

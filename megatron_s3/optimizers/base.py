@@ -190,7 +190,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{cls.description.label} keeps {name} in float32, not in {dtype}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; raises ValueError for what is not allowed, and adds no group then."""
+        """Adds a group as torch does; raises ValueError for what is not allowed, and adds none."""
         named = isinstance(param_group, dict) and MOMENTUM in param_group
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -219,7 +219,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def _values(self, group: dict[str, Any], most: float | None = None) -> dict[str, Any]:
-        """The group's rates and hyperparameters as a step takes them; ValueError if it cannot."""
+        """Returns the group's rates and hyperparameters for a step; ValueError if they are wrong."""
         if most is None:
             most = largest(group["params"])
         values = {name: rate(name, group[name], most) for name in ("lr", "weight_decay")}
@@ -275,11 +275,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return torch.float32 if name == "master_param" else self.state_dtypes[name]
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's keyword arguments for this group's coming step."""
+        """Returns the rule's keyword arguments for this group's coming step."""
         return {name: plain(value) for name, value in self._written(group).items()}
 
     def _written(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group's hyperparameters, among them what a scheduler wrote as the momentum."""
+        """Returns the group's hyperparameters, with what a scheduler wrote as the momentum."""
         values = {h.name: group[h.name] for h in self.description.hyperparameters}
         if self.description.momentum and MOMENTUM in group:
             values[self.description.momentum] = group[MOMENTUM]
@@ -287,7 +287,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient.
+        """Updates every parameter that has a gradient.
 
         Args:
             closure: re-evaluates the model and returns the loss, as in torch.
@@ -362,7 +362,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def _tasks(self, updates: list[GroupUpdates]) -> list[_Task]:
-        """The calls of kernels that make a step, in order."""
+        """Returns the calls of kernels that make a step, in order."""
         cuts = self._overlaps.cuts(
             [(u.operands, u.copies) for part in updates for u in part.updates]
         )
@@ -505,7 +505,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; where the numbers of updates in a group differ, its ``steps``.
+        """Returns what torch does, and a group's ``steps`` where its numbers of updates differ.
 
         That is a list beside ``params``; without it every parameter's number is the group's
         ``step``.
@@ -516,7 +516,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, hooks included, but only what fits, and in the dtypes that are kept.
+        """Loads as torch does, hooks included, but only what fits, in the dtypes that are kept.
 
         A state that was saved in another dtype is converted, and a warning says so.
 

@@ -65,7 +65,7 @@ class GroupUpdates:
 
 
 def split(parts: list[GroupUpdates], cuts: Sequence[int]) -> list[list[GroupUpdates]]:
-    """The updates of a step in pieces.
+    """Returns the updates of a step in pieces.
 
     Args:
         parts: the step's groups.
@@ -99,12 +99,12 @@ class Watched(dict[str, Any]):
     read = False
 
     def __getitem__(self, key: str) -> Any:
-        """As a dict's."""
+        """Returns what a dict does."""
         self.read |= key == "step"
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As a dict's."""
+        """Returns what a dict does."""
         self.read |= key == "step"
         return super().get(key, default)
 
@@ -124,7 +124,7 @@ class Counts:
         return bool(self._own)
 
     def of(self, param: Tensor, group: Mapping[str, Any]) -> int:
-        """The number of updates that a parameter of the group has had."""
+        """Returns the number of updates that a parameter of the group has had."""
         return self._own.get(param, int(group["step"]))
 
     def begin(self, group: Mapping[str, Any], params: Iterable[Tensor]) -> None:

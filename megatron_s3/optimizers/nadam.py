@@ -50,7 +50,7 @@ class NAdam(ElementwiseOptimizer):
     ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's arguments; the schedule of mu and its product come from the group's step."""
+        """Returns the rule's arguments; the schedule of mu and its product come from the step."""
         values = super().group_hyperparameters(group)
         beta1, decay, step = values["beta1"], values.pop("momentum_decay"), group["step"]
         mu, following = (_mu(beta1, decay, t) for t in (step, step + 1))

@@ -74,7 +74,7 @@ class Offload:
         return [mine] if mine else []
 
     def master(self, param: Tensor) -> Tensor:
-        """A float32 (float64) copy of the parameter for the CPU to update."""
+        """Returns a float32 (float64) copy of the parameter for the CPU to update."""
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         # A float32 one travels back as it is.
         empty = self._empty(param, dtype, self.pin_params and param.dtype == dtype)
@@ -102,7 +102,7 @@ class Offload:
                 event.synchronize()
 
     def new(self, param: Tensor) -> Tensor | None:
-        """Where a step leaves the new parameter in its dtype; None where that is the master's."""
+        """Returns where a step leaves the new parameter in its dtype; None: in the master."""
         if param.dtype in (torch.float32, torch.float64):
             return None
         if param not in self._new:
@@ -123,7 +123,7 @@ class Offload:
         torch.cuda.current_stream().wait_stream(up)
 
     def statistics(self, device: Statistics | None) -> Statistics | None:
-        """What the CPU's part of a step adds to, to be absorbed by the statistics on the device."""
+        """Returns the statistics of the CPU's part of a step, which those on the device absorb."""
         if device is None:
             return None
         if self._statistics is None or len(self._statistics.values) != len(device.values):
@@ -131,7 +131,7 @@ class Offload:
         return self._statistics
 
     def _both_streams(self) -> tuple[Any, Any]:
-        """Those of the copies down to the CPU and up again."""
+        """Returns the streams of the copies down to the CPU and up again."""
         if not self.overlap:
             return (torch.cuda.current_stream(),) * 2
         if self._streams is None:

@@ -132,7 +132,7 @@ class S3(ElementwiseOptimizer):
     ) -> None: ...
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; raises ValueError for what is not allowed, before adding any."""
+        """Adds a group as torch does; raises ValueError, before adding any, if it is not allowed."""
         if isinstance(param_group, dict):
             merged = self.defaults | param_group
             if merged["beta_ramp"] and merged["bias_correction"]:
@@ -183,7 +183,7 @@ class S3(ElementwiseOptimizer):
             )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's arguments; bias correction reaches it as one factor, a ramp as the beta."""
+        """Returns the rule's arguments; bias correction becomes one factor, a ramp the beta."""
         values = super().group_hyperparameters(group)
         if values.pop("beta_ramp"):
             for name in ("beta", "beta2"):

@@ -97,7 +97,7 @@ def _write(
 
 
 def _png(picture: "Picture") -> bytes:
-    """In 64 colours, which these pictures never need more of, and a third of the bytes."""
+    """Returns a picture in 64 colours, which are enough for these, and a third of the bytes."""
     from PIL import Image  # matplotlib's own dependency
 
     file, small = io.BytesIO(), io.BytesIO()
@@ -107,7 +107,7 @@ def _png(picture: "Picture") -> bytes:
 
 
 def _page(tables: Sequence[compare.Table], shown: "Sequence[tuple[Picture, bytes]]") -> str:
-    """One page that needs no other file."""
+    """Returns one page that needs no other file."""
     parts = ["<!doctype html><meta charset=utf-8><title>S3 beside other optimizers</title>",
              f"<style>{_STYLE}</style><h1>S3 beside other optimizers</h1>"]  # fmt: skip
     for table in tables:
@@ -128,7 +128,7 @@ def _page(tables: Sequence[compare.Table], shown: "Sequence[tuple[Picture, bytes
 
 
 def _json(suites: Sequence[Suite]) -> str:
-    """What the tables rest on."""
+    """Returns what the tables rest on."""
     found = [
         {
             "suite": suite.name,

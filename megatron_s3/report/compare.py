@@ -54,13 +54,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def labels(runs: Iterable[Trained]) -> list[str]:
-    """Of the runs, S3's first, in the order they appear otherwise."""
+    """Returns the labels of the runs, S3's first, in the order in which they appear otherwise."""
     found = {run.label: run.optimizer for run in runs}
     return sorted(found, key=lambda label: (found[label] != "s3", label != "S3"))
 
 
 def best_rate(runs: Iterable[Trained], label: str) -> float:
-    """The rate with the lowest final loss, at the seed that most rates have been run with.
+    """Returns the rate with the lowest final loss, at the seed that most rates were run with.
 
     NaN if no run has finished.
     """
@@ -73,14 +73,14 @@ def best_rate(runs: Iterable[Trained], label: str) -> float:
 
 
 def finalists(runs: Sequence[Trained], label: str) -> list[Trained]:
-    """The finished runs of a label at its best rate, by seed."""
+    """Returns the finished runs of a label at its best rate, by seed."""
     rate = best_rate(runs, label)
     own = [run for run in runs if run.label == label and run.finished and run.lr == rate]
     return sorted(own, key=lambda run: run.seed)
 
 
 def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Table]:
-    """All that the runs give rise to.
+    """Returns all tables that the runs give rise to.
 
     Args:
         suites: of runs.
@@ -279,7 +279,7 @@ def _spike_score(runs: Sequence[Trained], rule: str) -> str:
 
 
 def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
-    """What an iteration takes, and what of it is the model's arithmetic."""
+    """Returns what an iteration takes, and what of it is the model's arithmetic."""
     rows = []
     for label in dict.fromkeys(run.label for run in suite.runs):
         own = [run for run in suite.runs if run.label == label and math.isfinite(run.seconds)]
@@ -309,7 +309,7 @@ def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
 
 
 def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
-    """How many steps AdamW takes to what others end at, each at the end of its own schedule."""
+    """Returns how many steps AdamW takes to what others reach, each with a schedule of its own."""
     found = []
     for model in dict.fromkeys(suite.model for suite in suites):
         alike = sorted((s for s in suites if s.model == model), key=lambda s: s.iterations)

@@ -122,7 +122,7 @@ def read(folder: str | Path, name: str) -> Run:
 
 
 def summarize(run: Run) -> Summary:
-    """The figures at the end of a run."""
+    """Returns the figures at the end of a run."""
     times = run.scalars.get(ITERATION_TIME)
     batch = run.scalars.get(BATCH_SIZE)
     speed = None

@@ -36,7 +36,7 @@ class Picture:
 
 
 def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture]:
-    """All that the runs give rise to.
+    """Returns all pictures that the runs give rise to.
 
     Args:
         suites: from :func:`megatron_s3.report.runs.load`.
@@ -61,7 +61,7 @@ def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture
 
 
 def _panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure with as many axes, two or three in a row."""
+    """Returns a figure with as many axes, two or three in a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,7 +93,7 @@ def _band(
     colour: str,
     name: str,
 ) -> None:
-    """The mean over seeds, from the lowest to the highest."""
+    """Draws the mean over seeds, from the lowest to the highest."""
     curves = [dict(series(run)) for run in runs]
     at = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = [[curve[i] for curve in curves] for i in at]

@@ -141,7 +141,7 @@ class Suite:
         )
 
     def of(self, experiment: str) -> list[Trained]:
-        """Its runs of one experiment."""
+        """Returns its runs of one experiment."""
         return [run for run in self.runs if run.experiment == experiment]
 
 

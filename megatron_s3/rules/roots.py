@@ -7,7 +7,7 @@ __all__ = ["square_root"]
 
 
 def square_root(x: Tensor) -> Tensor:
-    """The square root, rounded to nearest, in a new tensor.
+    """Returns the square root, rounded to nearest, in a new tensor.
 
     Args:
         x: float32 or float64, any shape; float64's last bit on a CPU is torch's.

@@ -145,7 +145,7 @@ def s3_update(
 
 
 def s3_bound(beta: float, p: float, beta2: float | None = None, correction: float = 1.0) -> float:
-    """Where an update is clamped: Theorem 2's bound, ``inf`` where there is none.
+    """Returns where an update is clamped: Theorem 2's bound, ``inf`` where there is none.
 
     With one shared beta it is 1, also with bias correction.  Arguments as for :func:`s3_update`.
     """
@@ -181,7 +181,7 @@ def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
 def s3_correction(
     step: int, *, beta: float, p: float, beta2: float | None = None, nesterov: bool = True
 ) -> float:
-    """The factor that removes the bias of averages begun at 0 (not in the paper; opt-in).
+    """Returns the factor that removes the bias of averages begun at 0 (not in the paper; opt-in).
 
     After ``t`` steps the weights in ``n`` sum to ``1 - beta**(t+1)`` (without Nesterov, those in
     ``m`` to ``1 - beta**t``); dividing numerator and ``b**p`` by their sums gives the factor.
@@ -196,7 +196,7 @@ def s3_correction(
 
 
 def s3_beta_ramp(step: int, beta: float) -> float:
-    """``min(beta, (t - 1) / (t + 8))``: short averages at first, the same for both of them.
+    """Returns ``min(beta, (t - 1) / (t + 8))``: short averages at first, the same for both of them.
 
     From 0 in the first step to the full ``beta`` (0.95 in step 172).  It needs no state, and makes
     bias correction needless: the weights in an average sum to 1 from the first step on.  As long as
@@ -244,7 +244,7 @@ def _scaling(
 
 
 def _power(x: Tensor, p: float) -> Tensor:
-    """``x**p``, may reuse x; by multiplication where p is small and whole (pow costs 10 times)."""
+    """Returns ``x**p``, may reuse x; multiplies where p is small and whole (pow: 10 times slower)."""
     if p == 1:
         return x
     if p == 2:
@@ -255,7 +255,7 @@ def _power(x: Tensor, p: float) -> Tensor:
 
 
 def _root(x: Tensor, p: float) -> Tensor:
-    """``x**(1/p)`` in a new tensor."""
+    """Returns ``x**(1/p)`` in a new tensor."""
     if p == 1:
         return x.clone()
     if p == 2:
@@ -267,7 +267,7 @@ def _root(x: Tensor, p: float) -> Tensor:
 
 
 def _over_root(n: Tensor, x: Tensor, p: float) -> Tensor:
-    """``n / x**(1/p)``, may reuse n."""
+    """Returns ``n / x**(1/p)``, may reuse n."""
     if p == 3 and x.dtype == torch.float32:
         return n.mul_(_inverse_cube_root(x))
     return n.div_(_root(x, p))
@@ -284,7 +284,7 @@ _CUBE_ROOT = (
 
 
 def _inverse_cube_root(x: Tensor) -> Tensor:
-    """``x**(-1/3)`` of float32, relative error below 1e-7 for x in [2**-66, 2**7].
+    """Returns ``x**(-1/3)`` of float32, relative error below 1e-7 for x in [2**-66, 2**7].
 
     A third of the bits is a first guess (within 3.5 %), one polynomial step does the rest: no
     special function, whose last bit each machine has its own idea of.
@@ -300,7 +300,7 @@ def _inverse_cube_root(x: Tensor) -> Tensor:
 
 
 def _pow(x: Tensor, exponent: float) -> Tensor:
-    """``x**exponent``, the same to the last bit wherever in ``x`` an element lies.
+    """Returns ``x**exponent``, the same to the last bit wherever in ``x`` an element lies.
 
     On a CPU torch takes another pow for the last few elements than for the vectors before them;
     padded to whole vectors, an update does not depend on how parameters are cut into shards.

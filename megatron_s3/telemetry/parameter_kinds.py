@@ -25,7 +25,7 @@ KINDS = tuple(kind for kind, _ in _PATTERNS)
 
 
 def kind_of(name: str) -> str:
-    """One of :data:`KINDS`, from a parameter's name in its model."""
+    """Returns one of :data:`KINDS`, from a parameter's name in its model."""
     return next(kind for kind, pattern in _PATTERNS if re.search(pattern, name))
 
 
@@ -50,7 +50,7 @@ class Layout:
         return self.rows - 1
 
     def row(self, name: str, layer: int | None) -> int:
-        """Of a parameter.
+        """Returns the row of a parameter.
 
         Args:
             name: in its model.
@@ -60,11 +60,11 @@ class Layout:
         return KINDS.index(kind_of(name)) * (self.layers + 1) + place
 
     def kinds(self) -> dict[str, list[int]]:
-        """The rows of each kind."""
+        """Returns the rows of each kind."""
         width = self.layers + 1
         return {k: list(range(i * width, (i + 1) * width)) for i, k in enumerate(KINDS)}
 
     def by_layer(self) -> dict[str, list[int]]:
-        """The rows of each layer, by its number from 0."""
+        """Returns the rows of each layer, by its number from 0."""
         width = self.layers + 1
         return {str(n): list(range(n, self.uncounted, width)) for n in range(self.layers)}

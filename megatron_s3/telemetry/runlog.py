@@ -36,7 +36,7 @@ class RunLog:
         self._write_waiting()
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """One line, in the hands of the operating system when this returns, if it takes it."""
+        """Writes one line, which the operating system has when this returns, if it takes it."""
         line = json.dumps({"kind": kind} | dict(record), allow_nan=False, default=_number)
         self._waiting.append(line.encode() + b"\n")
         if len(self._waiting) > KEPT:
@@ -81,7 +81,7 @@ def _write_all(file: IO[bytes], line: bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """As JSON can hold it: NaN and infinities as "nan", "inf" and "-inf", which float() reads."""
+    """Returns what JSON can hold: NaN, inf and -inf as text, which float() reads."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -90,7 +90,7 @@ def _number(value: Any) -> Any:
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """The records of a run in order, as one launch would have written them.
+    """Returns the records of a run in order, as one launch would have written them.
 
     A launch goes on from a checkpoint: what an earlier one wrote beyond that is left out, and so is
     a line that was cut off.

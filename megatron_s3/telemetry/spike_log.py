@@ -64,7 +64,7 @@ class SpikeLog:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes up again exactly; JSON can hold it."""
+        """Returns what :meth:`load_state_dict` takes up again exactly; JSON can hold it."""
         return {
             "detector": self.detector.state_dict(),
             "sizes": list(self._sizes),

@@ -160,7 +160,7 @@ class SpikeDetector:
         return slope, level, max(mad * _MAD_TO_SIGMA, 1e-6), recent
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes up again exactly; JSON can hold it."""
+        """Returns what :meth:`load_state_dict` takes up again exactly; JSON can hold it."""
         return {
             "accepted": [list(point) for point in self._accepted],
             "spikes": [_written(spike) for spike in self.spikes],

@@ -16,7 +16,7 @@ Sizes = Mapping[str, Mapping[str, float]]
 def summary(
     layout: Layout, totals: Sequence[Sequence[float]], numel: Sequence[float], steps: int
 ) -> dict[str, dict[str, Any]]:
-    """Of the whole model, each kind and each layer that has parameters.
+    """Returns figures of the whole model, each kind and each layer that has parameters.
 
     Args:
         layout: of the rows.
@@ -72,7 +72,7 @@ def sizes(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def rising(history: Sequence[Sizes], now: Sizes, most: int = 5) -> list[str]:
-    """The kinds and layers whose mean |u| stands highest over its median of the intervals before.
+    """Returns the kinds and layers whose mean |u| has risen most over its median before.
 
     Args:
         history: :func:`sizes` of earlier intervals, the one before last at the end of it.

@@ -27,7 +27,7 @@ _MOST_STATES = 4  # as in step.cpp
 def reason(
     rule: Callable[..., Tensor], operands: Sequence[Operands], **hyperparameters: object
 ) -> str | None:
-    """Why :func:`step` cannot take these operands, or None; the first call compiles the kernel.
+    """Returns why :func:`step` cannot take these operands; the first call compiles the kernel.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
@@ -55,7 +55,7 @@ def step(
     statistics: Statistics | None = None,
     **hyperparameters: object,
 ) -> None:
-    """One step, the same bits as the portable path's whatever the number of threads.
+    """Takes a step: the portable path's bits, whatever the number of threads.
 
     Args:
         rule, operands, **hyperparameters: such that :func:`reason` is None.

@@ -113,7 +113,7 @@ def _built_elsewhere(source: _Source) -> ctypes.CDLL | None:
 
 
 def _compiler() -> list[str] | str:
-    """The compiler's command, or why there is none."""
+    """Returns the compiler's command, or why there is none."""
     if cxx := os.environ.get("CXX", "").strip():
         try:
             command = shlex.split(cxx)
@@ -207,7 +207,7 @@ def _build(compiler: list[str], path: Path, source: _Source) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file ends with the sum of what precedes: loading a cut one may be a SIGBUS."""
+    """Returns whether the file ends with the sum of the rest: loading a cut one may be a SIGBUS."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -25,7 +25,7 @@ NAME = "Triton kernel"
 def reason(
     rule: Callable[..., Tensor], operands: Sequence[Operands], **hyperparameters: object
 ) -> str | None:
-    """Why :func:`step` cannot take these operands, or None.
+    """Returns why :func:`step` cannot take these operands, or None.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
@@ -72,7 +72,7 @@ def _unavailable() -> str | None:
 
 @functools.cache
 def _broken() -> str | None:
-    """Why Triton cannot be used, if so.
+    """Returns why Triton cannot be used, or None.
 
     Before 3.3 it has no tuples; and it builds a part of its driver with a C compiler, which an
     image may lack.
@@ -104,7 +104,7 @@ def step(
     statistics: Statistics | None = None,
     **hyperparameters: object,
 ) -> None:
-    """One step in one launch (one for each combination of dtypes).
+    """Takes a step in one launch (one for each combination of dtypes).
 
     The same bits as the portable path's; where a form is ``inexact`` (S3 with a p that is not 1, 2
     or 3) within a few units in the last place.  Nothing is read back to the host.  With ``lr`` or
@@ -157,7 +157,7 @@ _Dtypes = tuple[torch.dtype | None, ...]
 
 
 def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[Operands]]:
-    """What each launch works on; what has no elements is left out."""
+    """Returns what each launch works on, and leaves out what has no elements."""
     groups: dict[_Dtypes, list[Operands]] = {}
     for o in operands:
         if o.param.numel():
@@ -231,7 +231,7 @@ class _Recent(OrderedDict[Any, Any]):
     """What was used last, at most 256 things: a group's tables, a few kilobytes."""
 
     def find(self, key: object, make: Callable[[], Any]) -> Any:
-        """The value of the key, made where there is none."""
+        """Returns the value of the key, which is made where there is none."""
         if key not in self:
             self[key] = make()
             while len(self) > 256:
@@ -251,7 +251,7 @@ _captured: list[_Plan | Tensor] = []
 
 
 def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
-    """For each tensor the number of elements and the places, the gradient's last."""
+    """Returns each tensor's number of elements and its places, the gradient's last."""
     return tuple(o.written + o.read for o in group)
 
 
@@ -271,7 +271,7 @@ def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
 
 
 def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
-    """Of every program the row of the statistics, int64, on the device."""
+    """Returns every program's row of the statistics, int64, on the device."""
     rows, device = tuple(o.row for o in group), plan.chunks.device
 
     def make() -> Tensor:

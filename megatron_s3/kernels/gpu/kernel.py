@@ -66,7 +66,7 @@ def _block(
     HAS_MODEL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block's step; returns update, gradient and new parameter, 0 outside of the tensor."""
+    """Steps a block; returns update, gradient and new parameter, 0 outside of the tensor."""
     g = _load(grad_ptr, at, count, MASKED)
     x = _load(x_ptr, at, count, MASKED)
     states = ()
@@ -86,7 +86,7 @@ def _block(
 def _counted(
     sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite, u, g, x, is_zero
 ):
-    """The statistics with one block more; see :mod:`megatron_s3.kernels.statistics`."""
+    """Returns the statistics with one block more; see :mod:`megatron_s3.kernels.statistics`."""
     size = tl.abs(u)
     size = tl.where(size == size, size, 0.0)
     finite = tl.abs(g) < float("inf")
@@ -124,7 +124,7 @@ def step_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of one tensor."""
+    """Steps one chunk of one tensor."""
     program = tl.program_id(0)
     row = table + tl.load(chunks + 2 * program).to(tl.int64) * 9  # ROW
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK

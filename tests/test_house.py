@@ -289,7 +289,8 @@ def test_docstrings_of_functions_begin_with_a_verb() -> None:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             text = ast.get_docstring(node)
-            if text is None or "property" in map(ast.unparse, node.decorator_list):
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            if text is None or "property" in decorators:
                 continue  # a property is a noun
             first = re.split(r"\W", text, maxsplit=1)[0]
             if not first or first in NO_VERBS:

@@ -219,7 +219,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def _values(self, group: dict[str, Any], most: float | None = None) -> dict[str, Any]:
-        """Returns the group's rates and hyperparameters for a step; ValueError if they are wrong."""
+        """Returns the group's rates and hyperparameters for a step; ValueError if one is wrong."""
         if most is None:
             most = largest(group["params"])
         values = {name: rate(name, group[name], most) for name in ("lr", "weight_decay")}

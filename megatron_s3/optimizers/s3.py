@@ -132,7 +132,7 @@ class S3(ElementwiseOptimizer):
     ) -> None: ...
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does; raises ValueError, before adding any, if it is not allowed."""
+        """Adds a group as torch does; raises ValueError, before it adds any, if one is wrong."""
         if isinstance(param_group, dict):
             merged = self.defaults | param_group
             if merged["beta_ramp"] and merged["bias_correction"]:

@@ -244,7 +244,7 @@ def _scaling(
 
 
 def _power(x: Tensor, p: float) -> Tensor:
-    """Returns ``x**p``, may reuse x; multiplies where p is small and whole (pow: 10 times slower)."""
+    """Returns ``x**p``, may reuse x; multiplies for a small whole p (pow costs ten times)."""
     if p == 1:
         return x
     if p == 2:

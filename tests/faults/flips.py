@@ -25,7 +25,7 @@ __all__ = ["flips", "reading"]
 
 def flips(bench: Bench) -> list[Row]:
     """Single bits, in every file; and what a loader that compares nothing makes of them."""
-    from megatron_s3.mcore import output
+    from megatron_s3 import log
     from megatron_s3.mcore.checkpoint import choice
 
     rows = []
@@ -62,7 +62,7 @@ def flips(bench: Bench) -> list[Row]:
         with _flipped(path, data, bit):
             try:
                 with contextlib.redirect_stdout(io.StringIO()) as said:
-                    output.say_once.cache_clear()
+                    log.say_once.cache_clear()
                     chosen = choice.choose(work, argparse.Namespace(ckpt_step=None)).folder
                 how = f"another complete iteration ({chosen.name}), and it is said"
                 ok = (

@@ -161,72 +161,79 @@ def _check(launch: Launch) -> None:
 
 
 def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str]:
-    """Returns what has to be seen to by hand."""
-    from megatron_s3.mcore.arguments import UNSUPPORTED
-
+    """Returns what has to be seen to by hand, each once."""
     found: dict[str, None] = {}
-
-    def say(what: str) -> None:
-        found.setdefault(what)
-
     for launch in launches:
         texts = [value(word) for word in launch.words[max(launch.arguments, 0) :]]
-        if launch.trainer < 0:
-            say(
-                "no script in it: put -m megatron_s3 before the one that you start (torchrun ... "
-                "-m megatron_s3 pretrain_gpt.py ...), or apply the patch of patches/ to Megatron-LM"
-            )
-        elif UNKNOWN in value(launch.words[launch.trainer - 1]):
-            say(
-                f"{shown(launch.words[launch.trainer - 1])} is set elsewhere: it has to end with "
-                "python, torchrun, or options of theirs"
-            )
-        for _, flag, reason in UNSUPPORTED:
-            if _has(texts, flag):
-                say(f"{flag} is refused with S3: {reason}")
-        for flag in _STATES:
-            for dtype in _values(launch, flag):
-                if dtype not in ("fp32", "bf16"):
-                    say(
-                        f"{flag} {dtype} is refused with S3, which keeps its states in fp32 or bf16"
-                    )
-        for dtype in _values(launch, "--main-params-dtype"):
-            if dtype != "fp32":
-                say(f"--main-params-dtype {dtype} is refused with S3: leave it out")
-        if _has(texts, "--use-precision-aware-optimizer") and not _has(
-            texts, "--use-distributed-optimizer"
+        for what in (
+            *_of_program(launch),
+            *_refused(launch, texts),
+            *_of_checkpoints(launch, texts, lr_factor),
+            *_of_flags_elsewhere(text, launch, texts),
         ):
-            say(
-                "--use-precision-aware-optimizer is refused with S3 without "
-                "--use-distributed-optimizer"
-            )
-        for folder in _values(launch, "--load"):
-            if not _has(texts, "--no-load-optim") and not _has(texts, "--finetune"):
-                say(
-                    f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert "
-                    f"{folder} NEW --to s3 --lr-factor {lr_factor}` makes a checkpoint that "
-                    "S3 resumes from with these rates (--load NEW); in mid-run --lr-factor 3, here "
-                    "and there, goes better. --no-load-optim takes the weights alone"
-                )
-        for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
-            if _has(texts, flag):
-                say(
-                    f"{flag}: what the checkpoint was saved with is taken, and not what stands here"
-                )
-        if launch.bare:
-            say(
-                f"{line(text, launch.place)}flags of AdamW's that come from elsewhere (a variable "
-                "of the environment, a file that is read) stay as they are"
-            )
-        elif not _has(texts, "--lr"):
-            say(f"no --lr in it: S3's is {LR_FACTOR} times AdamW's")
-        if _has(texts, "--config"):
-            say("--config: what that file holds was not read")
-        for word in launch.words[launch.arguments :]:
-            name = shown(word)
-            if value(word) == UNKNOWN and re.search(r"^\$.*(@|ARG|OPT|FLAG|EXTRA)", name.upper()):
-                say(f"{name} is not known here: flags of AdamW's that it may hold stay as they are")
+            found.setdefault(what)
     return list(found)
+
+
+def _of_program(launch: Launch) -> Iterator[str]:
+    if launch.trainer < 0:
+        yield (
+            "no script in it: put -m megatron_s3 before the one that you start (torchrun ... "
+            "-m megatron_s3 pretrain_gpt.py ...), or apply the patch of patches/ to Megatron-LM"
+        )
+    elif UNKNOWN in value(launch.words[launch.trainer - 1]):
+        yield (
+            f"{shown(launch.words[launch.trainer - 1])} is set elsewhere: it has to end with "
+            "python, torchrun, or options of theirs"
+        )
+
+
+def _refused(launch: Launch, texts: Sequence[str]) -> Iterator[str]:
+    from megatron_s3.mcore.arguments import UNSUPPORTED
+
+    for _, flag, reason in UNSUPPORTED:
+        if _has(texts, flag):
+            yield f"{flag} is refused with S3: {reason}"
+    for flag in _STATES:
+        for dtype in _values(launch, flag):
+            if dtype not in ("fp32", "bf16"):
+                yield f"{flag} {dtype} is refused with S3, which keeps its states in fp32 or bf16"
+    for dtype in _values(launch, "--main-params-dtype"):
+        if dtype != "fp32":
+            yield f"--main-params-dtype {dtype} is refused with S3: leave it out"
+    aware, sharded = "--use-precision-aware-optimizer", "--use-distributed-optimizer"
+    if _has(texts, aware) and not _has(texts, sharded):
+        yield f"{aware} is refused with S3 without {sharded}"
+
+
+def _of_checkpoints(launch: Launch, texts: Sequence[str], lr_factor: str) -> Iterator[str]:
+    for folder in _values(launch, "--load"):
+        if not _has(texts, "--no-load-optim") and not _has(texts, "--finetune"):
+            yield (
+                f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert "
+                f"{folder} NEW --to s3 --lr-factor {lr_factor}` makes a checkpoint that "
+                "S3 resumes from with these rates (--load NEW); in mid-run --lr-factor 3, here "
+                "and there, goes better. --no-load-optim takes the weights alone"
+            )
+    for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
+        if _has(texts, flag):
+            yield f"{flag}: what the checkpoint was saved with is taken, and not what stands here"
+
+
+def _of_flags_elsewhere(text: str, launch: Launch, texts: Sequence[str]) -> Iterator[str]:
+    if launch.bare:
+        yield (
+            f"{line(text, launch.place)}flags of AdamW's that come from elsewhere (a variable "
+            "of the environment, a file that is read) stay as they are"
+        )
+    elif not _has(texts, "--lr"):
+        yield f"no --lr in it: S3's is {LR_FACTOR} times AdamW's"
+    if _has(texts, "--config"):
+        yield "--config: what that file holds was not read"
+    for word in launch.words[launch.arguments :]:
+        name = shown(word)
+        if value(word) == UNKNOWN and re.search(r"^\$.*(@|ARG|OPT|FLAG|EXTRA)", name.upper()):
+            yield f"{name} is not known here: flags of AdamW's that it may hold stay as they are"
 
 
 def _has(texts: Sequence[str], flag: str) -> bool:

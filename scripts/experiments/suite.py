@@ -139,18 +139,26 @@ def plan(
             tags = {"p": p, "beta": beta}
             found.append(Run("grid", f"S3, p={p}, beta {beta}", flags, s3, tags=tags))
     if "large rates" in only:
-        for label in LARGE["of"]:
-            if rate := best_rate(label, results):
-                flags = SEARCHES["optimizers"][label][0]
-                for factor in LARGE["factors"]:
-                    lr = _rounded(rate * factor)
-                    found.append(Run("large rates", label, flags, lr, tags={"times": factor}))
+        found += _large_rates(results)
     if "burst" in only:
-        for label, (flags, of) in BURSTS.items():
-            if rate := best_rate(of, results):
-                for burst in (1.0, BURST):
-                    found.append(Run("burst", label, flags, rate, tags={"burst": burst}))
+        found += _bursts(results)
     return found
+
+
+def _large_rates(results: Mapping[str, float]) -> Iterator[Run]:
+    for label in LARGE["of"]:
+        if rate := best_rate(label, results):
+            flags = SEARCHES["optimizers"][label][0]
+            for factor in LARGE["factors"]:
+                lr = _rounded(rate * factor)
+                yield Run("large rates", label, flags, lr, tags={"times": factor})
+
+
+def _bursts(results: Mapping[str, float]) -> Iterator[Run]:
+    for label, (flags, of) in BURSTS.items():
+        if rate := best_rate(of, results):
+            for burst in (1.0, BURST):
+                yield Run("burst", label, flags, rate, tags={"burst": burst})
 
 
 def best_rate(

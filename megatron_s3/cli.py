@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.log import tell
 
 __all__ = ["main"]
@@ -70,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         tell("loading PyTorch")
     try:
         status: int = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    except MegatronS3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in PACKAGES:

@@ -5,14 +5,19 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from megatron_s3.errors import MegatronS3Error
 from megatron_s3.optimizers.base import ElementwiseOptimizer
 
-__all__ = ["ENTRY_POINTS", "OPTIMIZERS", "register"]
+__all__ = ["ENTRY_POINTS", "OPTIMIZERS", "EntryPointError", "register"]
 
 #: The group of entry points under which a package announces modules that register optimizers.
 ENTRY_POINTS = "megatron_s3.optimizers"
 
 Class = TypeVar("Class", bound=type[ElementwiseOptimizer])
+
+
+class EntryPointError(MegatronS3Error, ImportError):
+    """What an installed package announces cannot be imported."""
 
 
 class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
@@ -45,7 +50,7 @@ class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
                     point.load()
                 except Exception as error:
                     self._looked = False
-                    raise ImportError(
+                    raise EntryPointError(
                         f"the entry point {point.name} = {point.value} of {ENTRY_POINTS} cannot be "
                         f"loaded ({type(error).__name__}: {error}); mend or uninstall "
                         f"{point.dist.name if point.dist else 'its package'}"

@@ -100,6 +100,18 @@ def megatron_s3(*words: object, environment: dict[str, str]) -> subprocess.Compl
     )
 
 
+def test_a_package_that_cannot_be_imported_is_named(
+    installed: dict[str, str], tmp_path: Path
+) -> None:
+    points = tmp_path / "site/ademamix-1.0.dist-info/entry_points.txt"
+    points.write_text(points.read_text().replace("ademamix_kernel", "gone"))
+    done = megatron_s3("launch", "tiny-s3", "--dry-run", environment=installed)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()[-1:]
+    assert said.startswith("error: the entry point ademamix = tests.optimizers.example.gone of ")
+    assert said.endswith("mend or uninstall ademamix")
+
+
 @pytest.mark.slow
 def test_an_installed_package_adds_an_optimizer(installed: dict[str, str], tmp_path: Path) -> None:
     """It trains on 2 ranks with its kernel, resumes bitwise, and has flags and a stamp."""

@@ -43,7 +43,7 @@ step "checkpoint $(saved): a rank is killed"
 pkill --newest --signal KILL --full 'megatron_s3.pretrain_gpt'
 
 while [ -n "$(squeue --noheader --jobs "$job" 2>/dev/null)" ]; do sleep 0.5; done
-grep -E '^\[(megatron-s3|pretrain.sbatch)\]' "$RUN_DIR"/slurm-*.out
+grep -E '^\[(megatron_s3|pretrain.sbatch)\]' "$RUN_DIR"/slurm-*.out
 step "the job has ended at checkpoint $(saved)"
 [ "$(saved)" = 30 ]
 

@@ -1,0 +1,80 @@
+"""What of a checkpoint's run is another in this one: each name that counts, alone."""
+
+from argparse import Namespace
+
+import pytest
+
+from tests.mcore.library import on_ranks
+
+RATES = {
+    "lr": 1e-3,
+    "min_lr": 1e-4,
+    "decoupled_lr": 2e-3,
+    "decoupled_min_lr": 2e-4,
+    "weight_decay": 0.1,
+    "weight_decay_incr_style": "linear",
+    "start_weight_decay": 0.01,
+    "end_weight_decay": 0.2,
+}
+
+
+@on_ranks()
+@pytest.mark.parametrize("name", [name for name in RATES if name != "weight_decay_incr_style"])
+def test_each_rate_that_differs_is_refused_or_said(name):
+    import contextlib
+    import io
+
+    from megatron_s3.mcore.checkpoint.differences import compare_rates
+
+    saved = Namespace(**RATES)
+    compare_rates("there", Namespace(**RATES), saved)
+    now = Namespace(**(RATES | {name: 0.5}))
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"{flag} {RATES[name]}, and this run has {flag} 0.5"):
+        compare_rates("there", now, saved)
+    for decides, words in (
+        ("override_opt_param_scheduler", f"from here on it is {flag} 0.5"),
+        ("use_checkpoint_opt_param_scheduler", f"stays in force in place of {flag} 0.5"),
+    ):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            compare_rates("there", Namespace(**vars(now), **{decides: True}), saved)
+        assert words in said.getvalue()
+    compare_rates("there", now, Namespace(**RATES, no_save_optim=True))
+
+
+@on_ranks()
+def test_ends_of_a_decay_that_stays_are_not_compared():
+    """Megatron sets them to the weight decay where it does not change."""
+    from megatron_s3.mcore.checkpoint.differences import compare_rates
+
+    constant = RATES | {"weight_decay_incr_style": "constant"}
+    other = constant | {"start_weight_decay": 0.3, "end_weight_decay": 0.3}
+    compare_rates("there", Namespace(**other), Namespace(**constant))
+
+
+@on_ranks()
+@pytest.mark.parametrize(
+    ("now", "then", "advice"),
+    [
+        ((512, 4), (384, 1), "--make-vocab-size-divisible-by 96, which pads to 384"),
+        ((512, 4), (385, 1), "a --tensor-model-parallel-size that divides 385"),
+        ((384, 1), (512, 4), None),  # rows are left out, and none is untrained
+        ((512, 2), (384, 2), None),  # another tokenizer's
+        ((512, 2), (None, 1), None),
+    ],
+)
+def test_a_vocabulary_that_would_be_padded_with_more_is_refused(now, then, advice):
+    from megatron_s3.mcore.checkpoint.differences import compare_vocabularies
+
+    here, there = (
+        Namespace(
+            padded_vocab_size=size, make_vocab_size_divisible_by=128, tensor_model_parallel_size=tp
+        )
+        for size, tp in (now, then)
+    )
+    if advice is None:
+        compare_vocabularies("there", here, there)
+    else:
+        with pytest.raises(ValueError, match=f"128 new ones|127 new ones.*{advice}") as caught:
+            compare_vocabularies("there", here, there)
+        assert advice in str(caught.value)

@@ -37,7 +37,7 @@ class Statistics:
         rows: the row that a parameter of the optimizer adds to; 0 for those that are not in it.
     """
 
-    def __init__(self, device: torch.device | str, rows: int = 1) -> None:
+    def __init__(self, device: torch.device | str | int, rows: int = 1) -> None:
         self.values = torch.zeros(rows, len(FIELDS), dtype=torch.float64, device=device)
         self.rows: dict[Tensor, int] = {}
 

@@ -60,7 +60,7 @@ def announce(
 
 
 def _either(value: Any, found: Iterable[Any]) -> str:
-    """The configuration's value and, where param groups have others, those."""
+    """Returns the configuration's value and, where param groups have others, those."""
     others = [other for other in dict.fromkeys(found) if other != value]
     return " or ".join(map(str, [value, *others]))
 

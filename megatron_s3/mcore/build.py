@@ -49,7 +49,7 @@ _WITHOUT_FUSED_ADAM = {
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:
-    """Around the step from arguments to configuration: carries the optimizer's own flags over."""
+    """Wraps the step from arguments to configuration: carries the optimizer's own flags over."""
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
         return original(args)
@@ -68,7 +68,7 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
 
 @contextlib.contextmanager
 def _replaced(holder: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Inside, ``holder`` has these values of what it has; yields its own."""
+    """Gives ``holder`` these values of what it has, inside a ``with``; yields its own."""
     own = {name: getattr(holder, name) for name in values if hasattr(holder, name)}
     for name in own:
         setattr(holder, name, values[name])
@@ -82,7 +82,7 @@ def _replaced(holder: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def get_megatron_optimizer(
     original: Callable[..., MegatronOptimizer], config: Any, *args: Any, **kwargs: Any
 ) -> MegatronOptimizer:
-    """Around Megatron's builder: every part of what it built as Adam gets the asked-for rule.
+    """Wraps Megatron's builder: every part of what it built as Adam gets the asked-for rule.
 
     The exchange comes after the building, so that parameter groups, main parameters, shards and
     loss scaling are Megatron's own in every release; Adam has allocated nothing by then. What
@@ -198,7 +198,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
             pin_params=config.pin_cpu_params,
         )
     # A checkpoint of a run that has not updated yet (fp16 skips its first steps) holds the state.
-    optimizer.register_state_dict_pre_hook(ElementwiseOptimizer.init_state)
+    optimizer.register_state_dict_pre_hook(_init_state)
     if in_graph:
         _keep_lr_on_device(optimizer)
         optimizer.register_state_dict_post_hook(_with_lr_as_number)
@@ -213,7 +213,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         part.__class__ = ElementwiseFloat16Optimizer
 
 
-def _keep_lr_on_device(optimizer: ElementwiseOptimizer) -> None:
+def _keep_lr_on_device(optimizer: torch.optim.Optimizer) -> None:
     """Makes every group's lr a tensor: Megatron's scheduler fills it, and a CUDA graph reads it."""
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], torch.Tensor):
@@ -222,13 +222,13 @@ def _keep_lr_on_device(optimizer: ElementwiseOptimizer) -> None:
             )
 
 
-def _with_lr_as_number(optimizer: ElementwiseOptimizer, state_dict: dict[str, Any]) -> None:
-    """A checkpoint holds the lr as it does without a CUDA graph."""
+def _with_lr_as_number(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Puts the lr into a checkpoint as it is without a CUDA graph."""
     for group in state_dict["param_groups"]:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"] = group["lr"].item()
 
 
-def _init_state(optimizer: ElementwiseOptimizer, config: Any = None) -> None:
-    """Megatron's ``init_state_fn``."""
+def _init_state(optimizer: Any, config: Any = None) -> None:
+    """Makes the state: Megatron's ``init_state_fn``, and a hook of torch's."""
     optimizer.init_state()

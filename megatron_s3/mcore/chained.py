@@ -15,7 +15,7 @@ from megatron_s3.mcore.update_log import UpdateLog
 __all__ = ["ElementwiseChainedOptimizer", "replay"]
 
 
-class ElementwiseChainedOptimizer(ChainedOptimizer):
+class ElementwiseChainedOptimizer(ChainedOptimizer):  # type: ignore[misc]  # Megatron has no types
     """The whole optimizer of a trainer.
 
     Upstream's :meth:`step` computes the global gradient norm each time, also where neither clipping
@@ -39,21 +39,21 @@ needs_grad_norm`).
 
     @property
     def update_log(self) -> UpdateLog | None:
-        """What counts the updates, where they are logged."""
+        """Returns what counts the updates, where they are logged."""
         return self.training.update_log
 
     def state_dict(self, is_loading: bool = False) -> Any:
-        """As upstream, which lacks what torch_dcp asks with; the state is there in either case."""
+        """Calls upstream's, without what torch_dcp asks with; the state is there in either case."""
         return super().state_dict()
 
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
-        """As upstream: the norm of the prepared gradients over all ranks, whoever asks for it."""
+        """Returns the norm of the prepared gradients over all ranks, whoever asks for it."""
         return 0.0 if self._without_grad_norm else super().get_grad_norm()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Any, Any]:
-        """As upstream.
+        """Steps as upstream does.
 
         Returns:
             Whether the parameters were updated; the gradient norm, 0.0 where it was not computed
@@ -63,7 +63,7 @@ needs_grad_norm`).
         """
         self._without_grad_norm = not (self.chained_optimizers and needs_grad_norm(self.config))
         try:
-            result = super().step()
+            result: tuple[bool, Any, Any] = super().step()
         finally:
             self._without_grad_norm = False
         if not self.training.updated:
@@ -72,15 +72,16 @@ needs_grad_norm`).
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """As upstream; counted where updates are logged."""
-        rates = None if self.update_log is None else self.update_log.rates()
-        success = super().step_with_ready_grads()
-        if rates is not None and success:
-            self.update_log.count(rates)
+        """Steps as upstream does, and counts the step where updates are logged."""
+        log = self.update_log
+        rates = None if log is None else log.rates()
+        success: bool = super().step_with_ready_grads()
+        if log is not None and rates is not None and success:
+            log.count(rates)
         return success
 
     def _synchronize_steps(self) -> Any:
-        """As upstream; parts that had nothing to update in some step are brought to the others'.
+        """Brings parts that had nothing to update in some step to the number of the others.
 
         Upstream fails there.  Each of their parameters keeps its own number of updates.
         """
@@ -95,7 +96,7 @@ needs_grad_norm`).
 
 
 def replay(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around a call that replays the optimizer's CUDA graph, which runs no Python: counts the step.
+    """Wraps a call that replays the optimizer's CUDA graph, without Python: counts the step.
 
     The call that captures runs the Python of the step that it then replays.
     """

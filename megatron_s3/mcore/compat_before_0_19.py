@@ -19,13 +19,14 @@ from torch import Tensor
 __all__ = ["METHODS", "MainGradsForNorm", "found", "methods_that_name", "needed"]
 
 
-class MainGradsForNorm(MegatronOptimizer):
+class MainGradsForNorm(MegatronOptimizer):  # type: ignore[misc]  # Megatron has no types
     """Hands the gradients on to whoever asks for a norm that the step does not need."""
 
     def get_main_grads_for_grad_norm(self) -> list[Tensor]:
-        """As upstream; all of them are there."""
+        """Gives the main gradients, and calls upstream's."""
         self.give_main_grads()
-        return super().get_main_grads_for_grad_norm()
+        grads: list[Tensor] = super().get_main_grads_for_grad_norm()
+        return grads
 
 
 #: The methods of DistributedOptimizer that hold the names.

@@ -58,7 +58,7 @@ def build_part(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """Around Megatron's building of one optimizer of param groups: takes note of it."""
+    """Wraps Megatron's building of one optimizer of param groups: takes note of it."""
     groups = [list(group["params"]) for group in param_groups]
     settings = [{k: v for k, v in group.items() if k != "params"} for group in param_groups]
     built = original(config, model_chunks, param_groups, *rest, **kwargs)
@@ -100,8 +100,9 @@ def check(
     matched = [any(key.matches(p, name) for name, p in named) for key in overrides]
     found = [(fault, matched)]
     if torch.distributed.is_initialized():
-        found = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (fault, matched))
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (fault, matched))
+        found = gathered
     if fault := fault or next((other for other, _ in found if other), None):
         raise ValueError(fault)
     for key, *everywhere in zip(overrides, *(ranks for _, ranks in found), strict=True):

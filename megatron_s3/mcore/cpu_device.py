@@ -14,6 +14,7 @@ import logging
 import operator
 import os
 import types
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -23,15 +24,15 @@ _CPU = torch.device("cpu")
 _active = False
 
 
-def _nothing(*args, **kwargs) -> None:
+def _nothing(*args: object, **kwargs: object) -> None:
     """Stands for a call that has no meaning on the CPU."""
 
 
-def _zero(*args, **kwargs) -> int:
+def _zero(*args: object, **kwargs: object) -> int:
     return 0
 
 
-def _context(*args, **kwargs):
+def _context(*args: object, **kwargs: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
@@ -41,7 +42,7 @@ class _Immediate:
     device = _CPU
     cuda_stream = 0
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     @staticmethod
@@ -77,28 +78,34 @@ def _replacements() -> dict[str, object]:
     start = torch.utils.data.dataloader._BaseDataLoaderIter.__init__
     mesh_from_group = torch.distributed.device_mesh.DeviceMesh.from_group
 
-    def get_rng_state(device=None) -> torch.Tensor:
+    def get_rng_state(device: object = None) -> torch.Tensor:
         return generator.get_state()
 
-    def set_rng_state(state: torch.Tensor, device=None) -> None:
+    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
         generator.set_state(state)
 
-    def start_loading(self, loader) -> None:
+    def start_loading(self: Any, loader: Any) -> None:
         state = generator.get_state()
         start(self, loader)
         generator.set_state(state)
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
-        sizes = (
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        received, sent = (
             size.tolist() if isinstance(size, torch.Tensor) else size
             for size in (output_split_sizes, input_split_sizes)
         )
-        return exchange(output, input, *sizes, **kwargs)
+        return exchange(output, input, received, sent, **kwargs)
 
-    def isend(tensor, *args, **kwargs):
+    def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return send(tensor.detach(), *args, **kwargs)
 
-    def from_group(group, device_type, *args, **kwargs):
+    def from_group(group: Any, device_type: Any, *args: Any, **kwargs: Any) -> Any:
         return mesh_from_group(
             group, "cpu" if _is_cuda(device_type) else device_type, *args, **kwargs
         )
@@ -186,7 +193,13 @@ def _replacements() -> dict[str, object]:
 class _CudaIsCpu(TorchFunctionMode):
     """Rewrites ``device="cuda"``, ``device=<int>`` and the tensor methods of CUDA to the CPU."""
 
-    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Any,
+        kinds: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
@@ -235,7 +248,7 @@ def use_cpu() -> None:
     for name, replacement in _replacements().items():
         owner, _, attribute = name.rpartition(".")
         setattr(operator.attrgetter(owner)(torch), attribute, replacement)
-    _CudaIsCpu().__enter__()
+    _CudaIsCpu().__enter__()  # type: ignore[no-untyped-call]
     # With one generator for both devices this is so, by design, on every use of dropout.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

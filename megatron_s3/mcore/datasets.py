@@ -19,11 +19,12 @@ def indexed_dataset() -> ModuleType:
     """
     with quiet():
         from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+    module: ModuleType = indexed_dataset
+    return module
 
 
 def compile_helpers(original: Callable[..., Any]) -> Any:
-    """Around the compilation of the library that reads datasets: keeps one that came built.
+    """Wraps the compilation of the library that reads datasets: keeps one that came built.
 
     Megatron calls make, and ends the process where that fails: the wheels of 0.17 to 0.19 hold the
     library, and no Makefile.

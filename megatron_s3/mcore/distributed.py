@@ -16,7 +16,8 @@ from megatron_s3.mcore.one_pass import OnePass, Place, is_plain, place, require_
 __all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
 
 
-class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
+# Megatron has no types.
+class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: ignore[misc]
     """DistributedOptimizer around an :class:`~megatron_s3.optimizers.ElementwiseOptimizer`.
 
     Main parameters, shards, gradient reduction and parameter gathering are upstream's.  What is
@@ -28,16 +29,19 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
     Engine's FusedAdam and knows by its methods.
     """
 
+    shard_fp32_from_float16_groups: list[list[Tensor]]
+    shard_fp32_groups: list[list[Tensor]]
+
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
-        """Names of the sharded state tensors (read by Megatron-Core from 0.19 on)."""
+        """Returns the sharded state tensors' names (read by Megatron-Core from 0.19 on)."""
         return self.optimizer.description.state
 
     def _get_state_key_dtype(self, key: str) -> torch.dtype:
         return self.optimizer.state_dtypes.get(key, torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
-        """What does not depend on the data-parallel rank: param groups and loss scale.
+        """Returns what does not depend on the data-parallel rank: param groups and loss scale.
 
         Upstream's reads torch AdamW's ``step`` from every parameter's state, which is not there.
         """
@@ -55,7 +59,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As upstream, into state that is there already: it would allocate Adam's names."""
+        """Calls upstream's when there is state already: it would allocate Adam's names."""
         self.optimizer.init_state()
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
@@ -64,14 +68,14 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """As upstream; the main parameters that are the optimizer's state are there by then."""
+        """Calls upstream's when the main parameters that are the optimizer's state are there."""
         if self._holds_master_params():
             self.optimizer.init_state()
             self.name_main_params()
         return super().prepare_grads()
 
     def offload_to_cpu(self) -> None:
-        """As upstream, for what the CPU does not keep anyway.
+        """Calls upstream's for what the CPU does not keep anyway.
 
         Raises:
             RuntimeError: a CUDA graph may hold the addresses of what would be moved.
@@ -86,7 +90,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         self.name_main_params()
 
     def restore_from_cpu(self) -> None:
-        """As upstream; what the CPU keeps and updates stays there."""
+        """Calls upstream's; what the CPU keeps and updates stays there."""
         with self._without_the_cpus_states():
             super().restore_from_cpu()
         self.name_main_params()
@@ -142,14 +146,16 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         return {"param": state.get("master_param", param), **states}
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd guards
-    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict) -> None:
+    def _set_main_param_and_optimizer_states(
+        self, model_param: Any, tensors: dict[str, Any]
+    ) -> None:
         shards.note_unlike(self, model_param, tensors)
         for name, own in self._get_main_param_and_optimizer_states(model_param).items():
             if isinstance(tensors[name], Tensor):
                 own.copy_(tensors[name])
 
     def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:
-        """As upstream; also where the optimizer holds the main parameters.
+        """Calls upstream's, also where the optimizer holds the main parameters.
 
         Upstream does nothing there, as FusedAdam makes them in its first step; ours are there when
         state was asked for before.
@@ -163,7 +169,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
 
     @contextlib.contextmanager
     def _master_params_as_main_params(self) -> Iterator[None]:
-        """Inside, this looks as without ``--use-precision-aware-optimizer``."""
+        """Makes this look as without ``--use-precision-aware-optimizer``, inside a ``with``."""
         self.optimizer.init_state()
         kept = self.shard_fp32_from_float16_groups, self.shard_fp32_groups
         state = self.optimizer.state
@@ -229,14 +235,15 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):
         pairs = []
         for model, main in self._model_and_own_params():
             place = self._get_model_param_range_map(model)["param"]
-            pairs.append((main, model.main_grad.view(-1)[place.start : place.end]))
+            grad = model.main_grad  # type: ignore[attr-defined]  # Megatron's name
+            pairs.append((main, grad.view(-1)[place.start : place.end]))
         return pairs
 
     def _grad_memory(self) -> Iterable[Tensor]:
         return (buffer.grad_data for buffer in self.buffers)
 
     def _model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every model parameter that this rank has elements of, and the optimizer's of these."""
+        """Yields the model parameters that this rank has elements of, with the optimizer's."""
         halves = self.shard_fp32_from_float16_groups
         if self._holds_master_params():
             halves = self.shard_float16_groups

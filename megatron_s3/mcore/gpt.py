@@ -4,6 +4,7 @@ Megatron is imported inside the functions, because ``register`` has to come firs
 """
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -47,8 +48,8 @@ def model_provider(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
-    config=None,
-    pg_collection=None,
+    config: Any = None,
+    pg_collection: Any = None,
 ) -> torch.nn.Module:
     """Builds this rank's part of the model.
 
@@ -70,7 +71,7 @@ def model_provider(
     args = get_args()
     refuse_other_models(args)
     config = config or core_transformer_config_from_args(args)
-    return GPTModel(
+    model: torch.nn.Module = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_decoder_block_spec(
             config,
@@ -93,3 +94,4 @@ def model_provider(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    return model

@@ -28,21 +28,21 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
     """
 
     def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False) -> dict[str, Any]:
-        """As upstream; every rank names the state of every parameter, in the same order.
+        """Calls upstream's; every rank names the state of every parameter, in the same order.
 
         Ranks exchange the places of all that they name, in order (which upstream itself sorts from
         0.17 on).  Of a parameter that it holds no element of, a rank has no gradient, and so would
         have no state to name, or would name it last.
         """
         self.optimizer.init_state()
-        found = super().sharded_param_state_fsdp_dtensor(is_loading)
+        found: dict[str, Any] = super().sharded_param_state_fsdp_dtensor(is_loading)
         return found | {"state": dict(sorted(found["state"].items()))}
 
     def _init_optimizer_states_with_dummy_values(self) -> None:
         self.optimizer.init_state()  # upstream steps, which decays the weights
 
     def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: what Megatron-FSDP loads of a model are its main parameters.
+        """Does nothing: what Megatron-FSDP loads of a model are its main parameters.
 
         Upstream raises NotImplementedError: no half-precision model could be loaded alone.
         """
@@ -57,7 +57,7 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
 
     @torch.no_grad()
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
-        """Where upstream's ``copy_main_weights_to_model_weights`` would copy to."""
+        """Returns where upstream's ``copy_main_weights_to_model_weights`` would copy to."""
         found = {}
         for params, group in self._weight_groups():
             mains, models = group.main_weight_buffer, group.model_weight_buffer
@@ -78,7 +78,7 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
         return None  # the parameters have them
 
     def _weight_groups(self) -> Iterator[tuple[dict[Tensor, Tensor], Any]]:
-        """Groups whose main parameters are apart from the model's, and the optimizer's by these."""
+        """Yields groups whose main parameters are apart, with the optimizer's by the model's."""
         for chunk in self.model_chunks:
             buffer = chunk.param_and_grad_buffer
             params = {param.orig_param: param for _, param in buffer.optimizer_named_parameters}
@@ -95,7 +95,7 @@ def in_megatron_fsdp(part: Any) -> bool:
 def preprocess_fsdp_dtensor_state_dict(
     original: Callable[..., Any], args: Any, raw_state_dict: dict[str, Any], model: Any
 ) -> Any:
-    """Around the splitting of fused weights (SwiGLU's, Gated DeltaNet's, MLA's) and their states.
+    """Wraps the splitting of fused weights (SwiGLU's, Gated DeltaNet's, MLA's) and their states.
 
     Upstream's functions for it have the names of Adam's states as literals, in every release.
     """
@@ -113,7 +113,7 @@ def preprocess_fsdp_dtensor_state_dict(
 
 @contextlib.contextmanager
 def _splitting(names: tuple[str, ...]) -> Iterator[None]:
-    """Inside, Megatron's functions for such checkpoints split states of these names."""
+    """Makes Megatron split states of these names, inside a ``with``."""
     kept = {
         function: function.__code__
         for function in vars(fsdp_dtensor_checkpoint).values()

@@ -28,7 +28,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self, args: Any, iteration: int, update_log: UpdateLog | None, spikes: dict | None
+        self, args: Any, iteration: int, update_log: UpdateLog | None, spikes: dict[str, Any] | None
     ) -> None:
         self.update_log = update_log
         self.losses: list[Tensor] = []
@@ -52,7 +52,7 @@ class MetricsLog:
             self.losses.append(losses["lm loss"].detach().float().reshape(-1).sum())
 
     def evaluated(
-        self, begun: float, kind: str | None, iteration: int, losses: dict | None
+        self, begun: float, kind: str | None, iteration: int, losses: dict[str, Any] | None
     ) -> None:
         """Writes the loss of an evaluation, which is no time of training.
 
@@ -91,7 +91,7 @@ class MetricsLog:
             "seconds": seconds / timed if timed > 0 else None,
             "skipped": skipped,
         }
-        if updates is not None:
+        if self.update_log is not None and updates is not None:
             record["updates"] = _finite(updates)
             scalars = tags(updates)
             bound = self.update_log.bound()
@@ -110,7 +110,7 @@ class MetricsLog:
 
 
 def writing_rank() -> int:
-    """The rank that writes, as Megatron's own writers do: it has the loss."""
+    """Returns the rank that writes, as Megatron's own writers do: it has the loss."""
     return torch.distributed.get_world_size() - 1
 
 

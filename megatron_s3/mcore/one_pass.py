@@ -27,7 +27,7 @@ __all__ = ["ElementwiseFloat16Optimizer", "OnePass", "Place", "is_plain", "place
 Place = tuple[int, int, int]
 
 
-class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
+class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc]  # Megatron has no types
     """Comes before one of Megatron's mixed-precision optimizers in a class's bases.
 
     With ``fused=False`` in the optimizer, or where :meth:`_find_model_params` finds that a model
@@ -46,7 +46,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """As upstream, after a look at where the model's parameters and gradients are by now.
+        """Calls upstream's, after a look at where the model's parameters and gradients are by now.
 
         Raises:
             RuntimeError: they have been moved to where a step does not reach the model.  No
@@ -55,15 +55,17 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
         self._locate()
         for grad in self._grad_memory():
             require_memory(grad, "gradients", "restore_grad_buffers")
-        return super().prepare_grads()
+        overflowed: bool = super().prepare_grads()
+        return overflowed
 
     def step_with_ready_grads(self) -> bool:
-        """As upstream, in one pass where that is possible."""
+        """Steps as upstream does, in one pass where that is possible."""
         model_params = None if self.optimizer.fused is False else self._found
         self.optimizer.host.model_params = model_params or {}
         self._writing = model_params is not None
         try:
-            return super().step_with_ready_grads()
+            success: bool = super().step_with_ready_grads()
+            return success
         finally:
             self._writing, self.optimizer.host.model_params = False, {}
 
@@ -91,12 +93,13 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
         self._grads_in_place = True
         for main_param, grad in pairs:
             main_param.grad = None
-            main_param.decoupled_grad = grad
+            main_param.decoupled_grad = grad  # type: ignore[attr-defined]  # Megatron's name
 
     def get_grads_for_grad_norm(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """As upstream; whoever asks for a norm that the step does not need is given all of it."""
+        """Gives the main gradients, for a norm that a step may not need, and calls upstream's."""
         self.give_main_grads()
-        return super().get_grads_for_grad_norm(*args, **kwargs)
+        grads: list[Tensor] = super().get_grads_for_grad_norm(*args, **kwargs)
+        return grads
 
     def give_main_grads(self) -> None:
         """Copies the gradients to the main ones, where a step has not done so."""
@@ -105,7 +108,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
             super()._copy_model_grads_to_main_grads()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As upstream; gradients that are Megatron's own buffers are let go of."""
+        """Calls upstream's, and lets go of gradients that are Megatron's own buffers."""
         super().zero_grad(set_to_none)
         self._clear_decoupled_grads()
 
@@ -122,7 +125,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
             self._found_for = self._places()  # after the search, which may put a shard back
 
     def _holds_master_params(self) -> bool:
-        """Whether the optimizer's parameters are the model's, and the main ones its state."""
+        """Returns whether the optimizer has the model's parameters, and the main ones as state."""
         return bool(self.optimizer.host.master_params)
 
     def _places(self) -> tuple[Place, ...]:
@@ -130,7 +133,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
         raise NotImplementedError
 
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
-        """For each main parameter the model's memory of it; None where upstream's way is taken.
+        """Returns each main parameter's memory in the model; None where upstream's way is taken.
 
         Raises:
             RuntimeError: there is no memory, or the model does not read it.
@@ -138,15 +141,16 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):
         raise NotImplementedError
 
     def _grad_memory(self) -> Iterable[Tensor]:
-        """Tensors in whose memory all of the model's gradients are."""
+        """Returns tensors in whose memory all of the model's gradients are."""
         raise NotImplementedError
 
     def _find_grads(self) -> list[tuple[Tensor, Tensor | None]] | None:
-        """Every main parameter and its gradient as Megatron has it; None for upstream's way."""
+        """Returns main parameters and gradients as Megatron has them; None for upstream's way."""
         raise NotImplementedError
 
 
-class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):
+# Megatron has no types.
+class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
     """Megatron's optimizer of half-precision models without sharding, in one pass."""
 
     def _places(self) -> tuple[Place, ...]:
@@ -183,7 +187,7 @@ def _grad(param: Tensor) -> Tensor | None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether its memory is its elements: no quantized, distributed or other kind of tensor."""
+    """Returns whether its memory is its elements: no quantized, distributed or other kind."""
     return type(tensor.detach()) is Tensor and tensor.dtype in (
         torch.float32,
         torch.bfloat16,

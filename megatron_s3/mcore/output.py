@@ -11,7 +11,7 @@ __all__ = ["quiet"]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Megatron's table of arguments and its warnings about optional packages."""
+    """Leaves out Megatron's table of arguments and its warnings about optional packages."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

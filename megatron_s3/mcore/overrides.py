@@ -24,7 +24,7 @@ _SCHEDULED = tuple(sorted(set(ParamGroupOverride.__annotations__) - set(_SAME_FO
 def translated(
     overrides: Mapping[Any, Mapping[str, Any]], cls: type[ElementwiseOptimizer], config: Any
 ) -> dict[Any, dict[str, Any]]:
-    """The overrides with which Megatron's builder makes param groups that hold what was asked for.
+    """Returns overrides of which Megatron's builder makes param groups with what was asked for.
 
     An override may hold what Megatron's scheduler reads (``max_lr``, ``min_lr``, ``start_wd``,
     ``end_wd``, ``wd_mult``), ``lr``, ``lr_mult``, ``weight_decay``, and the optimizer's own
@@ -107,7 +107,7 @@ def _set_rates(key: Any, result: dict[str, Any], config: Any) -> None:
 
 
 def take_own(group: dict[str, Any], cls: type[ElementwiseOptimizer]) -> dict[str, Any]:
-    """A param group with the optimizer's hyperparameters under their names."""
+    """Returns a param group with the optimizer's hyperparameters under their names."""
     names = {destination(cls.description, h): h.name for h in cls.description.hyperparameters}
     return {names.get(name, name): value for name, value in group.items()}
 
@@ -127,5 +127,6 @@ def _check(check: Any, value: Any, called: str) -> None:
 
 
 def _check_number(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
         raise ValueError("a finite number is needed that is not negative")

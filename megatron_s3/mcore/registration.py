@@ -10,7 +10,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """See :func:`megatron_s3.register`.
+    """Does what :func:`megatron_s3.register` says.
 
     The device is chosen first, from ``--plugin-device`` on the command line: Megatron looks at
     torch.cuda while it is imported, long before it parses arguments.
@@ -22,7 +22,7 @@ def register() -> None:
 
 
 def _device_asked_for(argv: list[str]) -> str:
-    """The value of ``--plugin-device``; argparse reads and checks it again with all other flags."""
+    """Returns the value of ``--plugin-device``, which argparse reads and checks again later."""
     asked = "auto"
     for flag, value in itertools.pairwise([*argv, ""]):
         name, equals, own = flag.partition("=")

@@ -99,7 +99,7 @@ class Wrapped(Seam):
     optional: bool = False
 
     def is_here(self, has_training: bool) -> bool:
-        """As for every seam; an optional one has to be there if its module is."""
+        """Returns whether it has to be there; an optional one does if its module is there."""
         here = super().is_here(has_training)
         return here and (not self.optional or importlib.util.find_spec(self.module) is not None)
 
@@ -170,7 +170,7 @@ class Replaced(Seam):
     needed: Callable[[], bool] = lambda: True
 
     def is_here(self, has_training: bool) -> bool:
-        """As for every seam; and only in releases in which it is replaced."""
+        """Returns whether it has to be there, in a release in which it is replaced."""
         return super().is_here(has_training) and self.needed()
 
     def expected(self) -> str:

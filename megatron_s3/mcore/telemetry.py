@@ -24,7 +24,7 @@ __all__ = [
 
 
 def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
-    """Around Megatron's saving, which every rank calls: the spikes so far go with the arguments.
+    """Wraps Megatron's saving, which every rank calls: the spikes so far go with the arguments.
 
     Those are in a checkpoint of every format, and are one rank's, which need not be the one that
     has them.
@@ -48,7 +48,7 @@ def resume(saved: Any) -> None:
 
 
 def set_tensorboard_writer(original: Callable[..., Any], args: Any) -> Any:
-    """Around the opening of TensorBoard's log: no disk that takes nothing of it ends a training."""
+    """Wraps the opening of TensorBoard's log: no disk that takes nothing of it ends a training."""
     from megatron.training import global_vars
 
     name = f"TensorBoard's log in {args.tensorboard_dir}"
@@ -76,7 +76,7 @@ def training_log(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """Around Megatron's log of an iteration, which is called on every rank.
+    """Wraps Megatron's log of an iteration, which is called on every rank.
 
     A gradient norm that was not computed is left out: the optimizer's step says 0.0 of it.
     """
@@ -97,13 +97,13 @@ def training_log(
         *(skipped_iter, grad_norm, *rest),
         **kwargs,
     )
-    if wanted and iteration % args.log_interval == 0:
+    if wanted and training.metrics is not None and iteration % args.log_interval == 0:
         training.metrics.interval(args, iteration, learning_rate, grad_norm)
     return result
 
 
 def _say_nonfinite(loss_dict: dict[str, Tensor], iteration: int) -> None:
-    """On the rank that prints Megatron's log, which leaves such a loss out without a word."""
+    """Prints that a loss is not finite, which Megatron's own log leaves out without a word."""
     if torch.distributed.get_rank() != writing_rank():
         return
     for name, loss in loss_dict.items():
@@ -126,7 +126,7 @@ def evaluate_and_print_results(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """Around an evaluation: tells :func:`evaluate` of which iteration and text it is."""
+    """Wraps an evaluation: tells :func:`evaluate` of which iteration and text it is."""
     training = running()
     training.evaluating = ("test" if "on test set" in prefix else "valid", iteration)
     try:
@@ -138,9 +138,10 @@ def evaluate_and_print_results(
 
 
 def evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around the evaluation of one text: writes its loss."""
+    """Wraps the evaluation of one text: writes its loss."""
     begun = time.perf_counter()
     result = original(*args, **kwargs)
-    if running().metrics is not None:
-        running().metrics.evaluated(begun, *running().evaluating, result[0])
+    training = running()
+    if training.metrics is not None:
+        training.metrics.evaluated(begun, *training.evaluating, result[0])
     return result

@@ -22,7 +22,7 @@ __all__ = [
 
 
 def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
-    """Around ``state_dict``, which reads every parameter's step: creates the state before a step.
+    """Wraps ``state_dict``, which reads every parameter's step: creates the state before a step.
 
     torch creates it in the first step; a fresh process that loads, or saves at once, has none.  A
     rank of which no parameter has an element never has one: it says 0, and rank 0's is saved.
@@ -43,13 +43,14 @@ def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
 def get_main_param_and_optimizer_states(
     original: Callable[..., Any], optimizer: Any, model_param: Any
 ) -> dict[str, Any]:
-    """Around the reading of one parameter's state: creates it before a step, as :func:`state_dict`.
+    """Wraps the reading of one parameter's state: creates it before a step, as :func:`state_dict`.
 
     Under fp16, whose first steps may all be skipped, a checkpoint is saved before there is any.
     """
     if _needs_repair(optimizer) and not optimizer.optimizer.state:
         _make_state(optimizer)
-    return original(optimizer, model_param)
+    states: dict[str, Any] = original(optimizer, model_param)
+    return states
 
 
 def _make_state(optimizer: Any) -> None:
@@ -59,7 +60,7 @@ def _make_state(optimizer: Any) -> None:
 
 
 def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[str, Any]) -> Any:
-    """Around ``load_state_dict``, which gives all parameters one step tensor that each counts.
+    """Wraps ``load_state_dict``, which gives all parameters one step tensor that each counts.
 
     For every optimizer each param group gets back its own values
     (:func:`megatron_s3.mcore.checkpoint.param_groups.load_state_dict`).
@@ -74,7 +75,7 @@ def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[st
 def set_main_param_and_optimizer_states(
     original: Callable[..., Any], optimizer: Any, model_param: Any, tensors: dict[str, Any]
 ) -> Any:
-    """Around the filling of one parameter's state, which asks for every tensor that it holds.
+    """Wraps the filling of one parameter's state, which asks for every tensor that it holds.
 
     The step came with the groups and is there already; what stands beside the sharded tensors is
     the step of the template that they were loaded into (dp_reshardable), or nothing.  In fp32 the

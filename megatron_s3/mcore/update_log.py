@@ -13,6 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron_s3.kernels.operands import local
 from megatron_s3.kernels.statistics import FIELDS, LARGEST, Statistics
@@ -66,7 +67,7 @@ class UpdateLog:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def rates(self) -> list[float]:
-        """The learning rate of each param group now."""
+        """Returns the learning rate of each param group now."""
         return [float(group["lr"] or 0.0) for group in self._groups()]
 
     def count(self, rates: Sequence[float]) -> None:
@@ -86,8 +87,8 @@ class UpdateLog:
         ]
         return None if None in bounds else max(bounds, default=None)
 
-    def take(self) -> dict[str, dict]:
-        """The interval's :func:`~megatron_s3.telemetry.updates.summary`; collective."""
+    def take(self) -> dict[str, dict[str, Any]]:
+        """Returns the interval's :func:`~megatron_s3.telemetry.updates.summary`; collective."""
         by_group = self._statistics.values.view(-1, self.layout.rows, len(FIELDS))
         largest = by_group[:, :, LARGEST].amax(0)
         # The square of each group's learning rate, by its mean over the interval.
@@ -108,14 +109,14 @@ class UpdateLog:
         return summary(self.layout, totals.tolist(), self._numel, steps)
 
 
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+def _unwrapped(module: Any) -> Any:
     while hasattr(module, "module"):
         module = module.module
     return module
 
 
 def _rows(layout: Layout, model_chunks: Iterable[torch.nn.Module]) -> dict[Tensor, int]:
-    rows = {}
+    rows: dict[Tensor, int] = {}
     for chunk in model_chunks:
         model = _unwrapped(chunk)
         # Layers know their number in the whole model; what they are made of is told it as well.
@@ -132,7 +133,9 @@ def _rows(layout: Layout, model_chunks: Iterable[torch.nn.Module]) -> dict[Tenso
 
 
 def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every parameter of the plugin's optimizer, and the model's that it is or is a part of."""
+    """Yields the plugin's optimizer's parameters, with the model's that each is (a part) of."""
+    models: Sequence[Iterable[Tensor]]
+    mains: Sequence[Iterable[Tensor]]
     if isinstance(part, DistributedOptimizer) and not isinstance(part, ElementwiseFSDPOptimizer):
         mains = part.shard_fp32_from_float16_groups
         if part.optimizer.host.master_params:
@@ -149,16 +152,18 @@ def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _counts(part: MegatronOptimizer, param: Tensor) -> bool:
-    """Whether this rank is the one that counts what it updates of a parameter."""
+    """Returns whether this rank is the one that counts what it updates of a parameter."""
     if not param_is_not_shared(param):
         return False
     if not tensor_parallel.param_is_not_tensor_parallel_duplicate(param):
         return False
-    if hasattr(param, "placements"):  # a DTensor's, of Megatron-FSDP or torch FSDP2
-        places = zip(param.placements, param.device_mesh.get_coordinate(), strict=True)
+    if isinstance(param, DTensor):  # of Megatron-FSDP or torch FSDP2
+        coordinate = param.device_mesh.get_coordinate()
+        assert coordinate is not None  # this rank has a part of it
+        places = zip(param.placements, coordinate, strict=True)
         return all(placement.is_shard() or rank == 0 for placement, rank in places)
     if isinstance(part, DistributedOptimizer):
-        return getattr(part, "distributed_optimizer_instance_id", 0) == 0
+        return bool(getattr(part, "distributed_optimizer_instance_id", 0) == 0)
     if getattr(param, "allreduce", True):
-        return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    return parallel_state.get_expert_data_parallel_rank() == 0
+        return bool(parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0)
+    return bool(parallel_state.get_expert_data_parallel_rank() == 0)

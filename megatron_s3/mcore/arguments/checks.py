@@ -32,7 +32,7 @@ __all__ = [
 
 
 def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) -> None:
-    """For callers without a command line, what :func:`validate_args` refuses of these.
+    """Refuses what :func:`validate_args` does, for callers without a command line.
 
     Args:
         config: Megatron's OptimizerConfig.

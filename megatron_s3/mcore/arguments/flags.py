@@ -95,11 +95,12 @@ class Default(float):
 def add_megatron_arguments(
     original: Callable[..., Any], parser: argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
-    """Around Megatron's parser: more choices for ``--optimizer``, and the plugin's own flags."""
+    """Wraps Megatron's parser: adds choices for ``--optimizer``, and the plugin's own flags."""
     parser = original(parser)
     known = parser._option_string_actions
     # Of two of one name (Megatron's lion is a hybrid with Adam) the plugin's is taken, and said.
-    known["--optimizer"].choices = list(dict.fromkeys((*known["--optimizer"].choices, *OPTIMIZERS)))
+    choices = known["--optimizer"].choices or ()
+    known["--optimizer"].choices = list(dict.fromkeys((*choices, *OPTIMIZERS)))
     known["--clip-grad"].default = Default(known["--clip-grad"].default)
     if cpu_device.active():
         here = {action.dest for action in known.values()}

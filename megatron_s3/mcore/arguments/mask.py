@@ -20,7 +20,7 @@ class _Adam(str):
 
 @contextlib.contextmanager
 def as_adam(holder: Any) -> Iterator[None]:
-    """Inside, ``holder.optimizer`` reads "adam"."""
+    """Makes ``holder.optimizer`` read "adam", inside a ``with``."""
     name = holder.optimizer
     holder.optimizer = _Adam("adam")
     holder.optimizer.asked = name
@@ -31,7 +31,7 @@ def as_adam(holder: Any) -> Iterator[None]:
 
 
 def print_args(original: Callable[..., Any], title: str, args: argparse.Namespace) -> Any:
-    """Around Megatron's printing of its arguments, which happens behind the mask."""
+    """Wraps Megatron's printing of its arguments, which happens behind the mask."""
     shown = argparse.Namespace(**vars(args))
     shown.optimizer = getattr(args.optimizer, "asked", args.optimizer)
     return original(title, shown)

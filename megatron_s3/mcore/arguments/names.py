@@ -37,7 +37,8 @@ def flag_named(name: str) -> str:
 
 def dtype_of(value: str | torch.dtype) -> torch.dtype:
     """Returns the dtype that Megatron's flags call so; a dtype is itself."""
-    return _DTYPES.get(value, value)
+    # Another string stays what it is, so that whoever checks it can name it.
+    return _DTYPES.get(value, value)  # type: ignore[arg-type]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

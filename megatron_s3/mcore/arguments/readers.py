@@ -14,7 +14,7 @@ __all__ = ["changes_by_step", "hyperparameters", "needs_grad_norm", "state_dtype
 
 
 def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, Any]:
-    """The optimizer's, as ``holder`` has them under their flags' destinations, or by default."""
+    """Returns an optimizer's, as ``holder`` has them at their flags' destinations, or defaults."""
     values = {}
     for h in cls.description.hyperparameters:
         value = getattr(holder, destination(cls.description, h), None)
@@ -23,7 +23,7 @@ def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, A
 
 
 def switches(holder: Any) -> dict[str, bool]:
-    """The values of :data:`SWITCHES` in Megatron's arguments or optimizer configuration."""
+    """Returns the values of :data:`SWITCHES` in Megatron's arguments or optimizer configuration."""
     old = {new: name for name, new in RENAMED.items()}
     return {
         name: bool(getattr(holder, name, False) or getattr(holder, old[name], False))
@@ -32,7 +32,7 @@ def switches(holder: Any) -> dict[str, bool]:
 
 
 def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torch.dtype]:
-    """The dtypes that arguments or an optimizer configuration ask for, by the states' names.
+    """Returns the dtypes that arguments or a configuration ask for, by the states' names.
 
     ``--exp-avg-dtype`` is the first state's and ``--exp-avg-sq-dtype`` the second's, whatever the
     optimizer calls them; without ``--use-precision-aware-optimizer`` all are float32.
@@ -44,7 +44,7 @@ def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torc
 
 
 def needs_grad_norm(holder: Any) -> bool:
-    """Whether something reads the gradients' norm each step: clipping, a threshold, the log."""
+    """Returns whether clipping, a threshold or the log reads the gradients' norm each step."""
     return (
         holder.clip_grad > 0
         or math.isfinite(getattr(holder, "grad_norm_skip_threshold", math.inf))

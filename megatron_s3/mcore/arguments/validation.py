@@ -1,4 +1,4 @@
-"""Around Megatron's validation of its arguments: the plugin's own comes first."""
+"""Wraps Megatron's validation of its arguments: the plugin's own comes first."""
 
 import argparse
 from collections.abc import Callable
@@ -37,7 +37,7 @@ UNSUPPORTED = (("yaml_cfg", "--yaml-cfg", "its flags are checked on the command 
 def validate_args(
     original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any
 ) -> Any:
-    """Around Megatron's validation: ours first, then Megatron's as it treats adam.
+    """Wraps Megatron's validation: ours first, then Megatron's as it treats adam.
 
     Raises:
         Refused: naming the flag, the reason and what to do.

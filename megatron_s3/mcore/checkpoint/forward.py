@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,7 +94,8 @@ def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
                 f"{checkpoint}: Megatron's own forward on the CPU failed, so that nothing can be "
                 f"compared with it. The end of what it said:\n{child.stdout[-2000:]}"
             )
-        return torch.load(result, weights_only=True)
+        found: torch.Tensor = torch.load(result, weights_only=True)
+        return found
 
 
 def _megatron(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -107,14 +109,14 @@ def _megatron(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
 
     from megatron_s3.mcore.gpt import model_provider
 
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    # torch exports it without listing it.
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     held = common(checkpoint)
     set_args(_one_process(held["args"]))
-    model = model_provider().float().eval()
+    model: Any = model_provider().float().eval()
     # The states of FP8 scaling, which are empty in what is no FP8 model.
     wanted = {
         name: value
@@ -131,7 +133,8 @@ def _megatron(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(length).expand_as(tokens)
     masked = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     with torch.no_grad():
-        return model(tokens, positions, masked)
+        found: torch.Tensor = model(tokens, positions, masked)
+    return found
 
 
 def _one_process(saved: argparse.Namespace) -> argparse.Namespace:

@@ -31,13 +31,14 @@ def load_base_checkpoint(
         result = original(load_dir, args, *rest, **kwargs)
     state_dict, _, release, *_ = result
     saved = (state_dict or {}).get("args")
+    source = load_dir or "the checkpoint"
     if saved is not None and not release:
-        differences.compare_vocabularies(load_dir, args, saved)
+        differences.compare_vocabularies(source, args, saved)
     if saved is not None and not release and not args.finetune:
         telemetry.resume(saved)
         if not args.no_load_optim:
-            differences.compare_rates(load_dir, args, saved)
-            differences.compare_optimizers(load_dir, args, saved)
+            differences.compare_rates(source, args, saved)
+            differences.compare_optimizers(source, args, saved)
             if getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist":
                 torch_fsdp2.restore_step(state_dict)
     return result
@@ -109,14 +110,15 @@ def _load_dir(args: Any, load_arg: str) -> str | None:
     """
     from megatron.training import checkpointing
 
-    load_dir, pretrained = getattr(args, load_arg), getattr(args, "pretrained_checkpoint", None)
+    load_dir: str | None = getattr(args, load_arg)
+    pretrained: str | None = getattr(args, "pretrained_checkpoint", None)
     if pretrained is None or checkpointing.checkpoint_exists(load_dir):
         return load_dir
     there = complete_ones(Path(load_dir), args) if load_dir else []
     raise_first(
-        f"{Path(load_dir, TRACKER)} is missing, and --pretrained-checkpoint would pass over the "
-        f"complete checkpoints beside it: {', '.join(map(str, there))}. Nothing was loaded. Write "
-        "the one to resume from into that file, or give another folder."
+        f"{Path(load_dir or '', TRACKER)} is missing, and --pretrained-checkpoint would pass over "
+        f"the complete checkpoints beside it: {', '.join(map(str, there))}. Nothing was loaded. "
+        "Write the one to resume from into that file, or give another folder."
         if there
         else None
     )

@@ -60,7 +60,7 @@ def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, 
 
 
 def _from_checkpoint() -> bool:
-    """Whether the trainer was told that what the checkpoint's schedule goes by is in force."""
+    """Returns whether the trainer was told that the checkpoint's schedule is in force."""
     if importlib.util.find_spec("megatron.training") is None:
         return False
     from megatron.training import global_vars

@@ -124,7 +124,8 @@ def arguments(checkpoint: Path) -> argparse.Namespace:
     Raises:
         CheckpointError: it holds none, or another release than the installed one is needed.
     """
-    return common(checkpoint)["args"]
+    args: argparse.Namespace = common(checkpoint)["args"]
+    return args
 
 
 def common(checkpoint: Path) -> dict[str, Any]:
@@ -139,18 +140,18 @@ def common(checkpoint: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     try:
-        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        found: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint}: the installed megatron-core cannot read its arguments "
             f"({type(error).__name__}: {error}). Use the release that saved it."
         ) from error
-    if "args" not in common:
+    if "args" not in found:
         raise CheckpointError(
             f"{checkpoint}: it holds no arguments of the run, so nothing tells what the model is. "
             "Give a checkpoint that Megatron's trainer saved."
         )
-    return common
+    return found
 
 
 def load_object(file: BinaryIO) -> Any:

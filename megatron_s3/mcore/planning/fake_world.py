@@ -90,7 +90,13 @@ def _as_all() -> Iterator[None]:
 class _NoMemory(TorchFunctionMode):
     """Puts every tensor on the device "meta", wherever it was asked for, under a GPU's type."""
 
-    def __torch_function__(self, func, kinds, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Any,
+        kinds: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.pin_memory):
             return args[0]

@@ -141,7 +141,8 @@ def build() -> tuple[list[torch.nn.Module], Any]:
 
 
 def _provide(provider: Any, made: Any, /, *args: Any, **kwargs: Any) -> torch.nn.Module:
-    return provider(*args, **{**kwargs, "config": made})
+    part: torch.nn.Module = provider(*args, **{**kwargs, "config": made})
+    return part
 
 
 def _elements(model: Iterable[torch.nn.Module]) -> tuple[int, int]:

@@ -137,7 +137,7 @@ class Sizes:
     stages: tuple[Rank, ...]
 
 
-def measure(model: Iterable[torch.nn.Module], optimizer: Any, stage: int = 0) -> Rank:
+def measure(model: Iterable[Any], optimizer: Any, stage: int = 0) -> Rank:
     """Counts what a model in Megatron's DDP and its optimizer hold, each storage once.
 
     Args:

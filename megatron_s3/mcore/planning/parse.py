@@ -50,7 +50,7 @@ def release() -> str:
     from megatron.core.package_info import __version__
 
     # What follows a "+" is the commit of whatever repository the environment lies in.
-    return __version__.partition("+")[0]
+    return str(__version__).partition("+")[0]
 
 
 def _device(words: Sequence[str]) -> str:
@@ -64,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
     from megatron.training import arguments
 
     with quiet():
-        return arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        found: argparse.ArgumentParser = arguments.add_megatron_arguments(
+            argparse.ArgumentParser(allow_abbrev=False)
+        )
+    return found
 
 
 def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
@@ -92,7 +95,7 @@ def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
         contextlib.redirect_stderr(errors),
     ):
         try:
-            args = arguments.parse_args()
+            args: argparse.Namespace = arguments.parse_args()
             folder = args.tensorboard_dir
             args.tensorboard_dir = folder or "."  # a launch has its own folders
             arguments.validate_args(args, {})

@@ -116,7 +116,7 @@ def _check_memory(operands: Sequence[Operands], label: str) -> None:
         tensors = ((o.param,), (o.grad,), o.state, (o.model_param,))
         for name, some in zip(names, tensors, strict=True):
             for tensor in some:
-                if type(tensor) is not Tensor or tensor.is_neg() or tensor._is_zerotensor():
+                if type(tensor) is not Tensor or tensor.is_neg():
                     continue
                 if tensor.device.type != "meta" and tensor.untyped_storage().nbytes() == 0:
                     raise RuntimeError(

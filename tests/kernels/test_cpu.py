@@ -434,6 +434,10 @@ def test_reasons() -> None:
     assert "param that is not contiguous" in reason(strided, o.grad, state)
     assert "gradient of 7 elements" in reason(o.param, o.grad[:7], state)
     assert "1 state tensors" in reason(o.param, o.grad, state[:1])
+    none = torch.zeros(0)
+    assert "state on meta" in reason(none, none, (none, none.to("meta")))
+    none = none.to("meta")
+    assert "param on meta" in cpu.reason(s3_update, [Operands(none, none, (none, none))], **RULE)
 
 
 # ---- compilation -----------------------------------------------------------------------------
@@ -539,6 +543,24 @@ def test_another_compiler_is_another_file(
     assert len(set(builds)) == len(list(cache.iterdir())) == 4
 
 
+def test_another_cpu_is_another_file(
+    cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler that is asked what -march=native stands for is told what it compiles with."""
+    script = tmp_path / "c++"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *-march=native*) set -- -DCPU="$KIND" "$@" ;; esac\n'
+        f'exec {shutil.which("c++")} "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    for kind in ("1", "2", "1"):
+        monkeypatch.setenv("KIND", kind)
+        monkeypatch.setattr(build, "_loaded", {})
+        assert works()
+    assert len(builds) == len(list(cache.iterdir())) == 2
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "changed"])
 def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     """It is compiled again, and the file replaced."""
@@ -629,11 +651,26 @@ def test_compiler_that_has_gone(
     assert "compiler" in cpu.reason(s3_update, [make(8)], **RULE)
 
 
-@pytest.mark.parametrize("changed", ["source", "machine", "instruction sets", "file"])
+@pytest.mark.parametrize("changed", ["source", "machine", "flags", "Features", "file"])
 def test_without_a_compiler_no_other_kernel_is_used(
     builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str
 ) -> None:
     """A kernel of another source would step wrongly, one of another CPU end the process."""
+    read = Path.read_text
+
+    def have(sets: str) -> None:
+        """Makes the system say this of the CPU: x86 calls it flags, Arm Features."""
+        about = f"model name\t: one\n{changed}\t: {sets}\n"
+        monkeypatch.setattr(
+            Path,
+            "read_text",
+            lambda path, *rest, **kw: (
+                about if str(path) == "/proc/cpuinfo" else read(path, *rest, **kw)
+            ),
+        )
+
+    if changed in ("flags", "Features"):
+        have("fp sve")
     assert works()
     monkeypatch.setattr(build, "_loaded", {})
     monkeypatch.setenv("CXX", "/nonexistent")
@@ -643,15 +680,8 @@ def test_without_a_compiler_no_other_kernel_is_used(
         monkeypatch.setattr(build, "_SOURCE", source)
     elif changed == "machine":
         monkeypatch.setattr("platform.machine", lambda: "another")
-    elif changed == "instruction sets":
-        read = Path.read_text
-        monkeypatch.setattr(
-            Path,
-            "read_text",
-            lambda path, *rest, **kw: (
-                "flags\t\t: fpu\n" if str(path) == "/proc/cpuinfo" else read(path, *rest, **kw)
-            ),
-        )
+    elif changed in ("flags", "Features"):
+        have("fp")
     else:
         (file,) = builds
         content = file.read_bytes()

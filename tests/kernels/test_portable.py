@@ -217,7 +217,7 @@ def test_the_model_parameter_is_the_rounded_parameter(layout: str) -> None:
     """Bitwise, in any layout, and when it is given as flat memory."""
     shape = (4, 3, 5, 6)
     x, grad = LAYOUTS[layout](random(*shape)), random(*shape, seed=1)
-    for model in (LAYOUTS[layout](torch.zeros(shape)).bfloat16(), torch.zeros(360).bfloat16()):
+    for model in (LAYOUTS[layout](torch.zeros(shape).bfloat16()), torch.zeros(360).bfloat16()):
         states = [torch.zeros_like(x) for _ in range(2)]
         operands, copies = flatten(x, grad, states, model)
         portable.step(s3_update, [operands], **SHARED)
@@ -227,6 +227,19 @@ def test_the_model_parameter_is_the_rounded_parameter(layout: str) -> None:
             assert torch.equal(model, x.permute(order).reshape(-1).bfloat16())
         else:
             assert torch.equal(model, x.bfloat16())
+
+
+def test_a_copy_in_the_model_may_have_gaps() -> None:
+    """A kernel is given memory without; what lies between is not touched."""
+    for x in (random(12), random(3, 4)):
+        memory = torch.full((24,), 7.0).bfloat16()
+        states = [torch.zeros_like(x) for _ in range(2)]
+        operands, copies = flatten(x, torch.ones_like(x), states, memory[::2])
+        assert operands.model_param is not None and operands.model_param.is_contiguous()
+        portable.step(s3_update, [operands], **SHARED)
+        write_back(copies)
+        assert torch.equal(memory[::2], x.view(-1).bfloat16())
+        assert memory[1::2].eq(7.0).all()
 
 
 def test_states_of_lower_precision_are_rounded_once() -> None:

@@ -337,6 +337,33 @@ def test_a_fault_of_any_rank_is_an_error_on_all():
     raise_first(None)
 
 
+@on_ranks(2)
+def test_each_rank_verifies_a_share_and_all_is_verified(tmp_path):
+    from megatron_s3.storage import checksums
+
+    folder = tmp_path / "iter_0000003"
+    if torch.distributed.get_rank() == 0:
+        tensors = {name: torch.full((70,), 3) for name in "abcd"}
+        dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+        (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+        checksums.seal(folder)
+        (tmp_path / TRACKER).write_text("3")
+    torch.distributed.barrier()
+    (data,) = folder.glob("*.distcp")
+    content, value = data.read_bytes(), torch.full((70,), 3).numpy().tobytes()
+    assert read(tmp_path, flags()) == (3, None)
+    shares = [checksums.verify(folder, share, 2) for share in range(2)]
+    assert sum(shares) == len(content) and min(shares) > len(content) / 4
+    places = [at for at in range(len(content)) if content.startswith(value, at)]
+    assert len(places) == 4
+    for at in places:
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            data.write_bytes(content[:at] + b"\1" + content[at + 1 :])
+        torch.distributed.barrier()
+        assert f"{data} is not what was written" in refusal(tmp_path, flags())
+
+
 @on_ranks(1)
 def test_how_loading_ends(tmp_path):
     from megatron_s3.mcore.checkpoint import loading

@@ -242,6 +242,56 @@ def test_groups_that_cannot_be_told_apart_are_an_error():
         build(overrides=override(max_lr=0.7))[1].load_state_dict(other.state_dict())
 
 
+PAIRS = {
+    "alike in all": ([{"eps": 1}] * 2, [{"eps": 1}] * 2, [0, 1]),
+    # eps was changed for one of them, and tells nothing.
+    "as often": (
+        [{"eps": 1, "beta": 0.1}, {"eps": 1, "beta": 0.2}, {"eps": 2, "beta": 0.3}],
+        [{"eps": 2, "beta": 0.3}, {"eps": 2, "beta": 0.2}, {"eps": 1, "beta": 0.1}],
+        [2, 1, 0],
+    ),
+    "of NeMo": (
+        [{"wd_mult": wd, "eps": eps} for wd in (1.0, 0.0) for eps in (1, 2)],
+        [{"pre_wd_mult": wd, "eps": eps} for wd in (0.0, 1.0) for eps in (1, 2)],
+        [2, 3, 0, 1],
+    ),
+    "known to Megatron": ([{"wd_mult": 1.0}], [{"wd_mult": 1.0}], None),
+    "unknown to Megatron": ([{"wd_mult": 1.0}] * 2, [{"wd_mult": 0.0}] * 2, None),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+@on_ranks(1)
+def test_which_saved_group_is_which(case):
+    from megatron_s3.mcore.checkpoint.param_groups import pairs
+
+    current, saved, right = PAIRS[case]
+    assert pairs(current, saved) == right
+
+
+@on_ranks(1)
+def test_nothing_stays_in_the_groups_of_an_adam_on_two_devices():
+    """Which hands its groups' values on to the Adams that it has."""
+    from megatron_s3.mcore.checkpoint.param_groups import _marked
+
+    settings = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+    _, optimizer = build(
+        "adam", override(wd_mult=0.5), sharded=False, dtype=torch.float32, **settings
+    )
+    adam = inner(optimizer)
+
+    def marked() -> list[int]:
+        return [
+            len([n for group in each.param_groups for n in group if "megatron_s3" in n])
+            for each in (adam, *adam.sub_optimizers)
+        ]
+
+    with _marked(adam):
+        adam._sync_hdo_param_groups_to_sub_optimizers()  # as its load_state_dict does
+        assert len(marked()) > 1 and all(marked())
+    assert not any(marked())
+
+
 @on_ranks(2)
 def test_ranks_without_a_part_of_a_group_load_it_too():
     linear = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(2)))

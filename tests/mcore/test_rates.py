@@ -53,8 +53,57 @@ def test_other_rates_are_no_other_groups(case, release):
     assert not [n for g in inner(resumed).param_groups for n in g if "megatron_s3" in n]
 
 
+@pytest.mark.parametrize("other", [0.9, 0.401])
 @on_ranks(1)
-def test_groups_that_only_their_rates_tell_apart_have_to_be_in_proportion():
-    optimizer, resumed = rates("s3", "sharded", 0.5, 1.0), rates("s3", "sharded", 0.2, 0.9)
+def test_groups_that_only_their_rates_tell_apart_have_to_be_in_proportion(other):
+    optimizer, resumed = rates("s3", "sharded", 0.5, 1.0), rates("s3", "sharded", 0.2, other)
     with pytest.raises(ValueError, match="which is which cannot be told"):
         resumed.load_state_dict(optimizer.state_dict())
+
+
+@on_ranks(1)
+def test_groups_that_only_their_rates_tell_apart_may_be_in_another_order():
+    saved = copy.deepcopy(rates("s3", "sharded", 0.5, 1.0).state_dict())
+    saved["optimizer"]["param_groups"].reverse()
+    resumed = rates("s3", "sharded", 0.2, 0.4)
+    before = of(resumed)
+    with globally(Namespace(use_checkpoint_opt_param_scheduler=True)):
+        resumed.load_state_dict(saved)
+    assert of(resumed) == [(2.5 * rate, numel) for rate, numel in before]
+
+
+SCHEDULE = {"max_lr": 0.1, "min_lr": 0.01, "start_wd": 0.2, "end_wd": 0.3}
+
+
+@pytest.mark.parametrize("name", SCHEDULE)
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+@on_ranks(1)
+def test_each_end_of_a_schedule_is_of_whom_it_is_said_to_be(name, from_checkpoint):
+    """Where Megatron loads the param groups, and where the plugin does (torch FSDP2)."""
+    from megatron_s3.mcore.checkpoint.param_groups import restore_scheduled
+
+    resumed, saved = build(), build()
+    for (_, optimizer), factor in ((resumed, 1.0), (saved, 0.5)):
+        for group in inner(optimizer).param_groups:
+            group.update(SCHEDULE | {name: SCHEDULE[name] * factor})
+    right = SCHEDULE[name] * (0.5 if from_checkpoint else 1.0)
+    state = copy.deepcopy(saved[1].state_dict())
+    mine = copy.deepcopy(inner(resumed[1]).param_groups)
+    with globally(Namespace(use_checkpoint_opt_param_scheduler=from_checkpoint)):
+        restore_scheduled(mine, state["optimizer"]["param_groups"])
+        resumed[1].load_state_dict(state)
+    for groups in (mine, inner(resumed[1]).param_groups):
+        assert [{n: group[n] for n in SCHEDULE} for group in groups] == [
+            SCHEDULE | {name: right}
+        ] * len(groups)
+
+
+@on_ranks(1)
+def test_a_group_that_megatron_knows_is_given_its_own_rates_wherever_it_is():
+    from megatron_s3.mcore.checkpoint.param_groups import restore_scheduled
+
+    current = [{"wd_mult": wd, "lr_mult": 1.0, "max_lr": 0.1} for wd in (1.0, 0.0)]
+    saved = [{"wd_mult": wd, "lr_mult": 1.0, "max_lr": 0.1, "end_wd": wd} for wd in (0.0, 1.0)]
+    with globally(Namespace(use_checkpoint_opt_param_scheduler=True)):
+        restore_scheduled(current, saved)
+    assert [group["end_wd"] for group in current] == [1.0, 0.0]

@@ -127,7 +127,10 @@ def test_what_two_optimizer_instances_hold_is_counted_once():
     assert log["mean_abs"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["precision-aware", "shared", "tensor", "experts"])
+CASES = ["precision-aware", "shared", "tensor", "context", "experts", "replicated experts"]
+
+
+@pytest.mark.parametrize("case", CASES)
 @on_ranks(2)
 def test_what_several_ranks_update_alike_is_counted_once(case):
     from megatron.core import parallel_state, tensor_parallel
@@ -135,6 +138,7 @@ def test_what_several_ranks_update_alike_is_counted_once(case):
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=2 if case == "tensor" else 1,
+        context_parallel_size=2 if case == "context" else 1,
         expert_model_parallel_size=2 if case == "experts" else 1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -147,8 +151,24 @@ def test_what_several_ranks_update_alike_is_counted_once(case):
         module[1].weight.shared, numel = True, 1850 - 600
     elif case == "experts":  # each rank has its own
         module[1].weight.allreduce, numel = False, 1850 + 600
+    elif case == "replicated experts":
+        module[1].weight.allreduce = False
     model, optimizer = build(model=module, plugin_log_updates=True, weight_decay=0.0, **settings)
     assert step(model, optimizer)[0]
     log = optimizer.update_log.take()["all"]
     assert log["numel"] == numel
     assert log["mean_abs"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+
+
+@on_ranks(1)
+def test_parameters_are_of_the_layer_that_they_are_in():
+    """Which modules count from 1, in the whole model; the model's other parameters are of none."""
+    layer = torch.nn.Sequential(torch.nn.Linear(30, 20))
+    layer[0].layer_number = 1
+    model, optimizer = build(
+        model=torch.nn.Sequential(torch.nn.Linear(40, 30), layer), plugin_log_updates=True
+    )
+    step(model, optimizer)
+    log = optimizer.update_log.take()
+    assert {number: its["numel"] for number, its in log["layers"].items()} == {"0": 620}
+    assert log["all"]["numel"] == 1850

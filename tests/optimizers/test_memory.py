@@ -79,12 +79,32 @@ def test_a_wrapper_is_stepped_as_what_it_wraps(which: str) -> None:
     assert all(map(torch.equal, *results))
 
 
-def test_a_negated_view_is_read_as_what_it_is() -> None:
+@pytest.mark.parametrize("layout", ["gaps", "transposed"])
+def test_a_wrapper_may_be_laid_out_in_any_way(layout: str) -> None:
+    """Bitwise: what a step leaves in a copy is put back, though no address tells copies."""
+    results = []
+    for wrap in (Wrapped, lambda tensor: tensor):
+        memory = random(48, 0).view(6, 8)
+        value = memory[:, ::2] if layout == "gaps" else memory.t()
+        param, before = Parameter(wrap(value)), value.clone()
+        optimizer = S3([param], lr=0.1)
+        for t in range(2):
+            param.grad = wrap(random(value.numel(), t + 1).view(value.shape))
+            optimizer.step()
+        results.append(inner(param.detach()))
+        assert not torch.equal(results[-1], before)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_negated_view_is_read_as_what_it_is(gaps: bool) -> None:
     """Bitwise: the memory holds the numbers with the other sign."""
     results = []
     for negated in (True, False):
         param = Parameter(random(50, 0))
-        grad = torch.complex(random(50, 1), random(50, 2)).conj().imag
+        grad = torch._neg_view(random(50, 1))
+        if gaps:
+            grad = torch.complex(random(50, 1), random(50, 2)).conj().imag
         assert grad.is_neg()
         param.grad = grad if negated else grad.clone().resolve_neg()
         S3([param], lr=0.1).step()
@@ -134,6 +154,16 @@ def test_parameters_with_one_reason_are_counted_together() -> None:
     optimizer = S3(groups)
     optimizer.step()
     assert "portable for 3 of 4 parameters" in optimizer.path
+
+
+def test_what_no_kernel_has_is_the_reason_for_every_parameter() -> None:
+    """Whatever else a kernel could not take of some."""
+    params = [Parameter(random(9, 0)), Parameter(random(9, 1).double())]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = S3(params, p=2.5)
+    optimizer.step()
+    assert optimizer.path == "portable: the C++ kernel has p = 1, 2 and 3, not 2.5"
 
 
 COUNT = 300_000

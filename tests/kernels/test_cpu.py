@@ -259,6 +259,17 @@ def test_threads_are_kept_and_survive_a_fork() -> None:
     assert child.exitcode == 0
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_while_a_kernel_is_compiled_can_have_one() -> None:
+    """The thread that compiles, and would let go of the lock, is the parent's alone."""
+    with build._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(int(build._lock.locked()))
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+
+
 @pytest.mark.usefixtures("threads")
 def test_arithmetic_is_ieee_where_denormals_are_flushed() -> None:
     """Bitwise as without: what some library sets in a thread does not reach the kernel."""
@@ -563,7 +574,7 @@ def test_another_cpu_is_another_file(
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "changed"])
 def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    """It is compiled again, and the file replaced."""
+    """It is compiled again, and the file replaced: whoever has it open keeps what it has."""
     assert isinstance(build.library_of(), ctypes.CDLL)
     (file,) = cache.iterdir()
     content = file.read_bytes()
@@ -577,7 +588,9 @@ def test_broken_file(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) 
     file.unlink()  # what is loaded keeps its own
     file.write_bytes(broken)
     monkeypatch.setattr(build, "_loaded", {})
-    assert works()
+    with file.open("rb") as before:
+        assert works()
+        assert before.read() == broken
     assert len(file.read_bytes()) == len(content)
 
 
@@ -599,7 +612,7 @@ def test_folder_that_cannot_be_written(
     assert len(builds) == 1
 
 
-@pytest.mark.parametrize("spoil", ["mode", "link"])
+@pytest.mark.parametrize("spoil", ["mode", "link", "owner"])
 def test_folder_that_others_can_write_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, builds: list[Path], spoil: str
 ) -> None:
@@ -613,6 +626,11 @@ def test_folder_that_others_can_write_is_not_used(
     folder = temporary / f"megatron-s3-{os.getuid()}"
     if spoil == "link":
         folder.symlink_to(elsewhere)
+    elif spoil == "owner":
+        folder.mkdir(mode=0o700)
+        if os.getuid() != 0:
+            pytest.skip("only root can give a folder to another user")
+        os.chown(folder, 4242, -1)
     else:
         folder.mkdir()
         folder.chmod(0o770)

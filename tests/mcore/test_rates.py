@@ -98,8 +98,9 @@ def test_each_end_of_a_schedule_is_of_whom_it_is_said_to_be(name, from_checkpoin
         ] * len(groups)
 
 
+@pytest.mark.parametrize("release", RELEASES)
 @on_ranks(1)
-def test_a_group_that_megatron_knows_is_given_its_own_rates_wherever_it_is():
+def test_a_group_that_megatron_knows_is_given_its_own_rates_wherever_it_is(release):
     from megatron_s3.mcore.checkpoint.param_groups import restore_scheduled
 
     current = [{"wd_mult": wd, "lr_mult": 1.0, "max_lr": 0.1} for wd in (1.0, 0.0)]

@@ -36,6 +36,8 @@ fi
 echo "ruff"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+echo "mypy"
+"$PYTHON" -m mypy
 echo "shellcheck"
 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh scripts/*.sbatch docker/*.sh tests/*/*.sh .ci/run
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is converted from and to, as it says itself."""
+"""The direction of a conversion, from and to, as the checkpoint says it."""
 
 from collections.abc import Mapping
 from typing import Any

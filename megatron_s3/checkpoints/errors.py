@@ -14,4 +14,4 @@ class TransferError(MegatronS3Error, ValueError):
 
 
 class Mismatch(MegatronS3Error, RuntimeError):
-    """What was written is not, or does not compute, what it should."""
+    """Raised where what was written is not, or does not compute, what it should."""

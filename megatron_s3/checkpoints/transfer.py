@@ -1,4 +1,4 @@
-"""What becomes of AdamW's state under another optimizer, and of that one's under AdamW.
+"""Conversion of AdamW's state to that of another optimizer, and back.
 
 AdamW's averages begin at 0, and after t steps are too small by ``1 - beta**t``, which its update
 makes up for.  An optimizer whose update does not is handed the state without that bias, and hands
@@ -60,7 +60,7 @@ _PLACE = _place()
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one state.
+    """Describes what becomes of one state.
 
     Attributes:
         name: of the state under the target.

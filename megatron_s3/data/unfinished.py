@@ -1,4 +1,4 @@
-"""What an earlier call has finished of a dataset, so that the same call goes on from there."""
+"""The finished parts of a dataset, from which the same call goes on."""
 
 import fcntl
 import json

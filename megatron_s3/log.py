@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 
-__all__ = ["say", "say_once", "tell", "tell_once"]
+__all__ = ["say", "say_here", "say_once", "tell", "tell_once"]
 
 
 class _Output(logging.Handler):
@@ -32,12 +32,17 @@ if not _logger.handlers:
 
 
 def say(message: str) -> None:
-    """Writes a line to standard output: a result, or a decision.
+    """Writes a line to standard output that all ranks would write: the first one does it.
 
-    Of several ranks the first one speaks, and of several nodes the first one's launcher.
+    Of several nodes' launchers, too, the first one speaks.
     """
     if _speaks():
-        _logger.info("%s", message)
+        say_here(message)
+
+
+def say_here(message: str) -> None:
+    """Writes a line to standard output that is of this process, whichever rank it is."""
+    _logger.info("%s", message)
 
 
 def tell(message: str) -> None:

@@ -22,7 +22,7 @@ from megatron_s3.checkpoints import groups, rewriting, transfer
 from megatron_s3.checkpoints.errors import ConvertError, Mismatch
 from megatron_s3.checkpoints.source import Source
 from megatron_s3.checkpoints.transfer import ADAM, Settings
-from megatron_s3.log import say
+from megatron_s3.log import say_here
 from megatron_s3.mcore.arguments import destination, flag
 from megatron_s3.mcore.checkpoint import read
 from megatron_s3.optimizers.description import Description, Hyperparameter
@@ -71,16 +71,16 @@ def convert(
             "convert, it loads into any optimizer as it is"
         )
     source = Source(found)
-    say(f"reading {source.folder}")
+    say_here(f"reading {source.folder}")
     values = source.settings(to, lr_factor, hyperparameters)
     _check_room(source, output.absolute().parent)
-    say(f"{' -> '.join(values.labels)} after {values.step:,} updates: {values.rule}")
+    say_here(f"{' -> '.join(values.labels)} after {values.step:,} updates: {values.rule}")
     part = output.absolute().parent / f".{output.name}.{os.getpid()}.part"
     part.mkdir()
     try:
         began = time.monotonic()
         unverified = part / "unverified" / source.folder.name  # where nothing looks for one
-        counts = rewriting.write(source, unverified, values, say)
+        counts = rewriting.write(source, unverified, values, say_here)
         rewriting.verify(source, unverified, values)
         unverified.rename(part / source.folder.name)
         unverified.parent.rmdir()
@@ -135,13 +135,13 @@ def _record(
         for name, new in renamed.items()
         if new == name
     ]
-    say(f"{'; '.join(said)}; {counts['copied']:,} other items are copied")
+    say_here(f"{'; '.join(said)}; {counts['copied']:,} other items are copied")
     if counts["nonfinite"]:
-        say(f"{counts['nonfinite']:,} elements of the state are not finite, there and here")
+        say_here(f"{counts['nonfinite']:,} elements of the state are not finite, there and here")
     for name, (old, now) in changed.items():
-        say(f"{name}: {old} -> {now}")
+        say_here(f"{name}: {old} -> {now}")
     size = counts["bytes"]
-    say(f"read back and compared: {size / 1e9:.3f} GB in {seconds:.1f} s")
+    say_here(f"read back and compared: {size / 1e9:.3f} GB in {seconds:.1f} s")
     return {
         "checkpoint": str(source.folder.absolute()),
         "iteration": iteration_of(source.folder),

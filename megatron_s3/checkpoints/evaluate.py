@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
 from megatron_s3.errors import MegatronS3Error
-from megatron_s3.log import say
+from megatron_s3.log import say_here
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.version import __version__
 
@@ -76,7 +76,7 @@ def evaluate(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for number, (name, folder) in enumerate(models.items(), 1):
-        say(f"{name} ({folder}), model {number} of {len(models)}, on {device}")
+        say_here(f"{name} ({folder}), model {number} of {len(models)}, on {device}")
         model = HFLM(
             str(folder),
             tokenizer=str(tokenizer) if tokenizer else None,

@@ -14,7 +14,7 @@ import torch
 from megatron_s3.checkpoints import gpt2
 from megatron_s3.checkpoints.errors import Mismatch
 from megatron_s3.errors import MegatronS3Error
-from megatron_s3.log import say
+from megatron_s3.log import say_here
 from megatron_s3.mcore.checkpoint import forward, read
 from megatron_s3.storage.layout import iteration_of
 from megatron_s3.storage.writable import refuse_unwritable
@@ -94,7 +94,7 @@ def export(
         raise ExportError(f'{error}: pip install "megatron-s3[eval]"') from error
 
     found = read.find(checkpoint, iteration)
-    say(f"reading {found}")
+    say_here(f"reading {found}")
     args = read.arguments(found)
     gpt2.check(args)
     folder = _tokenizer_folder(args, tokenizer)
@@ -113,7 +113,7 @@ def export(
     part = output.absolute().parent / f".{output.name}.{os.getpid()}.part"
     part.mkdir()
     try:
-        say(f"writing {sum(map(torch.numel, state.values())):,} parameters as {dtype}")
+        say_here(f"writing {sum(map(torch.numel, state.values())):,} parameters as {dtype}")
         _write(part, gpt2.config(args, rows, dtype), state, folder)
         del state
         largest, scale = _compare(part, found, args, rows)
@@ -126,7 +126,7 @@ def export(
             "bound": allowed,
             "megatron_s3": __version__,
         }
-        say(
+        say_here(
             f"largest difference from Megatron's logits {largest:.1e}, largest logit {scale:.3g}; "
             f"rounding explains {allowed:.1e}"
         )
@@ -179,7 +179,9 @@ def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None
                 f"here, so nothing tells how many of the {padded} rows of the vocabulary are "
                 "padding. Give the folder with --tokenizer, or the number with --vocab-size."
             )
-        say(f"all {padded} rows of the vocabulary are kept, padding included (--vocab-size cuts)")
+        say_here(
+            f"all {padded} rows of the vocabulary are kept, padding included (--vocab-size cuts)"
+        )
         return padded
     if not 0 < given <= padded:
         raise ExportError(f"{source}, but the model was trained with {padded}, padding included")
@@ -215,9 +217,9 @@ def _compare(
     length = min(args.max_position_embeddings, _SAMPLE)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(rows, (max(1, _SAMPLE // length), length), generator=generator)
-    say(f"computing {tokens.numel()} tokens' logits as Hugging Face does")
+    say_here(f"computing {tokens.numel()} tokens' logits as Hugging Face does")
     ours = _hugging_face(folder, tokens)
-    say("computing them as Megatron does")
+    say_here("computing them as Megatron does")
     theirs = forward.logits(checkpoint, tokens)[..., :rows]
     return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 

@@ -127,7 +127,12 @@ def _replace_optimizer(
     if key not in read or key not in merged or read[key][0] == merged[key][0]:
         return
     (new, origin), (old, _) = read[key], merged[key]
-    owned = [name for name in merged if name.startswith(f"arguments.{old}_")]
+    # What --set gives beside another optimizer is a contradiction, and the check's to refuse.
+    owned = [
+        name
+        for name, (_, given) in merged.items()
+        if name.startswith(f"arguments.{old}_") and given.line
+    ]
     if owned:
         places = ", ".join(f"{name.partition('.')[2]} ({merged[name][1]})" for name in owned)
         tell_once(f"{origin}: optimizer {new} takes the place of {old}, and leaves out {places}")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from megatron_s3.errors import MegatronS3Error
-from megatron_s3.log import say
+from megatron_s3.log import say_here
 
 __all__ = ["VARIABLE", "InUse", "die_with_parent", "hold", "join", "variable"]
 
@@ -202,7 +202,7 @@ def _take(file: int, path: Path, patience: float) -> bool:
             raise
         if not said and time.monotonic() > began + 1:
             said = True
-            say(f"{path.parent}: waiting for the last launch's ranks")
+            say_here(f"{path.parent}: waiting for the last launch's ranks")
         time.sleep(0.1)
 
 
@@ -225,7 +225,7 @@ def _is_dead(holder: _Record, locks: bool) -> bool:
 
 def _beats(path: Path, seen: _Record, beat: float) -> bool:
     """Returns whether the holder shows that it lives, within three beats."""
-    say(
+    say_here(
         f"{path.parent}: {_who(seen)} has left it locked; looking for {3 * beat:.0f} s whether "
         "that is alive"
     )

@@ -19,7 +19,7 @@ import megatron_s3
 from megatron_s3.launch import private
 from megatron_s3.launch.config import Config
 from megatron_s3.launch.redact import environment, redact, redact_word
-from megatron_s3.log import say
+from megatron_s3.log import say_here
 
 __all__ = ["record"]
 
@@ -77,7 +77,7 @@ def _say_changes(path: Path, resolved: str) -> None:
     before, now = _values(path.read_text(encoding="utf-8")), _values(resolved)
     if before != now:
         gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
-        say(f"the configuration changed since the last attempt: {gone} -> {new}")
+        say_here(f"the configuration changed since the last attempt: {gone} -> {new}")
 
 
 def _values(text: str) -> set[str]:

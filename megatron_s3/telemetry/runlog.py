@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_s3.log import say
+from megatron_s3.log import say_here
 
 __all__ = ["KEPT", "NAME", "RunLog", "read"]
 
@@ -66,12 +66,14 @@ class RunLog:
                     os.fsync(file.fileno())
         except OSError as error:
             if not self._failed:
-                say(f"{self.path} cannot be written: {error.strerror or error}; training goes on")
+                say_here(
+                    f"{self.path} cannot be written: {error.strerror or error}; training goes on"
+                )
             self._failed = True
             return
         if self._failed:
             lost = f"; {self._lost} lines are lost" if self._lost else ", and no line is lost"
-            say(f"{self.path} is written again{lost}")
+            say_here(f"{self.path} is written again{lost}")
         self._failed, self._lost = False, 0
 
 

@@ -20,7 +20,10 @@ def log_some(log: RunLog, *numbers: int) -> None:
         log.write("train", {"iteration": i})
 
 
-def test_a_device_that_is_always_full(tmp_path, capsys):
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_device_that_is_always_full(rank, tmp_path, monkeypatch, capsys):
+    """Megatron's last rank writes the log, and says so whichever rank it is."""
+    monkeypatch.setenv("RANK", rank)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log = RunLog(tmp_path)
     log_some(log, 1, 2, 3)

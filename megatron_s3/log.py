@@ -1,4 +1,4 @@
-"""What the package says: lines of one logger, ``megatron_s3.output``, each with the package's name.
+"""The package's output: lines of the logger ``megatron_s3.output``, with the package's name.
 
 A program that configures this logger (its level, its handlers) decides what becomes of the lines.
 """

@@ -296,3 +296,26 @@ def test_docstrings_of_functions_begin_with_a_verb() -> None:
             if not first or first in NO_VERBS:
                 wrong.append(f"{name}.{node.name}: {text.splitlines()[0]}")
     assert not wrong
+
+
+def test_docstrings_of_modules_and_classes_name_what_they_are() -> None:
+    """A module or a class is a thing: its first word is no question."""
+    wrong = []
+    for name, path in PRODUCT.items():
+        tree = ast.parse(path.read_text())
+        for node in [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef))]:
+            first = re.split(r"\W", ast.get_docstring(node) or "Empty", maxsplit=1)[0]
+            if first in (
+                "As",
+                "By",
+                "From",
+                "How",
+                "Of",
+                "When",
+                "Which",
+                "Who",
+                "With",
+                "Why",
+            ) or (first.startswith(("What", "Where", "Whether"))):
+                wrong.append(f"{name} {getattr(node, 'name', '')}: {ast.get_docstring(node)}")
+    assert not wrong

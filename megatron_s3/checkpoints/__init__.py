@@ -1,4 +1,4 @@
-"""What becomes of a checkpoint: another optimizer's, or a Hugging Face model and its accuracy.
+"""Conversion of checkpoints to another optimizer or to a Hugging Face model, and its accuracy.
 
 ``gpt2`` says which models are GPT-2 and renames their tensors, ``export`` writes and checks the
 Hugging Face folder, ``tasks`` knows the paper's five tasks and their data, ``evaluate`` runs

@@ -1,4 +1,4 @@
-"""Why a checkpoint cannot be converted or exported."""
+"""Errors of conversion and export."""
 
 from megatron_s3.errors import MegatronS3Error
 

@@ -1,4 +1,4 @@
-"""Where documents come from, and the shards in which they are worked on.
+"""Sources of documents, and the shards in which they are worked on.
 
 The shards follow from the input alone, so that a dataset is the same whatever the number of
 workers, and a shard is the unit that is redone after a kill.

@@ -1,4 +1,4 @@
-"""What goes wrong on the way from text to a dataset."""
+"""Errors on the way from text to a dataset."""
 
 from megatron_s3.errors import MegatronS3Error
 

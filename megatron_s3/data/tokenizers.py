@@ -43,7 +43,7 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What the workers and the description need to know of a tokenizer.
+    """A tokenizer, as far as the workers and the description need it.
 
     Attributes:
         name: `bytes`, `gpt2` or the folder that was given.

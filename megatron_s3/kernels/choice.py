@@ -1,4 +1,4 @@
-"""Which kernel steps which parameters: the device's where it can, torch operations for the rest."""
+"""Choice of the kernel for each parameter: the device's where it can, else torch operations."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence

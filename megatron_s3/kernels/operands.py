@@ -1,4 +1,4 @@
-"""What a step works on: tensors as flat memory, whatever their shapes and layouts."""
+"""Operands of a step: tensors as flat memory, whatever their shapes and layouts."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Whether tensors of a step lie in one another's memory, so that the order of their updates counts.
+"""Search for tensors of a step in one another's memory: the order of their updates counts.
 
 A kernel updates many parameters at once.  Where two of them share memory, or one is listed twice,
 what comes out would depend on which thread is first; torch's optimizers update them in order.

@@ -1,4 +1,4 @@
-"""What a step can count on its way, at no extra pass over memory."""
+"""Statistics that a step counts on its way, at no extra pass over memory."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Which of several nodes is to blame, from which pairs of them can talk to one another."""
+"""Search for the node to blame, given which pairs of nodes can talk to one another."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Whether a configuration can run: its arithmetic, and Megatron's own parser and validation."""
+"""Checks of a configuration: its arithmetic, and Megatron's own parser and validation."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""Where configurations lie: files of the user's, and those that came with the package."""
+"""Paths of configurations: files of the user's, and those that came with the package."""
 
 import difflib
 import os

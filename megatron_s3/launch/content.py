@@ -1,4 +1,4 @@
-"""What a run's data are, so that Megatron's indices of them are not taken for those of other data.
+"""Identity of a run's data, so that Megatron's indices of other data are not taken for theirs.
 
 Megatron keeps shuffled indices in --data-cache-path under names that follow from the datasets'
 paths, and not from what is in them.

@@ -1,4 +1,4 @@
-"""What is known at a point of a shell script, and the words that its expansions make of it."""
+"""The state at a point of a shell script, and the words that its expansions make of it."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ __all__ = ["Expansion", "State"]
 
 @dataclass(frozen=True)
 class State:
-    """What is known at a point of the script.
+    """The variables and functions that are known at a point of the script.
 
     Attributes:
         variables: name -> arguments; a plain variable has exactly one.

@@ -70,7 +70,7 @@ def hold(
 
 
 class _Record(TypedDict):
-    """What a launcher writes about itself."""
+    """The record that a launcher writes about itself."""
 
     host: str
     boot: str

@@ -1,4 +1,4 @@
-"""What is looked at on a node: its disk, its devices' arithmetic, and its network."""
+"""Checks of a node: its disk, its devices' arithmetic, and its network."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Who speaks for a job."""
+"""The node that speaks for a job."""
 
 import os
 

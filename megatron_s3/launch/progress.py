@@ -1,4 +1,4 @@
-"""How far a run is: where it saves, its newest complete checkpoint, and whether it is finished.
+"""Progress of a run: where it saves, its newest complete checkpoint, and its end.
 
 The launcher, the preflight and the job's body all ask here. Neither torch nor Megatron is imported.
 """
@@ -32,7 +32,7 @@ _START = {
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         folder: where its checkpoints are written.

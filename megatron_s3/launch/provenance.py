@@ -1,4 +1,4 @@
-"""What a run was: command, configuration, code, packages, environment and machine, beside it."""
+"""Record of a run: command, configuration, code, packages, environment and machine."""
 
 import datetime
 import importlib.metadata

@@ -44,7 +44,7 @@ class ConfigError(MegatronS3Error, ValueError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was given.
+    """The place at which a value was given.
 
     Attributes:
         source: the file as the user named it, or the ``--set`` word.
@@ -61,7 +61,7 @@ class Origin:
 
 @dataclass
 class Launch:
-    """Where the ranks run.
+    """The settings of where the ranks run.
 
     Attributes:
         nodes: number of machines.

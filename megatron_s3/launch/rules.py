@@ -1,4 +1,4 @@
-"""What the paper's rules make of the flags of an AdamW launch."""
+"""The paper's rules for the flags of an AdamW launch."""
 
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation

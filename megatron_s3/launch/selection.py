@@ -1,4 +1,4 @@
-"""Which configuration, and which of the runs of an array, a command means, and its folder."""
+"""Selection of the configuration, of the run of an array, and of its folder by a command."""
 
 import argparse
 import itertools

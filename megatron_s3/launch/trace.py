@@ -42,7 +42,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a script does.
+    """The actions of a script.
 
     Attributes:
         commands: what it starts, in the order of its text, on each way through it.

@@ -1,4 +1,4 @@
-"""What all ranks do alike because one of them found a reason."""
+"""Decisions that all ranks take alike because one of them found a reason."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What rank 0 says of the optimizer that was built: how it steps, once."""
+"""The announcement of the optimizer that was built: rank 0 says once how it steps."""
 
 import importlib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What Megatron does not say."""
+"""Silence for Megatron's output."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What ``config_overrides`` ask for single parameters, in terms that Megatron hands on."""
+"""Settings of ``config_overrides`` for single parameters, in terms that Megatron hands on."""
 
 import dataclasses
 import math

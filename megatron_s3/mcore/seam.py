@@ -1,4 +1,4 @@
-"""What a seam is: something of Megatron's that is wrapped or replaced, and how it is checked."""
+"""Seams: things of Megatron's that are wrapped or replaced, and how they are checked."""
 
 import ast
 import builtins

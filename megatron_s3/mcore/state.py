@@ -12,7 +12,7 @@ __all__ = ["Training", "running", "start"]
 
 @dataclass
 class Training:
-    """What the plugin keeps of a training beside Megatron's own; its optimizer holds it.
+    """The state that the plugin keeps of a training beside Megatron's own; its optimizer holds it.
 
     Attributes:
         optimizer: returns the plugin's, as long as someone uses it; None of Megatron's own.

@@ -53,7 +53,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class About:
-    """What an argument's name and default do not say.
+    """The facts about an argument beside its name and default.
 
     Attributes:
         help: one line for ``--help``.

@@ -1,4 +1,4 @@
-"""What every element-wise optimizer of the plugin shares: groups, state, checks, the stamp."""
+"""The base of the plugin's element-wise optimizers: groups, state, checks, the stamp."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Task:
-    """What one call of a kernel steps: parameters of a group that lie in one memory.
+    """The work of one call of a kernel: parameters of a group that lie in one memory.
 
     ``again``: what it steps was written by another task before it, so that copies have to be made
     anew.

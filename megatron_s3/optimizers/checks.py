@@ -1,4 +1,4 @@
-"""What a step or a checkpoint may hold: rates, states."""
+"""Checks of what a step or a checkpoint may hold: rates, states."""
 
 import math
 from typing import Any

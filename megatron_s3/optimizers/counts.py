@@ -1,4 +1,4 @@
-"""What a step updates, and which of a parameter's updates each one is."""
+"""Updates of a step, and their numbers among a parameter's updates."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class Watched(dict[str, Any]):
 
 
 class Counts:
-    """How many updates each parameter has had, where that is not its group's ``step``.
+    """The number of updates of each parameter, where that is not its group's ``step``.
 
     As in torch's optimizers a parameter counts the steps in which it had a gradient, from when its
     state was made on.  In most trainings that is the same number for all, and nothing is in here.

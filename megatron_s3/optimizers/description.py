@@ -121,7 +121,7 @@ class Hyperparameter:
 
 @dataclass(frozen=True)
 class Description:
-    """What an optimizer is, apart from its arithmetic.
+    """The facts about an optimizer, apart from its arithmetic.
 
     Attributes:
         name: value of ``--optimizer`` and of the stamp in checkpoints.

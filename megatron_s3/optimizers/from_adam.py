@@ -1,4 +1,4 @@
-"""How an optimizer's state is made of AdamW's, and AdamW's of it; part of its description.
+"""Rules that make an optimizer's state of AdamW's, and back; part of its description.
 
 AdamW's averages begin at 0, and after t steps are too small by ``1 - beta**t``, which its update
 makes up for.
@@ -14,7 +14,7 @@ __all__ = ["FromAdam", "FromAverage"]
 
 @dataclass(frozen=True)
 class FromAverage:
-    """How one state is made of one of AdamW's averages, and back.
+    """A rule that makes one state of one of AdamW's averages, and back.
 
     Attributes:
         average: ``exp_avg`` or ``exp_avg_sq``.
@@ -33,7 +33,7 @@ class FromAverage:
 
 @dataclass(frozen=True)
 class FromAdam:
-    """How an optimizer goes on from a run of AdamW's, and AdamW from its.
+    """The rules by which an optimizer goes on from a run of AdamW's, and AdamW from its.
 
     lr * weight_decay stays as it was.
 

@@ -1,4 +1,4 @@
-"""What the program around an optimizer asks of it, where that is more than a loop of steps."""
+"""Requests of the program around an optimizer, where that is more than a loop of steps."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ __all__ = ["Host"]
 
 @dataclass
 class Host:
-    """What a trainer such as Megatron's has set for an optimizer of its own.
+    """The settings that a trainer such as Megatron's has made for an optimizer of its own.
 
     Attributes:
         master_params: whether half-precision parameters are but rounded copies of a float32

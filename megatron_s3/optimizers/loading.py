@@ -1,4 +1,4 @@
-"""How an optimizer takes up a saved state: whole or not at all, in the dtypes that it keeps."""
+"""Loading of a saved state: whole or not at all, in the dtypes that the optimizer keeps."""
 
 import itertools
 from collections.abc import Iterator

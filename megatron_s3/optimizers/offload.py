@@ -14,7 +14,7 @@ Given = TypeVar("Given")
 
 
 class Offload:
-    """Which parameters of an optimizer the CPU updates, and what goes to it and back each step.
+    """The parameters that the CPU updates, and what goes to it and back each step.
 
     To it goes the gradient, in its own dtype; back comes the new parameter, rounded to its dtype.
 

@@ -17,7 +17,7 @@ Class = TypeVar("Class", bound=type[ElementwiseOptimizer])
 
 
 class EntryPointError(MegatronS3Error, ImportError):
-    """What an installed package announces cannot be imported."""
+    """Raised where what an installed package announces cannot be imported."""
 
 
 class _Registry(Mapping[str, type[ElementwiseOptimizer]]):

@@ -11,7 +11,7 @@ __all__ = ["Stamp", "settings"]
 
 @dataclass(frozen=True)
 class Stamp:
-    """What says whether a state continues.
+    """The stamp that says whether a state continues.
 
     Attributes:
         algorithm: the optimizer's name.

@@ -1,4 +1,4 @@
-"""What runs say beside each other, as tables. Losses are nats a token."""
+"""Comparison of runs as tables. Losses are nats a token."""
 
 import math
 import statistics

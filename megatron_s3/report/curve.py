@@ -48,7 +48,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """What TensorBoard files tell about one training run.
+    """The contents of one training run's TensorBoard files.
 
     Attributes:
         name: Shown in legends and tables.

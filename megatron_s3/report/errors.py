@@ -1,4 +1,4 @@
-"""What is wrong with runs that are to be reported."""
+"""Errors of runs that are to be reported."""
 
 from megatron_s3.errors import MegatronS3Error
 

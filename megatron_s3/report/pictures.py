@@ -1,4 +1,4 @@
-"""What runs say beside each other, as pictures that need no colour: matplotlib's, drawn to PNG."""
+"""Comparison of runs as pictures that need no colour: matplotlib's, drawn to PNG."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a fused kernel is given of a rule: the one definition that Python, C++ and Triton share.
+"""The numbers and flags that a fused kernel is given of a rule: one definition for all sources.
 
 A rule that has kernels carries a :class:`KernelForm` (:func:`with_kernel`): the names of the
 numbers and of the flags that its kernels take, and a function that makes them from the rule's

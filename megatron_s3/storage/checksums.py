@@ -1,4 +1,4 @@
-"""Whether a checkpoint's files are what was written: all there, whole, every bit.
+"""Verification of a checkpoint's files: all there, whole, every bit as it was written.
 
 Tensors and objects have a checksum each (:mod:`~megatron_s3.storage.archive`).  The index
 (``.metadata``, a pickle) and ``metadata.json`` have none of their own; :func:`seal` writes one

@@ -1,4 +1,4 @@
-"""What is raised about files."""
+"""Errors about files."""
 
 from megatron_s3.errors import MegatronS3Error
 

@@ -1,4 +1,4 @@
-"""How a run's checkpoints lie in a folder: a folder for each iteration, and a file that names one.
+"""Layout of a run's checkpoints: a folder for each iteration, and a file that names one.
 
 ``torch`` is the one format without an index, and has a folder for each model-parallel rank.
 """

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is the newest and complete: the one answer, for whoever asks.
+"""The newest complete checkpoint of a run: the one answer, for whoever asks.
 
 The trainer loads it, the launcher and the job's body compare it with where training ends, and
 ``megatron-s3 convert`` and ``export`` read it. Neither torch nor Megatron is imported.

@@ -1,4 +1,4 @@
-"""Whether a folder takes files: asked before the work for them begins, and after one failed."""
+"""Test whether a folder takes files: before the work for them begins, and after one failed."""
 
 import contextlib
 import os

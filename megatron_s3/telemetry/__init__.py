@@ -1,1 +1,1 @@
-"""What is watched while a model trains; nothing here knows Megatron."""
+"""Telemetry of a training; nothing here knows Megatron."""

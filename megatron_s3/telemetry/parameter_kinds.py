@@ -1,4 +1,4 @@
-"""Which part of a transformer a parameter belongs to, and one layout of all parts for all ranks."""
+"""Kinds of a transformer's parameters, and one layout of all of them for all ranks."""
 
 import re
 from dataclasses import dataclass

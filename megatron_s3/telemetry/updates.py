@@ -1,4 +1,4 @@
-"""From the totals that optimizers count to what is logged of an interval's updates."""
+"""The figures of an interval's updates, made of the totals that optimizers count."""
 
 import math
 import statistics

@@ -1,7 +1,8 @@
 """Writers of other programs' logs, of which no full disk ends a training."""
 
-import contextlib
 from typing import Any
+
+from megatron_s3.log import say_here
 
 __all__ = ["Careful", "say_without"]
 
@@ -41,9 +42,4 @@ class Careful:
 
 def say_without(name: str, error: OSError) -> None:
     """Prints that a log cannot be written, and why."""
-    with contextlib.suppress(OSError):  # the output may be on the same disk
-        print(
-            f"[megatron_s3] {name} cannot be written: {error.strerror or error}; training goes on "
-            "without it",
-            flush=True,
-        )
+    say_here(f"{name} cannot be written: {error.strerror or error}; training goes on without it")

@@ -217,7 +217,7 @@ def _function(kernel: KernelForm) -> Any:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where one launch finds its tensors; on the device."""
+    """The places of one launch's tensors; on the device."""
 
     table: Tensor
     chunks: Tensor
@@ -228,7 +228,7 @@ _Row = tuple[int, ...]
 
 
 class _Recent(OrderedDict[Any, Any]):
-    """What was used last, at most 256 things: a group's tables, a few kilobytes."""
+    """A cache of the last 256 things used: a group's tables, a few kilobytes."""
 
     def find(self, key: object, make: Callable[[], Any]) -> Any:
         """Returns the value of the key, which is made where there is none."""

@@ -1,4 +1,4 @@
-"""What cannot be kept, stepped or written as it is asked for, each with the reason."""
+"""Refusals of what cannot be kept, stepped or written as it is asked for, with the reasons."""
 
 import argparse
 from collections.abc import Container

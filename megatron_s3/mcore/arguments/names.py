@@ -1,4 +1,4 @@
-"""What flags are called, on the command line and in Megatron's arguments; and their dtypes."""
+"""Names of flags, on the command line and in Megatron's arguments; and their dtypes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What Megatron's arguments, or its optimizer configuration, ask of an optimizer."""
+"""Readers of what Megatron's arguments, or its optimizer configuration, ask of an optimizer."""
 
 import math
 from typing import Any

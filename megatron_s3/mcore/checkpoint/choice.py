@@ -1,4 +1,4 @@
-"""Which iteration is read: chosen once, for all that Megatron reads of it."""
+"""Choice of the iteration that is read: once, for all that Megatron reads of it."""
 
 import contextlib
 import dataclasses

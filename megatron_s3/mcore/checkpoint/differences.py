@@ -1,4 +1,4 @@
-"""What of a checkpoint's run is not as in this one: refused before it is loaded, or said."""
+"""Differences of a checkpoint's run from this one: refused before it is loaded, or said."""
 
 from typing import Any
 

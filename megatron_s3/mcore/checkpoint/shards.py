@@ -1,4 +1,4 @@
-"""What DistributedOptimizer's shards are in a checkpoint: what the ranks hold, and no more.
+"""DistributedOptimizer's shards in a checkpoint: what the ranks hold, and no more.
 
 Megatron puts the parameters of a buffer into buckets, begins each parameter at a multiple of 64
 elements, and pads each bucket until it can be divided by the ranks.  The wrappers here are for any

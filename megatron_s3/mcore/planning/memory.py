@@ -1,4 +1,4 @@
-"""What one rank of a job keeps in memory, counted as Megatron has allocated it, or by its formulas.
+"""Memory of one rank of a job, counted as Megatron has allocated it, or by its formulas.
 
 :func:`measure` counts tensors without memory as it counts real ones, so that padding, buckets,
 shards and dtypes are not computed by formulas of ours.
@@ -39,7 +39,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank keeps from step to step, in bytes.
+    """The memory that one rank keeps from step to step, in bytes.
 
     Attributes:
         stage: its pipeline stage.
@@ -108,7 +108,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What saving and resuming a sharded optimizer take, of the fullest rank, in bytes.
+    """The memory that saving and resuming take, of the fullest rank, in bytes.
 
     Attributes:
         form: how torch_dist holds it, ``dp_reshardable`` or ``fully_reshardable``.
@@ -123,7 +123,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the ranks of a job hold.
+    """The memory of the ranks of a job.
 
     Attributes:
         parameters: elements of the whole model, each once.

@@ -126,7 +126,7 @@ def get_megatron_optimizer(
         for group in part.optimizer.param_groups:
             group.update({name: None for name, value in group.items() if value is no_rate})
         _exchange(part, cls, config)
-    log_updates = bool(getattr(config, "plugin_log_updates", False))
+    log_updates = switches(config)["plugin_log_updates"]
     if any(built is part.optimizer for part in found):  # a release that returns it as it is
         built = ChainedOptimizer([built])
     training = state.Training()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_s3.mcore.arguments import needs_grad_norm
+from megatron_s3.mcore.arguments import needs_grad_norm, switches
 from megatron_s3.mcore.metrics_log import MetricsLog, writing_rank
 from megatron_s3.mcore.state import running
 from megatron_s3.optimizers import OPTIMIZERS
@@ -32,7 +32,7 @@ def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **
     from megatron.training import checkpointing
 
     args = checkpointing.get_args()  # what `original` calls, and puts into the checkpoint
-    if getattr(args, "plugin_metrics", False):
+    if switches(args)["plugin_metrics"]:
         training = running()
         state = [training.spikes]
         if training.metrics is not None and training.metrics.file is not None:
@@ -85,7 +85,7 @@ def training_log(
     args, training = get_args(), running()
     if args.optimizer in OPTIMIZERS and not needs_grad_norm(args):
         grad_norm = None
-    wanted = getattr(args, "plugin_metrics", False)
+    wanted = switches(args)["plugin_metrics"]
     if wanted:
         if training.metrics is None:
             training.metrics = MetricsLog(args, iteration - 1, training.update_log, training.spikes)

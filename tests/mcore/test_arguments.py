@@ -64,6 +64,8 @@ def test_each_flag_has_its_effect():
 @on_ranks()
 def test_switches_have_their_old_names_too():
     """In a flag and in a configuration that a program has made."""
+    import contextlib
+    import io
     from types import SimpleNamespace
 
     from megatron_s3.mcore.arguments import needs_grad_norm, switches
@@ -72,7 +74,9 @@ def test_switches_have_their_old_names_too():
     assert args.plugin_no_fused and args.plugin_metrics and args.plugin_device == "cpu"
     assert not args.plugin_log_updates and not hasattr(args, "s3_no_fused")
     config = SimpleNamespace(s3_log_grad_norm=True, clip_grad=0.0)
-    assert switches(config)["plugin_log_grad_norm"] and needs_grad_norm(config)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert switches(config)["plugin_log_grad_norm"] and needs_grad_norm(config)
+    assert said.getvalue().count("s3_log_grad_norm is called plugin_log_grad_norm now") == 1
 
 
 @on_ranks()

@@ -83,7 +83,8 @@ def test_the_weight_ratio_is_that_of_the_parameters(case):
 @on_ranks(1)
 def test_an_interval_of_several_rates_is_their_mean():
     """With updates of one size in each step the mean square of the rates is what counts."""
-    model, optimizer = build("signsgd", weight_decay=0.0, plugin_log_updates=True)
+    # Under its old name, which a program's configuration may have.
+    model, optimizer = build("signsgd", weight_decay=0.0, s3_log_updates=True)
     squares = 0.0
     for rate in (0.3, 0.4):
         for group in optimizer.param_groups:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from megatron_s3.log import say_once
 from megatron_s3.mcore.arguments.flags import SWITCHES
 from megatron_s3.mcore.arguments.names import STATE_DTYPES, destination, dtype_of
 from megatron_s3.optimizers import ElementwiseOptimizer
-from megatron_s3.renamed import RENAMED
+from megatron_s3.renamed import RENAMED, renamed
 
 __all__ = ["changes_by_step", "hyperparameters", "needs_grad_norm", "state_dtypes", "switches"]
 
@@ -24,11 +25,12 @@ def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, A
 
 def switches(holder: Any) -> dict[str, bool]:
     """Returns the values of :data:`SWITCHES` in Megatron's arguments or optimizer configuration."""
-    old = {new: name for name, new in RENAMED.items()}
-    return {
-        name: bool(getattr(holder, name, False) or getattr(holder, old[name], False))
-        for name, _ in SWITCHES
-    }
+    found = {name: bool(getattr(holder, name, False)) for name, _ in SWITCHES}
+    for old, new in RENAMED.items():
+        if new in found and getattr(holder, old, False):
+            say_once(renamed(old, new))
+            found[new] = True
+    return found
 
 
 def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torch.dtype]:

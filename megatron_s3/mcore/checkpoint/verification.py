@@ -8,6 +8,7 @@ import torch
 
 from megatron_s3.log import say, say_once
 from megatron_s3.mcore.all_ranks import raise_first
+from megatron_s3.mcore.arguments import switches
 from megatron_s3.mcore.checkpoint.choice import Choice, instead
 from megatron_s3.storage import checksums
 from megatron_s3.storage.errors import Damaged
@@ -43,7 +44,7 @@ def _verify(folder: Path, load_dir: Path, args: Any, own_file: bool) -> None:
         if own_file:
             _check_own_file(folder)
         # Before the process groups are there, only the arguments are read.
-        left_out = getattr(args, "plugin_no_verify_checkpoint", False)
+        left_out = switches(args)["plugin_no_verify_checkpoint"]
         if not left_out and torch.distributed.is_initialized():
             count = checksums.verify(folder, rank, ranks)
     except (Damaged, OSError) as caught:

@@ -274,6 +274,40 @@ def test_errors_have_one_base_and_names_of_their_own() -> None:
     assert len(found) > 20
 
 
+#: What belongs to S3 alone; the package exports the class, by its name.
+OF_S3 = {"", "optimizers.s3", "rules.s3"}
+
+#: Where S3's name stands beside that, outside ``__all__``: as data, and why.
+NAMES_S3 = {
+    "quickstart": "the runs that it shows",
+    "report.compare": "the paper's own optimizer, which reports of logs set beside others",
+}
+
+
+def _is_s3(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and str(node.value).lower() in ("s3", "--optimizer s3")
+
+
+def test_s3_is_in_no_condition_outside_its_own_files() -> None:
+    """Neither compared, looked up in a collection, matched, nor asked for as a beginning."""
+    asks = (ast.Compare, ast.MatchValue, ast.Call)
+    compared, named = set(), set()
+    for name, path in PRODUCT.items():
+        module = name.removeprefix(PACKAGE).lstrip(".")
+        if module in OF_S3:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                continue
+            for part in ast.walk(node):
+                if _is_s3(part):
+                    named.add(module)
+                if isinstance(part, asks) and any(map(_is_s3, ast.walk(part))):
+                    compared.add(f"{module}:{part.lineno}")
+    assert not compared
+    assert named == NAMES_S3.keys()
+
+
 #: With these no sentence begins that says what a function does.
 NO_VERBS = frozenset(
     "A All An And As Both By Each Every For From How If In Inside Its None Of One Same That The "

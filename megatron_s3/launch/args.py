@@ -70,9 +70,11 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
     Raises:
         LaunchError: it is no launch of AdamW's, or one that cannot be followed.
     """
+    from megatron_s3.optimizers import S3  # and torch with it, which --help does without
+
+    rules = Rules(lr_factor, S3.description.name)
     before = _follow(text)
-    launches = _launches(text, before)
-    rules = Rules(lr_factor)
+    launches = _launches(text, before, rules.optimizer)
     attempts = [
         Edits(text, rules, where_set, beside_lr, outermost)
         for where_set in (True, False)
@@ -109,7 +111,7 @@ def _follow(text: str) -> Trace:
         raise LaunchError(f"{line(text, error.place)}{error}") from error
 
 
-def _launches(text: str, found: Trace) -> list[Launch]:
+def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:
     """Returns AdamW's launches in the text, each once for each way on which it differs."""
     try:
         launches = find(found)
@@ -128,13 +130,13 @@ def _launches(text: str, found: Trace) -> list[Launch]:
         )
     for launch in launches:
         try:
-            _check(launch)
+            _check(launch, optimizer)
         except LaunchError as error:
             raise LaunchError(f"{line(text, launch.place)}{error}") from error
     return launches
 
 
-def _check(launch: Launch) -> None:
+def _check(launch: Launch, optimizer: str) -> None:
     for flag in launch.flags():
         old = value(flag.value)
         if flag.name == "--optimizer":
@@ -143,8 +145,8 @@ def _check(launch: Launch) -> None:
                     f"--optimizer {shown(flag.value)} is known only when the script runs: write "
                     "its name out"
                 )
-            if old == "s3":
-                raise LaunchError("it is a launch of S3's already (--optimizer s3)")
+            if old == optimizer:
+                raise LaunchError(f"it is a launch of S3's already (--optimizer {old})")
             if old not in _ADAM:
                 raise LaunchError(
                     f"--optimizer {old}: the rules are for launches of AdamW's (--optimizer "

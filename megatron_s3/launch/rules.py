@@ -12,15 +12,20 @@ _ADAMS = ("--adam-beta1", "--adam-beta2", "--adam-eps")
 
 
 class Rules:
-    """The paper's rules."""
+    """The paper's rules.
 
-    def __init__(self, lr_factor: str) -> None:
-        self.lr_factor, self.factor = lr_factor, Decimal(lr_factor)
+    Args:
+        lr_factor: S3's learning rate over AdamW's, a decimal number.
+        optimizer: S3's name, as its description has it.
+    """
+
+    def __init__(self, lr_factor: str, optimizer: str) -> None:
+        self.lr_factor, self.factor, self.optimizer = lr_factor, Decimal(lr_factor), optimizer
 
     def new(self, name: str, old: str) -> tuple[str | None, str]:
         """Returns a flag's new value (None: it goes), and why."""
         if name == "--optimizer":
-            return "s3", "S3 for every parameter, sharded as Adam is"
+            return self.optimizer, "S3 for every parameter, sharded as Adam is"
         if name == "--clip-grad":
             return "0", "S3 is not clipped: no element of its update exceeds lr, by Theorem 2"
         if name in _ADAMS:
@@ -36,7 +41,7 @@ class Rules:
     def missing(self, names: set[str]) -> Iterator[tuple[str, str, str]]:
         """Returns what a launch with these flags needs beside them: flag, value and why."""
         if "--optimizer" not in names:
-            yield "--optimizer", "s3", "Megatron's default is adam"
+            yield "--optimizer", self.optimizer, "Megatron's default is adam"
         if "--weight-decay" not in names and not {*OVER[1:]} <= names:
             new = number(_DEFAULT_WEIGHT_DECAY, 1 / self.factor, self.factor)
             why = "so that lr * weight_decay stays as it was"

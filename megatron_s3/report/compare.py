@@ -12,6 +12,9 @@ from megatron_s3.telemetry.detectors import DETECTORS
 __all__ = ["Table", "best_rate", "finalists", "tables"]
 
 NOTHING = "-"
+#: The optimizers that the paper compares others with; the last one is its own.  A report reads
+#: logs, and imports no description (and torch with it).
+REFERENCE, OWN = AGAINST = ("adamw", "s3")
 #: Published spike scores: a heading, and the rule that flags a loss.
 SCORES = {
     "OLMo-core score": "mean + 6 sigma of 128 (OLMo-core)",
@@ -56,7 +59,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def labels(runs: Iterable[Trained]) -> list[str]:
     """Returns the labels of the runs, S3's first, in the order in which they appear otherwise."""
     found = {run.label: run.optimizer for run in runs}
-    return sorted(found, key=lambda label: (found[label] != "s3", label != "S3"))
+    return sorted(found, key=lambda label: (found[label] != OWN, label.lower() != OWN))
 
 
 def best_rate(runs: Iterable[Trained], label: str) -> float:
@@ -99,9 +102,9 @@ def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Ta
 def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table:
     """Tables II and IV."""
     against = {}
-    for optimizer in ("adamw", "s3"):
+    for optimizer in AGAINST:
         of = [x for x in labels(runs) if _optimizer(runs, x) == optimizer]
-        if not of or optimizer == "s3":  # S3 itself rather than the one that is varied
+        if not of or optimizer == OWN:  # S3 itself rather than the one that is varied
             runs_of = suite.of("optimizers") or runs
             of = [x for x in labels(runs_of) if _optimizer(runs_of, x) == optimizer] or of
         else:
@@ -325,7 +328,7 @@ def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
                             mean = statistics.fmean(run.final for run in final)
                             ends.setdefault(label, {})[length] = mean
                             names[label] = final[0].optimizer
-            reference = next((label for label in ends if names[label] == "adamw"), None)
+            reference = next((label for label in ends if names[label] == REFERENCE), None)
             lengths = sorted({n for label in ends.values() for n in label})
             if reference is None or len(lengths) < 2 or len(ends) < 2:
                 continue

@@ -11,8 +11,12 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_s3.kernels.choice import KERNELS
 from megatron_s3.kernels.operands import local
 from megatron_s3.log import say
-from megatron_s3.mcore.arguments import hyperparameters, state_dtypes, switches
-from megatron_s3.mcore.megatron_fsdp import in_megatron_fsdp
+from megatron_s3.mcore.arguments import (
+    hyperparameters,
+    in_megatron_fsdp,
+    state_dtypes,
+    switches,
+)
 from megatron_s3.mcore.state import Training
 from megatron_s3.optimizers import ElementwiseOptimizer
 

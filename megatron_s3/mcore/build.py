@@ -20,13 +20,14 @@ from megatron_s3.mcore.arguments import (
     check_config,
     destination,
     hyperparameters,
+    in_megatron_fsdp,
     state_dtypes,
     switches,
 )
 from megatron_s3.mcore.chained import ElementwiseChainedOptimizer
 from megatron_s3.mcore.coverage import check, collected
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
-from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer, in_megatron_fsdp
+from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
 from megatron_s3.mcore.update_log import UpdateLog
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer

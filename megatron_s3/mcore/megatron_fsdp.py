@@ -13,7 +13,7 @@ from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer
 from megatron_s3.mcore.one_pass import Place, is_plain, place, require_memory
 
-__all__ = ["ElementwiseFSDPOptimizer", "in_megatron_fsdp", "preprocess_fsdp_dtensor_state_dict"]
+__all__ = ["ElementwiseFSDPOptimizer", "preprocess_fsdp_dtensor_state_dict"]
 
 #: What Megatron's functions for such checkpoints hold as a constant.
 ADAMS = ("exp_avg", "exp_avg_sq")
@@ -85,11 +85,6 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
             for group in buffer.parameter_groups:
                 if group.main_weight_buffer is not None:
                     yield params, group
-
-
-def in_megatron_fsdp(part: Any) -> bool:
-    """Returns whether one of Megatron's optimizers steps what Megatron-FSDP keeps."""
-    return getattr(getattr(part, "ddp_config", None), "use_megatron_fsdp", False)
 
 
 def preprocess_fsdp_dtensor_state_dict(

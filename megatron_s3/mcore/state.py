@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.nn import Parameter
+
 from megatron_s3.mcore.metrics_log import MetricsLog
 from megatron_s3.mcore.update_log import UpdateLog
 
@@ -21,6 +23,7 @@ class Training:
         spikes: of the checkpoint that was loaded: a state of SpikeLog.
         evaluating: the text (valid or test) and the iteration of the evaluation under way.
         said: the paths of an update that rank 0 has said.
+        unlike: the model's parameters whose main parameters, as loaded last, are not the weights.
         updated: whether there has been an update.
     """
 
@@ -30,6 +33,7 @@ class Training:
     spikes: dict[str, Any] | None = None
     evaluating: tuple[str | None, int] = (None, 0)
     said: set[str] = field(default_factory=set)
+    unlike: list[Parameter] = field(default_factory=list)
     updated: bool = False
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_s3.kernels.operands import local
 from megatron_s3.kernels.statistics import FIELDS, LARGEST, Statistics
-from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
+from megatron_s3.mcore.arguments import in_megatron_fsdp
 from megatron_s3.telemetry.parameter_kinds import Layout
 from megatron_s3.telemetry.updates import summary
 
@@ -136,7 +136,7 @@ def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the plugin's optimizer's parameters, with the model's that each is (a part) of."""
     models: Sequence[Iterable[Tensor]]
     mains: Sequence[Iterable[Tensor]]
-    if isinstance(part, DistributedOptimizer) and not isinstance(part, ElementwiseFSDPOptimizer):
+    if isinstance(part, DistributedOptimizer) and not in_megatron_fsdp(part):
         mains = part.shard_fp32_from_float16_groups
         if part.optimizer.host.master_params:
             mains = part.shard_float16_groups

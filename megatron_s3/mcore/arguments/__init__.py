@@ -12,6 +12,7 @@ from megatron_s3.mcore.arguments.names import destination, flag
 from megatron_s3.mcore.arguments.readers import (
     changes_by_step,
     hyperparameters,
+    in_megatron_fsdp,
     needs_grad_norm,
     state_dtypes,
     switches,
@@ -29,6 +30,7 @@ __all__ = [
     "destination",
     "flag",
     "hyperparameters",
+    "in_megatron_fsdp",
     "needs_grad_norm",
     "print_args",
     "state_dtypes",

@@ -11,7 +11,14 @@ from megatron_s3.mcore.arguments.names import STATE_DTYPES, destination, dtype_o
 from megatron_s3.optimizers import ElementwiseOptimizer
 from megatron_s3.renamed import RENAMED, renamed
 
-__all__ = ["changes_by_step", "hyperparameters", "needs_grad_norm", "state_dtypes", "switches"]
+__all__ = [
+    "changes_by_step",
+    "hyperparameters",
+    "in_megatron_fsdp",
+    "needs_grad_norm",
+    "state_dtypes",
+    "switches",
+]
 
 
 def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, Any]:
@@ -52,6 +59,11 @@ def needs_grad_norm(holder: Any) -> bool:
         or math.isfinite(getattr(holder, "grad_norm_skip_threshold", math.inf))
         or switches(holder)["plugin_log_grad_norm"]
     )
+
+
+def in_megatron_fsdp(part: Any) -> bool:
+    """Returns whether one of Megatron's optimizers steps what Megatron-FSDP keeps."""
+    return getattr(getattr(part, "ddp_config", None), "use_megatron_fsdp", False)
 
 
 def changes_by_step(cls: type[ElementwiseOptimizer], values: dict[str, Any]) -> bool:

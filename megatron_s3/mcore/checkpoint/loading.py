@@ -8,6 +8,7 @@ from megatron_s3.mcore import telemetry, torch_fsdp2
 from megatron_s3.mcore.all_ranks import raise_first
 from megatron_s3.mcore.checkpoint import differences, shards, verification
 from megatron_s3.mcore.checkpoint.choice import chosen, complete_ones
+from megatron_s3.mcore.state import running
 from megatron_s3.storage.layout import TRACKER
 
 __all__ = ["load_base_checkpoint", "load_checkpoint", "read_metadata"]
@@ -61,6 +62,7 @@ def load_checkpoint(
 
     args = checkpointing.get_args()
     load_dir = _load_dir(args, kwargs.get("load_arg", rest[1] if len(rest) > 1 else "load"))
+    running().unlike.clear()  # of a load that another program did
     try:
         with chosen(load_dir, args, kwargs.get("checkpointing_context")):
             result = original(ddp_model, optimizer, *rest, **kwargs)
@@ -90,7 +92,7 @@ def _compare_with_weights(model: Any, optimizer: Any) -> None:
     """Raises ValueError on all ranks where one has loaded main parameters of other weights."""
     if optimizer is None:
         return
-    unlike = shards.unlike_weights(optimizer, model if isinstance(model, list) else [model])
+    unlike = shards.unlike_weights(model if isinstance(model, list) else [model])
     raise_first(
         f"the main parameters that were loaded of {unlike[0]} ({len(unlike)} in all on this rank) "
         "are not those of its weights. Megatron-LM up to 0.19.2 saves them so with "

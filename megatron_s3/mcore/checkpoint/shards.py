@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_s3.mcore.one_pass import is_plain
+from megatron_s3.mcore.state import running
 
 __all__ = [
     "get_parameter_state_dp_reshardable",
@@ -123,7 +125,7 @@ def _without_gaps(
     return parts or [{"gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True}]
 
 
-def note_unlike(optimizer: Any, model_param: Tensor, tensors: dict[str, Any]) -> None:
+def note_unlike(optimizer: Any, model_param: Parameter, tensors: dict[str, Any]) -> None:
     """Remembers a parameter for :func:`unlike_weights`, before its main parameter is loaded.
 
     Args:
@@ -142,22 +144,18 @@ def note_unlike(optimizer: Any, model_param: Tensor, tensors: dict[str, Any]) ->
     # Above what any weight's precision rounds away, four bits of it included.
     differ = (main - weight).abs() > torch.maximum(main.abs(), weight.abs()) / 4 + 1e-6
     if 2 * int(differ.sum()) > weight.numel():
-        vars(optimizer).setdefault("_unlike_weights", []).append(model_param)
+        running().unlike.append(model_param)
 
 
-def unlike_weights(optimizer: Any, model: Iterable[torch.nn.Module]) -> list[str]:
+def unlike_weights(model: Iterable[torch.nn.Module]) -> list[str]:
     """Returns names of parameters whose main parameters, as loaded last, are not the weights.
 
     More than half of their elements differ by more than rounding explains.
 
     Args:
-        optimizer: Megatron's, or a chain of them.
         model: the chunks of the model, for the names.
     """
-    found = [
-        param
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
-        for param in vars(part).pop("_unlike_weights", [])
-    ]
+    training = running()
+    found, training.unlike = training.unlike, []
     names = {param: name for chunk in model for name, param in chunk.named_parameters()}
     return [names.get(param, "a parameter") for param in found]

@@ -182,7 +182,7 @@ def test_another_optimizer_leaves_out_what_was_the_other_ones(tmp_path, capsys):
     assert config.arguments["ademamix_beta1"] == "0.8"
     said = capsys.readouterr().err
     assert "--set optimizer=ademamix: optimizer ademamix takes the place of s3" in said
-    assert "s3_beta (configs/tiny-s3.yaml:6)" in said
+    assert "s3_beta (configs/tiny-s3.yaml:7)" in said
     both = load(["tiny-s3"], ["s3_p=2", "optimizer=ademamix"])  # which the check refuses
     assert both.arguments["s3_p"] == "2" and "s3_beta" not in both.arguments
     same = load(["tiny-s3"], ["optimizer=s3", "s3_beta=0.9"])

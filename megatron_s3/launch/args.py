@@ -8,6 +8,7 @@ have to become before any of it is given out; what cannot be followed is refused
 """
 
 import argparse
+import itertools
 import re
 import shlex
 import shutil
@@ -73,17 +74,15 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
     from megatron_s3.optimizers import S3  # and torch with it, which --help does without
 
     rules = Rules(lr_factor, S3.description.name)
-    before = _follow(text)
-    launches = _launches(text, before, rules.optimizer)
-    attempts = [
-        Edits(text, rules, where_set, beside_lr, outermost)
-        for where_set in (True, False)
-        for beside_lr in (True, False)
-        for outermost in (True, False)
-    ]
+    try:
+        before = _follow(text)
+        launches = _launches(text, before, rules.optimizer)
+    except LaunchError as error:
+        raise LaunchError(f"{line(text, error.place)}{error}") from error
     reason = ""
     tried: set[str] = set()
-    for edits in attempts:
+    for way in itertools.product((True, False), repeat=3):
+        edits = Edits(text, rules, *way)
         try:
             for launch in launches:
                 edits.launch(launch)
@@ -104,8 +103,8 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
 
 
 def _follow(text: str) -> Trace:
+    names = frozenset(_AFTER_FLAG.findall(text))
     try:
-        names = frozenset(_AFTER_FLAG.findall(text))
         return trace(text, lambda part: tuple(_WATCHED.findall(part)), names)
     except ShellError as error:
         raise LaunchError(f"{line(text, error.place)}{error}") from error
@@ -113,15 +112,13 @@ def _follow(text: str) -> Trace:
 
 def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:
     """Returns AdamW's launches in the text, each once for each way on which it differs."""
-    try:
-        launches = find(found)
-    except LaunchError as error:
-        raise LaunchError(f"{line(text, error.place)}{error}") from error
+    launches = find(found)
     left = unused(text, found, launches)
     if left is not None:
         raise LaunchError(
-            f"{line(text, left)}nothing that can be followed from here takes this --lr: call what "
-            "it belongs to in the same script, write the launch out, or remove it"
+            "nothing that can be followed from here takes this --lr: call what it belongs to in "
+            "the same script, write the launch out, or remove it",
+            left,
         )
     if not any(launch.flags() for launch in launches):
         raise LaunchError(
@@ -129,10 +126,7 @@ def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:
             "trainer, or the arguments alone"
         )
     for launch in launches:
-        try:
-            _check(launch, optimizer)
-        except LaunchError as error:
-            raise LaunchError(f"{line(text, launch.place)}{error}") from error
+        _check(launch, optimizer)
     return launches
 
 
@@ -143,14 +137,18 @@ def _check(launch: Launch, optimizer: str) -> None:
             if UNKNOWN in old:
                 raise LaunchError(
                     f"--optimizer {shown(flag.value)} is known only when the script runs: write "
-                    "its name out"
+                    "its name out",
+                    launch.place,
                 )
             if old == optimizer:
-                raise LaunchError(f"it is a launch of S3's already (--optimizer {old})")
+                raise LaunchError(
+                    f"it is a launch of S3's already (--optimizer {old})", launch.place
+                )
             if old not in _ADAM:
                 raise LaunchError(
                     f"--optimizer {old}: the rules are for launches of AdamW's (--optimizer "
-                    "adam), which the paper compares with"
+                    "adam), which the paper compares with",
+                    launch.place,
                 )
         elif flag.name in (*TIMES, *OVER):
             try:
@@ -158,23 +156,20 @@ def _check(launch: Launch, optimizer: str) -> None:
             except InvalidOperation:
                 raise LaunchError(
                     f"{flag.name} {shown(flag.value)} is no number here: write the number out, or "
-                    "set it in the script"
+                    "set it in the script",
+                    launch.place,
                 ) from None
 
 
 def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str]:
     """Returns what has to be seen to by hand, each once."""
-    found: dict[str, None] = {}
+    found: list[str] = []
     for launch in launches:
-        texts = [value(word) for word in launch.words[max(launch.arguments, 0) :]]
-        for what in (
-            *_of_program(launch),
-            *_refused(launch, texts),
-            *_of_checkpoints(launch, texts, lr_factor),
-            *_of_flags_elsewhere(text, launch, texts),
-        ):
-            found.setdefault(what)
-    return list(found)
+        found += _of_program(launch)
+        found += _refused(launch)
+        found += _of_checkpoints(launch, lr_factor)
+        found += _of_flags_elsewhere(text, launch)
+    return list(dict.fromkeys(found))
 
 
 def _of_program(launch: Launch) -> Iterator[str]:
@@ -190,11 +185,11 @@ def _of_program(launch: Launch) -> Iterator[str]:
         )
 
 
-def _refused(launch: Launch, texts: Sequence[str]) -> Iterator[str]:
+def _refused(launch: Launch) -> Iterator[str]:
     from megatron_s3.mcore.arguments import UNSUPPORTED
 
     for _, flag, reason in UNSUPPORTED:
-        if _has(texts, flag):
+        if _has(launch, flag):
             yield f"{flag} is refused with S3: {reason}"
     for flag in _STATES:
         for dtype in _values(launch, flag):
@@ -204,13 +199,13 @@ def _refused(launch: Launch, texts: Sequence[str]) -> Iterator[str]:
         if dtype != "fp32":
             yield f"--main-params-dtype {dtype} is refused with S3: leave it out"
     aware, sharded = "--use-precision-aware-optimizer", "--use-distributed-optimizer"
-    if _has(texts, aware) and not _has(texts, sharded):
+    if _has(launch, aware) and not _has(launch, sharded):
         yield f"{aware} is refused with S3 without {sharded}"
 
 
-def _of_checkpoints(launch: Launch, texts: Sequence[str], lr_factor: str) -> Iterator[str]:
+def _of_checkpoints(launch: Launch, lr_factor: str) -> Iterator[str]:
     for folder in _values(launch, "--load"):
-        if not _has(texts, "--no-load-optim") and not _has(texts, "--finetune"):
+        if not _has(launch, "--no-load-optim") and not _has(launch, "--finetune"):
             yield (
                 f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert "
                 f"{folder} NEW --to s3 --lr-factor {lr_factor}` makes a checkpoint that "
@@ -218,19 +213,19 @@ def _of_checkpoints(launch: Launch, texts: Sequence[str], lr_factor: str) -> Ite
                 "and there, goes better. --no-load-optim takes the weights alone"
             )
     for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
-        if _has(texts, flag):
+        if _has(launch, flag):
             yield f"{flag}: what the checkpoint was saved with is taken, and not what stands here"
 
 
-def _of_flags_elsewhere(text: str, launch: Launch, texts: Sequence[str]) -> Iterator[str]:
+def _of_flags_elsewhere(text: str, launch: Launch) -> Iterator[str]:
     if launch.bare:
         yield (
             f"{line(text, launch.place)}flags of AdamW's that come from elsewhere (a variable "
             "of the environment, a file that is read) stay as they are"
         )
-    elif not _has(texts, "--lr"):
+    elif not _has(launch, "--lr"):
         yield f"no --lr in it: S3's is {LR_FACTOR} times AdamW's"
-    if _has(texts, "--config"):
+    if _has(launch, "--config"):
         yield "--config: what that file holds was not read"
     for word in launch.words[launch.arguments :]:
         name = shown(word)
@@ -238,8 +233,8 @@ def _of_flags_elsewhere(text: str, launch: Launch, texts: Sequence[str]) -> Iter
             yield f"{name} is not known here: flags of AdamW's that it may hold stay as they are"
 
 
-def _has(texts: Sequence[str], flag: str) -> bool:
-    return any(text == flag or text.startswith(flag + "=") for text in texts)
+def _has(launch: Launch, flag: str) -> bool:
+    return any(text.partition("=")[0] == flag for text in launch.texts)
 
 
 def _values(launch: Launch, flag: str) -> Iterator[str]:

@@ -84,7 +84,7 @@ def _check(config: Config, words: list[str]) -> argparse.Namespace:
         named = [
             f"{name} ({config.where(name)})"
             for name in config.arguments
-            if re.search(rf"(?<![\w-])(--)?{_pattern(name)}(?![\w-])", str(error))
+            if re.search(rf"(?<![\w-])(--)?{name.replace('_', '[-_ ]')}(?![\w-])", str(error))
         ]
         named += [
             f"{name}={value} ({config.origins.get(f'launch.environment.{name}', 'a default')})"
@@ -95,10 +95,6 @@ def _check(config: Config, words: list[str]) -> argparse.Namespace:
         ours = isinstance(error.__cause__ or error, Refused)
         who = "" if ours else "Megatron refuses it: "
         raise ConfigError(f"{config.name}: {who}{error}{place}") from error
-
-
-def _pattern(name: str) -> str:
-    return re.escape(name).replace("_", "[-_ ]")
 
 
 def arithmetic(config: Config) -> dict[str, int]:

@@ -8,7 +8,25 @@ from megatron_s3.launch.config import Config, ConfigError
 from megatron_s3.launch.content import cache_folder
 from megatron_s3.launch.progress import load_folder, save_folder
 
-__all__ = ["megatron_words", "torchrun"]
+__all__ = ["MEETING", "first_node", "megatron_words", "torchrun"]
+
+#: Arguments of Megatron's that name what is trained on.
+_DATA = (
+    *("data_path", "train_data_path", "mock_data"),
+    *("data_args_path", "per_split_data_args_path"),
+)
+
+#: torchrun's options for where the nodes meet, and the variables that give them.
+MEETING = {
+    "node-rank": "SLURM_NODEID",
+    "master-addr": "MASTER_ADDR",
+    "master-port": "MASTER_PORT",
+}
+
+
+def first_node() -> bool:
+    """Returns whether this node is the one that speaks for all nodes of a job."""
+    return os.environ.get("SLURM_NODEID", "0") == "0"
 
 
 def megatron_words(config: Config, run_dir: Path) -> list[str]:
@@ -26,16 +44,7 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
             words += data.megatron_arguments(config.dataset)
         except data.DataError as error:
             raise ConfigError(f"{config.origins['dataset']}: dataset: {error}") from error
-    elif (
-        not {
-            "data_path",
-            "train_data_path",
-            "mock_data",
-            "data_args_path",
-            "per_split_data_args_path",
-        }
-        & given.keys()
-    ):
+    elif given.keys().isdisjoint(_DATA):
         raise ConfigError(
             f"{config.name}: nothing to train on; --set dataset=PREFIX names what `megatron-s3 "
             "data` wrote (or data_path=PREFIX a dataset of Megatron's, or mock_data=true)"
@@ -58,28 +67,14 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
         ConfigError: the SLURM job has another number of nodes, or does not say where they meet.
     """
     launch = config.launch
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={launch.nproc_per_node}",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += [f"--nproc-per-node={launch.nproc_per_node}"]
     if launch.nodes == 1:
         # The address, because a container's host name may not resolve.
         command += ["--standalone", "--local-addr=127.0.0.1"]
     else:
-        rank, address, port = (
-            os.environ.get(name) for name in ("SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT")
-        )
-        command += [
-            f"--nnodes={launch.nodes}",
-            f"--node-rank={rank or '$SLURM_NODEID'}",
-            f"--master-addr={address or '$MASTER_ADDR'}",
-            f"--master-port={port or '$MASTER_PORT'}",
-        ]
-    program = (
-        ["-m", "megatron_s3", launch.script]
-        if launch.script
-        else ["-m", "megatron_s3.pretrain_gpt"]
-    )
-    return [*command, *program, *words]
+        command += [f"--nnodes={launch.nodes}"]
+        for option, name in MEETING.items():
+            command += [f"--{option}={os.environ.get(name) or f'${name}'}"]
+    program = ["megatron_s3", launch.script] if launch.script else ["megatron_s3.pretrain_gpt"]
+    return [*command, "-m", *program, *words]

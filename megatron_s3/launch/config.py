@@ -231,7 +231,9 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: this is not a YAML value: {_problem(error)}") from error
+        # What is wrong, without the text that it is wrong in.
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(f"{origin}: this is not a YAML value: {problem}") from error
     value = None if node is None else _value(node, origin, key)
     section, dot, name = key.partition(".")
     if key == "dataset":
@@ -246,11 +248,6 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
         merged[key] = (value, origin)
     else:
         _put(section, name, value, origin, merged)
-
-
-def _problem(error: yaml.YAMLError) -> str:
-    """Returns what is wrong, without the text that it is wrong in."""
-    return str(getattr(error, "problem", None) or type(error).__name__)
 
 
 def _resolve(name: str, merged: dict[str, tuple[Value, Origin]]) -> Config:

@@ -251,7 +251,7 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
             _remove(got, [name, new_value])
     _compare_words(wanted, got, notes)
     words = tuple(tuple(Char(c, 0, 0) for c in word) for word in texts[1])
-    found = {f.name: value(f.value) for f in Launch(words, -1, size, True, 0).flags()}
+    found = {f.name: value(f.value) for f in Launch(words, -1, size, True, None).flags()}
     if any(found.get(name) != wanted_value for name, wanted_value in last.items()):
         raise WrongEdit("a flag that is added would be in force in place of one that is given")
 

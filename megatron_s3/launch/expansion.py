@@ -133,18 +133,12 @@ class Expansion:
         if operator == "?":
             found = None
         elif "+" in operator or (operator and (found is None or not any(found))):
-            return self._rest(part, via, state), False
+            found, separate = (self.join(part.rest or [], state),), False
         if found is None:
             return [(_unknown(part, _written(part)),)], separate
         return [
             tuple(char._replace(via=char.via + via) for char in item) for item in found
         ], separate
-
-    def _rest(
-        self, part: Variable, via: tuple[tuple[int, int], ...], state: State
-    ) -> list[Argument]:
-        found = self.join(part.rest or [], state)
-        return [tuple(char._replace(via=char.via + via) for char in found)]
 
 
 def _names(text: str) -> set[str]:

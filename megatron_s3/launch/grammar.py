@@ -173,7 +173,8 @@ class _Parser(Words):
                 while word := self.word():
                     found.words.append(word)
             else:
-                found.words.append([_params(self.chars[self.at - 1])])
+                at = self.chars[self.at - 1]
+                found.words.append([Variable("@", "@", "", None, True, at, (at.start, at.end))])
         if self.peek() == ";":
             self.take(";")
         found.children.append(self.body())
@@ -287,7 +288,3 @@ class _Parser(Words):
         elif ">" in found[2] and found[2] != ">&" and found[1] != "2":
             node.redirected = True
         return True
-
-
-def _params(at: Char) -> Variable:
-    return Variable("@", "@", "", None, True, at, (at.start, at.end))

@@ -18,16 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_s3.launch import lock, provenance, slurm
-from megatron_s3.launch.check import (
-    arithmetic,
-    ask_megatron,
-    refuse_missing_gpus,
-    schedule,
-)
-from megatron_s3.launch.commands import megatron_words, torchrun
+from megatron_s3.launch.check import arithmetic, ask_megatron, refuse_missing_gpus, schedule
+from megatron_s3.launch.commands import MEETING, first_node, megatron_words, torchrun
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.content import changed
-from megatron_s3.launch.output import first_node
 from megatron_s3.launch.progress import (
     Progress,
     continued,
@@ -223,23 +217,19 @@ def _ended(status: int, before: Progress, after: Progress, asked_by: str | None)
     return 1
 
 
-def _alone(config: Config, run_dir: Path) -> contextlib.AbstractContextManager[dict[str, str]]:
+@contextlib.contextmanager
+def _alone(config: Config, run_dir: Path) -> Iterator[dict[str, str]]:
     """Holds the run's folder and that of its checkpoints, on the first node, for all of them."""
     folders = [run_dir, save_folder(config, run_dir)]
     if not first_node():
-        return contextlib.nullcontext(lock.variable(folders))
-    return _held(folders)
-
-
-@contextlib.contextmanager
-def _held(folders: list[Path]) -> Iterator[dict[str, str]]:
+        yield lock.variable(folders)
+        return
     with contextlib.ExitStack() as stack:
         try:
             held = stack.enter_context(lock.hold(folders))
         except OSError as error:  # no checkpoint could be written there
-            raise ConfigError(f"cannot write to {' and '.join(map(str, folders))}: {error}") from (
-                error
-            )
+            named = " and ".join(map(str, folders))
+            raise ConfigError(f"cannot write to {named}: {error}") from error
         yield held
 
 
@@ -252,7 +242,7 @@ def _check_job(config: Config, dry_run: bool) -> None:
             f"nodes; submit with --nodes={config.launch.nodes}, or --set launch.nodes={nodes}"
         )
     if config.launch.nodes > 1 and not dry_run:
-        missing = [n for n in ("SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+        missing = [name for name in MEETING.values() if name not in os.environ]
         if missing:
             raise ConfigError(
                 f"{config.launch.nodes} nodes, but {', '.join(missing)} is not set: submit with "

@@ -1,8 +1,9 @@
 """The launches of Megatron's trainer among the commands of a script, and the places in its text."""
 
+import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 
 from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch import grammar, shell
@@ -76,7 +77,7 @@ class Launch:
             only arguments are there.
         arguments: the index of the first word behind the program.
         registered: whether the plugin is started already (``-m megatron_s3``).
-        place: where it stands in the text.
+        place: where it stands in the text; None if it is made of what variables hold.
         bare: whether, on this way through the script, it has none of `FLAGS`.
     """
 
@@ -84,8 +85,13 @@ class Launch:
     trainer: int
     arguments: int
     registered: bool
-    place: int
+    place: int | None
     bare: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        """Returns the arguments as strings."""
+        return [value(word) for word in self.words[self.arguments :]]
 
     def flags(self) -> list[Flag]:
         """Returns those of `FLAGS` that are there, in order.
@@ -100,12 +106,12 @@ class Launch:
                 continue
             if equals:
                 if len(word) == len(name) + 1:
-                    raise LaunchError(f"{name} has no value")
+                    raise LaunchError(f"{name} has no value", self.place)
                 found.append(Flag(name, number, word[: len(name)], word[len(name) + 1 :], True))
                 continue
             following = self.words[number + 1] if number + 1 < len(self.words) else ()
             if not following or value(following).startswith("--"):
-                raise LaunchError(f"{name} has no value")
+                raise LaunchError(f"{name} has no value", self.place)
             found.append(Flag(name, number, word, following, False))
         return found
 
@@ -133,7 +139,7 @@ def find(found: Trace) -> list[Launch]:
         return [Launch(words, -1, 0, False, alone[0].place)]
     if any(_starts_python(command) for command in found.commands):
         return []  # variables that a script holds are no launch, where it starts something
-    ends = [Launch(words, -1, 0, False, 0) for words in map(_held, found.ends) if words]
+    ends = [Launch(words, -1, 0, False, None) for words in map(_held, found.ends) if words]
     return [each for each in ends if each.flags()]
 
 
@@ -182,26 +188,14 @@ def _held(state: State) -> tuple[Argument, ...]:
     for items in state.variables.values():
         split: list[Argument] = []
         for item in items:
-            current: list[Char] = []
-            for char in (*item, Char(" ", 0, 0)):
-                if not char.c.isspace():
-                    current.append(char)
-                elif current:
-                    split.append(tuple(current))
-                    current = []
+            groups = itertools.groupby(item, lambda char: char.c.isspace())
+            split += [tuple(chars) for blank, chars in groups if not blank]
         if _has_flags(split):
             words += split
     return tuple(words)
 
 
 def _launch(command: Command) -> Launch:
-    try:
-        return _described(command)
-    except LaunchError as error:
-        raise LaunchError(str(error), command.place) from error
-
-
-def _described(command: Command) -> Launch:
     texts = [value(word) for word in command.words]
     limit = next(i for i, text in enumerate(texts) if text.partition("=")[0] in FLAGS)
     launcher: int | None = None
@@ -233,7 +227,8 @@ def _described(command: Command) -> Launch:
                 raise LaunchError(
                     f"{shown(command.words[at])} is started by {shown(command.words[0])}, not by "
                     "python or torchrun: -m megatron_s3 cannot be put before it; start it with "
-                    "python or torchrun"
+                    "python or torchrun",
+                    command.place,
                 )
         at += 1
     if trainer is None and launcher is not None and texts[launcher] != UNKNOWN and at == limit:
@@ -242,7 +237,8 @@ def _described(command: Command) -> Launch:
         raise LaunchError(
             f"{shown(command.words[0])} is given {texts[limit].partition('=')[0]}, and which "
             "program it starts with it cannot be seen here: translate the script that starts the "
-            "trainer, or write the launch out"
+            "trainer, or write the launch out",
+            command.place,
         )
     by_module = texts[trainer] in ("-m", "--module")
     name = texts[trainer + 1] if by_module else ""
@@ -294,13 +290,8 @@ def place(chars: Sequence[Char], beside: Char) -> tuple[int, int]:
 
 def _common(char: Char, other: Char) -> int:
     """Returns how many places of expansion two characters share, from the outermost."""
-    common = 0
-    while (
-        common < min(len(char.via), len(other.via))
-        and char.via[-1 - common] == other.via[-1 - common]
-    ):
-        common += 1
-    return common
+    pairs = zip(reversed(char.via), reversed(other.via), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
@@ -315,25 +306,12 @@ def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
     return None
 
 
-def _written(node: object) -> list[Char]:
-    """Returns all characters that stand in a tree's words, without its comments."""
-    if isinstance(node, shell.Literal):
-        return node.chars
-    if isinstance(node, Char):
-        return [node]
-    if isinstance(node, list | tuple):
-        return [char for each in node for char in _written(each)]
-    if isinstance(node, shell.HereDocument):
-        return node.chars
-    inside: tuple[object, ...]
-    if isinstance(node, shell.Node):
-        inside = (node.children, node.words, node.assignments, node.here)
-    elif isinstance(node, shell.Assignment):
-        inside = (node.value, node.items)
-    elif isinstance(node, shell.Variable):
-        inside = (node.rest,)
-    elif isinstance(node, shell.Substitution):
-        inside = (node.body,)
-    else:
-        return []
-    return [char for each in inside for char in _written(each)]
+def _written(part: object) -> Iterator[Char]:
+    """Yields all characters that stand in a tree's words, without its comments."""
+    if isinstance(part, Char):
+        yield part
+    elif isinstance(part, list | tuple):
+        for each in part:
+            yield from _written(each)
+    elif is_dataclass(part):
+        yield from _written(list(vars(part).values()))

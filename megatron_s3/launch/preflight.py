@@ -29,31 +29,20 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_s3.launch.blame import blame, rounds
+from megatron_s3.launch.check import environment
+from megatron_s3.launch.config import Config, ConfigError
 from megatron_s3.launch.meeting import Meeting, Node
-from megatron_s3.launch.node_checks import (
-    all_reduce,
-    computes,
-    disk,
-    first_line,
-    mark,
-    not_shared,
-)
-
-if TYPE_CHECKING:
-    from megatron_s3.launch.config import Config
+from megatron_s3.launch.node_checks import all_reduce, computes, disk, first_line, mark, not_shared
+from megatron_s3.launch.progress import progress, save_folder
+from megatron_s3.launch.selection import add_config_arguments, add_run_arguments, resolve
 
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the preflight on this node; see the module."""
-    from megatron_s3.launch.check import environment
-    from megatron_s3.launch.config import ConfigError
-    from megatron_s3.launch.selection import add_config_arguments, add_run_arguments, resolve
-
     parser = argparse.ArgumentParser(
         prog="python -m megatron_s3.launch.preflight",
         description="Check the disk, the devices and the network of every node of a SLURM job.",
@@ -73,20 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of stack frames
     try:
         config, run_dir = resolve(args)
+        with environment(config):
+            return _preflight(args, config, run_dir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with environment(config):
-        return _preflight(args, config, run_dir)
 
 
-def _preflight(args: argparse.Namespace, config: "Config", run_dir: Path) -> int:
+def _preflight(args: argparse.Namespace, config: Config, run_dir: Path) -> int:
     """Looks at this node and the others in the ranks' environment; returns the exit status."""
-    from megatron_s3.launch.config import ConfigError
-    from megatron_s3.launch.progress import progress, save_folder
-
+    so_far = progress(config, run_dir)
     try:
-        so_far = progress(config, run_dir)
         devices = _devices(config.arguments.get("plugin_device"), config.launch.nproc_per_node)
         node = Node(
             rank=int(os.environ["SLURM_NODEID"]),
@@ -96,9 +82,6 @@ def _preflight(args: argparse.Namespace, config: "Config", run_dir: Path) -> int
             backends=_backends(devices, bool(config.arguments.get("disable_gloo_process_groups"))),
             timeout=args.timeout,
         )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyError as error:
         print(f"error: {error.args[0]} is not set: run this in a SLURM step", file=sys.stderr)
         return 2

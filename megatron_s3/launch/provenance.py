@@ -17,6 +17,7 @@ import yaml
 
 import megatron_s3
 from megatron_s3.launch import private
+from megatron_s3.launch.commands import first_node
 from megatron_s3.launch.config import Config
 from megatron_s3.launch.redact import environment, redact, redact_word
 from megatron_s3.log import say_here
@@ -39,7 +40,7 @@ def record(run_dir: Path, config: Config, command: list[str]) -> None:
     attempt.mkdir(parents=True, exist_ok=True)
     host = platform.node()
     private.write(attempt / f"node-{host}.json", json.dumps(_node(), indent=2) + "\n")
-    if os.environ.get("SLURM_NODEID", "0") != "0":
+    if not first_node():
         return
     resolved = config.yaml()
     _say_changes(run_dir / "config.yaml", resolved)
@@ -73,7 +74,6 @@ def _say_changes(path: Path, resolved: str) -> None:
     """Prints which values of the run differ from its last attempt's."""
     if not path.is_file():
         return
-
     before, now = _values(path.read_text(encoding="utf-8")), _values(resolved)
     if before != now:
         gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))

@@ -57,7 +57,12 @@ def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
     """
     config = load([args.config, *args.overlay], args.sets)
     if not config.array:
-        _refuse_task(config, args)
+        # $SLURM_ARRAY_TASK_ID alone says nothing: jobs that follow one another can be an array too.
+        if args.task is not None:
+            raise ConfigError(
+                f"--task {args.task}: {config.name} is one run, since no file gives an array; "
+                "leave --task out, or add what differs between the runs (--set array.seed=[1,2])"
+            )
         return config, run_dir_of(args)
     tasks = array_tasks(config)
     task = args.task
@@ -72,15 +77,6 @@ def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
         raise ConfigError(f"--task {task}: the array has the runs 0 to {len(tasks) - 1}")
     name, sets = list(tasks.items())[task]
     return load([args.config, *args.overlay], [*args.sets, *sets]), run_dir_of(args) / name
-
-
-def _refuse_task(config: Config, args: argparse.Namespace) -> None:
-    # $SLURM_ARRAY_TASK_ID alone says nothing: jobs that follow one another can be an array too.
-    if args.task is not None:
-        raise ConfigError(
-            f"--task {args.task}: {config.name} is one run, since no file gives an array; leave "
-            "--task out, or add what differs between the runs (--set array.seed=[1,2])"
-        )
 
 
 def run_dir_of(args: argparse.Namespace) -> Path:

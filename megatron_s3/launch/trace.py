@@ -4,8 +4,9 @@ Branches are taken and not taken, loops run once, functions are followed into.  
 is given as its characters after expansion, each with the places that it came from.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_s3.launch import grammar, shell
@@ -22,7 +23,7 @@ _ITEMS = 16
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
 _PRINTS = {"echo", "printf", "logger", "print"}
 _WRITES = {"cat", "tee"}
-_READS = {"sh", "bash", "dash", "zsh", "ksh", "sbatch", "srun", "ssh", "qsub", "bsub", "salloc"}
+_READS = {*_SHELLS, "sbatch", "srun", "ssh", "qsub", "bsub", "salloc"}
 
 
 @dataclass(frozen=True)
@@ -243,14 +244,11 @@ class _Tracer(Expansion):
     def _call(
         self, node: Node, body: Node, arguments: Sequence[Argument], state: State
     ) -> list[State]:
-        self.depth += 1
-        if self.depth > _DEPTH:
-            raise ShellError("functions call one another too deeply", node.at)
         exits = len(self.exits)
-        ended = self.run(body, [replace(state, parameters=tuple(arguments))])
+        with self._deeper("functions", node):
+            ended = self.run(body, [replace(state, parameters=tuple(arguments))])
         returned = [each for each in self.exits[exits:] if each.variables.get("?return")]
         self.exits[exits:] = [e for e in self.exits[exits:] if not e.variables.get("?return")]
-        self.depth -= 1
         after = [*ended, *(each.without("?return") for each in returned)]
         return [replace(each, parameters=state.parameters) for each in after]
 
@@ -291,19 +289,29 @@ class _Tracer(Expansion):
                 self._inner(body, child, node)
 
     def _inner(self, text: Sequence[Char], state: State, node: Node) -> None:
-        """Follows a script inside a word or a here-document."""
+        """Follows a script inside a word or a here-document, which a program runs."""
+        exits = len(self.exits)
+        self._script(text, replace(state, parameters=None), node, "in this text")
+        del self.exits[exits:]
+
+    def _script(self, text: Sequence[Char], state: State, node: Node, which: str) -> list[State]:
+        """Returns the states after the commands of a text."""
+        with self._deeper(f"commands {which}", node):
+            try:
+                return self.run(grammar.parse(text), [state])
+            except ShellError as error:
+                if self.watched(value(text)):
+                    raise ShellError(
+                        f"the commands {which} cannot be read ({error})", node.at
+                    ) from error
+                return [state]
+
+    @contextlib.contextmanager
+    def _deeper(self, what: str, node: Node) -> Iterator[None]:
         self.depth += 1
         if self.depth > _DEPTH:
-            raise ShellError("scripts stand in one another too deeply", node.at)
-        exits = len(self.exits)
-        try:
-            self.run(grammar.parse(text), [replace(state, parameters=None)])
-        except ShellError as error:
-            if self.watched(value(text)):
-                raise ShellError(
-                    f"the commands in this text cannot be read ({error})", node.at
-                ) from (error)
-        del self.exits[exits:]
+            raise ShellError(f"{what} call one another too deeply", node.at)
+        yield
         self.depth -= 1
 
     # Builtins.
@@ -327,19 +335,7 @@ class _Tracer(Expansion):
         for word in words[1:]:
             last = word[-1] if word else Char(" ", 0, 0)
             text += [*word, Char(" ", last.end, last.end, last.via)]
-        self.depth += 1
-        if self.depth > _DEPTH:
-            raise ShellError("eval calls itself too deeply", node.at)
-        try:
-            after = self.run(grammar.parse(text), [state])
-        except ShellError as error:
-            if self.watched(value(text)):
-                raise ShellError(
-                    f"the commands of eval cannot be read ({error})", node.at
-                ) from error
-            after = [state]
-        self.depth -= 1
-        return after
+        return self._script(text, state, node, "of eval")
 
     def _do_set(self, node: Node, words: list[Argument], state: State) -> list[State]:
         given = [value(word) for word in words]

@@ -95,20 +95,11 @@ class Words:
     def here_documents(self) -> None:
         """Reads the here-documents that begin in the next line."""
         for end, tabs, document in self.waiting:
-            start = self.at
-            while True:
-                if self.at >= len(self.text):
-                    line_end = stop = self.at
-                    break
-                line_end = self.text.find("\n", self.at)
-                line_end = len(self.text) if line_end < 0 else line_end
-                line = self.text[self.at : line_end]
-                if (line.lstrip("\t") if tabs else line) == end:
-                    stop = self.at
-                    break
-                self.at = line_end + 1
-            self.at = min(line_end + 1, len(self.text))
-            document.chars = self.chars[start:stop]
+            indent = r"\t*" if tabs else ""
+            line = re.compile(rf"^{indent}{re.escape(end)}$\n?", re.MULTILINE)
+            found = line.search(self.text, self.at)
+            stop, after = found.span() if found else (len(self.text), len(self.text))
+            document.chars, self.at = self.chars[self.at : stop], after
         self.waiting = []
 
     # Words.
@@ -126,7 +117,7 @@ class Words:
             if self.text.startswith("\\\n", self.at):
                 self.at += 2
             elif c in "<>" and self.text.startswith("(", self.at + 1):
-                parts.append(self.substitution(self.at + 2, False))
+                parts.append(self.substitution(False))
             elif ends(c):
                 break
             elif c == "\\":
@@ -213,16 +204,13 @@ class Words:
                 end += 2 if self.text[end] == "\\" else 1
             if end >= len(self.text):
                 raise self.error("a ` without its end")
-            inside = self.chars[self.at + 1 : end]
-            text = self.text[self.at : end + 1]
-            self.at = end + 1
-            return Substitution(
-                type(self)(inside).script(), text, quoted, at, (at.start, self.chars[end].end)
-            )
+            start, self.at = self.at, end + 1
+            body = type(self)(self.chars[start + 1 : end]).script()
+            return self.substituted(body, start, quoted)
         if self.text.startswith("$((", self.at):
             return self.arithmetic(quoted)
         if self.text.startswith("$(", self.at):
-            return self.substitution(self.at + 2, quoted)
+            return self.substitution(quoted)
         if self.text.startswith("${", self.at):
             return self.braces(quoted)
         name = re.compile(r"[A-Za-z_]\w*|[0-9@*#?$!-]").match(self.text, self.at + 1)
@@ -283,7 +271,7 @@ class Words:
 
     def arithmetic(self, quoted: bool) -> Substitution:
         """Reads ``$((...))``, whose value is not known."""
-        start, at = self.at, self.chars[self.at]
+        start = self.at
         self.at += 1
         depth = 0
         while self.at < len(self.text):
@@ -295,16 +283,19 @@ class Words:
         if depth:
             self.at = start
             raise self.error("a $(( without its end")
-        text = self.text[start : self.at]
-        return Substitution(None, text, quoted, at, (at.start, self.chars[self.at - 1].end))
+        return self.substituted(None, start, quoted)
 
-    def substitution(self, inside: int, quoted: bool) -> Substitution:
-        """Reads ``$(...)``, or ``<(...)``, whose commands begin at ``inside``."""
-        start, at = self.at, self.chars[self.at]
+    def substitution(self, quoted: bool) -> Substitution:
+        """Reads ``$(...)``, or ``<(...)``."""
+        start = self.at
         waiting, self.waiting = self.waiting, []
-        self.at = inside
+        self.at += 2
         body = self.sequence((")",))
         self.take(")")
         self.waiting = waiting
-        text = self.text[start : self.at]
+        return self.substituted(body, start, quoted)
+
+    def substituted(self, body: Node | None, start: int, quoted: bool) -> Substitution:
+        """Returns a substitution that has been read, from ``start`` on."""
+        at, text = self.chars[start], self.text[start : self.at]
         return Substitution(body, text, quoted, at, (at.start, self.chars[self.at - 1].end))

@@ -122,7 +122,8 @@ def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table:
         largest = [
             max(v for _, v in run.update("max_abs")) for run in final if run.update("max_abs")
         ]
-        row = [label, f"{final[0].lr:g}", _between(rates), _mean(losses), _spread(losses)]
+        mean = f"{statistics.fmean(losses):.4f}"
+        row = [label, f"{final[0].lr:g}", _between(rates), mean, _spread(losses)]
         row += [_difference(final, other) for other in against.values()]
         row += [f"{max(largest):.3f}" if largest else NOTHING]
         row += [NOTHING if final[0].bound is None else f"{final[0].bound:.4g}"]
@@ -146,10 +147,6 @@ def _between(rates: Sequence[float]) -> str:
     if len(rates) == 1:
         return "1"
     return f"{len(rates)}, {rates[0]:g} to {rates[-1]:g}"
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.4f}"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -332,24 +329,16 @@ def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
             lengths = sorted({n for label in ends.values() for n in label})
             if reference is None or len(lengths) < 2 or len(ends) < 2:
                 continue
-            rows = []
+            first = ends.pop(reference)
+            rows = [[reference, *(f"{first[n]:.4f}" if n in first else NOTHING for n in lengths)]]
             for label, own in ends.items():
-                if label != reference:
-                    cells = [
-                        f"{own[n]:.4f} = {_ratio(own[n], n, ends[reference])}"
-                        if n in own
-                        else NOTHING
-                        for n in lengths
-                    ]
-                    rows.append([label, *cells])
-            cells = [
-                f"{ends[reference][n]:.4f}" if n in ends[reference] else NOTHING for n in lengths
-            ]
+                times = {n: f"{loss:.4f} = {_ratio(loss, n, first)}" for n, loss in own.items()}
+                rows.append([label, *(times.get(n, NOTHING) for n in lengths)])
             named = ", ".join(s.name for s in alike)
             found.append(Table(
                 f"{named}: {experiment}, final loss = so many times the steps of {reference}",
                 ["", *(f"{n:,} iterations" for n in lengths)],
-                [[reference, *cells], *rows],
+                rows,
                 f"The steps at whose end {reference} has the same loss, each with a whole schedule "
                 "of its own; between lengths interpolated on log steps.",
             ))  # fmt: skip

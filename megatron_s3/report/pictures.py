@@ -26,13 +26,17 @@ class Picture:
     Attributes:
         name: of its file, without ``.png``.
         title: what is seen, in a line.
-        figure: matplotlib's.
+        figure: matplotlib's, with the title and the names of its axes around it.
     """
 
-    def __init__(self, name: str, title: str, figure: "Figure") -> None:
+    def __init__(self, name: str, title: str, figure: "Figure", x: str = "", y: str = "") -> None:
         self.name = name.lower().replace(" ", "-")
         self.title = title
         self.figure = figure
+        figure.suptitle(title, fontsize=10)
+        if x:
+            figure.supxlabel(x, fontsize=9)
+            figure.supylabel(y, fontsize=9)
 
 
 def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture]:
@@ -141,13 +145,12 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     if known:
         low, high = known[0], known[int(0.98 * (len(known) - 1))]
         panels[0].set_ylim(low - 0.05, high + 0.6 * (high - low) + 0.1)
-    drawn.supxlabel("iteration", fontsize=9)
-    drawn.supylabel("loss, nats a token", fontsize=9)
     title = (
         f"{suite.name}, {experiment}: training loss, mean and range over seeds; marks: validation"
     )
-    drawn.suptitle(title, fontsize=10)
-    return Picture(f"{suite.name}-{experiment}-loss", title, drawn)
+    return Picture(
+        f"{suite.name}-{experiment}-loss", title, drawn, "iteration", "loss, nats a token"
+    )
 
 
 def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
@@ -170,14 +173,17 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
         panel.set_xscale("log")
         panel.set_title(f"{label}: best {best_rate(runs, label):g}", fontsize=8)
     panels[0].set_ylim(losses[0] - 0.05, losses[int(0.9 * (len(losses) - 1))] + 0.3)
-    drawn.supxlabel("peak learning rate", fontsize=9)
-    drawn.supylabel("final validation loss", fontsize=9)
     title = (
         f"{suite.name}, {experiment}: sensitivity to the learning rate; dashes: other seeds, "
         "grey: the other panels"
     )
-    drawn.suptitle(title, fontsize=10)
-    return Picture(f"{suite.name}-{experiment}-rates", title, drawn)
+    return Picture(
+        f"{suite.name}-{experiment}-rates",
+        title,
+        drawn,
+        "peak learning rate",
+        "final validation loss",
+    )
 
 
 def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:
@@ -196,7 +202,6 @@ def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:
     panel.set_xlabel("beta")
     panel.set_ylabel("p")
     title = f"{suite.name}: S3's final validation loss by p and beta"
-    drawn.suptitle(title, fontsize=10)
     return Picture(f"{suite.name}-grid", title, drawn)
 
 
@@ -216,11 +221,8 @@ def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words:
         panel.legend(fontsize=7, frameon=False)
     every = sorted(v for run in runs for _, v in run.loss if math.isfinite(v))
     panels[0].set_ylim(every[0] - 0.1, every[int(0.97 * (len(every) - 1))] + 0.3)
-    drawn.supxlabel("iteration", fontsize=9)
-    drawn.supylabel("training loss", fontsize=9)
     title = f"{suite.name}, {name}: training loss; grey bars: spikes found"
-    drawn.suptitle(title, fontsize=10)
-    return Picture(f"{suite.name}-{name}", title, drawn)
+    return Picture(f"{suite.name}-{name}", title, drawn, "iteration", "training loss")
 
 
 def _first_gradients(suite: Suite) -> Picture | None:
@@ -248,7 +250,6 @@ def _first_gradients(suite: Suite) -> Picture | None:
     title = (
         f"{suite.name}: gradient norms of the first {first['iteration']} iterations, {run.label}"
     )
-    drawn.suptitle(title, fontsize=10)
     return Picture(f"{suite.name}-first-gradients", title, drawn)
 
 
@@ -279,7 +280,6 @@ def _around_spikes(suite: Suite) -> Picture | None:
         )
         update.set_title(f"rose first: {first}", fontsize=6, loc="left")
     title = f"{suite.name}: updates and loss around spikes (grey: onset)"
-    drawn.suptitle(title, fontsize=10)
     return Picture(f"{suite.name}-spikes", title, drawn)
 
 
@@ -321,5 +321,4 @@ def _toy(path: Path) -> Picture:
     title = (
         "f = (x - 1/y)^2 / 2 + (x - 20 y)^2 / 2 from (1, 1), each at its best of 9 constant rates"
     )
-    drawn.suptitle(title, fontsize=10)
     return Picture("toy", title, drawn)

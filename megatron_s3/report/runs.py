@@ -27,8 +27,8 @@ class Trained:
         lr: peak learning rate.
         seed: of initialisation and data order.
         tags: what else tells it from others.
-        start: the log's first record.
         records: the log.
+        damage: what there is to say of lines of its log that are cut off.
     """
 
     folder: Path
@@ -38,15 +38,13 @@ class Trained:
     lr: float
     seed: int
     tags: Mapping[str, float]
-    start: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]] = field(repr=False)
+    damage: Sequence[str]
 
-    @cached_property
-    def damage(self) -> list[str]:
-        """Returns what there is to say of lines of its log that are cut off."""
-        places = (self.folder, self.folder / runlog.NAME, self.folder / "tensorboard" / runlog.NAME)
-        path = next((place for place in places if place.is_file()), None)
-        return _lines(path) if path else []
+    @property
+    def start(self) -> Mapping[str, Any]:
+        """The log's first record."""
+        return self.records[0]
 
     @cached_property
     def loss(self) -> list[tuple[int, float]]:
@@ -174,22 +172,23 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
     return suites
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    for place in (folder, folder / "tensorboard"):
-        if place.is_file() or (place / runlog.NAME).is_file():
-            path = place if place.is_file() else place / runlog.NAME
-            _lines(path)
-            records = runlog.read(place)
-            if not records or records[0]["kind"] != "start":
-                raise RunError(f"{place}: the log has no first record; was the run ever started?")
-            return records
-    raise RunError(
-        f"{folder}: no {runlog.NAME}; train with --plugin-log-updates, or --plugin-metrics, "
-        "which is for any optimizer, and --tensorboard-dir"
-    )
+def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns a run's records, and what there is to say of lines that are cut off."""
+    places = (folder, folder / runlog.NAME, folder / "tensorboard" / runlog.NAME)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise RunError(
+            f"{folder}: no {runlog.NAME}; train with --plugin-log-updates, or --plugin-metrics, "
+            "which is for any optimizer, and --tensorboard-dir"
+        )
+    damage = _cut_off(path)
+    records = runlog.read(path)
+    if not records or records[0]["kind"] != "start":
+        raise RunError(f"{path}: the log has no first record; was the run ever started?")
+    return records, damage
 
 
-def _lines(path: Path) -> list[str]:
+def _cut_off(path: Path) -> list[str]:
     """Returns what there is to say of a log's lines that were cut off, as a kill leaves them.
 
     Raises:
@@ -218,26 +217,25 @@ def _lines(path: Path) -> list[str]:
 def _experiment(folder: Path) -> Trained:
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        records = _records(folder)
         return Trained(
             folder, run["experiment"], run["label"], run["optimizer"], float(run["lr"]),
-            int(run["seed"]), run["tags"], records[0], records,
+            int(run["seed"]), run["tags"], *_read(folder),
         )  # fmt: skip
+    except RunError:
+        raise
     except (KeyError, ValueError) as error:
-        if isinstance(error, RunError):
-            raise
         raise RunError(
             f"{folder / 'run.json'}: not a run of scripts/reproduce.sh: {error}"
         ) from error
 
 
 def _run(folder: Path) -> Trained:
-    records = _records(folder)
+    records, damage = _read(folder)
     start = records[0]
     lr = float(start.get("hyperparameters", {}).get("lr") or math.nan)
     return Trained(
         folder, "runs", start.get("label") or start["optimizer"], start["optimizer"], lr,
-        int(start.get("seed") or 0), {}, start, records,
+        int(start.get("seed") or 0), {}, records, damage,
     )  # fmt: skip
 
 

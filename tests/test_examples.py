@@ -17,7 +17,10 @@ from megatron_s3.launch.check import arithmetic
 from megatron_s3.launch.config import load
 
 REPOSITORY = Path(__file__).parents[1]
-READMES = ("README.md", "docker/README.md", "patches/README.md")
+READMES = (
+    *("README.md", "docker/README.md", "patches/README.md"),
+    *("megatron_s3/telemetry/README.md", "scripts/results/README.md"),
+)
 
 #: What the scripts start with their own arguments, which they do not look at.
 _BEHIND = {
@@ -40,7 +43,10 @@ def _examples() -> list[str]:
     head = re.sub(r"^# ?", "", head, flags=re.MULTILINE).replace("\\\n", " ")
     found += [" ".join(line.split()) for line in head.splitlines() if line.startswith("    sbatch")]
     starts = ("megatron-s3 ", "python ", "./scripts/", "sbatch ")
-    return [c for c in dict.fromkeys(found) if c.startswith(starts) and "..." not in c]
+    examples = [c for c in dict.fromkeys(found) if c.startswith(starts) and "..." not in c]
+    # A verb that needs arguments, and stands alone, is its name.
+    names = {f"megatron-s3 {verb}" for verb in cli.VERBS if verb != "configs"}
+    return [c for c in examples if c not in names]
 
 
 class _Parsed(Exception):
@@ -125,7 +131,8 @@ def _launch(words: list[str], options: dict[str, str], folder: Path, monkeypatch
     if not options:
         monkeypatch.delenv("SLURM_JOB_NUM_NODES")
     assert launch.main([*words, "--dry-run"]) == 0
-    given = [word for word in words if not word.startswith("--")]
+    values = {words.index("--run-dir") + 1} if "--run-dir" in words else set()
+    given = [w for i, w in enumerate(words) if not w.startswith("--") and i not in values]
     sets = [word for word in given if "=" in word]
     config = load([word for word in given if "=" not in word], sets)
     assert options.get("gpus-per-node", config.launch.nproc_per_node) in (

@@ -134,7 +134,7 @@ def test_the_wheel_holds_the_product_and_no_more(tmp_path) -> None:
     subprocess.run([*command, "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if not n.startswith(f"{PACKAGE}-")}
-    product = {path for path in (source / PACKAGE).rglob("*") if path.is_file()}
+    product = {p for p in (source / PACKAGE).rglob("*") if p.is_file() and p.suffix != ".md"}
     configurations = (source / "configs").rglob("*.yaml")
     assert shipped == {
         *(str(path.relative_to(source)) for path in product),

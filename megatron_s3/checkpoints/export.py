@@ -1,4 +1,4 @@
-"""``megatron-s3 export``: a Megatron checkpoint as a Hugging Face GPT-2, with compared logits."""
+"""``megatron-s3 export``: a Megatron checkpoint as a Hugging Face GPT-2, checked logit by logit."""
 
 import argparse
 import json
@@ -34,20 +34,20 @@ _SAMPLE = 1024  # tokens compared
 
 
 class ExportError(MegatronS3Error, ValueError):
-    """Raised where a checkpoint cannot be exported; the message says why and what to do."""
+    """The export cannot be made; the message says why, and what to do."""
 
 
 def bound(args: argparse.Namespace, scale: float) -> float:
     """Returns the largest difference of logits that rounding in fp32 can explain.
 
-    The sums in each of the 2 L sublayers and in the output have up to ``ffn_hidden_size`` terms.
-    Independent rounding errors grow as the square root of the number of terms, and of the number of
-    sublayers.  Differences between kernels of GPT-2 were 0.02 to 0.35 of this bound; the difference
-    between exact and tanh gelu in a freshly initialized model was at least 3 times the bound.
+    The sums of each of the 2 L sublayers and of the output have up to ``ffn_hidden_size`` terms,
+    and rounding errors, independent of each other, grow as the square root of their number, of the
+    terms as of the sublayers.  Between kernels of GPT-2 it came to 0.02 to 0.35 of this; between
+    exact and tanh gelu in a freshly initialized model, to 3 and more.
 
     Args:
         args: Megatron's arguments.
-        scale: the magnitude of the largest logit.
+        scale: the largest logit's magnitude.
     """
     depth = math.sqrt(2 * args.num_layers + 1)
     return torch.finfo(torch.float32).eps * math.sqrt(args.ffn_hidden_size) * depth * scale
@@ -62,22 +62,22 @@ def export(
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
 ) -> dict[str, Any]:
-    """Writes ``output`` atomically, after comparing its logits with Megatron's.
+    """Writes ``output``, whole or not at all, after comparing logits with Megatron's own.
 
     Args:
-        checkpoint: the folder of ``--save``, or of one iteration in it.
-        output: the folder to make.
-        iteration: the iteration to export; the last one saved if None.
-        widen: whether to write float32, whatever the dtype of the checkpoint's weights.
-        tokenizer: the folder of a tokenizer to copy; that of the run if None and it is a folder.
-        vocab_size: rows of the vocabulary to keep; the tokenizer's number of tokens if None.
+        checkpoint: folder of ``--save``, or of one iteration in it.
+        output: folder to make.
+        iteration: the last one saved if None.
+        widen: write float32, whatever the checkpoint's weights are.
+        tokenizer: folder that goes along; the one of the run if None, where it is a folder.
+        vocab_size: rows of the vocabulary to keep; the tokenizer's number if None.
 
     Returns:
-        The content of ``export.json``: where the model is from, and how far its logits differ.
+        What ``export.json`` holds: where the model is from, and how far its logits differ.
 
     Raises:
-        ExportError, gpt2.NotGPT2, read.CheckpointError: the input is unusable; nothing is written.
-        Mismatch: the logits differ by more than rounding explains; the output is removed.
+        ExportError, gpt2.NotGPT2, read.CheckpointError: unusable input; nothing is written.
+        Mismatch: the logits differ by more than rounding; nothing is left of what was written.
     """
     output = Path(output)
     if output.exists():
@@ -103,9 +103,8 @@ def export(
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ExportError(
-            f"{found}: the dtypes of its weights are {', '.join(sorted(map(str, dtypes)))}, and "
-            "one of float32, bfloat16 and float16 is expected. Save it from a run without FP8 "
-            "weights."
+            f"{found}: its weights are {', '.join(sorted(map(str, dtypes)))}, where one of "
+            "float32, bfloat16 and float16 is expected. Save it from a run without FP8 read."
         )
     dtype = torch.float32 if widen else dtypes.pop()
     state = {k: v.to(dtype) for k, v in gpt2.state_dict(args, tensors, rows).items()}
@@ -153,8 +152,8 @@ def _tokenizer_folder(args: argparse.Namespace, given: str | Path | None) -> Pat
     folder = Path(given)
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise ExportError(
-            f"--tokenizer {folder}: it holds neither vocab.json nor tokenizer.json; give the "
-            "folder of a Hugging Face tokenizer"
+            f"--tokenizer {folder}: neither vocab.json nor tokenizer.json in it; give the folder "
+            "of a Hugging Face tokenizer"
         )
     return folder
 
@@ -168,7 +167,7 @@ def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None
             given = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
         except Exception as error:
             raise ExportError(
-                f"{folder}: transformers cannot read a tokenizer from it: {error}"
+                f"{folder}: transformers reads no tokenizer in it: {error}"
             ) from error
         source = f"the tokenizer {folder} has {given} tokens"
     else:
@@ -176,21 +175,16 @@ def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None
     if given is None:
         if args.tokenizer_type != "NullTokenizer":
             raise ExportError(
-                f"the run's tokenizer ({args.tokenizer_type} {args.tokenizer_model}) is not a "
-                f"folder on this machine, so it is unknown how many of the {padded} rows of the "
-                "vocabulary are padding. Give the folder with --tokenizer, or the number with "
-                "--vocab-size."
+                f"the run's tokenizer ({args.tokenizer_type} {args.tokenizer_model}) is no folder "
+                f"here, so nothing tells how many of the {padded} rows of the vocabulary are "
+                "padding. Give the folder with --tokenizer, or the number with --vocab-size."
             )
         say_here(
-            f"keeping all {padded} rows of the vocabulary, padding included; --vocab-size N keeps "
-            "fewer"
+            f"all {padded} rows of the vocabulary are kept, padding included (--vocab-size cuts)"
         )
         return padded
     if not 0 < given <= padded:
-        raise ExportError(
-            f"{source}, but the model was trained with {padded} rows, padding included; give a "
-            "number from 1 to that with --vocab-size"
-        )
+        raise ExportError(f"{source}, but the model was trained with {padded}, padding included")
     return given
 
 
@@ -209,7 +203,7 @@ def _write(
         ends = {name: getattr(read, name) for name in ends}
     GPT2Config(**config, **ends).save_pretrained(folder)
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    for file in folder.glob("*.safetensors"):  # which only the owner may read, whatever the umask
+    for file in folder.glob("*.safetensors"):  # which are the owner's alone, whatever the umask
         shutil.copymode(folder / "config.json", file)
 
 
@@ -218,14 +212,14 @@ def _compare(
 ) -> tuple[float, float]:
     """Returns the largest difference of the two models' logits, and the largest logit.
 
-    The models run one after the other, so that only one of them is in memory.
+    In turns, so that only one of the two is in memory.
     """
     length = min(args.max_position_embeddings, _SAMPLE)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(rows, (max(1, _SAMPLE // length), length), generator=generator)
-    say_here(f"computing the logits of {tokens.numel()} tokens with Hugging Face")
+    say_here(f"computing {tokens.numel()} tokens' logits as Hugging Face does")
     ours = _hugging_face(folder, tokens)
-    say_here("computing the same logits with Megatron")
+    say_here("computing them as Megatron does")
     theirs = forward.logits(checkpoint, tokens)[..., :rows]
     return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
@@ -239,10 +233,7 @@ def _hugging_face(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     model, loading = read
     wrong = {kind: sorted(names) for kind, names in loading.items() if names}
     if wrong:
-        raise Mismatch(
-            f"Hugging Face does not load every tensor of the exported model: {wrong}. This is a "
-            "fault of the export: report it with the arguments of the run."
-        )
+        raise Mismatch(f"Hugging Face does not find its tensors in what was written: {wrong}")
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(tokens).logits
     return logits
@@ -253,42 +244,37 @@ def main(argv: list[str]) -> int:
 
     Returns:
         0; 2 after one line on stderr if the input is unusable, 1 if the comparison failed, 130 if
-        it was interrupted.  The output folder exists only after 0.
+        it was interrupted. The output folder is there after 0 alone.
     """
     parser = argparse.ArgumentParser(
         prog="megatron-s3 export",
         description="Write a Megatron checkpoint as a Hugging Face GPT-2, and compare its logits "
-        "with Megatron's. The checkpoint is unpickled: export only checkpoints that you trust.",
+        "with Megatron's own. The checkpoint is unpickled: export only what you trust.",
     )
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder of --save, or of one iteration in it; format torch_dist, any layout, with or "
-        "without Transformer Engine",
+        help="the folder of --save, or of one iteration in it; saved with any layout, with or "
+        "without Transformer Engine, in the format torch_dist",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="folder to make")
-    parser.add_argument(
-        "--iteration",
-        type=int,
-        metavar="N",
-        help="iteration to export (default: the last one saved)",
-    )
+    parser.add_argument("output", metavar="OUTPUT", help="the folder to make")
+    parser.add_argument("--iteration", type=int, metavar="N", help="which (the last one saved)")
     parser.add_argument(
         "--dtype",
         choices=("checkpoint", "float32"),
         default="checkpoint",
-        help="dtype of the written weights (default: that of the checkpoint)",
+        help="of what is written (as in the checkpoint)",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        help="Hugging Face tokenizer to copy (default: that of the run, if it is a folder)",
+        help="a Hugging Face tokenizer that goes along (that of the run, where it is a folder)",
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="rows of the vocabulary without padding (default: the tokenizer's number of tokens)",
+        help="rows of the vocabulary that are no padding (as many as the tokenizer has)",
     )
     args = parser.parse_args(argv)
     try:

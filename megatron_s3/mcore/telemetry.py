@@ -110,8 +110,8 @@ def _say_nonfinite(loss_dict: dict[str, Tensor], iteration: int) -> None:
         if not loss.isfinite().all():
             print(
                 f"[megatron_s3] {name} of iteration {iteration} is not finite, and parameters may "
-                "hold NaN: resume from a checkpoint of before, with "
-                "--check-for-nan-in-loss-and-grad",
+                "hold NaN: resume from a checkpoint of before, without "
+                "--no-check-for-nan-in-loss-and-grad",
                 flush=True,
             )
 

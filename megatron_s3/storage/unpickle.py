@@ -1,4 +1,4 @@
-"""Unpickling of a checkpoint's objects, restricted to known types."""
+"""Unpickles the objects of a checkpoint, of types that are known alone."""
 
 from collections.abc import Iterable
 from typing import Any, BinaryIO
@@ -9,14 +9,14 @@ __all__ = ["load"]
 
 
 def load(file: BinaryIO, allowed: Iterable[Any]) -> Any:
-    """Returns an object that ``torch.save`` wrote, if it has only torch's and the allowed types.
+    """Returns what ``torch.save`` wrote, if it is of torch's own types and those allowed.
 
     Args:
-        file: the file, open for reading.
-        allowed: types and functions, or pairs of one of these and its name in the pickle.
+        file: open for reading.
+        allowed: types and functions, or pairs of one and its name in the pickle.
 
     Raises:
-        ValueError: it holds another type, or is damaged; no code of it was run.
+        ValueError: it holds another type, or is damaged; nothing of it has been run.
     """
     try:
         with torch.serialization.safe_globals([*allowed]):

@@ -1,7 +1,7 @@
-"""Conversion of checkpoints to another optimizer or to a Hugging Face model, and its accuracy.
+"""Conversion of checkpoints to another optimizer or a Hugging Face model, and its evaluation.
 
-``gpt2`` says which models are GPT-2 and renames their tensors, ``export`` writes and checks the
-Hugging Face folder, ``tasks`` knows the paper's five tasks and their data, ``evaluate`` runs
-lm-evaluation-harness on them and makes the table of Figure 6.  ``transfer`` is the rule by which
-AdamW's state becomes S3's and back, ``convert`` rewrites a checkpoint by it.
+``convert`` rewrites a checkpoint for another optimizer, by the rule in ``transfer``.  ``export``
+writes a Hugging Face model and compares its logits; ``gpt2`` decides which models are GPT-2 and
+renames their tensors.  ``evaluate`` runs lm-evaluation-harness on the paper's five tasks, which
+``tasks`` defines, and makes the table of Figure 6.
 """

@@ -1,10 +1,11 @@
-"""``megatron-s3 convert``: a checkpoint of AdamW's as one that S3 resumes from, and back.
+"""``megatron-s3 convert``: conversion of AdamW's checkpoints to S3's, and back.
 
-The files of a ``torch_dist`` checkpoint are rewritten, archive by archive, several at a time:
-weights and main parameters byte for byte, states as :mod:`~megatron_s3.checkpoints.transfer` says,
-arguments and param groups as :mod:`~megatron_s3.checkpoints.groups` does.  The layout of the shards
-stays, and the sizes and dtypes of all that is in them: of a tensor that changes, the elements and
-their checksum are replaced, block by block, and the rest is copied.
+The files of a ``torch_dist`` checkpoint are rewritten archive by archive, several files at a time.
+Weights and main parameters are copied byte for byte, optimizer states are converted by
+:mod:`~megatron_s3.checkpoints.transfer`, arguments and param groups by
+:mod:`~megatron_s3.checkpoints.groups`.  The layout of the shards stays the same, and so do the size
+and dtype of every tensor: only the elements of a converted tensor and their checksum are replaced,
+block by block.
 """
 
 import argparse
@@ -42,22 +43,23 @@ def convert(
     lr_factor: float | None = None,
     hyperparameters: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes ``output``, a folder for ``--load``, whole or not at all; the input is only read.
+    """Writes ``output``, a folder for ``--load``, atomically; the input is only read.
 
     Args:
-        checkpoint: folder of ``--save``, or of one iteration in it.
-        output: folder to make.
-        to: ``adam``, or an optimizer whose description says how it is made of AdamW's.
-        iteration: the last one saved if None.
-        lr_factor: the other optimizer's learning rate over AdamW's; its description's if None.
-        hyperparameters: of the target, where they are not its defaults.
+        checkpoint: the folder of ``--save``, or of one iteration in it.
+        output: the folder to make.
+        to: ``adam``, or an optimizer whose description defines the conversion from AdamW.
+        iteration: the iteration to convert; the last one saved if None.
+        lr_factor: the ratio of the other optimizer's learning rate to AdamW's; the default of its
+            description if None.
+        hyperparameters: hyperparameters of the target that differ from its defaults.
 
     Returns:
-        What ``convert.json`` in the output holds.
+        The content of ``convert.json`` in the output.
 
     Raises:
-        ConvertError, read.CheckpointError: unusable input; nothing is written.
-        Mismatch: what was written reads back wrongly; nothing is left of it.
+        ConvertError, read.CheckpointError: the input is unusable; nothing is written.
+        Mismatch: the output differs from what was to be written; it is removed.
     """
     output = Path(output)
     if output.exists() or output.is_symlink():
@@ -67,19 +69,21 @@ def convert(
     found = read.find(checkpoint, iteration)
     if iteration_of(found) is None:
         raise ConvertError(
-            f"{found} is a release, of which Megatron loads the weights alone: there is nothing to "
-            "convert, it loads into any optimizer as it is"
+            f"{found} is a release, from which Megatron loads the weights alone: it loads into any "
+            "optimizer without a conversion"
         )
     source = Source(found)
     say_here(f"reading {source.folder}")
     values = source.settings(to, lr_factor, hyperparameters)
     _check_room(source, output.absolute().parent)
-    say_here(f"{' -> '.join(values.labels)} after {values.step:,} updates: {values.rule}")
+    say_here(
+        f"converting {' to '.join(values.labels)} after {values.step:,} updates: {values.rule}"
+    )
     part = output.absolute().parent / f".{output.name}.{os.getpid()}.part"
     part.mkdir()
     try:
         began = time.monotonic()
-        unverified = part / "unverified" / source.folder.name  # where nothing looks for one
+        unverified = part / "unverified" / source.folder.name  # where no program looks for one
         counts = rewriting.write(source, unverified, values, say_here)
         rewriting.verify(source, unverified, values)
         unverified.rename(part / source.folder.name)
@@ -126,22 +130,25 @@ def _record(
     ]
     renamed = {name: change.name for name, change in settings.states.items()}
     said = [
-        f"{counts[name]:,} elements of {name} became {new}"
+        f"{counts[name]:,} elements of {name} were converted to {new}"
         for name, new in renamed.items()
         if new != name
     ]
     said += [
-        f"{name} {'was rescaled' if counts[name] else 'is the same'}"
+        f"{name} {'was rescaled' if counts[name] else 'was copied'}"
         for name, new in renamed.items()
         if new == name
     ]
-    say_here(f"{'; '.join(said)}; {counts['copied']:,} other items are copied")
+    say_here(f"{'; '.join(said)}; {counts['copied']:,} other archives were copied")
     if counts["nonfinite"]:
-        say_here(f"{counts['nonfinite']:,} elements of the state are not finite, there and here")
+        say_here(
+            f"{counts['nonfinite']:,} elements of the state are NaN or infinite, in the input as "
+            "in the output"
+        )
     for name, (old, now) in changed.items():
         say_here(f"{name}: {old} -> {now}")
     size = counts["bytes"]
-    say_here(f"read back and compared: {size / 1e9:.3f} GB in {seconds:.1f} s")
+    say_here(f"wrote and verified {size / 1e9:.3f} GB in {seconds:.1f} s")
     return {
         "checkpoint": str(source.folder.absolute()),
         "iteration": iteration_of(source.folder),
@@ -160,7 +167,7 @@ def _record(
 
 
 def _numbers(description: Description) -> list[Hyperparameter]:
-    """Returns the hyperparameters that are a number by default, and so have a flag here."""
+    """Returns the hyperparameters whose default is a number; these have a flag here."""
     return [h for h in description.hyperparameters if type(h.default) is float]
 
 
@@ -168,25 +175,32 @@ def main(argv: list[str]) -> int:
     """Runs the command.
 
     Returns:
-        0; 2 after one line on stderr if the input is unusable, 1 if what was written does not read
-        back, 130 or 143 if it was interrupted. The output folder is there after 0 alone.
+        0; 2 after one line on stderr if the input is unusable, 1 if the output differs from what
+        was to be written, 130 or 143 if it was interrupted.  The output folder exists only after 0.
     """
     parser = argparse.ArgumentParser(
         prog="megatron-s3 convert",
         allow_abbrev=False,
-        description="Turn a checkpoint of AdamW's into one that S3 resumes from, or back. Weights "
-        "and main parameters stay as they are, byte for byte. The index of the checkpoint is "
-        "unpickled: convert only what you trust.",
+        description="Convert a checkpoint of AdamW's to one that S3 resumes from, or back. Weights "
+        "and main parameters are copied byte for byte. The index of the checkpoint is unpickled: "
+        "convert only checkpoints that you trust.",
     )
     parser.add_argument(
         "checkpoint",
         metavar="INPUT",
-        help="the folder of --save, or of one iteration in it; format torch_dist, any layout",
+        help="folder of --save, or of one iteration in it; format torch_dist, any layout",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="the folder to make, for --load")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to make, for --load")
     known = transfer.convertible()
-    parser.add_argument("--to", choices=(*known, ADAM), required=True, help="the new optimizer")
-    parser.add_argument("--iteration", type=int, metavar="N", help="which (the last one saved)")
+    parser.add_argument(
+        "--to", choices=(*known, ADAM), required=True, help="optimizer that is to resume"
+    )
+    parser.add_argument(
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="iteration to convert (default: the last one saved)",
+    )
     rates = "; ".join(
         f"{own.lr_factor:g} to {name}, and {own.lr_factor_back:g} back"
         for name, own in ((name, each.from_adam) for name, each in known.items())
@@ -196,14 +210,18 @@ def main(argv: list[str]) -> int:
         "--lr-factor",
         type=float,
         metavar="X",
-        help="the new learning rate over AdamW's, and on the way to AdamW the old one over it; "
-        f"lr * weight_decay stays. By default {rates}: what goes well in mid-run, and what holds "
-        "between whole runs. Give the same both ways to get back where you were",
+        help="ratio of the other optimizer's learning rate to AdamW's, in both directions; "
+        f"lr * weight_decay stays the same (default: {rates}). The default from AdamW suits a run "
+        "in progress; the one back to AdamW is the ratio between complete runs. Give the same "
+        "factor both ways to restore the first learning rate",
     )
     for description in known.values():
         for h in _numbers(description):
             parser.add_argument(
-                flag(description, h), type=float, metavar="X", help=f"{h.help} ({h.default:g})"
+                flag(description, h),
+                type=float,
+                metavar="X",
+                help=f"{h.help} (default: {h.default:g})",
             )
     args = parser.parse_args(argv)
     hyperparameters: dict[str, Any] = {}
@@ -213,8 +231,8 @@ def main(argv: list[str]) -> int:
         given = {name: value for name, value in given.items() if value is not None}
         if given and args.to != description.name:
             parser.error(
-                f"{' and '.join(flags)} are for --to {description.name}: a checkpoint of "
-                f"{description.name}'s holds its own"
+                f"{' and '.join(flags)} require --to {description.name}: a checkpoint of "
+                f"{description.name}'s holds its own values"
             )
         hyperparameters |= given
     if args.lr_factor is not None and not 0 < args.lr_factor < float("inf"):

@@ -1,4 +1,4 @@
-"""The direction of a conversion, from and to, as the checkpoint says it."""
+"""The direction of a conversion and its settings, read from the checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,34 +21,45 @@ def settings(
     lr_factor: float | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Returns what the objects of a checkpoint (param groups, arguments) say about the conversion.
+    """Returns the settings of a conversion, read from the objects of a checkpoint.
 
     Args:
-        objects: as the checkpoint holds them.
+        objects: the param groups and arguments, as the checkpoint holds them.
         to: the target, :data:`ADAM` or one of :func:`convertible`.
-        lr_factor: the other optimizer's learning rate over AdamW's; its description's if None.
-        hyperparameters: of the target, where they are not its defaults.
+        lr_factor: the ratio of the other optimizer's learning rate to AdamW's; the default of its
+            description if None.
+        hyperparameters: hyperparameters of the target that differ from its defaults.
 
     Raises:
-        TransferError: they are not the other optimizer's; they disagree about steps or betas.
-        ValueError: a hyperparameter out of its range.
+        TransferError: the state is of an optimizer that cannot be converted, or its param groups
+            have different steps or betas.
+        ValueError: a hyperparameter is out of its range.
     """
     found = [group for held in objects for group in groups.find(held)]
     args = next((a for held in objects for a in groups.arguments(held)), None)
     if args is None:
-        raise TransferError("it holds no arguments of the run: Megatron's trainer saves them")
+        raise TransferError(
+            "it holds no arguments of the run, which Megatron's trainer saves: convert a "
+            "checkpoint that Megatron's trainer wrote"
+        )
     if getattr(args, "no_save_optim", False) or not found:
         raise TransferError(
-            "it holds no optimizer's state (--no-save-optim): its weights load into any optimizer "
-            "as they are, with --no-load-optim"
+            "it holds no optimizer state (--no-save-optim): its weights load into any optimizer "
+            "without a conversion, with --no-load-optim"
         )
     description = _whose(to, getattr(args, "optimizer", ADAM), found)
     steps = {step for held in objects for step in groups.steps(held)}
     if len(steps) != 1:
-        raise TransferError(f"its param groups have no one number of steps, but {sorted(steps)}")
+        raise TransferError(
+            f"its param groups have the step counts {sorted(steps)}, and one common count is "
+            "expected; choose another iteration with --iteration"
+        )
     betas = {found_betas for group in found if (found_betas := groups.betas(group))}
     if len(betas) > 1:
-        raise TransferError(f"its param groups have different betas: {sorted(betas)}")
+        raise TransferError(
+            f"its param groups have different betas, {sorted(betas)}, and one pair for all groups "
+            "is expected; choose another iteration with --iteration"
+        )
     values = {h.name: h.default for h in description.hyperparameters} | dict(hyperparameters or {})
     for h in description.hyperparameters:
         h.check(values[h.name], f"--{description.name}-{h.name}".replace("_", "-"))
@@ -70,12 +81,14 @@ def _whose(to: str, written: str, found: list[dict[str, Any]]) -> Description:
     """Returns the description of the optimizer that is not AdamW.
 
     Raises:
-        TransferError: the checkpoint is of another optimizer than the conversion is from.
+        TransferError: the checkpoint's optimizer is not one that the conversion starts from.
     """
     known = convertible()
     stamps = {group.get("algorithm", ADAM) for group in found}
     if written == to or to in stamps:
-        raise TransferError(f"it is --optimizer {to}'s already: it resumes as it is")
+        raise TransferError(
+            f"its state is of --optimizer {to} already, which resumes from it without a conversion"
+        )
     allowed = _ADAMS if to != ADAM else tuple(known)
     if written not in allowed or not stamps <= ({written} if to == ADAM else set(allowed)):
         labels = " nor ".join(f"{short(d)}'s" for d in (AdamW.description, *known.values()))
@@ -85,7 +98,7 @@ def _whose(to: str, written: str, found: list[dict[str, Any]]) -> Description:
         )
     if any(group.get("decoupled_weight_decay") is False for group in found):
         raise TransferError(
-            "its optimizer is Adam with weight decay in the gradient, not AdamW: no optimizer here "
-            "continues that. Load its weights alone, with --no-load-optim"
+            "its optimizer is Adam with weight decay in the gradient, not AdamW, and its state "
+            "cannot be converted. Load its weights alone, with --no-load-optim"
         )
     return known[written if to == ADAM else to]

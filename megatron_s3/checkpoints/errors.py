@@ -6,12 +6,12 @@ __all__ = ["ConvertError", "Mismatch", "TransferError"]
 
 
 class ConvertError(MegatronS3Error, ValueError):
-    """The conversion cannot be made; the message names the file, the reason and what to do."""
+    """Raised where a checkpoint cannot be converted; the message names file, reason and remedy."""
 
 
 class TransferError(MegatronS3Error, ValueError):
-    """The state or the arguments cannot be handed over; the message says why, and what to do."""
+    """Raised where a state cannot be converted; the message says why and what to do."""
 
 
 class Mismatch(MegatronS3Error, RuntimeError):
-    """Raised where what was written is not, or does not compute, what it should."""
+    """Raised where the output differs from, or computes other results than, what was intended."""

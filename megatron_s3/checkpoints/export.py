@@ -1,4 +1,4 @@
-"""``megatron-s3 export``: a Megatron checkpoint as a Hugging Face GPT-2, checked logit by logit."""
+"""``megatron-s3 export``: a Megatron checkpoint as a Hugging Face GPT-2, with compared logits."""
 
 import argparse
 import json
@@ -34,20 +34,20 @@ _SAMPLE = 1024  # tokens compared
 
 
 class ExportError(MegatronS3Error, ValueError):
-    """The export cannot be made; the message says why, and what to do."""
+    """Raised where a checkpoint cannot be exported; the message says why and what to do."""
 
 
 def bound(args: argparse.Namespace, scale: float) -> float:
     """Returns the largest difference of logits that rounding in fp32 can explain.
 
-    The sums of each of the 2 L sublayers and of the output have up to ``ffn_hidden_size`` terms,
-    and rounding errors, independent of each other, grow as the square root of their number, of the
-    terms as of the sublayers.  Between kernels of GPT-2 it came to 0.02 to 0.35 of this; between
-    exact and tanh gelu in a freshly initialized model, to 3 and more.
+    The sums in each of the 2 L sublayers and in the output have up to ``ffn_hidden_size`` terms.
+    Independent rounding errors grow as the square root of the number of terms, and of the number of
+    sublayers.  Differences between kernels of GPT-2 were 0.02 to 0.35 of this bound; the difference
+    between exact and tanh gelu in a freshly initialized model was at least 3 times the bound.
 
     Args:
         args: Megatron's arguments.
-        scale: the largest logit's magnitude.
+        scale: the magnitude of the largest logit.
     """
     depth = math.sqrt(2 * args.num_layers + 1)
     return torch.finfo(torch.float32).eps * math.sqrt(args.ffn_hidden_size) * depth * scale
@@ -62,22 +62,22 @@ def export(
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
 ) -> dict[str, Any]:
-    """Writes ``output``, whole or not at all, after comparing logits with Megatron's own.
+    """Writes ``output`` atomically, after comparing its logits with Megatron's.
 
     Args:
-        checkpoint: folder of ``--save``, or of one iteration in it.
-        output: folder to make.
-        iteration: the last one saved if None.
-        widen: write float32, whatever the checkpoint's weights are.
-        tokenizer: folder that goes along; the one of the run if None, where it is a folder.
-        vocab_size: rows of the vocabulary to keep; the tokenizer's number if None.
+        checkpoint: the folder of ``--save``, or of one iteration in it.
+        output: the folder to make.
+        iteration: the iteration to export; the last one saved if None.
+        widen: whether to write float32, whatever the dtype of the checkpoint's weights.
+        tokenizer: the folder of a tokenizer to copy; that of the run if None and it is a folder.
+        vocab_size: rows of the vocabulary to keep; the tokenizer's number of tokens if None.
 
     Returns:
-        What ``export.json`` holds: where the model is from, and how far its logits differ.
+        The content of ``export.json``: where the model is from, and how far its logits differ.
 
     Raises:
-        ExportError, gpt2.NotGPT2, read.CheckpointError: unusable input; nothing is written.
-        Mismatch: the logits differ by more than rounding; nothing is left of what was written.
+        ExportError, gpt2.NotGPT2, read.CheckpointError: the input is unusable; nothing is written.
+        Mismatch: the logits differ by more than rounding explains; the output is removed.
     """
     output = Path(output)
     if output.exists():
@@ -103,8 +103,9 @@ def export(
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ExportError(
-            f"{found}: its weights are {', '.join(sorted(map(str, dtypes)))}, where one of "
-            "float32, bfloat16 and float16 is expected. Save it from a run without FP8 read."
+            f"{found}: the dtypes of its weights are {', '.join(sorted(map(str, dtypes)))}, and "
+            "one of float32, bfloat16 and float16 is expected. Save it from a run without FP8 "
+            "weights."
         )
     dtype = torch.float32 if widen else dtypes.pop()
     state = {k: v.to(dtype) for k, v in gpt2.state_dict(args, tensors, rows).items()}
@@ -152,8 +153,8 @@ def _tokenizer_folder(args: argparse.Namespace, given: str | Path | None) -> Pat
     folder = Path(given)
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise ExportError(
-            f"--tokenizer {folder}: neither vocab.json nor tokenizer.json in it; give the folder "
-            "of a Hugging Face tokenizer"
+            f"--tokenizer {folder}: it holds neither vocab.json nor tokenizer.json; give the "
+            "folder of a Hugging Face tokenizer"
         )
     return folder
 
@@ -167,7 +168,7 @@ def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None
             given = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
         except Exception as error:
             raise ExportError(
-                f"{folder}: transformers reads no tokenizer in it: {error}"
+                f"{folder}: transformers cannot read a tokenizer from it: {error}"
             ) from error
         source = f"the tokenizer {folder} has {given} tokens"
     else:
@@ -175,16 +176,21 @@ def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None
     if given is None:
         if args.tokenizer_type != "NullTokenizer":
             raise ExportError(
-                f"the run's tokenizer ({args.tokenizer_type} {args.tokenizer_model}) is no folder "
-                f"here, so nothing tells how many of the {padded} rows of the vocabulary are "
-                "padding. Give the folder with --tokenizer, or the number with --vocab-size."
+                f"the run's tokenizer ({args.tokenizer_type} {args.tokenizer_model}) is not a "
+                f"folder on this machine, so it is unknown how many of the {padded} rows of the "
+                "vocabulary are padding. Give the folder with --tokenizer, or the number with "
+                "--vocab-size."
             )
         say_here(
-            f"all {padded} rows of the vocabulary are kept, padding included (--vocab-size cuts)"
+            f"keeping all {padded} rows of the vocabulary, padding included; --vocab-size N keeps "
+            "fewer"
         )
         return padded
     if not 0 < given <= padded:
-        raise ExportError(f"{source}, but the model was trained with {padded}, padding included")
+        raise ExportError(
+            f"{source}, but the model was trained with {padded} rows, padding included; give a "
+            "number from 1 to that with --vocab-size"
+        )
     return given
 
 
@@ -203,7 +209,7 @@ def _write(
         ends = {name: getattr(read, name) for name in ends}
     GPT2Config(**config, **ends).save_pretrained(folder)
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    for file in folder.glob("*.safetensors"):  # which are the owner's alone, whatever the umask
+    for file in folder.glob("*.safetensors"):  # which only the owner may read, whatever the umask
         shutil.copymode(folder / "config.json", file)
 
 
@@ -212,14 +218,14 @@ def _compare(
 ) -> tuple[float, float]:
     """Returns the largest difference of the two models' logits, and the largest logit.
 
-    In turns, so that only one of the two is in memory.
+    The models run one after the other, so that only one of them is in memory.
     """
     length = min(args.max_position_embeddings, _SAMPLE)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(rows, (max(1, _SAMPLE // length), length), generator=generator)
-    say_here(f"computing {tokens.numel()} tokens' logits as Hugging Face does")
+    say_here(f"computing the logits of {tokens.numel()} tokens with Hugging Face")
     ours = _hugging_face(folder, tokens)
-    say_here("computing them as Megatron does")
+    say_here("computing the same logits with Megatron")
     theirs = forward.logits(checkpoint, tokens)[..., :rows]
     return (ours - theirs).abs().max().item(), theirs.abs().max().item()
 
@@ -233,7 +239,10 @@ def _hugging_face(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     model, loading = read
     wrong = {kind: sorted(names) for kind, names in loading.items() if names}
     if wrong:
-        raise Mismatch(f"Hugging Face does not find its tensors in what was written: {wrong}")
+        raise Mismatch(
+            f"Hugging Face does not load every tensor of the exported model: {wrong}. This is a "
+            "fault of the export: report it with the arguments of the run."
+        )
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(tokens).logits
     return logits
@@ -244,37 +253,42 @@ def main(argv: list[str]) -> int:
 
     Returns:
         0; 2 after one line on stderr if the input is unusable, 1 if the comparison failed, 130 if
-        it was interrupted. The output folder is there after 0 alone.
+        it was interrupted.  The output folder exists only after 0.
     """
     parser = argparse.ArgumentParser(
         prog="megatron-s3 export",
         description="Write a Megatron checkpoint as a Hugging Face GPT-2, and compare its logits "
-        "with Megatron's own. The checkpoint is unpickled: export only what you trust.",
+        "with Megatron's. The checkpoint is unpickled: export only checkpoints that you trust.",
     )
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="the folder of --save, or of one iteration in it; saved with any layout, with or "
-        "without Transformer Engine, in the format torch_dist",
+        help="folder of --save, or of one iteration in it; format torch_dist, any layout, with or "
+        "without Transformer Engine",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="the folder to make")
-    parser.add_argument("--iteration", type=int, metavar="N", help="which (the last one saved)")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to make")
+    parser.add_argument(
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="iteration to export (default: the last one saved)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("checkpoint", "float32"),
         default="checkpoint",
-        help="of what is written (as in the checkpoint)",
+        help="dtype of the written weights (default: that of the checkpoint)",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        help="a Hugging Face tokenizer that goes along (that of the run, where it is a folder)",
+        help="Hugging Face tokenizer to copy (default: that of the run, if it is a folder)",
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="rows of the vocabulary that are no padding (as many as the tokenizer has)",
+        help="rows of the vocabulary without padding (default: the tokenizer's number of tokens)",
     )
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Megatron's GPT as Hugging Face's GPT-2: what fits, under which configuration and names."""
+"""Megatron's GPT as Hugging Face's GPT-2: supported models, configuration and names."""
 
 import argparse
 import re
@@ -13,10 +13,10 @@ __all__ = ["NotGPT2", "check", "config", "state_dict"]
 
 
 class NotGPT2(MegatronS3Error, ValueError):
-    """The checkpoint's model computes what GPT2LMHeadModel does not; the message names it."""
+    """Raised for a model that GPT2LMHeadModel cannot compute; the message names the difference."""
 
 
-# Arguments of Megatron's that have to have this value; absent ones have it in every release.
+# Megatron's arguments of a GPT-2; an argument that a release does not have has this value there.
 _GPT2 = {
     "position_embedding_type": "learned_absolute",
     "normalization": "LayerNorm",
@@ -50,8 +50,8 @@ _EMBEDDINGS = {
     "decoder.final_layernorm.bias": "transformer.ln_f.bias",
     "output_layer.weight": "lm_head.weight",
 }
-# With Transformer Engine a norm is part of the linear layer behind it.  Megatron's other layers
-# take those names too when they are saved, but for a norm that stands by itself.
+# With Transformer Engine a norm is part of the linear layer that follows it.  Megatron's other
+# layers are saved under those names too, except for a separate norm.
 _LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": "ln_1.weight",
     "self_attention.linear_qkv.layer_norm_bias": "ln_1.bias",
@@ -74,13 +74,13 @@ _LAYERS = "decoder.layers."
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses what is not GPT-2.
+    """Checks that the model is a GPT-2.
 
     Args:
         args: Megatron's arguments of the run.
 
     Raises:
-        NotGPT2: with every argument that stands against it.
+        NotGPT2: it is not; the message names every argument that differs.
     """
     found = [
         _flag(name, value)
@@ -94,10 +94,10 @@ def check(args: argparse.Namespace) -> None:
         found.append(f"--kv-channels {args.kv_channels}")
     if found:
         raise NotGPT2(
-            f"the model is no GPT-2, because of {', '.join(found)}: Hugging Face's GPT2LMHeadModel "
-            "has learned positions, LayerNorm, biases, one key and value for each head and gelu, "
-            "and nothing else. Nothing was written. Export a model trained without these, or "
-            "convert it to another architecture with NVIDIA's Megatron Bridge."
+            f"the model is not a GPT-2, because of {', '.join(found)}: Hugging Face's "
+            "GPT2LMHeadModel has learned positions, LayerNorm, biases, one key and value for each "
+            "head and gelu, and nothing else. Nothing was written. Export a model trained without "
+            "these, or convert it to another architecture with NVIDIA's Megatron Bridge."
         )
 
 
@@ -112,9 +112,9 @@ def config(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype) -> dic
     """Returns the values of ``transformers.GPT2Config``.
 
     Args:
-        args: Megatron's arguments, which :func:`check` has passed.
-        vocab_size: without padding.
-        dtype: of the weights as they will be written.
+        args: Megatron's arguments, which :func:`check` has accepted.
+        vocab_size: the number of tokens without padding.
+        dtype: the dtype of the written weights.
     """
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -139,15 +139,15 @@ def config(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype) -> dic
 def state_dict(
     args: argparse.Namespace, tensors: Mapping[str, torch.Tensor], vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """Returns the tensors under Hugging Face's names, in Hugging Face's layout.
+    """Returns the tensors with Hugging Face's names and layout.
 
     Args:
         args: Megatron's arguments.
-        tensors: whole, by Megatron's names; layers stacked or numbered.
+        tensors: the complete tensors by Megatron's names; layers are stacked or numbered.
         vocab_size: rows of the embedding and the output layer to keep.
 
     Raises:
-        NotGPT2: a tensor has no place in a GPT-2, or one of a GPT-2 is missing.
+        NotGPT2: a tensor does not belong to a GPT-2, or one of a GPT-2 is missing.
     """
     found: dict[str, torch.Tensor] = {}
     nowhere = []
@@ -166,7 +166,7 @@ def state_dict(
     tops = set(_EMBEDDINGS.values())
     if not args.untie_embeddings_and_output_weights:
         tops.discard("lm_head.weight")
-        found.pop("lm_head.weight", None)  # a copy, which the last of several stages holds
+        found.pop("lm_head.weight", None)  # a copy, which the last pipeline stage holds
     every = range(args.num_layers)
     expected = tops | {f"transformer.h.{i}.{name}" for i in every for name in _LAYER.values()}
     if nowhere or found.keys() != expected:
@@ -176,11 +176,11 @@ def state_dict(
         }
         parts = [f"{verb} {', '.join(names[:6])}" for verb, names in said.items() if names]
         raise NotGPT2(
-            f"the model is no GPT-2: the checkpoint {' and '.join(parts)}. Nothing was written. "
+            f"the model is not a GPT-2: the checkpoint {' and '.join(parts)}. Nothing was written. "
             "Export a model that Megatron trained as a GPT with learned positions, LayerNorm, "
             "biases and gelu."
         )
-    # Each with memory of its own: the file format takes no views.
+    # Each tensor has memory of its own: the file format does not store views.
     return {k: v.clone(memory_format=torch.contiguous_format) for k, v in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's param groups, arguments and schedule: found, and made another optimizer's."""
+"""A checkpoint's param groups, arguments and schedule, and their conversion."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megatron_s3.optimizers.description import FORMAT
 
 __all__ = ["arguments", "betas", "convert", "find", "steps"]
 
-#: What AdamW of torch, of Transformer Engine and of the plugin keeps in its groups for itself.
+#: Keys in the groups that only AdamW has: torch's, Transformer Engine's or the plugin's.
 _OF_ADAMS = {
     "amsgrad",
     "beta1",
@@ -29,7 +29,7 @@ _OF_ADAMS = {
     "fused",
     "maximize",
 }
-#: And what torch's needs to find there when it resumes, beside betas and eps.
+#: Keys that torch's AdamW needs in its groups to resume, in addition to betas and eps.
 _TORCH_ADAMW = {
     "amsgrad": False,
     "maximize": False,
@@ -43,9 +43,9 @@ _TORCH_ADAMW = {
 
 
 def convert(value: Any, settings: Settings) -> Any:
-    """Returns an object of the checkpoint under the target: arguments, schedule, param groups.
+    """Returns a copy of a checkpoint's object with arguments, schedule and param groups converted.
 
-    It is a copy.  What is none of these is handed on as it is.
+    Other values are returned unchanged.
     """
     if isinstance(value, argparse.Namespace):
         return _convert_arguments(value, settings)
@@ -64,7 +64,7 @@ def convert(value: Any, settings: Settings) -> Any:
         else:
             new[name] = convert(each, settings)
     if "param_groups" in new:
-        # Beside the groups, Megatron keeps torch AdamW's step where the state is not sharded.
+        # Where the state is not sharded, Megatron keeps torch AdamW's step next to the groups.
         state = {k: v for k, v in new.get("state", {}).items() if k != "common_step"}
         if settings.back and not settings.sharded:
             state["common_step"] = torch.tensor(float(settings.step))
@@ -101,7 +101,7 @@ def _convert_group(group: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 
 def find(value: Any) -> Iterator[dict[str, Any]]:
-    """Yields every param group in an object."""
+    """Yields every param group in an object of the checkpoint."""
     if isinstance(value, dict):
         yield from value.get("param_groups", ())
         for each in value.values():
@@ -113,7 +113,7 @@ def find(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def steps(value: Any) -> Iterator[int]:
-    """Yields the number of updates that each param group in an object has seen."""
+    """Yields the step count of each param group in an object of the checkpoint."""
     for group in find(value):
         if group.get("step") is not None:
             yield int(float(group["step"]))
@@ -142,7 +142,7 @@ def arguments(value: Any) -> Iterator[argparse.Namespace]:
 
 
 def betas(group: dict[str, Any]) -> tuple[float, float] | None:
-    """Returns AdamW's coefficients in a param group, None where it has none."""
+    """Returns the betas of AdamW in a param group, or None if it has none."""
     if "betas" in group:
         beta1, beta2 = group["betas"]
         return beta1, beta2

@@ -1,4 +1,4 @@
-"""Learning rates and weight decays times a factor, as it is done on paper."""
+"""Scaling of learning rates and weight decays in decimal arithmetic."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,27 +7,27 @@ from typing import Any
 
 __all__ = ["over", "scaled", "with_rates"]
 
-#: Of a run's arguments and param groups, and of its schedule.
+#: Names of learning rates in arguments and param groups, and in a schedule.
 _RATES = ("lr", "min_lr", "max_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
 _SCHEDULER_RATES = ("max_lr", "start_lr", "min_lr", "init_lr")
 _DECAYS = ("weight_decay", "start_weight_decay", "end_weight_decay", "start_wd", "end_wd")
 
 
 def scaled(value: float, factor: float) -> float:
-    """Returns ``value * factor`` as on paper: 3e-4 * 10 is 3e-3, and not 2.9999999999999996e-3.
+    """Returns the decimal ``value * factor``: 3e-4 * 10 is 3e-3, not 2.9999999999999996e-3.
 
-    Megatron compares the rates of a checkpoint with those of the flags exactly.
+    Megatron requires that the learning rates of a checkpoint equal those of the flags.
     """
     return _written(Decimal(repr(float(value))) * Decimal(repr(float(factor))))
 
 
 def over(value: float, factor: float) -> float:
-    """Returns ``value / factor``, as :func:`scaled`."""
+    """Returns the decimal ``value / factor``, as :func:`scaled` does."""
     return _written(Decimal(repr(float(value))) / Decimal(repr(float(factor))))
 
 
 def _written(value: Decimal) -> float:
-    """Returns a short number, if it is one but for a rounding: a third, times 3."""
+    """Returns the number with 14 digits if it differs only by rounding (1/3 times 3 is 1)."""
     exact, short = float(value), float(f"{value:.14g}")
     return short if math.isclose(exact, short, rel_tol=4e-16) else exact
 
@@ -35,13 +35,13 @@ def _written(value: Decimal) -> float:
 def with_rates(
     values: Mapping[str, Any], factor: float, *, back: bool, schedule: bool = False
 ) -> dict[str, Any]:
-    """Returns values with the rates times the factor and the weight decays over it, or ``back``.
+    """Returns the values with learning rates multiplied, and weight decays divided, by a factor.
 
     Args:
-        values: arguments or a param group, or a schedule's.
-        factor: of the learning rates.
-        back: rates are divided and decays multiplied instead.
-        schedule: whether they are a schedule's, which has other names.
+        values: arguments, a param group or the state of a schedule.
+        factor: the factor.
+        back: whether to divide the learning rates and multiply the weight decays instead.
+        schedule: whether the values are a schedule's, whose names differ.
     """
     change: tuple[Callable[[float, float], float], ...] = (over, scaled) if back else (scaled, over)
     rates = _SCHEDULER_RATES if schedule else _RATES

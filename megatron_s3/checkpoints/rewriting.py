@@ -1,4 +1,4 @@
-"""Writes the files of a converted checkpoint, several at a time, and reads them back."""
+"""Writing of a converted checkpoint's files, several at a time, and their verification."""
 
 import copy
 import dataclasses
@@ -25,30 +25,30 @@ from megatron_s3.storage.layout import INDEX, SEAL
 
 __all__ = ["verify", "write"]
 
-#: Of the files as they were: ours, and that of Megatron's --verify-integrity.
+#: Checksums of the source's files: the plugin's, and those of Megatron's --verify-integrity.
 _CHECKSUMS = (SEAL, "integrity.json")
 
 
 def write(
     source: Source, folder: Path, settings: Settings, say: Callable[[str], None]
 ) -> Counter[str]:
-    """Writes the iteration's folder; its index, without which nothing loads it, last.
+    """Writes the iteration's folder; its index, without which it does not load, comes last.
 
     Args:
-        source: what is converted.
-        folder: to make.
-        settings: how.
-        say: is told how far it is.
+        source: the checkpoint to convert.
+        folder: the folder to make.
+        settings: the settings of the conversion.
+        say: logs a line of progress.
 
     Returns:
-        What was done how often.
+        The numbers of elements converted by state, of archives copied and of bytes.
     """
     folder.mkdir(parents=True)
     counts: Counter[str] = Counter()
     places: dict[Any, Any] = {}
     total = sum(place.length for place in source.index.storage_data.values())
     stop = threading.Event()
-    done = dict.fromkeys(source.archives, 0)  # bytes of each file; its size never changes
+    done = dict.fromkeys(source.archives, 0)  # bytes written to each file
     with ThreadPoolExecutor(read.threads()) as pool:
         files = [
             pool.submit(_write_file, source, name, folder, settings, stop, done)
@@ -63,11 +63,11 @@ def write(
                     counts.update(found)
                     places.update(at)
                 if left:
-                    say(f"{sum(done.values()) / 1e9:.1f} of {total / 1e9:.1f} GB")
+                    say(f"converted {sum(done.values()) / 1e9:.1f} of {total / 1e9:.1f} GB")
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    for path in source.folder.iterdir():  # metadata.json, and what else lies there
+    for path in source.folder.iterdir():  # metadata.json and any other files
         if path.name in (INDEX, COMMON, *_CHECKSUMS) or path.suffix == ".distcp":
             continue
         if path.is_dir():
@@ -95,7 +95,7 @@ def _write_file(
     """Writes one file.
 
     Returns:
-        What was done how often, and each archive's place by its index in the source.
+        Counts as in :func:`write`, and each archive's place by its index in the source.
     """
     counts: Counter[str] = Counter()
     places = {}
@@ -106,7 +106,7 @@ def _write_file(
             try:
                 _write_archive(source, index, writer, settings, counts)
             except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-                if writer.error is not None:  # which torch.save makes a RuntimeError of
+                if writer.error is not None:  # torch.save raises it as a RuntimeError
                     raise writer.error from None
                 raise ConvertError(
                     f"{source.folder / name}: {index.fqn} cannot be read "
@@ -127,7 +127,7 @@ def _write_archive(
     if index in source.parsed:
         counts["objects"] += 1
         changed = groups.convert(source.parsed[index], settings)
-        torch.save(changed, cast(IO[bytes], file))  # as far as torch asks for one
+        torch.save(changed, cast(IO[bytes], file))  # it has all methods that torch calls
         return
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def _write_archive(
 
 
 def _index(old: Any, places: dict[Any, Any], settings: Settings) -> Any:
-    """Returns the index with the target's names, and the archives' places in the new files."""
+    """Returns the index with the target's names and the archives' places in the new files."""
     new = copy.copy(old)
     new.state_dict_metadata = {
         transfer.rename(name, settings): entry for name, entry in old.state_dict_metadata.items()
@@ -161,7 +161,7 @@ def _index(old: Any, places: dict[Any, Any], settings: Settings) -> Any:
         if isinstance(getattr(old, name, None), dict):
             by_name = {transfer.rename(k, settings): v for k, v in getattr(old, name).items()}
             setattr(new, name, by_name)
-    # What each rank had planned to write, with which Megatron may shorten the next save.
+    # The ranks' plans of the last save, which Megatron may reuse for the next one.
     vars(new).pop("all_local_plans", None)
     return new
 
@@ -169,24 +169,26 @@ def _index(old: Any, places: dict[Any, Any], settings: Settings) -> Any:
 def verify(source: Source, folder: Path, settings: Settings) -> None:
     """Reads everything back through the new index.
 
-    Every archive has to be where a loader would look for it, of the size that the index has and
-    with the checksum that its tensor had in memory; arguments and param groups are compared as
-    objects.
+    Every archive has to be at the place and of the size that the index says, with the checksum that
+    its tensor had in memory.  Arguments and param groups are compared as objects.
 
     Raises:
-        Mismatch: naming the first that is wrong.
+        Mismatch: the message names the first difference.
     """
     try:
         written = Source(read.find(folder))
     except (ConvertError, read.CheckpointError) as error:
         raise Mismatch(
-            f"what was written does not read back: {error}. Check the disk, and convert again."
+            f"the converted checkpoint cannot be read back: {error}. Check the disk and convert "
+            "again."
         ) from error
     new = {(index.fqn, index.offset, index.index): index for index in written.index.storage_data}
     for old in source.index.storage_data:
         index = new.get((transfer.rename(old.fqn, settings), old.offset, old.index))
         if index is None:
-            raise Mismatch(f"{folder / INDEX} does not say where {old.fqn} is")
+            raise Mismatch(
+                f"{folder / INDEX} lacks the place of {old.fqn}; check the disk and convert again"
+            )
         if old in source.parsed:
             _compare(source.parsed[old], written.parsed[index], old.fqn, settings)
     if None in source.parsed:
@@ -195,4 +197,4 @@ def verify(source: Source, folder: Path, settings: Settings) -> None:
 
 def _compare(old: Any, new: Any, name: Any, settings: Settings) -> None:
     if repr(new) != repr(groups.convert(old, settings)):
-        raise Mismatch(f"{name} reads back otherwise than it was written")
+        raise Mismatch(f"{name} differs from what was written; check the disk and convert again")

@@ -1,4 +1,4 @@
-"""The checkpoint that a conversion reads: its index, its archives, and the objects to change."""
+"""The input of a conversion: its index, its archives and the objects to change."""
 
 import io
 from pathlib import Path
@@ -20,14 +20,14 @@ COMMON = "common.pt"
 
 
 class Source:
-    """The checkpoint that is read.
+    """A checkpoint to convert.
 
     Attributes:
-        folder: of its iteration.
-        index: its ``.metadata``.
-        archives: of each file, the indices of the archives in it, in the order of their places.
-        states: of the optimizer, by name.
-        parsed: objects that a conversion may change, by their index (None: ``common.pt``).
+        folder: the folder of its iteration.
+        index: the content of its ``.metadata``.
+        archives: the indices of the archives in each file, in the order of their places.
+        states: the names of the optimizer's states.
+        parsed: the objects that a conversion may change, by their index (None: ``common.pt``).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,8 @@ class Source:
             if getattr(place, "transform_descriptors", None):
                 raise ConvertError(
                     f"{folder / place.relative_path} is compressed "
-                    f"({', '.join(place.transform_descriptors)}), which Megatron does not write"
+                    f"({', '.join(place.transform_descriptors)}); convert an uncompressed "
+                    "checkpoint, as Megatron writes it"
                 )
             self.archives.setdefault(place.relative_path, []).append(index)
         for found in self.archives.values():
@@ -60,15 +61,15 @@ class Source:
             raise ConvertError(f"{path} cannot be read: {error}") from error
 
     def place(self, index: Any) -> Any:
-        """Returns where an archive is."""
+        """Returns the place of an archive in its file."""
         return self.index.storage_data[index]
 
     def is_tensor(self, index: Any) -> bool:
-        """Returns whether an archive is of a part of a tensor, and not of an object."""
+        """Returns whether an archive holds a shard of a tensor, and not an object."""
         return hasattr(self.index.state_dict_metadata[index.fqn], "chunks")
 
     def archive(self, index: Any) -> Archive:
-        """Returns an archive, to be read."""
+        """Returns an archive by its index."""
         place = self.place(index)
         return Archive(self.folder / place.relative_path, place.offset, place.length)
 
@@ -83,11 +84,11 @@ class Source:
                 raise ConvertError(
                     f"{self.folder}: {name} is {dtype}, and float32 or bfloat16 is expected: "
                     + (
-                        "Transformer Engine keeps the rest of a bfloat16 parameter there "
-                        "(store_param_remainders), which is not read here. Save it from a run "
+                        "Transformer Engine stores the remainders of bfloat16 parameters there "
+                        "(store_param_remainders), which are not supported. Save it from a run "
                         "without --use-precision-aware-optimizer."
                         if "param" in state
-                        else "states are kept in no other. Save it from a run with "
+                        else "states of other dtypes are not supported. Save it from a run with "
                         "--exp-avg-dtype and --exp-avg-sq-dtype fp32 or bf16."
                     )
                 )
@@ -95,16 +96,19 @@ class Source:
                 shapes.setdefault(name.replace(state, "*"), {})[state] = entry.size
         pairs = {frozenset(states) for states in shapes.values()}
         if len(pairs) > 1:
-            raise ConvertError(f"{self.folder}: not every parameter has all states")
+            raise ConvertError(
+                f"{self.folder}: some parameters lack a state; choose another iteration with "
+                "--iteration"
+            )
         self.states: set[str] = set(*pairs)
 
     def settings(
         self, to: str, lr_factor: float | None, hyperparameters: dict[str, Any] | None
     ) -> Settings:
-        """Returns what the checkpoint says about its conversion; see :func:`direction.settings`.
+        """Returns the settings of the conversion; see :func:`direction.settings`.
 
         Raises:
-            ConvertError: it cannot be converted so.
+            ConvertError: the checkpoint cannot be converted with them.
         """
         try:
             found = direction.settings([*self.parsed.values()], to, lr_factor, hyperparameters)
@@ -112,7 +116,7 @@ class Source:
             raise ConvertError(f"{self.folder}: {error}") from error
         if self.states != set(found.states):
             raise ConvertError(
-                f"{self.folder}: its states are {', '.join(sorted(self.states)) or 'not there'}, "
+                f"{self.folder}: its states are {', '.join(sorted(self.states)) or 'missing'}, "
                 f"and {' and '.join(found.states)} are expected in a checkpoint of the format "
                 "torch_dist"
             )

@@ -1,4 +1,4 @@
-"""The paper's five tasks, as lm-evaluation-harness defines them, on its data or on local files."""
+"""The paper's five tasks, as lm-evaluation-harness defines them, on the hub's or local data."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ __all__ = ["TASKS", "Task", "TaskError", "load", "manager"]
 
 
 class TaskError(MegatronS3Error, ValueError):
-    """A task's data cannot be read; the message names the task, the file and line, and the keys."""
+    """Raised for unreadable data of a task; the message names file, line and expected keys."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Task:
     """One of the tasks.
 
     Attributes:
-        label: as in Figure 6.
-        harness: its name in lm-evaluation-harness, whose prompts and scoring are used.
-        folder: where that is defined, below ``lm_eval/tasks``.
-        choices: number of answers to choose from.
-        keys: of a record in a local JSON-lines file; those of the dataset on the hub.
-        labels: the key of the right answer, and the values it takes.
+        label: the name in Figure 6.
+        harness: the name in lm-evaluation-harness, whose prompts and scoring are used.
+        folder: the folder of its definition, below ``lm_eval/tasks``.
+        choices: the number of answers to choose from.
+        keys: the keys of a record in a local JSON-lines file, as in the dataset on the hub.
+        labels: the key of the right answer, and its possible values.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Task:
     labels: tuple[str, tuple[int | str, ...]]
 
 
-#: By the name that ``--tasks`` takes, and that a local file has (``piqa.jsonl``).
+#: The tasks by the name that ``--tasks`` and local files (``piqa.jsonl``) have.
 TASKS = {
     "cb": Task("CB", "cb", "super_glue/cb", 3, ("premise", "hypothesis"), ("label", (0, 1, 2))),
     "piqa": Task("PIQA", "piqa", "piqa", 2, ("goal", "sol1", "sol2"), ("label", (0, 1))),
@@ -72,7 +72,7 @@ TASKS = {
 
 @functools.cache
 def manager() -> Any:
-    """Returns the harness's index of the five tasks alone: that of all takes 10 s to make."""
+    """Returns the harness's index of these five tasks; the index of all tasks takes 10 s."""
     import lm_eval.tasks
 
     (root,) = lm_eval.tasks.__path__
@@ -81,7 +81,7 @@ def manager() -> Any:
 
 
 def load(names: Sequence[str], data: str | Path | None = None) -> dict[str, Any]:
-    """Returns the harness's task objects, their data read.
+    """Returns the harness's task objects with their data loaded.
 
     Args:
         names: keys of :data:`TASKS`.
@@ -91,8 +91,7 @@ def load(names: Sequence[str], data: str | Path | None = None) -> dict[str, Any]
         Objects of lm-evaluation-harness by name.
 
     Raises:
-        TaskError: the data of one cannot be had, or a record in a local file is not as it has to
-            be.
+        TaskError: the data of a task cannot be loaded, or a record in a local file is invalid.
     """
     files = {}
     if data is not None:
@@ -116,7 +115,7 @@ def load(names: Sequence[str], data: str | Path | None = None) -> dict[str, Any]
 
 
 def _on_file(harness: str, definition: Path, file: Path) -> str:
-    """Returns the harness's definition of a task, with other data; JSON, which is YAML too."""
+    """Returns the harness's definition of a task with local data, in JSON (which is valid YAML)."""
     return json.dumps(
         {
             "include": str(definition),
@@ -136,7 +135,7 @@ def _missing(name: str, file: Path | None, error: Exception) -> str:
     if file:
         return f"{file}: the datasets library cannot read it ({reason})"
     return (
-        f"task {name}: its dataset cannot be had from the Hugging Face hub ({reason}). Connect "
+        f"task {name}: its dataset cannot be loaded from the Hugging Face hub ({reason}). Connect "
         f"this machine to the hub, or give --data FOLDER with {name}.jsonl in it: "
         f"{_described(name)}."
     )
@@ -150,25 +149,27 @@ def _described(name: str) -> str:
 
 
 def _check(name: str, file: Path) -> None:
-    """Reads a local file through, so that a fault is said with its line."""
+    """Checks every record of a local file, so that an error names its line."""
     task = TASKS[name]
     expected = f"{name}.jsonl holds {_described(name)}"
     if not file.is_file():
-        raise TaskError(f"task {name}: no file {file}; {expected}")
+        raise TaskError(f"task {name}: there is no file {file}; {expected}")
     count = 0
-    with file.open("rb") as lines:  # json decodes, so that a fault there has its line too
+    with file.open("rb") as lines:  # json decodes them, so an encoding error has its line too
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise TaskError(f"{file}:{number}: no JSON ({error}); {expected}") from None
+                raise TaskError(f"{file}:{number}: not JSON ({error}); {expected}") from None
             label, values = task.labels
             if not isinstance(record, dict) or (
                 missing := [key for key in (*task.keys, label) if key not in record]
             ):
-                what = f"has no {', '.join(missing)}" if isinstance(record, dict) else "no object"
+                what = (
+                    f"has no {', '.join(missing)}" if isinstance(record, dict) else "not an object"
+                )
                 raise TaskError(f"{file}:{number}: {what}; {expected}")
             for key in task.keys:
                 fits = list if key == "endings" else str
@@ -176,7 +177,7 @@ def _check(name: str, file: Path) -> None:
                     kind = "a list of strings" if fits is list else "a string"
                     raise TaskError(f"{file}:{number}: {key} is not {kind}; {expected}")
             if "endings" in record and len(record["endings"]) != task.choices:
-                raise TaskError(f"{file}:{number}: endings has not {task.choices} of them")
+                raise TaskError(f"{file}:{number}: endings must have {task.choices} elements")
             value = record[label]
             if isinstance(value, bool) or value not in values:
                 raise TaskError(

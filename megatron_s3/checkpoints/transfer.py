@@ -1,8 +1,9 @@
 """Conversion of AdamW's state to that of another optimizer, and back.
 
-AdamW's averages begin at 0, and after t steps are too small by ``1 - beta**t``, which its update
-makes up for.  An optimizer whose update does not is handed the state without that bias, and hands
-it back with the bias, as its description says (:mod:`megatron_s3.optimizers.from_adam`).
+AdamW's averages begin at 0, so after t steps they are too small by the factor ``1 - beta**t``, for
+which its update corrects.  For an optimizer without that correction the bias is removed from the
+state, and it is restored on the way back, as the optimizer's description defines
+(:mod:`megatron_s3.optimizers.from_adam`).
 """
 
 import re
@@ -31,21 +32,21 @@ __all__ = [
     "state_of",
 ]
 
-#: Megatron's own AdamW, by the name that its flag has; the plugin's has the same state.
+#: Megatron's AdamW, as ``--optimizer`` names it; the plugin's AdamW has the same state.
 ADAM = "adam"
 
 _MAIN = ("param", "fp32_param", "master_param")
 
 
 def convertible() -> dict[str, Description]:
-    """Returns the optimizers that AdamW's state can be converted to, and back from, by name."""
+    """Returns the optimizers that AdamW's state can be converted to and from, by name."""
     return {n: cls.description for n, cls in OPTIMIZERS.items() if cls.description.from_adam}
 
 
 def _place() -> re.Pattern[str]:
-    """Returns the state's place in the names of a ``torch_dist`` checkpoint.
+    """Returns the pattern of a state's name in a ``torch_dist`` checkpoint.
 
-    ``optimizer.state.exp_avg.WEIGHT`` where it can be resharded,
+    The name is ``optimizer.state.exp_avg.WEIGHT`` where the checkpoint can be resharded, and
     ``optimizer.distributed....bucket_idx_0.exp_avg`` where it cannot.
     """
     states = {name for d in (AdamW.description, *convertible().values()) for name in d.state}
@@ -60,13 +61,13 @@ _PLACE = _place()
 
 @dataclass(frozen=True)
 class Change:
-    """Describes what becomes of one state.
+    """The conversion of one state.
 
     Attributes:
-        name: of the state under the target.
-        convert: returns its values there, of those in float32 and the correction.
+        name: the name of the state under the target optimizer.
+        convert: returns the converted values, from the float32 values and the correction.
         correction: ``1 - beta**t`` of AdamW's average; 1 before the first update.
-        rule: the conversion as a formula, and with its number.
+        rule: the conversion as a formula, with symbols and with numbers.
     """
 
     name: str
@@ -77,17 +78,18 @@ class Change:
 
 @dataclass(frozen=True)
 class Settings:
-    """One conversion.
+    """The settings of a conversion.
 
     Attributes:
-        description: of the optimizer that AdamW's state is converted to, or back from.
-        back: whether it is converted back.
-        step: updates that the state has seen.
+        description: describes the optimizer that AdamW's state is converted to, or back from.
+        back: whether the state is converted back to AdamW's.
+        step: the number of updates before the checkpoint.
         betas: AdamW's coefficients of ``exp_avg`` and ``exp_avg_sq``.
-        eps: AdamW's.
-        lr_factor: the optimizer's learning rates over AdamW's; weight decays are AdamW's over its.
-        hyperparameters: the optimizer's.
-        sharded: whether by the distributed optimizer.
+        eps: AdamW's epsilon.
+        lr_factor: the ratio of the optimizer's learning rate to AdamW's, and of AdamW's weight
+            decay to the optimizer's.
+        hyperparameters: the optimizer's hyperparameters.
+        sharded: whether the state is sharded by the distributed optimizer.
     """
 
     description: Description
@@ -111,13 +113,13 @@ class Settings:
 
     @property
     def labels(self) -> tuple[str, str]:
-        """Returns how the optimizer that saved it and the target are called."""
+        """Returns what messages call the optimizer that saved the state, and the target."""
         both = short(AdamW.description), short(self.description)
         return both[::-1] if self.back else both
 
     @cached_property
     def states(self) -> dict[str, Change]:
-        """Returns what becomes of each state, by the name that it has."""
+        """Returns the conversion of each state, by the name it has in the checkpoint."""
         changes = {}
         for own, state in from_adam_of(self.description).states.items():
             beta = self.betas[state.average != "exp_avg"]
@@ -132,29 +134,29 @@ class Settings:
 
     @property
     def rule(self) -> str:
-        """Returns the conversion of every state, in words."""
+        """Returns the formulas of all states as text."""
         return ", ".join(change.rule for change in self.states.values())
 
 
 def from_adam_of(description: Description) -> FromAdam:
-    """Returns how the state is made of AdamW's, of an optimizer of :func:`convertible`."""
+    """Returns the rules of conversion of an optimizer of :func:`convertible`."""
     assert description.from_adam is not None
     return description.from_adam
 
 
 def short(description: Description) -> str:
-    """Returns what messages call an optimizer."""
+    """Returns the short name of an optimizer in messages."""
     return description.label.partition(" (")[0]
 
 
 def state_of(name: str) -> str | None:
-    """Returns which state a checkpoint's tensor is (``exp_avg``, ..., or ``param``), or None."""
+    """Returns the state that a tensor's name stands for (``exp_avg``, ``param``, ...), or None."""
     found = _PLACE.match(name)
     return found and found[2]
 
 
 def rename(name: str, settings: Settings) -> str:
-    """Returns the tensor's name under the target optimizer."""
+    """Returns the name of a tensor under the target optimizer."""
     state = state_of(name)
     change = settings.states.get(state or "")
     if change is None or change.name == state:
@@ -163,14 +165,14 @@ def rename(name: str, settings: Settings) -> str:
 
 
 def changes(name: str, settings: Settings) -> bool:
-    """Returns whether the tensor's values differ afterwards."""
+    """Returns whether the conversion changes the tensor's values or name."""
     state = state_of(name)
     change = settings.states.get(state or "")
     return change is not None and (change.name != state or change.correction != 1)
 
 
 def convert_tensor(name: str, tensor: Tensor, settings: Settings) -> Tensor:
-    """Returns a state's values under the target, in their dtype; it may overwrite ``tensor``."""
+    """Returns the converted values of a state in its dtype; it may overwrite ``tensor``."""
     change = settings.states[state_of(name) or ""]
     values = tensor.detach().to(torch.float32)
     return change.convert(values, change.correction).to(tensor.dtype)

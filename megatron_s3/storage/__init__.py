@@ -1,4 +1,4 @@
-"""Files of torch and of a run: what they hold, whether that was written, which is the newest.
+"""Files of checkpoints: their contents, their checksums, and which checkpoint is the newest.
 
-Nothing here knows Megatron, or imports another room of the package.
+Nothing here depends on Megatron or imports another folder of the package, except its errors.
 """

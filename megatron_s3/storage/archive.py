@@ -1,8 +1,8 @@
-"""Archives of ``torch.save``, zip files: what they hold, and whether it is what was written.
+"""Archives of ``torch.save`` (zip files): their contents, and verification of their checksums.
 
-``torch.save`` puts a CRC-32 beside every tensor and object, computed from memory, and torch's
-loader does not look at it.  :func:`verify` does, and checks what is around the data against itself:
-a zip file says everything about an entry twice.  Nothing is unpickled.
+``torch.save`` stores a CRC-32 of every tensor and object, computed from memory, which torch's
+loader does not verify.  :func:`verify` does.  It also compares the zip file's headers with its
+directory, which describe every entry twice.  Nothing is unpickled.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ __all__ = ["Archive", "Differs", "Entry", "entries", "verify"]
 
 _BLOCK = 1 << 20
 
-# What a zip file is made of; see PKWARE's APPNOTE.
+# The records of a zip file; see PKWARE's APPNOTE.
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
@@ -31,20 +31,25 @@ _LOCAL_CRC, _CENTRAL_CRC, _DESCRIPTOR_CRC = 14, 16, 4  # bytes before the checks
 _HAS_DESCRIPTOR = 8
 _IN_ZIP64 = 0xFFFFFFFF
 
+# Descriptions of damage, for messages.
+_DIRECTORY = "its directory is inconsistent"
+_HEADER = "a header contradicts the directory"
+_TAIL = "the record at its end is inconsistent"
+
 
 class Differs(MegatronS3Error):
-    """Two things in an archive that must agree do not."""
+    """Raised where an archive contradicts itself or its checksums."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """An archive in a file, of a tensor or an object; or the file itself.
+    """The archive of a tensor or an object: a part of a file, or all of it.
 
     Attributes:
-        path: of the file.
-        offset: of its first byte there.
-        length: in bytes.
-        data: bytes of the tensor, None if that is not known.
+        path: the file.
+        offset: where the archive begins in the file, in bytes.
+        length: its length in bytes.
+        data: how many bytes the tensor's elements take; None if that is not known.
     """
 
     path: Path
@@ -53,7 +58,7 @@ class Archive:
     data: int | None = None
 
     def read(self) -> bytes:
-        """Returns the whole of it, of an object."""
+        """Returns all bytes of the archive."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.length)
@@ -61,14 +66,15 @@ class Archive:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of the parts of which a tensor's or object's zip file is made.
+    """An entry of an archive's zip file.
 
     Attributes:
-        name: ``archive/data/0``, for one.
-        start: of its first byte, from the zip file's.
-        size: in bytes.
-        checksum: CRC-32 of them.
-        checksum_at: where the zip file has that, as 4 bytes, the lowest first.
+        name: its name, for example ``archive/data/0``.
+        start: where its content begins in the archive, in bytes.
+        size: the size of its content in bytes.
+        checksum: the CRC-32 of its content, as stored.
+        checksum_at: the places in the archive where the checksum is stored, as 4 bytes in
+            little-endian order.
     """
 
     name: str
@@ -79,30 +85,30 @@ class Entry:
 
     @property
     def is_data(self) -> bool:
-        """Returns whether it is a tensor's elements."""
+        """Returns whether the entry holds a tensor's elements."""
         return "/data/" in f"/{self.name}" and "/.data/" not in f"/{self.name}"
 
 
 def verify(fd: int, archive: Archive) -> None:
-    """Reads an archive and compares every checksum.
+    """Reads an archive and verifies every checksum.
 
     Args:
-        fd: of its file, open.
-        archive: which.
+        fd: descriptor of the archive's open file.
+        archive: the archive to verify.
 
     Raises:
-        Differs: it is not what was written.
-        struct.error: nor is that.
-        OSError: the disk does not give it.
+        Differs: a checksum does not match, or the headers contradict each other.
+        struct.error: a header is cut off.
+        OSError: the file cannot be read.
     """
     sizes = []
     for entry in entries(fd, archive):
         found = _crc(fd, archive.offset + entry.start, entry.size)
-        _same(f"the checksum of {entry.name}", (found, entry.checksum))
+        _same(f"the checksum of {entry.name} does not match", (found, entry.checksum))
         if entry.is_data:
             sizes.append(entry.size)
     if archive.data is not None:
-        what = f"{sum(sizes):,} bytes where the index has {archive.data:,}"
+        what = f"it holds {sum(sizes):,} bytes where the index has {archive.data:,}"
         _same(what, (sum(sizes), archive.data))
 
 
@@ -117,19 +123,19 @@ def _crc(fd: int, start: int, size: int) -> int:
     while start < end:
         count = os.preadv(fd, [buffer[: end - start]], start)
         if not count:
-            raise Differs("it ends too soon")
+            raise Differs("it is truncated")
         value, start = zlib.crc32(buffer[:count], value), start + count
     return value
 
 
 def entries(fd: int, archive: Archive) -> Iterator[Entry]:
-    """Yields all that an archive holds.
+    """Yields the entries of an archive.
 
-    Every number in its headers that a reader uses is compared with the other place where it is.
+    Every number in the headers that a reader uses is compared with its copy in the directory.
 
     Args:
-        fd: of its file, open.
-        archive: which.
+        fd: descriptor of the archive's open file.
+        archive: the archive to read.
 
     Raises:
         Differs, struct.error, OSError: as :func:`verify`.
@@ -148,7 +154,7 @@ def entries(fd: int, archive: Archive) -> Iterator[Entry]:
         (magic, _, needed, flags, method, _, _, crc, packed, plain, *lengths, disk, i, e, local) = (
             _CENTRAL.unpack_from(central, at)
         )
-        _same("the directory", (magic, b"PK\1\2"), ((method, lengths[2], disk, i, e), (0,) * 5))
+        _same(_DIRECTORY, (magic, b"PK\1\2"), ((method, lengths[2], disk, i, e), (0,) * 5))
         places = [offset + at + _CENTRAL_CRC]
         at += _CENTRAL.size
         name = central[at : at + lengths[0]]
@@ -156,26 +162,29 @@ def entries(fd: int, archive: Archive) -> Iterator[Entry]:
         at += lengths[0] + lengths[1]
         wide = _IN_ZIP64 in (packed, plain, local)
         packed, plain, local = _widened([plain, packed, local], extra)
-        _same("the directory", (packed, plain), (local, here))
+        _same(_DIRECTORY, (packed, plain), (local, here))
         there = read(_LOCAL, local)
-        _same("a header", (there[:4], (b"PK\3\4", needed, flags, method)), (there[9], len(name)))
+        _same(_HEADER, (there[:4], (b"PK\3\4", needed, flags, method)), (there[9], len(name)))
         known = (0, 0, 0) if flags & _HAS_DESCRIPTOR else (crc, packed, plain)
-        _same("a header", (there[6:9], known))
+        _same(_HEADER, (there[6:9], known))
         start = local + _LOCAL.size
-        _same("a name", (os.pread(fd, len(name), archive.offset + start), name))
+        _same("an entry has two names", (os.pread(fd, len(name), archive.offset + start), name))
         start += len(name) + there[10]
         here = start + plain
         places.append(here + _DESCRIPTOR_CRC if flags & _HAS_DESCRIPTOR else local + _LOCAL_CRC)
         yield Entry(name.decode(errors="replace"), start, plain, crc, tuple(places))
         if flags & _HAS_DESCRIPTOR:
             form = _DESCRIPTOR64 if wide else _DESCRIPTOR
-            _same("a descriptor", (read(form, here), (b"PK\7\x08", crc, packed, plain)))
+            _same(
+                "a descriptor contradicts the directory",
+                (read(form, here), (b"PK\7\x08", crc, packed, plain)),
+            )
             here += form.size
-    _same("the directory", (at, size), (here, offset))
+    _same(_DIRECTORY, (at, size), (here, offset))
 
 
 def _widened(values: list[int], extra: bytes) -> tuple[int, int, int]:
-    """Returns packed and plain size and place of an entry; large ones are in its extra field."""
+    """Returns an entry's packed size, plain size and place; large ones are in its extra field."""
     wide: list[int] = []
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<HH", extra)
@@ -183,7 +192,7 @@ def _widened(values: list[int], extra: bytes) -> tuple[int, int, int]:
             wide = list(struct.unpack_from(f"<{length // 8}Q", extra, 4))
         extra = extra[4 + length :]
     if values.count(_IN_ZIP64) != len(wide):
-        raise Differs("the directory")
+        raise Differs(_DIRECTORY)
     plain, packed, local = (wide.pop(0) if v == _IN_ZIP64 else v for v in values)
     return packed, plain, local
 
@@ -191,17 +200,17 @@ def _widened(values: list[int], extra: bytes) -> tuple[int, int, int]:
 def _directory(read: Callable[..., tuple[Any, ...]], end: int) -> tuple[int, int, int]:
     """Returns the number of entries, size and place of the directory at a zip file's end."""
     magic, disk, first, count, counts, size, offset, comment = read(_END, end)
-    _same("the end", (magic, b"PK\5\6"), ((disk, first, comment), (0, 0, 0)), (count, counts))
+    _same(_TAIL, (magic, b"PK\5\6"), ((disk, first, comment), (0, 0, 0)), (count, counts))
     if end >= _END64_LOCATOR.size + _END64.size:
         at = end - _END64_LOCATOR.size
         magic, disk, place, disks = read(_END64_LOCATOR, at)
         if magic == b"PK\6\7":
-            _same("the end", ((disk, disks), (0, 1)), (place + _END64.size, at))
+            _same(_TAIL, ((disk, disks), (0, 1)), (place + _END64.size, at))
             record = read(_END64, place)
-            _same("the end", (record[:2], (b"PK\6\6", _END64.size - 12)), (record[4:6], (0, 0)))
-            _same("the end", (record[6], record[7]), (min(record[6], 0xFFFF), count))
-            _same("the end", (min(record[8], _IN_ZIP64), size))
-            _same("the end", (min(record[9], _IN_ZIP64), offset))
+            _same(_TAIL, (record[:2], (b"PK\6\6", _END64.size - 12)), (record[4:6], (0, 0)))
+            _same(_TAIL, (record[6], record[7]), (min(record[6], 0xFFFF), count))
+            _same(_TAIL, (min(record[8], _IN_ZIP64), size))
+            _same(_TAIL, (min(record[9], _IN_ZIP64), offset))
             count, size, offset, end = *record[7:], place
-    _same("the end", (offset + size, end))
+    _same(_TAIL, (offset + size, end))
     return count, size, offset

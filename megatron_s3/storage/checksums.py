@@ -1,10 +1,10 @@
-"""Verification of a checkpoint's files: all there, whole, every bit as it was written.
+"""Verification of a checkpoint's files: they are present, complete and unchanged.
 
-Tensors and objects have a checksum each (:mod:`~megatron_s3.storage.archive`).  The index
-(``.metadata``, a pickle) and ``metadata.json`` have none of their own; :func:`seal` writes one
-beside them when a checkpoint is finished.  The large files are read back by nobody for that, so
-that saving takes what it took, and a checkpoint without it (an older one, another program's) loads:
-there the index has to agree with itself and with the files.
+Each tensor and object has a checksum (:mod:`~megatron_s3.storage.archive`).  The index
+(``.metadata``, a pickle) and ``metadata.json`` have none of their own, so :func:`seal` writes their
+checksums to a file when a checkpoint is finished.  It does not read the large files back, so saving
+takes no longer.  A checkpoint without that file (an older one, or one that another program wrote)
+loads too: its index is then checked against itself and the files.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ __all__ = ["check", "reopen", "seal", "sync", "verify"]
 
 
 def seal(folder: Path) -> None:
-    """Writes the checksums of the small files, whole or not at all, and to the disk."""
+    """Writes the checksums of the small files atomically, and flushes them to the disk."""
     part = folder / f".{SEAL}.part"
     with open(part, "w") as file:
         file.writelines(_checksums(folder).values())
@@ -33,7 +33,7 @@ def seal(folder: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Has the disk take what was done to the names in a folder."""
+    """Flushes created, renamed and removed names in a folder to the disk."""
     place = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(place)
@@ -42,14 +42,14 @@ def sync(folder: Path) -> None:
 
 
 def reopen(folder: Path, *, config: bool = True) -> None:
-    """Begins a save: a folder that is written into is no complete checkpoint any more."""
-    # The last is of Megatron's --verify-integrity.
+    """Removes what marks a checkpoint as complete, before its folder is written to again."""
+    # Megatron's --verify-integrity writes the last one.
     for name in (CONFIG if config else INDEX, SEAL, "integrity.json"):
         (folder / name).unlink(missing_ok=True)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Returns the lines of the small files that are there, by name."""
+    """Returns the checksum lines of the small files that exist, by name."""
     return {
         name: f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
         for name in (INDEX, CONFIG)
@@ -58,16 +58,16 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def check(folder: Path, share: int = 0, of: int = 1, *, config: bool = True) -> None:
-    """Checks that all files are there and not cut short, and the small ones what was written.
+    """Checks that all files exist with their full size, and verifies the small files' checksums.
 
     Args:
-        folder: of one iteration.
-        share: which of ``of`` shares of the large files to look at.
-        of: number of shares.
-        config: whether ``metadata.json`` has to be there.
+        folder: the folder of one iteration.
+        share: which of the ``of`` shares of the large files to check, from 0.
+        of: the number of shares.
+        config: whether ``metadata.json`` has to exist.
 
     Raises:
-        Damaged: naming the first file that is not.
+        Damaged: the message names the first file that fails.
     """
     if (folder / INDEX).exists() or not is_of_format_torch(folder):
         _check_small(folder, config)
@@ -79,13 +79,13 @@ def check(folder: Path, share: int = 0, of: int = 1, *, config: bool = True) -> 
         if there is None:
             raise Damaged(f"{path} is missing")
         if there < size:
-            raise Damaged(f"{path} has {there:,} bytes of at least {size:,}")
+            raise Damaged(f"{path} is truncated: {there:,} bytes, at least {size:,} expected")
 
 
 def _check_small(folder: Path, config: bool) -> None:
     if not (folder / INDEX).is_file():
         raise Damaged(f"{folder / INDEX} is missing")
-    # Megatron goes by that file where it detects the format; its own indices say whose they are.
+    # Megatron detects the format by that file.  An index with "mcore_data" is Megatron's.
     if config or (folder / CONFIG).is_file() or hasattr(index.read(folder), "mcore_data"):
         _check_config(folder / CONFIG)
     sealed = folder / SEAL
@@ -95,9 +95,11 @@ def _check_small(folder: Path, config: bool) -> None:
     now, then = _checksums(folder), sealed.read_bytes().decode(errors="replace")
     for name, line in now.items():
         if line not in then.splitlines(keepends=True):
-            raise Damaged(f"{folder / name} is not what {sealed} says, or that file is damaged")
+            raise Damaged(
+                f"{folder / name} does not match its checksum in {sealed}: one of them is damaged"
+            )
     if "".join(now.values()) != then:
-        raise Damaged(f"{sealed} is not what was written")
+        raise Damaged(f"{sealed} is damaged: it does not list exactly the files that it covers")
 
 
 def _check_config(path: Path) -> None:
@@ -110,7 +112,7 @@ def _check_config(path: Path) -> None:
 
 
 def _archives(folder: Path) -> list[Archive]:
-    """Returns all archives of a checkpoint, in the order in which a disk has them."""
+    """Returns all archives of a checkpoint, in the order of their places in the files."""
     found = [
         Archive(path, 0, path.stat().st_size)
         for path in (*folder.glob("*.pt"), *folder.glob("mp_rank_*/*.pt"))
@@ -121,18 +123,18 @@ def _archives(folder: Path) -> list[Archive]:
 
 
 def verify(folder: Path, share: int = 0, of: int = 1) -> int:
-    """Reads the files and compares every checksum.
+    """Reads the files and verifies every checksum.
 
     Args:
-        folder: of one iteration, that :func:`check` finds nothing in.
-        share: which of ``of`` equal shares to read: each rank takes one.
-        of: number of shares.
+        folder: the folder of one iteration, which :func:`check` has accepted.
+        share: which of the ``of`` equal shares to read, from 0: each rank takes one.
+        of: the number of shares.
 
     Returns:
-        How many bytes were read.
+        The number of bytes read.
 
     Raises:
-        Damaged: naming the first file that is not what was written.
+        Damaged: the message names the first file that fails.
     """
     found = _archives(folder)
     total, before, count = sum(one.length for one in found), 0, 0
@@ -155,8 +157,8 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> int:
                 raise Damaged(f"{one.path} cannot be read: {error}") from error
             except (struct.error, archive.Differs) as error:
                 raise Damaged(
-                    f"{one.path} is not what was written ({error}, in the part from byte "
-                    f"{one.offset:,} to {one.offset + one.length:,})"
+                    f"{one.path} is damaged ({error}, in bytes {one.offset:,} to "
+                    f"{one.offset + one.length:,})"
                 ) from error
     finally:
         if fd >= 0:

@@ -1,4 +1,4 @@
-"""Copies archives from file to file, as they are or with other elements in them."""
+"""Copies of archives: from file to file, unchanged or with other elements."""
 
 import os
 import struct
@@ -19,10 +19,10 @@ _BLOCK = 1 << 20
 
 
 class Writer:
-    """A file to write, that knows what stopped it.
+    """A file to write to, which keeps the error that stopped it.
 
     Attributes:
-        error: a full disk, or that another thread's has failed.
+        error: the error of the last write: of the disk, or :class:`Stopped`; None if it succeeded.
     """
 
     def __init__(self, file: BinaryIO, stop: threading.Event) -> None:
@@ -30,10 +30,10 @@ class Writer:
         self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
-        """Writes some bytes.
+        """Writes bytes.
 
         Raises:
-            OSError: the disk does not take them.
+            OSError: the disk is full or fails.
             Stopped: the conversion has ended.
         """
         try:
@@ -45,15 +45,15 @@ class Writer:
             raise
 
     def flush(self) -> None:
-        """Hands to the system what was written."""
+        """Flushes buffered bytes to the operating system."""
         self._file.flush()
 
     def tell(self) -> int:
-        """Returns the place in the file."""
+        """Returns the position in the file."""
         return self._file.tell()
 
     def seek(self, place: int) -> None:
-        """Moves to a place in the file."""
+        """Moves to a position in the file."""
         self._file.seek(place)
 
 
@@ -62,10 +62,10 @@ class Stopped(MegatronS3Error):
 
 
 def copy(archive: Archive, file: Writer) -> None:
-    """Writes an archive as it is.
+    """Copies an archive unchanged.
 
     Raises:
-        EOFError: its file ends too soon.
+        EOFError: the archive's file is truncated.
     """
     with open(archive.path, "rb", buffering=0) as given:
         _copy(given.fileno(), archive.offset, archive.length, file)
@@ -74,14 +74,14 @@ def copy(archive: Archive, file: Writer) -> None:
 def rewrite(
     archive: Archive, file: Writer, dtype: torch.dtype, change: Callable[[Tensor], Tensor]
 ) -> None:
-    """Writes a tensor's archive with other elements and their checksum, and all else as it is.
+    """Copies a tensor's archive with new elements and their checksum, and the rest unchanged.
 
     Args:
-        archive: of a tensor.
-        file: where to; it has to take :meth:`Writer.seek`.
-        dtype: of the elements.
-        change: makes of some elements, in their order, others of the same dtype; it may overwrite
-            those that it gets.
+        archive: the archive of a tensor.
+        file: the file to write to; it must support :meth:`Writer.seek`.
+        dtype: the dtype of the elements.
+        change: returns the new elements of a block, in the same order and dtype; it may overwrite
+            its argument.
 
     Raises:
         EOFError: as :func:`copy`.
@@ -109,7 +109,7 @@ def _copy(fd: int, start: int, length: int, file: Writer) -> None:
 
 
 def _blocks(fd: int, start: int, length: int) -> Iterator[memoryview]:
-    """Yields so many bytes; each block is overwritten by the next."""
+    """Yields ``length`` bytes in blocks; each block is overwritten by the next."""
     buffer, end = memoryview(bytearray(min(_BLOCK, length))), start + length
     while start < end:
         block, filled = buffer[: end - start], 0

@@ -6,9 +6,9 @@ __all__ = ["Damaged", "unreadable"]
 
 
 class Damaged(MegatronS3Error, ValueError):
-    """A checkpoint is not what was written; the message begins with the file's path."""
+    """Raised for a damaged checkpoint; the message begins with the file's path."""
 
 
 def unreadable(path: object, error: Exception) -> Damaged:
-    """Returns the error of a file whose content cannot be read."""
+    """Returns the error for a file whose content cannot be read."""
     return Damaged(f"{path} cannot be read ({type(error).__name__}: {error})")

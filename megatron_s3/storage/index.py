@@ -1,4 +1,4 @@
-"""The index of a checkpoint (``.metadata``, torch's): what it says, and that it is of one piece."""
+"""The index of a checkpoint (``.metadata``, written by torch): its content and its consistency."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ __all__ = ["archives", "check", "read"]
 def read(folder: Path) -> Any:
     """Returns the index of an iteration, torch's ``Metadata``.
 
-    It is unpickled, as torch does: read only what you trust.
+    The file is unpickled, as torch does: read only checkpoints that you trust.
 
     Raises:
         Damaged: it cannot be read.
@@ -32,7 +32,7 @@ def read(folder: Path) -> Any:
 
 
 def archives(folder: Path) -> list[Archive]:
-    """Returns the archives of all parts of tensors and objects that the index knows.
+    """Returns the archives of all tensors' shards and objects that the index lists.
 
     Raises:
         Damaged: it cannot be read.
@@ -40,7 +40,7 @@ def archives(folder: Path) -> list[Archive]:
     index = read(folder)
     try:
         return list(_archives(folder, index))
-    except Exception as error:  # whatever a damaged pickle makes of its objects
+    except Exception as error:  # a damaged pickle may raise anything
         raise unreadable(folder / INDEX, error) from error
 
 
@@ -58,10 +58,10 @@ def _archives(folder: Path, index: Any) -> Iterator[Archive]:
 
 
 def check(folder: Path) -> None:
-    """Checks that the index agrees with itself: every part of a tensor is somewhere once.
+    """Checks that the index is consistent: each shard of a tensor is stored exactly once.
 
     Raises:
-        Damaged: it does not.
+        Damaged: it is not.
     """
     path = folder / INDEX
     index = read(folder)
@@ -78,7 +78,7 @@ def check(folder: Path) -> None:
         found = {(i.fqn, None if i.offset is None else tuple(i.offset)) for i in index.storage_data}
         if expected != found:
             (name, _), *_ = sorted(expected ^ found, key=str)
-            raise Damaged(f"{path} is damaged: it does not say where all of {name} is, and no more")
+            raise Damaged(f"{path} is damaged: it does not describe {name} exactly once")
         for name, entry in index.state_dict_metadata.items():
             if hasattr(entry, "chunks"):
                 _check_chunks(path, name, entry)
@@ -87,13 +87,15 @@ def check(folder: Path) -> None:
             index.storage_data.values(), key=lambda place: (place.relative_path, place.offset)
         ):
             if place.offset != at.get(place.relative_path, 0):
-                raise Damaged(f"{path} is damaged: parts of {place.relative_path} overlap, or miss")
+                raise Damaged(
+                    f"{path} is damaged: its parts of {place.relative_path} overlap or leave gaps"
+                )
             at[place.relative_path] = place.offset + place.length
         for name, size in at.items():
             file = folder / name
             if file.is_file() and file.stat().st_size > size:
                 raise Damaged(
-                    f"{path} is damaged: it knows {size:,} bytes of {file}, which is longer"
+                    f"{path} is damaged: it describes {size:,} bytes of {file}, which is longer"
                 )
     except Damaged:
         raise
@@ -108,4 +110,4 @@ def _check_chunks(path: Path, name: str, entry: Any) -> None:
         for offset, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
     )
     if not inside or sum(math.prod(c.sizes) for c in entry.chunks) != math.prod(entry.size):
-        raise Damaged(f"{path} is damaged: the parts of {name} are not the whole")
+        raise Damaged(f"{path} is damaged: the shards of {name} do not make up the tensor")

@@ -1,6 +1,6 @@
-"""Layout of a run's checkpoints: a folder for each iteration, and a file that names one.
+"""Layout of a run's checkpoints: a folder for each iteration, and a file that names the newest.
 
-``torch`` is the one format without an index, and has a folder for each model-parallel rank.
+The format ``torch`` has no index; it has a folder for each model-parallel rank.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ __all__ = [
     "iteration_of",
 ]
 
-#: Names the newest complete iteration; Megatron writes it after all else of a checkpoint.
+#: Names the newest complete iteration; Megatron writes it last of all.
 TRACKER = "latest_checkpointed_iteration.txt"
-#: Torch's index of an iteration, a pickle.
+#: Torch's index of an iteration; a pickle.
 INDEX = ".metadata"
-#: Names the format; Megatron writes it after all else of an iteration.
+#: Names the format; Megatron writes it last in an iteration's folder.
 CONFIG = "metadata.json"
-#: Checksums of the two; ``sha256sum -c`` reads it.
+#: Holds the checksums of the index and of the file of the format; ``sha256sum -c`` reads it.
 SEAL = "checksums.sha256"
 
 
 def has_config(ckpt_format: object) -> bool:
-    """Returns whether iterations that are saved with ``--ckpt-format`` have :data:`CONFIG`."""
+    """Returns whether iterations of a ``--ckpt-format`` have the file :data:`CONFIG`."""
     return ckpt_format not in ("torch_dcp", "fsdp_dtensor")
 
 
@@ -37,11 +37,11 @@ def folder_of(save_dir: Path, iteration: int | None) -> Path:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """Returns the number of an iteration's folder, None of any other."""
+    """Returns the iteration of a folder, or None if it is not the folder of an iteration."""
     head, _, number = folder.name.partition("iter_")
     return int(number) if not head and number.isascii() and number.isdecimal() else None
 
 
 def is_of_format_torch(folder: Path) -> bool:
-    """Returns whether an iteration is in the format ``torch``, of which each rank reads its own."""
+    """Returns whether an iteration is in the format ``torch``, a folder for each rank."""
     return bool(list(folder.glob("mp_rank_*")))

@@ -1,7 +1,8 @@
-"""The newest complete checkpoint of a run: the one answer, for whoever asks.
+"""The newest complete checkpoint of a run.
 
-The trainer loads it, the launcher and the job's body compare it with where training ends, and
-``megatron-s3 convert`` and ``export`` read it. Neither torch nor Megatron is imported.
+The trainer loads it, the launcher and the job script compare it with the last iteration of the
+training, and ``megatron-s3 convert`` and ``export`` read it.  Neither torch nor Megatron is
+imported.
 """
 
 import json
@@ -13,27 +14,27 @@ from megatron_s3.storage.layout import CONFIG, INDEX, TRACKER, folder_of, iterat
 
 __all__ = ["RELEASE", "Unclear", "absent", "complete", "is_complete", "named", "newest", "saved"]
 
-#: In place of an iteration: weights that were released, and continue no run.
+#: In place of an iteration: released weights, which do not continue a run.
 RELEASE: Final = "release"
 
 
 class Unclear(Damaged):
-    """Nothing tells which iteration is the newest; the message does not say what to do."""
+    """Raised where the newest iteration is unknown; the message does not say what to do."""
 
 
 def newest(save_dir: Path, *, config: bool = True) -> int | Literal["release"] | None:
     """Returns the newest complete iteration, :data:`RELEASE`, or None where nothing was saved.
 
-    It is what the tracker file names. A job that was killed between the end of its first save and
-    that file leaves one complete iteration and none that is named: then it is that one.
+    The tracker file names it.  A job that is killed after its first save but before that file is
+    written leaves one complete iteration and no tracker file: that iteration is returned.
 
     Args:
-        save_dir: what ``--save`` named; it need not be there.
+        save_dir: the folder of ``--save``; it need not exist.
         config: as for :func:`is_complete`.
 
     Raises:
-        Unclear: the tracker file is damaged, names what is not there, or is missing beside several
-            complete iterations.
+        Unclear: the tracker file is damaged, names an iteration that does not exist, or is missing
+            although there are several complete iterations.
         OSError: the tracker file cannot be read.
     """
     tracker = save_dir / TRACKER
@@ -49,12 +50,12 @@ def newest(save_dir: Path, *, config: bool = True) -> int | Literal["release"] |
 
 
 def absent(source: str, save_dir: Path, iteration: int) -> str:
-    """Returns the message about an iteration that something names and that is not there."""
+    """Returns the message about an iteration that is named and does not exist."""
     return f"{source} names iteration {iteration}, and there is no {folder_of(save_dir, iteration)}"
 
 
 def named(tracker: Path) -> int | Literal["release"] | None:
-    """Returns what a tracker file names, an iteration or :data:`RELEASE`; None if it is missing.
+    """Returns what a tracker file names: an iteration or :data:`RELEASE`; None if it is missing.
 
     Raises:
         Unclear: it names neither.
@@ -67,29 +68,29 @@ def named(tracker: Path) -> int | Literal["release"] | None:
     if text == RELEASE:
         return RELEASE
     if not (text.isascii() and text.isdecimal()):
-        raise Unclear(f"{tracker} names no iteration, but {text[:20]!r}")
+        raise Unclear(f"{tracker} names {text[:20]!r} instead of an iteration")
     return int(text)
 
 
 def saved(save_dir: Path) -> list[int]:
-    """Returns the iterations that have a folder, complete or not, in order."""
+    """Returns the iterations that have a folder, complete or not, in ascending order."""
     return sorted(n for n in map(iteration_of, save_dir.glob("iter_*")) if n is not None)
 
 
 def complete(save_dir: Path, *, config: bool = True) -> list[int]:
-    """Returns the iterations of which a save has ended, in order."""
+    """Returns the complete iterations, in ascending order."""
     return [n for n in saved(save_dir) if is_complete(folder_of(save_dir, n), config=config)]
 
 
 def is_complete(folder: Path, *, config: bool = True) -> bool:
-    """Returns whether a save of this iteration has ended.
+    """Returns whether a save of this iteration was completed.
 
-    Megatron writes ``metadata.json`` after all else. In formats that have none torch writes its
-    index after all else; in the format ``torch`` nothing tells.
+    Megatron writes ``metadata.json`` last.  In formats without that file torch writes its index
+    last.  In the format ``torch`` nothing marks the end of a save.
 
     Args:
-        folder: of the iteration.
-        config: whether ``metadata.json`` has to be there (``layout.has_config``).
+        folder: the folder of the iteration.
+        config: whether ``metadata.json`` has to exist (``layout.has_config``).
     """
     if not config and (folder / INDEX).is_file():
         return True

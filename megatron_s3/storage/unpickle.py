@@ -1,4 +1,4 @@
-"""Unpickles the objects of a checkpoint, of types that are known alone."""
+"""Unpickling of a checkpoint's objects, restricted to known types."""
 
 from collections.abc import Iterable
 from typing import Any, BinaryIO
@@ -9,14 +9,14 @@ __all__ = ["load"]
 
 
 def load(file: BinaryIO, allowed: Iterable[Any]) -> Any:
-    """Returns what ``torch.save`` wrote, if it is of torch's own types and those allowed.
+    """Returns an object that ``torch.save`` wrote, if it has only torch's and the allowed types.
 
     Args:
-        file: open for reading.
-        allowed: types and functions, or pairs of one and its name in the pickle.
+        file: the file, open for reading.
+        allowed: types and functions, or pairs of one of these and its name in the pickle.
 
     Raises:
-        ValueError: it holds another type, or is damaged; nothing of it has been run.
+        ValueError: it holds another type, or is damaged; no code of it was run.
     """
     try:
         with torch.serialization.safe_globals([*allowed]):

@@ -1,4 +1,4 @@
-"""Test whether a folder takes files: before the work for them begins, and after one failed."""
+"""Tests whether files can be written to a folder: before work begins, and after a failure."""
 
 import contextlib
 import os
@@ -10,19 +10,19 @@ __all__ = ["refuse_unwritable", "why_not"]
 
 
 def refuse_unwritable(folder: Path, name: str) -> None:
-    """Makes sure that files can be written into a folder, which is left as it was.
+    """Checks that files can be written to a folder, and leaves it as it was.
 
     Args:
-        folder: where the results will be; it need not be there.
-        name: of the flag or argument that named it, for the message.
+        folder: the folder for the results; it need not exist.
+        name: the flag or argument that names the folder, for the message.
 
     Raises:
-        OSError: they cannot be; the message is one line.
+        OSError: no file can be written there; the message is one line.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(0, "it is a file, and has to be a folder")
+            raise NotADirectoryError(0, "it is a file, not a folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -35,10 +35,10 @@ def refuse_unwritable(folder: Path, name: str) -> None:
 
 
 def why_not(folder: Path) -> str | None:
-    """Returns why a folder takes no file, or None if it does.
+    """Returns why no file can be written to a folder, or None if one can.
 
-    The disk is asked, because what Megatron and torch hand on from the writers says
-    "AssertionError" or "unexpected pos".
+    It writes a file to find out, because the errors that Megatron and torch pass on from a full
+    disk say only "AssertionError" or "unexpected pos".
     """
     probe = folder / f".probe.{os.getpid()}"
     try:

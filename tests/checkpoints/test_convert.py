@@ -258,15 +258,15 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
         assert not list(tmp_path.glob(".*.part"))
         return line
 
-    assert "it is --optimizer adam's already" in refused(to="adam")
+    assert "its state is of --optimizer adam already" in refused(to="adam")
     for name, args, said in (
         ("lion", arguments(optimizer="lion"), "neither AdamW's nor S3's"),
         ("none", arguments(no_save_optim=True), "--no-save-optim"),
-        ("s3", arguments(optimizer="s3"), "it is --optimizer s3's already"),
+        ("s3", arguments(optimizer="s3"), "its state is of --optimizer s3 already"),
     ):
         assert said in refused(write(tmp_path / name, states(), common(args=args)))
     two = {"param_groups": [GROUP, GROUP | {"step": 3}]}
-    assert "no one number of steps" in refused(
+    assert "the step counts [3, 100]" in refused(
         write(tmp_path / "two", states(), common(optimizer=two))
     )
     l2 = {"param_groups": [GROUP | {"decoupled_weight_decay": False}]}
@@ -290,9 +290,9 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     file = given / "iter_0000100/__0_0.distcp"
     content = file.read_bytes()
     file.write_bytes(content[:-100])
-    assert f"{file} has" in refused()
+    assert f"{file} is truncated" in refused()
     file.write_bytes(b"\0" * len(content))
-    assert f"{file} is not what was written" in refused()
+    assert f"{file} is damaged" in refused()
     file.rename(file.with_stem("other"))
     assert f"{file} is missing" in refused()
     (given / "iter_0000100/.metadata").unlink()
@@ -308,7 +308,7 @@ def test_a_release_is_found_and_has_nothing_to_convert(tmp_path: Path) -> None:
     (given / "latest_checkpointed_iteration.txt").write_text("release\n")
     assert read.find(given) == read.find(released) == released
     for folder in (given, released):
-        assert "is a release, of which Megatron loads the weights alone" in error(
+        assert "is a release, from which Megatron loads the weights alone" in error(
             folder, tmp_path / "out", "--to", "s3"
         )
     assert "no iteration 100; it holds no iter_XXXXXXX" in error(

@@ -138,9 +138,9 @@ def _piqa_accuracy(folder: Path) -> float:
 
 FAULTS = {
     "no file": ("", "no file"),
-    "no JSON": ("{", "piqa.jsonl:1: no JSON"),
-    "no UTF-8": (b'\n{"goal": "\xff"}', "piqa.jsonl:2: no JSON"),
-    "no object": ("[]", "piqa.jsonl:1: no object"),
+    "no JSON": ("{", "piqa.jsonl:1: not JSON"),
+    "no UTF-8": (b'\n{"goal": "\xff"}', "piqa.jsonl:2: not JSON"),
+    "no object": ("[]", "piqa.jsonl:1: not an object"),
     "a key": ('\n{"goal": "a", "label": 0}', "piqa.jsonl:2: has no sol1, sol2"),
     "no text": ('{"goal": "a", "sol1": 1, "sol2": "b", "label": 0}', "sol1 is not a string"),
     "label": ('{"goal": "a", "sol1": "a", "sol2": "b", "label": 2}', "label is 2, not one of 0, 1"),

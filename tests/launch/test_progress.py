@@ -86,7 +86,7 @@ def test_what_a_save_left(tmp_path):
     assert f"{tracker} names iteration 20, and there is no" in refused(newest)
     assert refused(newest).endswith("write one of those that are there into it: 10")
     tracker.write_text("1\x000")
-    assert f"{tracker} names no iteration, but '1\\x000'" in refused(newest)
+    assert f"{tracker} names '1\\x000' instead of an iteration" in refused(newest)
     tracker.unlink()
     (folder / "iter_0000015").mkdir()
     (folder / "iter_0000015/metadata.json").write_text("{}")

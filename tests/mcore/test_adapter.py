@@ -331,6 +331,10 @@ def test_an_iteration_that_is_saved_anew_is_no_checkpoint_meanwhile():
         for elsewhere in ("non_persistent_ckpt", "release"):
             saving.save_checkpoint(lambda iteration, **kw: None, 3, **{elsewhere: True})
         assert index.exists()
+        told.ckpt_format = "torch_dist"  # whose writing is wrapped itself, and has not begun
+        saving.save_checkpoint(lambda iteration: None, 3)
+        assert index.exists()
+        told.ckpt_format = "torch_dcp"
         saving.save_checkpoint(lambda iteration: None, 3)
         assert index.exists() is (torch.distributed.get_rank() != 0)
 

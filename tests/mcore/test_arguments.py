@@ -98,6 +98,33 @@ def test_dtypes_of_the_states():
     assert args.optimizer_cpu_offload and args.optimizer_offload_fraction == 0.5
 
 
+@on_ranks()
+def test_the_optimizers_configuration_is_what_was_asked_for():
+    """Its own flags, and what Megatron's configuration refuses to have from the start."""
+    from megatron.training.training import get_megatron_optimizer_config
+
+    args = s3(
+        *(*AWARE, EXP_AVG, "bf16", EXP_AVG_SQ, "bf16", "--main-grads-dtype", "bf16"),
+        *("--s3-beta", ".9", "--plugin-log-grad-norm"),
+    )
+    asked = {
+        "optimizer": "s3",
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+        "main_grads_dtype": torch.bfloat16,
+        "main_params_dtype": torch.float32,
+        "s3_beta": 0.9,
+        "s3_p": 3.0,
+        "plugin_log_grad_norm": True,
+        "plugin_no_fused": False,
+    }
+    before = dict(vars(args))
+    config, _ = get_megatron_optimizer_config(args)
+    assert {name: getattr(config, name) for name in asked} == asked
+    assert vars(args) == before
+
+
 REFUSED = {
     ("--s3-beta", "1.0"): r"--s3-beta must be in \[0, 1\), not 1\.0",
     ("--s3-beta", "nan"): r"--s3-beta must be in",

@@ -85,7 +85,7 @@ def test_the_iteration_that_is_read_is_the_one_that_was_verified(tmp_path):
     assert read(load, flags(ckpt_step=3)) == (3, None)
     damage(load / "iter_0000006")
     said = refusal(load, flags())
-    assert "iter_0000006/__0_0.distcp is not what was written" in said
+    assert "iter_0000006/__0_0.distcp is damaged" in said
     assert "Choose an iteration with --ckpt-step; complete: 3." in said
     assert read(load, flags(ckpt_step=3)) == (3, None)
     # The tracker file is not needed to read what is named.
@@ -116,7 +116,7 @@ def test_of_non_persistent_checkpoints_what_is_read_is_verified(tmp_path):
     # There is none: the persistent one is read, and verified.
     assert read(load, flags(**GLOBAL)) == (6, None)
     damage(load / "iter_0000006")
-    assert "iter_0000006/__0_0.distcp is not what was written" in refusal(load, flags(**GLOBAL))
+    assert "iter_0000006/__0_0.distcp is damaged" in refusal(load, flags(**GLOBAL))
     # A newer one comes before it, and is verified.
     elsewhere = write(load / "non_persistent", 8, tracker="8")
     assert read(load, flags(**GLOBAL)) == (8, "global")
@@ -125,12 +125,12 @@ def test_of_non_persistent_checkpoints_what_is_read_is_verified(tmp_path):
     assert read(load, flags(ckpt_step=3, **GLOBAL)) == (3, None)
     damage(elsewhere / "iter_0000008")
     said = refusal(load, flags(**GLOBAL))
-    assert f"{elsewhere}/iter_0000008/__0_0.distcp is not what was written" in said
+    assert f"{elsewhere}/iter_0000008/__0_0.distcp is damaged" in said
     assert "complete: 3, 6" in said
     (elsewhere / TRACKER).write_text("9")
     assert f"names iteration 9, and there is no {elsewhere}" in refusal(load, flags(**GLOBAL))
     (elsewhere / TRACKER).write_text("?")
-    assert "names no iteration, but '?'" in refusal(load, flags(**GLOBAL))
+    assert "names '?' instead of an iteration" in refusal(load, flags(**GLOBAL))
     # An older one does not.
     write(elsewhere, 5, tracker="5")
     write(load, 6)
@@ -318,7 +318,7 @@ def test_formats_that_are_read_once_are_verified_then(tmp_path):
 
     load = write(tmp_path / "torch_dcp", 6, tracker="6")
     damage(load / "iter_0000006")
-    assert "__0_0.distcp is not what was written" in refusal(load, "torch_dcp")
+    assert "__0_0.distcp is damaged" in refusal(load, "torch_dcp")
     other = tmp_path / "torch/iter_0000006/mp_rank_01/model_optim_rng.pt"  # of another rank
     other.parent.mkdir(parents=True)
     torch.save({"weight": torch.ones(3)}, other)
@@ -366,7 +366,7 @@ def test_each_rank_verifies_a_share_and_all_is_verified(tmp_path):
         for at in places:
             if first:
                 path.write_bytes(content[:at] + b"\1" + content[at + 1 :])
-            assert f"{path} is not what was written" in said()
+            assert f"{path} is damaged" in said()
         if first:
             path.write_bytes(content[:-1])
         assert f"{path} has {len(content) - 1:,} bytes" in said(plugin_no_verify_checkpoint=True)

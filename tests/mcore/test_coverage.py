@@ -128,6 +128,9 @@ def test_builders_around_megatrons(release):
         built = upstream(config, model_chunks), upstream(config, model_chunks)
         return core.ChainedOptimizer([p for b in built for p in b.chained_optimizers])
 
+    def repeated(config, model_chunks):
+        return core.ChainedOptimizer(upstream(config, model_chunks).chained_optimizers * 2)
+
     def thrown_away(config, model_chunks):
         upstream(config, model_chunks)
         return upstream(config, [wrap()])
@@ -150,6 +153,7 @@ def test_builders_around_megatrons(release):
         assert part.optimizer.description.name == "s3"
     for builder, fault in (
         (twice, "several optimizers step 4 of 4 trainable"),
+        (repeated, "a DistributedOptimizer was built that the ChainedOptimizer around it"),
         (thrown_away, "a DistributedOptimizer was built that the ChainedOptimizer around it"),
         (
             own,
@@ -159,6 +163,21 @@ def test_builders_around_megatrons(release):
     ):
         with pytest.raises(ValueError, match=fault):
             through(builder, model)
+
+
+@on_ranks(1)
+def test_what_was_built_is_collected_while_it_is_built_alone():
+    """Whatever was collected before: nothing that has ended is added to, and kept in memory."""
+    from megatron_s3.mcore.coverage import collected
+
+    with collected() as outer:
+        with collected() as ended:
+            pass
+        _, optimizer = build()
+    assert [part.optimizer for part in outer] == optimizer.chained_optimizers
+    assert not ended
+    build()
+    assert len(outer) == 1
 
 
 @on_ranks(2)

@@ -1,5 +1,7 @@
 """Tests the state of a sharded optimizer, and the count of steps that a CUDA graph replays."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -53,6 +55,50 @@ def test_states_are_loaded_in_the_precision_they_are_held_in():
     assert {key: part._get_state_key_dtype(key) for key in held} == held
 
 
+def of_two_parts(name="s3", **settings):
+    """A model with experts, whose optimizer is a part of its own; each part has two groups."""
+    from megatron.core.optimizer import ParamKey
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(20, 20) for _ in range(2)))
+    for param in model[1].parameters():
+        param.allreduce = False
+    overrides = {ParamKey(name="*.bias"): {"weight_decay": 0.7}}
+    return build(name, overrides, model=model, **settings)
+
+
+def parts(optimizer):
+    """The optimizers in a Megatron optimizer."""
+    return [part.optimizer for part in optimizer.chained_optimizers]
+
+
+def counted(groups):
+    return {group["step"] for group in groups if group["params"]}
+
+
+@on_ranks(1)
+def test_parts_that_are_brought_to_one_number_go_on_with_their_own():
+    """The first part is updated once more than the second; NAdam's update takes the count."""
+    results = []
+    for together in (False, True):
+        model, optimizer = of_two_parts("nadam")
+        step(model, optimizer)
+        first, second = parts(optimizer)
+        for group in first.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        first.step()
+        if together:
+            assert optimizer._synchronize_steps() == 2
+        groups = [*first.param_groups, *second.param_groups]
+        assert counted(groups) == ({2} if together else {1, 2})
+        for param in (param for group in second.param_groups for param in group["params"]):
+            assert second.counts.of(param, second.param_groups[0]) == 1
+        step(model, optimizer, 1)
+        results.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *results))
+
+
 class Graph:
     """Stands in for a CUDA graph, which the CPU cannot capture: its replay runs no Python."""
 
@@ -64,17 +110,19 @@ class Graph:
 def test_replayed_steps_are_counted_unless_they_were_skipped():
     from megatron.core.optimizer.optimizer_cuda_graph import OptimizerCudaGraphWrapper as Wrapper
 
-    model, optimizer = build()
+    model, optimizer = of_two_parts()
     step(model, optimizer)
-    group = inner(optimizer).param_groups[0]
+    groups = [group for part in parts(optimizer) for group in part.param_groups]
+    assert [len(part.param_groups) for part in parts(optimizer)] == [2, 2]
     wrapper = Wrapper(optimizer.step, cuda_graph_warmup_steps=10)
-    assert group["step"] == 1
+    assert counted(groups) == {1}
     model.zero_grad_buffer()
     assert wrapper()[0]
-    assert group["step"] == 2  # run, and counted once
+    assert counted(groups) == {2}  # run, and counted once
     Wrapper.cuda_graph = Graph()
+    optimizer.chained_optimizers.append(SimpleNamespace(optimizer=None))  # of no parameters
     assert wrapper()[0]
-    assert group["step"] == 3
+    assert counted(groups) == {3}
     Wrapper.result = (False, None, None)
     assert not wrapper()[0]
-    assert group["step"] == 3
+    assert counted(groups) == {3}

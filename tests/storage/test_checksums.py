@@ -116,9 +116,10 @@ def test_an_index_without_checksum_has_to_agree_with_itself(folder: Path) -> Non
         index.storage_data[key].offset += 1
 
     assert "bytes where the index has" in changed(swap)
-    assert "the parts of weight are not the whole" in changed(smaller)
-    assert "overlap, or miss" in changed(move)
-    assert "where all of object is" in changed(lambda i: i.state_dict_metadata.pop("object"))
+    assert "the shards of weight do not make up the tensor" in changed(smaller)
+    assert "overlap or leave gaps" in changed(move)
+    lacking = changed(lambda i: i.state_dict_metadata.pop("object"))
+    assert "does not describe object exactly once" in lacking
     assert ".metadata cannot be read" in (path.write_bytes(whole[:50]) and judge(folder))
     path.write_bytes(whole.replace(b"properties", b"proPerties"))
     assert ".metadata cannot be read (AttributeError" in judge(folder)
@@ -130,7 +131,8 @@ def test_missing_and_cut_files_are_named(folder: Path) -> None:
     (data,) = folder.glob("*.distcp")
     content = data.read_bytes()
     data.write_bytes(content[:-1])
-    assert f"{data} has {len(content) - 1:,} bytes of at least {len(content):,}" in judge(folder)
+    cut = f"{data} is truncated: {len(content) - 1:,} bytes, at least {len(content):,} expected"
+    assert cut in judge(folder)
     data.unlink()
     assert judge(folder) == f"{data} is missing"
     data.write_bytes(content)
@@ -170,10 +172,10 @@ def test_a_file_of_the_older_format_is_checked_too(tmp_path: Path) -> None:
     torch.save({"model": torch.ones(50)}, path)
     assert judge(folder) == ""
     flip(path, path.read_bytes().index(b"\x00\x00\x80\x3f" * 9) * 8)
-    assert judge(folder).startswith(f"{path} is not what was written (the checksum of ")
+    assert judge(folder).startswith(f"{path} is damaged (the checksum of ")
     torch.save(torch.ones(9), path.with_name("distrib_optim.pt"))
     path.write_bytes(b"")
-    assert judge(folder).startswith(f"{path} is not what was written")
+    assert judge(folder).startswith(f"{path} is damaged")
 
 
 def test_what_is_overwritten_is_not_complete_meanwhile(folder: Path) -> None:
@@ -189,9 +191,9 @@ def test_the_checksums_name_what_is_there_and_nothing_else(folder: Path) -> None
     seal = folder / SEAL
     whole = seal.read_text()
     seal.write_text(whole + f"{'0' * 64}  another\n")
-    assert f"{seal} is not what was written" in judge(folder)
+    assert f"{seal} is damaged" in judge(folder)
     seal.write_text("".join(reversed(whole.splitlines(keepends=True))))
-    assert f"{seal} is not what was written" in judge(folder)
+    assert f"{seal} is damaged" in judge(folder)
     seal.write_text(whole)
     assert judge(folder) == ""
 
@@ -206,7 +208,7 @@ def test_a_format_without_that_file_has_its_index_for_it(folder: Path) -> None:
     assert (folder / SEAL).read_text().split()[1:] == [".metadata"]
     checksums.check(folder, config=False)
     flip(folder / ".metadata", 800)
-    with pytest.raises(Damaged, match=r"/\.metadata is not what .*checksums\.sha256 says"):
+    with pytest.raises(Damaged, match=r"/\.metadata does not match .*checksums\.sha256: "):
         checksums.check(folder, config=False)
     checksums.reopen(folder, config=False)
     assert not is_complete(folder, config=False)
@@ -255,5 +257,5 @@ def test_the_trainer_refuses_a_damaged_shard_of_these_formats(
     run = train(*flags, "--load", tmp_path, ranks=2, check=False)
     end = run.log[-5000:]
     assert run.returncode and not run.losses, end
-    assert f"{path} is not what was written (" in run.log, end
+    assert f"{path} is damaged (" in run.log, end
     assert "Nothing was loaded. Choose an iteration with --ckpt-step; complete: 3." in run.log

@@ -45,9 +45,9 @@ def test_what_is_named_is_it(tmp_path: Path) -> None:
     )
     for content in ("", "six", "-6", "6 3", "\u0666", "\0"):
         tracker.write_text(content)
-        assert f"{tracker} names no iteration, but {content.strip()!r}" == refusal(tmp_path)
+        assert f"{tracker} names {content.strip()!r} instead of an iteration" == refusal(tmp_path)
     tracker.write_bytes(b"\xff6")
-    assert "names no iteration" in refusal(tmp_path)
+    assert "instead of an iteration" in refusal(tmp_path)
     tracker.unlink()
     tracker.mkdir()
     with pytest.raises(OSError, match="Is a directory"):

@@ -1,4 +1,4 @@
-"""Text to Megatron's indexed datasets: `megatron-s3 data --help`."""
+"""Conversion of text to Megatron's indexed datasets: `megatron-s3 data --help`."""
 
 from megatron_s3.data.corpus import build, load, megatron_arguments
 from megatron_s3.data.documents import Source, source

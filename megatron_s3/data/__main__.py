@@ -1,4 +1,4 @@
-"""Text to Megatron's indexed datasets: `megatron-s3 data --input DIR --output-prefix data/web`."""
+"""The verb `data`, which converts text to Megatron's indexed datasets."""
 
 import argparse
 import os
@@ -25,78 +25,85 @@ def _workers(text: str) -> int:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="megatron-s3 data",
-        description="Make an indexed dataset that Megatron-LM trains on. Broken off at any moment, "
-        "the same command goes on where it stopped; the result is the same, byte for byte.",
+        description="Converts text to an indexed dataset that Megatron-LM trains on. You can stop "
+        "the command at any time; run it again to continue. The result is identical, byte by byte.",
+        epilog="example: megatron-s3 data --input my_texts/ --output-prefix data/web",
     )
     parser.add_argument(
         "--input",
         required=True,
         metavar="DIR|FILE|NAME",
-        help="a directory of .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, or else of text "
-        "files (one document each); one such file, or one of JSON lines whose name ends in .json "
-        "or .ndjson (.gz, .zst); 'stdlib' (the standard library of this "
-        f"Python); {', '.join(hub.NAMED)}; or hf:NAME[:CONFIG], any dataset on the Hugging Face "
-        "hub",
+        help="text to convert: a directory of .jsonl, .jsonl.gz, .jsonl.zst and .parquet files; a "
+        "directory of text files, each of which is one document; a single data file, which may "
+        "also be JSON lines whose name ends in .json or .ndjson (.gz, .zst); 'stdlib', the "
+        f"standard library of this Python; {', '.join(hub.NAMED)}; or hf:NAME[:CONFIG], any "
+        "dataset on the Hugging Face hub",
     )
     parser.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="what all files' names begin with"
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="path that the names of all written files begin with",
     )
     parser.add_argument(
         "--tokenizer",
         default="gpt2",
         metavar="gpt2|bytes|DIR",
-        help="GPT-2's BPE (default), a token for each byte, or the folder of a Hugging Face "
-        "tokenizer",
+        help="GPT-2's BPE, one token for each byte, or the folder of a Hugging Face tokenizer "
+        "(default: gpt2)",
     )
     parser.add_argument(
         "--workers",
         type=_workers,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (the CPUs of this process: %(default)s)",
+        help="worker processes (default: the CPUs that this process may use, %(default)s)",
     )
     parser.add_argument(
         "--json-key",
         metavar="KEY",
-        help="key or column that holds the text (text; content for refinedweb)",
+        help="key or column that holds the text (default: text; content for refinedweb)",
     )
     parser.add_argument(
         "--glob",
         action="append",
         metavar="PATTERN",
-        help="files of a directory, by name; may be repeated (data files if there are any, else "
-        "*.txt *.md *.rst *.py)",
+        help="names of the files to read in a directory; may be repeated (default: the data files "
+        "if there are any, otherwise *.txt *.md *.rst *.py)",
     )
     parser.add_argument(
-        "--revision", default="", metavar="COMMIT", help="commit, tag or branch on the hub (newest)"
+        "--revision",
+        default="",
+        metavar="COMMIT",
+        help="commit, tag or branch of a dataset on the hub (default: the newest commit)",
     )
     parser.add_argument(
         "--split",
         type=_split,
         default=(95, 5),
         metavar="TRAIN,VALID",
-        help="parts of the documents for training and validation (95,5)",
+        help="proportion of documents for training and for validation (default: 95,5)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a dataset of something else that is there under this prefix",
+        help="replace a dataset of another input or other settings that has this prefix",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command.
+    """Runs the command.
 
     Args:
         argv: Arguments without the program's name; the process's own when None.
 
     Returns:
-        0; 1 if the work stopped and the same command goes on; 2 after one line on stderr if the
-        input is unusable; 130 if it was interrupted.
+        0; 1 if the work stopped and the same command continues it; 2 after one line on stderr if
+        the input is unusable; 130 if it was interrupted.
     """
     args = _arguments(argv)
-    again = "the same command goes on from here"
+    again = "run the same command again to continue"
     try:
         src = source(args.input, args.json_key, args.glob, args.revision)
         made, reused = build(

@@ -1,12 +1,13 @@
-"""Documents to tokens to Megatron's indexed datasets.
+"""Construction of an indexed dataset of Megatron from documents.
 
-The token `eod` closes each document. A dataset at `PREFIX` is::
+The token `eod` ends each document. A dataset at `PREFIX` consists of::
 
     PREFIX_train.bin  PREFIX_train.idx  PREFIX_valid.bin  PREFIX_valid.idx
     PREFIX_tokenizer/  PREFIX.json
 
-`PREFIX.json` describes the others and is written last: where it stands, they are whole. Until then
-`PREFIX.parts/` holds what is finished; the same call goes on from there, and removes it.
+`PREFIX.json` describes the other files and is written last: if it exists, they are complete. Until
+then `PREFIX.parts/` holds the finished parts; the same call continues from them and then removes
+the folder.
 """
 
 import hashlib
@@ -39,30 +40,30 @@ def build(
     workers: int = 1,
     overwrite: bool = False,
 ) -> tuple[dict[str, Any], bool]:
-    """Write the dataset, or go on with it, or find it already there.
+    """Writes the dataset, continues an unfinished one, or reuses a finished one.
 
     A dataset is reused if it was made from the same source with the same split and tokenizer, the
-    input's files have the sizes and times they had, and its own files the sizes they were written
-    with. The files written are the same, byte for byte, whatever `workers` and however often the
-    work was broken off.
+    input's files have the same sizes and modification times as then, and its own files have the
+    sizes with which they were written. The written files are identical, byte for byte, for any
+    number of `workers` and however often the work was stopped.
 
     Args:
-        src: The documents. Read one at a time, never all at once.
-        prefix: Path that all file names begin with; its directory is made.
-        split: Parts of the documents for training and for validation.
+        src: The documents. They are read one at a time, never all at once.
+        prefix: Path that all file names begin with; its directory is created.
+        split: Proportion of documents for training and for validation.
         tokenizer: `gpt2`, `bytes` (a token is a byte of UTF-8) or the folder of a Hugging Face
             tokenizer.
-        workers: Processes; one works in the caller's. More need a caller whose main module can be
-            imported, as `multiprocessing` does.
-        overwrite: Whether a dataset of something else at `prefix` is replaced.
+        workers: Number of processes; with 1, the caller's process does the work. More processes
+            need a caller whose main module can be imported, as `multiprocessing` requires.
+        overwrite: Whether a dataset of another input or other settings at `prefix` is replaced.
 
     Returns:
         The description (the content of `PREFIX.json`) and whether the dataset was reused.
 
     Raises:
         DataError: If the source is unusable, leaves one side of the split empty, or is not the one
-            that the finished parts are of; if a dataset of something else is there.
-        IncompleteError: If a worker or the network failed; the same call goes on.
+            from which the finished parts were made; if another dataset exists at `prefix`.
+        IncompleteError: If a worker or the network failed; the same call continues the work.
     """
     if min(split) < 1:
         raise DataError(f"--split {split[0]},{split[1]}: both parts must be at least 1")
@@ -112,7 +113,7 @@ def build(
 
 
 def load(prefix: str) -> dict[str, Any] | None:
-    """Returns the description of the whole dataset at `prefix`, or None if there is none."""
+    """Returns the description of the complete dataset at `prefix`, or None if there is none."""
     try:
         with open(f"{prefix}.json", encoding="utf-8") as file:
             found = json.load(file)
@@ -122,10 +123,10 @@ def load(prefix: str) -> dict[str, Any] | None:
 
 
 def megatron_arguments(prefix: str) -> list[str]:
-    """Megatron's command-line arguments for training on the dataset at `prefix`.
+    """Returns Megatron's command-line arguments for training on the dataset at `prefix`.
 
     Raises:
-        DataError: If there is no whole dataset.
+        DataError: If there is no complete dataset.
     """
     found = load(prefix)
     if not found:
@@ -142,12 +143,12 @@ def megatron_arguments(prefix: str) -> list[str]:
 
 
 def unigram_entropy(counts: "np.ndarray", model: "np.ndarray") -> float:
-    """Mean cost of tokens under a model that knows frequencies only.
+    """Returns the mean cost of tokens under a model that knows only their frequencies.
 
     Args:
         counts: How often each token occurs in the text that is predicted.
-        model: How often each token occurs in the text the frequencies are taken from. One is added
-            to each, so that a token which is new to the model costs a finite amount.
+        model: How often each token occurs in the text from which the model takes the frequencies.
+            One is added to each, so that a token which is new to the model has a finite cost.
 
     Returns:
         Cross-entropy in nats per token.
@@ -159,7 +160,7 @@ def unigram_entropy(counts: "np.ndarray", model: "np.ndarray") -> float:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of what decides the bytes that are written."""
+    """Returns the versions of the packages on which the written bytes depend."""
     found = {}
     for package in ("megatron-core", "tokenizers", "datasets"):
         try:
@@ -170,10 +171,10 @@ def _versions() -> dict[str, str]:
 
 
 def _refuse_to_replace(prefix: str, old: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
-    """Refuses to lose what another command has made.
+    """Rejects a prefix under which another command has written files.
 
     Raises:
-        DataError: It is there.
+        DataError: Such files exist.
     """
     instead = "give another --output-prefix, or --overwrite to replace it"
     if old and _whole(old, prefix):
@@ -181,19 +182,19 @@ def _refuse_to_replace(prefix: str, old: dict[str, Any] | None, wanted: dict[str
             f"{key} {json.dumps(old.get(key))}, now {json.dumps(new)}"
             for key, new in wanted.items()
             if key != "input" and old.get(key) != new
-        ] or ["files of the input have changed since"]
+        ] or ["files of the input have changed since then"]
         raise DataError(
-            f"--output-prefix {prefix}: a finished dataset of something else is there "
+            f"--output-prefix {prefix}: a finished dataset of another input or setting exists "
             f"({'; '.join(differing)}); {instead}"
         )
     if os.path.exists(f"{prefix}.json") or plan(f"{prefix}.parts"):
-        return  # one that is not whole, or this command, killed while it put the files in place
+        return  # an incomplete dataset, or this command was killed while it moved the files
     for side in SPLITS:
         for ending in ("bin", "idx"):
             if os.path.exists(f"{prefix}_{side}.{ending}"):
                 raise DataError(
-                    f"--output-prefix {prefix}: {prefix}_{side}.{ending} is there, without a "
-                    f"{prefix}.json that says what it is; {instead}"
+                    f"--output-prefix {prefix}: {prefix}_{side}.{ending} exists, but no "
+                    f"{prefix}.json that describes it; {instead}"
                 )
 
 
@@ -212,23 +213,25 @@ def _whole(old: dict[str, Any], prefix: str) -> bool:
 def _merge(
     src: Source, prefix: str, number_of_parts: int, tokenizer: Tokenizer, wanted: dict[str, Any]
 ) -> dict[str, Any]:
-    """Join the parts with Megatron's builder, into files beside them."""
+    """Joins the parts with Megatron's builder, in the folder that holds them."""
     folder = f"{prefix}.parts"
     described = [dataset_parts.finished(folder, n) for n in range(number_of_parts)]
     made = [part for part in described if part]
     if len(made) < number_of_parts:
-        raise IncompleteError(f"{folder}: a part has vanished or been changed")
+        raise IncompleteError(
+            f"{folder}: a finished part was removed or changed while this command ran"
+        )
     totals = {
         side: {what: sum(p[side][what] for p in made) for what in ("documents", "bytes", "tokens")}
         for side in SPLITS
     }
     for side in SPLITS:
         if not totals[side]["documents"]:
-            shutil.rmtree(folder)  # nothing to go on with
+            shutil.rmtree(folder)  # there is nothing to continue from
             raise DataError(
-                f"--input {src}: {sum(t['documents'] for t in totals.values())} documents with "
-                f"text; --split {wanted['split'][0]},{wanted['split'][1]} leaves none for {side}: "
-                "give more, shorter documents"
+                f"--input {src}: has {sum(t['documents'] for t in totals.values())} documents with "
+                f"text, and --split {wanted['split'][0]},{wanted['split'][1]} leaves none for "
+                f"{side}; give more documents, or shorter ones"
             )
     digest = hashlib.sha256("".join(p["sha256"] for p in made).encode()).hexdigest()
     description: dict[str, Any] = {
@@ -250,8 +253,9 @@ def _merge(
         found = int(counts[side].sum()), int(counts[side][tokenizer.eod])
         if found != (totals[side]["tokens"], totals[side]["documents"]):
             raise IncompleteError(
-                f"{path}.bin: {found[0]} tokens and {found[1]} ends of documents, where the parts "
-                f"have {totals[side]['tokens']} and {totals[side]['documents']}; remove {folder}"
+                f"{path}.bin: damaged: it holds {found[0]} tokens and {found[1]} ends of documents"
+                f", but its parts hold {totals[side]['tokens']} and {totals[side]['documents']}; "
+                f"remove {folder}"
             )
         entropy = unigram_entropy(counts[side], counts[side])
         description[side] = {**totals[side], "entropy": entropy, **files}
@@ -260,7 +264,7 @@ def _merge(
 
 
 def _publish(prefix: str, description: dict[str, Any]) -> None:
-    """Put the finished files in place so that a description never stands beside other files."""
+    """Moves the finished files; a description never lies next to files of another dataset."""
     folder = f"{prefix}.parts"
     Path(f"{prefix}.json").unlink(missing_ok=True)
     shutil.rmtree(f"{prefix}_tokenizer", ignore_errors=True)

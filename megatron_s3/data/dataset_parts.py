@@ -1,6 +1,6 @@
-"""A shard of the input to a part of the dataset.
+"""Parts of a dataset, each made from one shard of the input.
 
-A part is a folder that appears whole, by one rename, or not at all::
+A part is a folder that one rename creates, so that it exists only when it is complete::
 
     00012/  part.json  train.bin  train.idx  valid.bin  valid.idx
 
@@ -24,7 +24,7 @@ SPLITS = ("train", "valid")
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
 
-#: Called with documents, bytes and tokens as they are done.
+#: A function that is called with the numbers of documents, bytes and tokens of each batch.
 Report = Callable[[int, int, int], None]
 
 
@@ -34,21 +34,21 @@ def name(number: int) -> str:
 
 
 def identity(shard: Shard) -> str:
-    """SHA-256 of what is to be read, by names, sizes and times of change."""
+    """Returns the SHA-256 of the names, sizes and modification times of a shard's files."""
     return hashlib.sha256(json.dumps(asdict(shard)).encode()).hexdigest()
 
 
 def is_valid(index: int, split: tuple[int, int]) -> bool:
-    """Returns whether a document is for validation: the first is, then one at regular distances."""
+    """Returns whether a document is for validation: the first is, and others at equal distances."""
     train, valid = split
     return -(-(index + 1) * valid // (train + valid)) > -(-index * valid // (train + valid))
 
 
 def first_index(number: int, shard: Shard, split: tuple[int, int]) -> int:
-    """Returns the index that shard `number` starts to count its documents from.
+    """Returns the index from which shard `number` counts its documents.
 
-    Where that is not known without reading the shards before it, starts in the golden ratio's
-    steps keep the parts of the split right even if each shard holds a few documents only.
+    If it is not known without reading the earlier shards, the shards start at multiples of the
+    golden ratio, which keeps the proportion of the split even if each shard holds few documents.
     """
     if shard.before is not None:
         return shard.before
@@ -56,7 +56,7 @@ def first_index(number: int, shard: Shard, split: tuple[int, int]) -> int:
 
 
 def finished(folder: str, number: int) -> dict[str, Any] | None:
-    """Returns part.json, if the part is there and its files are as long as they were written."""
+    """Returns part.json if the part exists and its files have the sizes that it names."""
     part = Path(folder, name(number))
     try:
         found: dict[str, Any] = json.loads((part / "part.json").read_text())
@@ -77,10 +77,10 @@ def write(
     split: tuple[int, int],
     report: Report,
 ) -> None:
-    """Write part `number`, from reading the shard to the rename.
+    """Writes part `number`: reads the shard, and renames the folder at the end.
 
     Raises:
-        DataError: If the shard cannot be read or holds something else than text.
+        DataError: If the shard cannot be read or holds something other than text.
         IncompleteError: If the hub cannot be reached.
     """
     final = os.path.join(folder, name(number))
@@ -93,7 +93,7 @@ def write(
             json.dump(described, file)
         for path in Path(temporary).iterdir():
             _to_disk(path)
-        shutil.rmtree(final, ignore_errors=True)  # not whole, or it would not be written again
+        shutil.rmtree(final, ignore_errors=True)  # incomplete, or it would not be written again
         os.rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Sources of documents, and the shards in which they are worked on.
+"""Sources of documents, and the shards into which they are cut.
 
-The shards follow from the input alone, so that a dataset is the same whatever the number of
-workers, and a shard is the unit that is redone after a kill.
+The shards depend on the input alone, so that a dataset is the same for any number of workers. After
+a kill, the shards that were not finished are read again.
 """
 
 import fnmatch
@@ -18,24 +18,24 @@ from megatron_s3.data import hub, readers
 from megatron_s3.data.errors import DataError
 from megatron_s3.data.shards import Shard
 
-#: What a directory without data files is searched for when no --glob is given.
+#: Names of the files to read in a directory without data files when no --glob is given.
 TEXT_GLOBS = ("*.txt", "*.md", "*.rst", "*.py")
 #: Files that hold many documents each.
 DATA_GLOBS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet")
-#: Files that are taken for JSON lines where they are asked for; .json is also what programs keep
-#: their settings in.
+#: Files that are read as JSON lines only if the user names them: programs also keep their settings
+#: in .json files.
 JSON_GLOBS = tuple(
     f"*.{kind}{packed}" for kind in ("json", "ndjson") for packed in ("", ".gz", ".zst")
 )
 
-# Not text that people wrote for people to read: tests, vendored code, generated tables.
+# Files that are not text for people to read: tests, vendored code, generated tables.
 _STDLIB_SKIPPED_DIRS = {
     "__pycache__", "_bundled", "dist-packages", "encodings", "idle_test", "pydoc_data",
     "site-packages", "test", "tests",
 }  # fmt: skip
 _STDLIB_SKIPPED_FILES = ("_sysconfigdata*", "entities.py", "stringprep.py")
 _SHUFFLE_SEED = 20240
-# Small enough to lose little in a kill, and never many thousands of them.
+# Shards are small, so that a kill loses little, but there are never many thousands of them.
 _SHARD_BYTES = 4 << 20
 _SHARDS = 1024
 _TEXT_FILES = 1 << 14
@@ -43,12 +43,12 @@ _TEXT_FILES = 1 << 14
 
 @dataclass(frozen=True)
 class Source:
-    """A set of documents, readable again and again in the same order.
+    """A set of documents, which can be read repeatedly in the same order.
 
     Attributes:
         kind: `stdlib`, `directory`, `file` or `hub`.
         path: The directory or file, or the dataset's name on the Hugging Face hub.
-        globs: File-name patterns of a directory; when empty, chosen by what it holds.
+        globs: File-name patterns for a directory; when empty, they depend on its content.
         json_key: The key (JSONL) or column (parquet, hub) that holds the text.
         config: Configuration of a dataset on the hub.
         revision: Commit, tag or branch of a dataset on the hub.
@@ -62,7 +62,7 @@ class Source:
     revision: str = ""
 
     def describe(self) -> dict[str, object]:
-        """Returns the source as JSON values; equal ones ask for the same documents."""
+        """Returns the source as JSON values; equal values describe the same documents."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
 
     def __str__(self) -> str:
@@ -73,10 +73,10 @@ class Source:
         return self.path
 
     def shards(self) -> list[Shard]:
-        """Returns the documents' files, cut into the units of work, in order.
+        """Returns the shards of the documents' files, in order.
 
         Raises:
-            DataError: If there is no file to read, or one cannot be.
+            DataError: If there is no file to read, or a file cannot be read.
         """
         if self.kind == "hub":
             return hub.shards(self.path, self.config, self.revision, self.json_key)
@@ -87,10 +87,10 @@ class Source:
         return list(_cut(files, self.json_key))
 
     def documents(self) -> Iterator[bytes]:
-        """Yield the documents as UTF-8, one at a time, without those that are empty.
+        """Yields the documents as UTF-8, one at a time, without empty ones.
 
         Raises:
-            DataError: If a file or a record is not what it should be.
+            DataError: If a file or a record is damaged or has another form.
         """
         for shard in self.shards():
             yield from filter(None, readers.documents(shard))
@@ -99,26 +99,28 @@ class Source:
 def source(
     name: str, json_key: str | None = None, globs: list[str] | None = None, revision: str = ""
 ) -> Source:
-    """Find out what `--input` means.
+    """Returns the source that `--input` names.
 
     Args:
         name: `stdlib`; a directory; a file whose name ends in one of `DATA_GLOBS`; a name in
             `hub.NAMED`; or `hf:NAME[:CONFIG]`, a dataset on the Hugging Face hub.
-        json_key: The key or column that holds the text; `text` when None, or what the named
-            dataset calls it.
+        json_key: The key or column that holds the text; when None, `text`, or the column of the
+            named dataset.
         globs: File-name patterns for a directory.
         revision: Commit, tag or branch of a dataset on the hub.
 
     Raises:
-        DataError: If there is nothing of that name or of a kind that can be read, or an option
-            does not go with it.
+        DataError: If nothing has that name, its format cannot be read, or an option does not
+            apply to it.
     """
     path = Path(name)
     remote = name.startswith("hf:") or (name in hub.NAMED and not path.exists())
     if revision and not remote:
-        raise DataError(f"--revision {revision}: goes with a dataset of the hub, not {name}")
+        raise DataError(
+            f"--revision {revision}: applies only to a dataset on the hub, and not to {name}"
+        )
     if globs and (name == "stdlib" or not path.is_dir()):
-        raise DataError(f"--glob {' '.join(globs)}: goes with a directory, not {name}")
+        raise DataError(f"--glob {' '.join(globs)}: applies only to a directory, and not to {name}")
     if remote:
         address, key = hub.NAMED.get(name, (name, "text"))
         repository, _, config = address.removeprefix("hf:").partition(":")
@@ -132,13 +134,13 @@ def source(
         return Source("directory", str(path.resolve()), tuple(globs or ()), key)
     if not path.exists():
         raise DataError(
-            f"--input {name}: there is none; give a directory, a {_endings()} file, 'stdlib', "
+            f"--input {name}: does not exist; give a directory, a {_endings()} file, 'stdlib', "
             f"{', '.join(hub.NAMED)} or hf:NAME"
         )
     if not _matches(path.name, DATA_GLOBS + JSON_GLOBS):
         raise DataError(
             f"--input {name}: the name of a single file must end in {_endings()}; "
-            "for plain text give the directory that holds it"
+            "for plain text, give the directory that holds the file"
         )
     return Source("file", str(path.resolve()), json_key=key)
 
@@ -152,11 +154,12 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
-    """Yields the files below the source's path; it follows symbolic links, but not in circles.
+    """Yields the files below the source's path; follows symbolic links, but not in circles.
 
     Args:
         src: The source.
-        hidden: Takes up the folders that are left out because their names begin with a point.
+        hidden: A list to which the folders are added whose names begin with a point; they are
+            left out.
 
     Raises:
         DataError: If a folder cannot be listed.
@@ -181,7 +184,7 @@ def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
 
 
 def _in_circle(folder: str, name: str) -> bool:
-    """Returns whether a folder is a link to one that it lies in."""
+    """Returns whether a folder is a link to a folder that contains it."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
@@ -197,7 +200,7 @@ def _globs(src: Source, there: list[str]) -> tuple[str, ...]:
 
 
 def _endings_of(names: list[str]) -> str:
-    """Returns the most frequent endings, with how often they occur."""
+    """Returns the most frequent endings and their counts."""
     seen: dict[str, int] = {}
     for name in names:
         base = os.path.basename(name)
@@ -210,7 +213,7 @@ def _endings_of(names: list[str]) -> str:
 
 
 def left_out(src: Source) -> list[str]:
-    """Returns what of a directory no document is made of, a line for each reason.
+    """Returns one line for each reason for which files of a directory are left out.
 
     Raises:
         DataError: If a folder cannot be listed.
@@ -245,10 +248,10 @@ def _files(src: Source) -> list[str]:
         holds = _endings_of(there) or "no files at all"
         patterns = " ".join(src.globs or TEXT_GLOBS + DATA_GLOBS)
         raise DataError(
-            f"--input {src.path}: no file matches {patterns}; it holds {holds}: "
+            f"--input {src.path}: no file matches {patterns}; the directory holds {holds}; "
             "name the files with --glob"
         )
-    # Shuffled, so that neighbours (one package, one author) fall on both sides of the split.
+    # The files are shuffled so that related ones (of one package or author) fall on both sides.
     found.sort(key=lambda name: Path(name).as_posix())
     random.Random(_SHUFFLE_SEED).shuffle(found)
     return found
@@ -285,7 +288,7 @@ def _cut(files: list[str], key: str) -> Iterator[Shard]:
                 before = None if before is None else before + len(texts)
                 texts, gathered = [], 0
             continue
-        yield from text_shard()  # the order of the files is the order of the documents
+        yield from text_shard()  # documents keep the order of their files
         texts, gathered, before = [], 0, None
         identity = (_identity(stats[path]),)
         if name.endswith(".parquet"):
@@ -295,7 +298,7 @@ def _cut(files: list[str], key: str) -> Iterator[Shard]:
             for start in range(0, size, target):
                 stop = min(start + target, size)
                 yield Shard("jsonl", (path,), identity, start, stop, key, stop - start)
-        else:  # compressed: readable from its beginning only
+        else:  # a compressed file can be read from its beginning only
             yield Shard("jsonl", (path,), identity, 0, size, key, size)
     yield from text_shard()
 

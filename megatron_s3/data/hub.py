@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, streamed file by file through the `datasets` library."""
+"""Datasets of the Hugging Face hub, which the `datasets` library streams file by file."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 from megatron_s3.data.errors import DataError, IncompleteError
 from megatron_s3.data.shards import Shard
 
-#: Names for `--input`: the dataset on the hub, and what it calls its text.
+#: Names for `--input`: the dataset on the hub, and the column of its text.
 NAMED = {
     "openwebtext": ("hf:Skylion007/openwebtext", "text"),
     "fineweb-10bt": ("hf:HuggingFaceFW/fineweb:sample-10BT", "text"),
@@ -17,12 +17,12 @@ NAMED = {
 
 
 def shards(repository: str, config: str, revision: str, key: str) -> list[Shard]:
-    """Returns the files of a dataset's train split, each pinned to the commit that was found.
+    """Returns the files of a dataset's train split, each at the commit that was found.
 
     Args:
         repository: The dataset's name on the hub, or a folder in a layout that `datasets` knows.
-        config: Its configuration; the only or default one when empty.
-        revision: Commit, tag or branch; the newest commit when empty.
+        config: Its configuration; when empty, the only or default one.
+        revision: Commit, tag or branch; when empty, the newest commit.
         key: The column of the text.
 
     Raises:
@@ -34,7 +34,7 @@ def shards(repository: str, config: str, revision: str, key: str) -> list[Shard]
         builder = datasets.load_dataset_builder(
             repository, config or None, revision=revision or None
         )
-    except Exception as error:  # its own kinds, the hub's and the network's
+    except Exception as error:  # errors of the library, the hub and the network
         raise DataError(
             f"--input {asked}: {_reason(error)}; check the name, the network and (for a gated "
             "dataset) HF_TOKEN, or give a folder of its files"
@@ -42,7 +42,8 @@ def shards(repository: str, config: str, revision: str, key: str) -> list[Shard]
     splits = getattr(builder.config, "data_files", None) or {}
     if "train" not in splits:
         raise DataError(
-            f"--input {asked}: no files of a train split (it has {', '.join(splits) or 'none'})"
+            f"--input {asked}: has no files of a train split (its splits: "
+            f"{', '.join(splits) or 'none'}); download the files and give their folder"
         )
     files = splits["train"]
     origins = ["@".join(map(str, origin)) for origin in files.origin_metadata]
@@ -53,15 +54,15 @@ def shards(repository: str, config: str, revision: str, key: str) -> list[Shard]
 
 
 def records(reader: str, file: str, key: str) -> Iterator[dict[str, Any]]:
-    """Stream the records of one file.
+    """Streams the records of one file.
 
     Args:
         reader: The reader of the `datasets` library, such as `parquet`.
         file: Address or path.
-        key: The column of the text; of parquet no other is fetched.
+        key: The column of the text; no other column of a parquet file is fetched.
 
     Raises:
-        IncompleteError: If the file cannot be fetched to its end.
+        IncompleteError: If the file cannot be fetched completely.
     """
     datasets = _library()
     try:
@@ -74,7 +75,7 @@ def records(reader: str, file: str, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _library() -> Any:
-    # Where both are set, the hub's own progress bars would run through ours.
+    # The hub's own progress bars would be printed between the lines of this command.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         import datasets

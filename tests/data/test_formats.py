@@ -242,7 +242,7 @@ def test_json_lines_by_another_name_are_json_lines(tmp_path: Path) -> None:
     (folder / "c.ndjson").write_bytes(lines(TEXTS[30:]))
     status, _, err = whole(folder)
     assert status == -2
-    assert "it holds .json (1), .json.gz (1), .ndjson (1): name the files with --glob" in err
+    assert "holds .json (1), .json.gz (1), .ndjson (1); name the files with --glob" in err
     assert whole(folder, "--glob", "*.json*", "--glob", "*.ndjson")[0] == len(TEXTS)
     assert [t.decode() for t in data.source(str(folder / "b.json.gz")).documents()] == TEXTS[9:30]
 

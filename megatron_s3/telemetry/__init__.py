@@ -1,1 +1,1 @@
-"""Telemetry of a training; nothing here knows Megatron."""
+"""Telemetry of a training run; nothing here depends on Megatron."""

@@ -1,8 +1,8 @@
-"""Rules that flag the losses of a spike: ours, and three that are in use elsewhere.
+"""Detectors that flag the losses of a spike: the package's own, and three of other projects.
 
-OLMo-core's monitor flags what lies 6 standard deviations above the mean of the last 128 losses;
-OLMo 2's score does so with 7, and the last 1,000 (arXiv:2501.00656); Megatron-LM's check flags 10
-times the largest of the first 100 losses (megatron/core/rerun_state_machine.py).
+OLMo-core's monitor flags losses 6 standard deviations above the mean of the last 128 losses; OLMo
+2's score uses 7 standard deviations and the last 1,000 losses (arXiv:2501.00656); Megatron-LM
+(megatron/core/rerun_state_machine.py) flags losses above 10 times the largest of the first 100.
 """
 
 import math
@@ -45,7 +45,7 @@ def _largest(losses: list[float]) -> Iterator[bool]:
     return (i >= 100 and loss > limit for i, loss in enumerate(losses))
 
 
-#: Name: what flags each loss that belongs to a spike.
+#: Detectors by name: each yields, for every loss, whether it belongs to a spike.
 DETECTORS: dict[str, Callable[[list[float]], Iterator[bool]]] = {
     "megatron_s3": _ours,
     "mean + 6 sigma of 128 (OLMo-core)": _deviations(128, 6),

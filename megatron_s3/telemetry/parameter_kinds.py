@@ -1,11 +1,11 @@
-"""Kinds of a transformer's parameters, and one layout of all of them for all ranks."""
+"""Parameter types of a transformer, and the layout of their statistics, equal on all ranks."""
 
 import re
 from dataclasses import dataclass
 
 __all__ = ["KINDS", "Layout", "kind_of"]
 
-#: Kinds of parameters, by the names that megatron-core gives them; the first match counts.
+#: Parameter types with the pattern of megatron-core's parameter names; the first match counts.
 _PATTERNS = (
     ("position", r"position_embeddings"),
     ("embedding", r"(^|\.)embedding\."),
@@ -25,46 +25,48 @@ KINDS = tuple(kind for kind, _ in _PATTERNS)
 
 
 def kind_of(name: str) -> str:
-    """Returns one of :data:`KINDS`, from a parameter's name in its model."""
+    """Returns the type of a parameter, one of :data:`KINDS`, from its name in the model."""
     return next(kind for kind, pattern in _PATTERNS if re.search(pattern, name))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A row for each kind in each layer and outside of layers; the same on every rank.
+    """A layout with one row for each parameter type in each layer and outside of the layers.
+
+    It is the same on every rank.
 
     Attributes:
-        layers: how many the whole model has.
+        layers: number of layers of the whole model.
     """
 
     layers: int
 
     @property
     def rows(self) -> int:
-        """How many, the last one for what is counted by another rank."""
+        """The number of rows; the last row holds parameters that another rank counts."""
         return len(KINDS) * (self.layers + 1) + 1
 
     @property
     def uncounted(self) -> int:
-        """The last row."""
+        """The index of the last row."""
         return self.rows - 1
 
     def row(self, name: str, layer: int | None) -> int:
         """Returns the row of a parameter.
 
         Args:
-            name: in its model.
-            layer: in the whole model, counted from 0; None for what is in no layer.
+            name: the parameter's name in its model.
+            layer: index of its layer in the whole model; None if it is in no layer.
         """
         place = self.layers if layer is None or layer >= self.layers else layer
         return KINDS.index(kind_of(name)) * (self.layers + 1) + place
 
     def kinds(self) -> dict[str, list[int]]:
-        """Returns the rows of each kind."""
+        """Returns the rows of each parameter type."""
         width = self.layers + 1
         return {k: list(range(i * width, (i + 1) * width)) for i, k in enumerate(KINDS)}
 
     def by_layer(self) -> dict[str, list[int]]:
-        """Returns the rows of each layer, by its number from 0."""
+        """Returns the rows of each layer, by the layer's index."""
         width = self.layers + 1
         return {str(n): list(range(n, self.uncounted, width)) for n in range(self.layers)}

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a run logged, one JSON object a line."""
+"""`metrics.jsonl`, the log of a run: one JSON object a line."""
 
 import json
 import math
@@ -14,18 +14,18 @@ __all__ = ["KEPT", "NAME", "RunLog", "read"]
 
 NAME = "metrics.jsonl"
 
-#: Lines that wait for a disk which takes nothing, at most: a few megabytes.
+#: The most lines that are kept while the disk cannot be written: a few megabytes.
 KEPT = 1000
 
 
 class RunLog:
-    """Appends to the log of a run, which a disk that takes nothing does not end.
+    """The log of a run, to which lines are appended; a full disk does not end the run.
 
-    Lines that could not be written are kept, the newest :data:`KEPT` of them, and written as soon
-    as the disk takes them; that it does not, and that it does again, is printed once each.
+    If a line cannot be written, the newest :data:`KEPT` lines are kept and written as soon as the
+    disk accepts them. One line is printed when writing fails, and one when it succeeds again.
 
     Args:
-        folder: made if need be.
+        folder: folder of the log, which is created if needed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -36,7 +36,7 @@ class RunLog:
         self._write_waiting()
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Writes one line, which the operating system has when this returns, if it takes it."""
+        """Writes one line and hands it to the operating system, which may reject it."""
         line = json.dumps({"kind": kind} | dict(record), allow_nan=False, default=_number)
         self._waiting.append(line.encode() + b"\n")
         if len(self._waiting) > KEPT:
@@ -45,16 +45,16 @@ class RunLog:
         self._write_waiting()
 
     def close(self) -> None:
-        """Writes to the disk."""
+        """Writes the lines that are kept, and waits until the disk has them."""
         self._write_waiting(sync=True)
 
     def _write_waiting(self, sync: bool = False) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened anew, since a handle is worth nothing after ESTALE.
+            # The file is opened each time, because a handle stays invalid after ESTALE.
             with open(self.path, "a+b", buffering=0) as file:
                 size = file.seek(0, os.SEEK_END)
-                # A line that a kill or a full disk has cut off must not take the next one with it.
+                # The line after one that a kill or a full disk cut off begins on a new line.
                 if size:
                     file.seek(size - 1)
                     if file.read(1) != b"\n":
@@ -78,12 +78,12 @@ class RunLog:
 
 
 def _write_all(file: IO[bytes], line: bytes) -> None:
-    while line:  # a disk that is nearly full takes a part
+    while line:  # a disk that is nearly full may accept a part of the line
         line = line[file.write(line) or 0 :]
 
 
 def finite(value: Any) -> Any:
-    """Returns what JSON can hold: NaN, inf and -inf as text, which float() reads."""
+    """Returns a value that JSON can hold: NaN, inf and -inf become text that float() reads."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -94,11 +94,11 @@ def _number(value: Any) -> Any:
 def read(folder: str | Path) -> list[dict[str, Any]]:
     """Returns the records of a run in order, as one launch would have written them.
 
-    A launch goes on from a checkpoint: what an earlier one wrote beyond that is left out, and so is
-    a line that was cut off.
+    A launch continues from a checkpoint, so records of an earlier launch after that checkpoint are
+    left out. Lines that were cut off are left out too.
 
     Args:
-        folder: that holds the log, or the log itself.
+        folder: folder of the log, or the log itself.
 
     Raises:
         FileNotFoundError: there is no log.
@@ -119,17 +119,17 @@ def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 
 def resumed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of several launches, without what a later launch has done again."""
+    """Returns the records of several launches without those that a later launch repeats."""
     kept: list[dict[str, Any]] = []
     for record in records:
         if record["kind"] == "start":
             kept = [r for r in kept if _at(r) <= record["iteration"]]
-        if record["kind"] == "spike":  # written when it begins, and again when it is over
+        if record["kind"] == "spike":  # written when it begins and again when it ends
             kept = [r for r in kept if r["kind"] != "spike" or r["onset"] != record["onset"]]
         kept.append(record)
     return kept
 
 
 def _at(record: Mapping[str, Any]) -> float:
-    # A spike is known at its end; one under way then is found again.
+    # A finished spike counts by its end; a launch finds a spike again that had not ended.
     return record.get("end") or record.get("iteration") or record.get("onset") or 0

@@ -1,4 +1,4 @@
-"""A run's loss spikes, and what rose before each."""
+"""The loss spikes of a run, with the layers and parameter types whose updates rose first."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -10,43 +10,43 @@ from megatron_s3.telemetry.updates import rising, sizes
 
 __all__ = ["SpikeLog"]
 
-#: Intervals against which a rise of the updates is measured.
+#: Number of earlier intervals with which updates are compared.
 REMEMBERED = 64
 
 
 class SpikeLog:
-    """A :class:`~megatron_s3.telemetry.spikes.SpikeDetector` that is shown a run's intervals.
+    """A log of spikes, which follows the intervals of a run.
 
     Attributes:
-        detector: of the losses.
+        detector: the detector of spikes in the losses.
     """
 
     def __init__(self) -> None:
         self.detector = SpikeDetector()
         #: Mean |u| of the last intervals without a spike.
         self._sizes: deque[dict[str, dict[str, float]]] = deque(maxlen=REMEMBERED)
-        #: What rose before the last spike.
+        #: Layers and parameter types whose updates rose before the last spike.
         self._first: list[str] = []
 
     @property
     def count(self) -> int:
-        """Spikes so far, one under way among them."""
+        """The number of spikes so far, including one that has not ended."""
         return len(self.detector.spikes) + (self.detector.open is not None)
 
     def add(
         self, iteration: int, loss: float, updates: Mapping[str, Mapping[str, Any]] | None
     ) -> list[dict[str, Any]]:
-        """Takes the next interval.
+        """Adds the next interval.
 
         Args:
-            iteration: the interval's last.
-            loss: its mean, nats; may be NaN or infinite.
+            iteration: the last iteration of the interval.
+            loss: its mean loss in nats; may be NaN or infinite.
             updates: its :func:`~megatron_s3.telemetry.updates.summary`, if there is one.
 
         Returns:
-            Records of the spike that this one begins, and of the one that it ends: a
-            :class:`~megatron_s3.telemetry.spikes.Spike`'s attributes, and ``first``, the layers and
-            kinds of parameters that had risen before.
+            Records of the spike that begins in this interval and of the spike that ends in it. A
+            record holds the attributes of a :class:`~megatron_s3.telemetry.spikes.Spike`, and
+            ``first``, the layers and parameter types whose updates had risen before.
         """
         was_open = self.detector.open is not None
         ended = self.detector.add(iteration, loss)
@@ -54,7 +54,7 @@ class SpikeLog:
         now = None if updates is None else sizes(updates)
         if began is not None:
             history = list(self._sizes)
-            # Of the interval before, if there is one: updates lead, the loss follows.
+            # The interval before, if there is one, is compared: updates rise before the loss does.
             leading = history[-1:] if len(history) > 1 else [now] if now else []
             self._first = rising(history[:-1], leading[0]) if leading else []
         if now is not None and self.detector.open is None:
@@ -64,7 +64,7 @@ class SpikeLog:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what :meth:`load_state_dict` takes up again exactly; JSON can hold it."""
+        """Returns a state that JSON can hold and :meth:`load_state_dict` restores exactly."""
         return {
             "detector": self.detector.state_dict(),
             "sizes": list(self._sizes),
@@ -72,13 +72,13 @@ class SpikeLog:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken.
+        """Restores a state that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: the state is none of this class.
+            ValueError: the state was not made by this class.
         """
         if {"detector", "sizes", "first"} - set(state):
-            raise ValueError("this is no state of a SpikeLog")
+            raise ValueError("the state was not made by SpikeLog.state_dict()")
         self.detector.load_state_dict(state["detector"])
         self._sizes = deque(state["sizes"], maxlen=REMEMBERED)
         self._first = list(state["first"])

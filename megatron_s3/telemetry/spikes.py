@@ -1,4 +1,4 @@
-"""Loss spikes, found with robust statistics of the detrended log-loss."""
+"""Detection of loss spikes with robust statistics of the detrended log-loss."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["Spike", "SpikeDetector"]
 
 RECENT = 8
-_MAD_TO_SIGMA = 1.4826  # of the normal distribution
+_MAD_TO_SIGMA = 1.4826  # for the normal distribution
 
 
 @dataclass
@@ -17,12 +17,12 @@ class Spike:
     """An excursion of the loss above its trend.
 
     Attributes:
-        onset: iteration of the first loss that stood out.
-        peak: iteration of the highest.
-        end: iteration of the last that stood out; None while it is under way.
-        height: of the peak over the trend, nats; inf if a loss was NaN or infinite.
-        area: over the trend, nats times iterations; what is not finite is left out.
-        recovered: False if the loss stayed where it was, which is now taken for its level.
+        onset: iteration of the first loss of the spike.
+        peak: iteration of the highest loss.
+        end: iteration of the last loss of the spike; None while it has not ended.
+        height: height of the peak above the trend in nats; inf if a loss was NaN or infinite.
+        area: area above the trend in nats times iterations, without losses that are not finite.
+        recovered: False if the loss did not return to the trend, and its new level was accepted.
     """
 
     onset: int
@@ -34,27 +34,27 @@ class Spike:
 
 
 class SpikeDetector:
-    """Tells spikes from a stream of losses.
+    """A detector of spikes in a stream of losses.
 
-    A loss stands out if its logarithm is more than ``enter`` robust standard deviations (median and
-    MAD of what the trend leaves) and more than ``floor`` nats above the line through the accepted
-    losses of the window, and above the median of the last 8 of them; the spike is over when a loss
-    is below ``leave`` deviations or half the floor again.  The line goes through the medians of the
-    window's halves.  What belongs to a spike never enters the window, so that a spike hides neither
-    itself nor the next one.  If the loss has not come back after ``patience`` samples, its new
-    level is learned afresh.
+    A spike begins with a loss that lies more than ``floor`` nats, and its logarithm more than
+    ``enter`` robust standard deviations, above the trend; it ends when a loss lies less than
+    ``leave`` deviations or half of ``floor`` above it.  The trend is a line through the medians of
+    the halves of a window of accepted losses, or the median of the last 8 of them if that is
+    higher; the deviation comes from the median absolute deviation (MAD) from the line.  Losses of a
+    spike do not enter the window, so that a spike hides neither itself nor the next one.  If the
+    loss has not returned after ``patience`` losses, the window starts again at the new level.
 
     Args:
-        window: accepted losses that are remembered.
-        minimum: losses without which nothing is said.
-        enter: robust standard deviations.
-        leave: likewise, lower.
-        floor: nats.
-        patience: losses in a spike.
+        window: number of accepted losses that the trend uses.
+        minimum: number of accepted losses before the first spike can be found.
+        enter: robust standard deviations at which a spike begins.
+        leave: robust standard deviations at which it ends, at most ``enter``.
+        floor: height in nats at which a spike begins.
+        patience: the most losses in a spike.
 
     Attributes:
-        spikes: those that are over.
-        open: the one under way, or None.
+        spikes: the spikes that have ended.
+        open: the spike that has not ended, or None.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SpikeDetector:
             raise ValueError(
                 f"SpikeDetector(window={window}, minimum={minimum}, enter={enter}, leave={leave}, "
                 f"floor={floor}, patience={patience}): 4 <= minimum <= window, 0 < leave <= enter, "
-                "floor >= 0 and patience >= 1 are needed"
+                "floor >= 0 and patience >= 1 are required"
             )
         self.window, self.minimum = window, minimum
         self.enter, self.leave, self.floor, self.patience = enter, leave, floor, patience
@@ -82,14 +82,14 @@ class SpikeDetector:
         self._in_spike = 0
 
     def add(self, iteration: int, loss: float) -> Spike | None:
-        """Takes the next loss.
+        """Adds the next loss.
 
         Args:
-            iteration: larger than the one before; at any distance.
-            loss: nats, may be NaN or infinite.
+            iteration: its iteration, larger than that of the loss before.
+            loss: the loss in nats; may be NaN or infinite.
 
         Returns:
-            The spike that this loss has ended, or None.
+            The spike that this loss ends, or None.
         """
         step = 1 if self._last is None else iteration - self._last
         self._last = iteration
@@ -101,7 +101,7 @@ class SpikeDetector:
         if self._fit is None:
             self._fit = self._line()
         slope, level, sigma, recent = self._fit
-        # Where a steep beginning flattens, the line goes on below the losses.
+        # After a steep beginning flattens, the line continues below the losses.
         expected = max(level + slope * iteration, recent)
         height = loss - math.exp(expected) if usable else math.inf
         deviations = (math.log(loss) - expected) / sigma if usable else math.inf
@@ -145,7 +145,7 @@ class SpikeDetector:
         self._fit = None
 
     def _line(self) -> tuple[float, float, float, float]:
-        """Slope and level of the trend, the robust deviation around it, the last losses' median."""
+        """Returns slope, level and deviation of the trend, and the median of the last losses."""
         points = list(self._accepted)
         half = len(points) // 2
         (x1, y1), (x2, y2) = (
@@ -155,12 +155,12 @@ class SpikeDetector:
         slope = (y2 - y1) / (x2 - x1)
         level = statistics.median(y - slope * x for x, y in points)
         mad = statistics.median(abs(y - level - slope * x) for x, y in points)
-        # Losses that are all alike have no spread, and nothing would be within it.
+        # Equal losses have no deviation, and every other loss would be a spike.
         recent = statistics.median(y for _, y in points[-RECENT:])
         return slope, level, max(mad * _MAD_TO_SIGMA, 1e-6), recent
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what :meth:`load_state_dict` takes up again exactly; JSON can hold it."""
+        """Returns a state that JSON can hold and :meth:`load_state_dict` restores exactly."""
         return {
             "accepted": [list(point) for point in self._accepted],
             "spikes": [_written(spike) for spike in self.spikes],
@@ -169,13 +169,13 @@ class SpikeDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken.
+        """Restores a state that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: the state is none of this class.
+            ValueError: the state was not made by this class.
         """
         if {"accepted", "spikes", "open", "last"} - set(state):
-            raise ValueError("this is no state of a SpikeDetector")
+            raise ValueError("the state was not made by SpikeDetector.state_dict()")
         self._accepted = deque(((i, y) for i, y in state["accepted"]), maxlen=self.window)
         self.spikes = [_read(spike) for spike in state["spikes"]]
         self.open, self._fit, self._last = None, None, state["last"]

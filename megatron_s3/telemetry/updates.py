@@ -1,4 +1,4 @@
-"""The figures of an interval's updates, made of the totals that optimizers count."""
+"""Statistics of the updates of an interval, from the totals that the optimizers count."""
 
 import math
 import statistics
@@ -16,22 +16,22 @@ Sizes = Mapping[str, Mapping[str, float]]
 def summary(
     layout: Layout, totals: Sequence[Sequence[float]], numel: Sequence[float], steps: int
 ) -> dict[str, dict[str, Any]]:
-    """Returns figures of the whole model, each kind and each layer that has parameters.
+    """Returns statistics of the whole model, and of each parameter type and layer in it.
 
     Args:
-        layout: of the rows.
-        totals: of each row :data:`~megatron_s3.kernels.statistics.FIELDS`, then the sum of the
-            squares of what the parameters were moved by, learning rate times u; summed (the
-            maximum: the largest) over ranks and the interval's steps.
-        numel: parameters of each row, over all ranks.
-        steps: updates in the interval.
+        layout: the layout of the rows.
+        totals: for each row, :data:`~megatron_s3.kernels.statistics.FIELDS` and the sum of squares
+            of the parameters' changes (learning rate times u), summed over ranks and the steps of
+            the interval; of the maximum, the largest.
+        numel: number of parameters of each row, over all ranks.
+        steps: number of updates in the interval.
 
     Returns:
-        ``{"all": S, "kinds": {kind: S}, "layers": {number: S}}``, where S holds ``numel``; of the
-        updates u ``mean_abs``, ``max_abs``, ``share_large`` (|u| > 0.9) and ``rms``;
-        ``weight_ratio``, the RMS of what the parameters were moved by over their own; ``grad_rms``;
-        ``zero_grads`` and ``nonfinite_grads``, how many in the interval.  Rates are per element and
-        step.
+        ``{"all": S, "kinds": {type: S}, "layers": {index: S}}``, where S holds ``numel``;
+        ``mean_abs``, ``max_abs``, ``share_large`` (the fraction with |u| > 0.9) and ``rms`` of the
+        updates u; ``weight_ratio``, the RMS of the parameters' changes divided by the RMS of the
+        parameters; ``grad_rms``; and the counts ``zero_grads`` and ``nonfinite_grads``.  Means are
+        over elements and steps.
     """
     names = (*FIELDS, "sum_sq_move")
 
@@ -64,7 +64,7 @@ def summary(
 
 
 def sizes(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean |u| of each kind and each layer of a :func:`summary`, and nothing else."""
+    """Returns the mean |u| of each parameter type and layer of a :func:`summary`."""
     return {
         group: {name: values["mean_abs"] for name, values in updates[group].items()}
         for group in ("layers", "kinds")
@@ -72,16 +72,16 @@ def sizes(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def rising(history: Sequence[Sizes], now: Sizes, most: int = 5) -> list[str]:
-    """Returns the kinds and layers whose mean |u| has risen most over its median before.
+    """Returns the parameter types and layers whose mean |u| has risen most above its median.
 
     Args:
-        history: :func:`sizes` of earlier intervals, the one before last at the end of it.
-        now: those of the interval in which a spike began, or of the one before.
-        most: how many are named.
+        history: :func:`sizes` of earlier intervals, in order.
+        now: :func:`sizes` of the interval in which a spike began, or of the one before it.
+        most: the most names that are returned.
 
     Returns:
-        Such as ``["layer 3 x2.1", "attention.qkv x1.8"]``, the highest first; those that have
-        risen by less than a quarter are left out.
+        Names and factors such as ``["layer 3 x2.1", "attention.qkv x1.8"]``, the highest first;
+        those that have risen by less than a quarter are left out.
     """
     found = []
     for group, prefix in (("layers", "layer "), ("kinds", "")):
@@ -94,7 +94,7 @@ def rising(history: Sequence[Sizes], now: Sizes, most: int = 5) -> list[str]:
 
 
 def tags(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Scalars for TensorBoard of a :func:`summary`."""
+    """Returns the scalars of a :func:`summary` for TensorBoard."""
     names = ("mean_abs", "max_abs", "share_large", "rms", "weight_ratio", "grad_rms")
     found = {f"update/{name}": updates["all"][name] for name in names}
     for kind, values in updates["kinds"].items():

@@ -1,4 +1,4 @@
-"""Writers of other programs' logs, of which no full disk ends a training."""
+"""Wrappers of TensorBoard's and other writers, so that a full disk does not end a training."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ __all__ = ["Careful", "say_without"]
 
 
 class Careful:
-    """Stands for a writer (of TensorBoard's, of Weights & Biases'), and prints its first OSError.
+    """A wrapper of a writer (TensorBoard's or Weights & Biases') that prints its first OSError.
 
     Args:
-        writer: to which every use is handed on.
-        name: what it is called when that fails.
+        writer: the writer to which every call is forwarded.
+        name: the name of its log in the printed line.
     """
 
     def __init__(self, writer: Any, name: str) -> None:
@@ -41,5 +41,5 @@ class Careful:
 
 
 def say_without(name: str, error: OSError) -> None:
-    """Prints that a log cannot be written, and why."""
+    """Prints that a log cannot be written, with the reason."""
     say_here(f"{name} cannot be written: {error.strerror or error}; training goes on without it")

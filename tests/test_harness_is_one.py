@@ -42,3 +42,22 @@ def test_no_helper_is_written_twice() -> None:
                 places[node.name, text].add(str(path.relative_to(REPOSITORY)))
     twice = {name: found for (name, _), found in places.items() if len(found) > 1}
     assert not twice, twice
+
+
+def test_no_test_is_a_library_of_others() -> None:
+    """What several files need of one stands in a module without tests of its own."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").rpartition(".")[2].startswith("test_"), path
+
+
+def test_tensors_are_made_and_compared_in_one_place() -> None:
+    helpers = {"bits", "bitwise", "copied", "misaligned", "numbers", "random", "written"}
+    defined = {
+        (node.name, str(path.relative_to(REPOSITORY)))
+        for path in FILES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name in helpers
+    }
+    assert defined == {(name, "tests/harness/tensors.py") for name in helpers}

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,83 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_s3.kernels.operands import Operands
+
 from .models import ITERATIONS
 
-__all__ = ["assert_bitwise_equal", "bitwise", "contents", "random", "same", "tensors"]
+__all__ = [
+    "assert_bitwise_equal",
+    "assert_same",
+    "bits",
+    "bitwise",
+    "contents",
+    "copied",
+    "misaligned",
+    "numbers",
+    "random",
+    "same",
+    "tensors",
+    "written",
+]
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Returns normally distributed numbers, the same for the same seed and shape."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def numbers(
+    count: int, seed: int, dtype: torch.dtype = torch.float32, magnitudes: float = 38
+) -> torch.Tensor:
+    """Returns numbers from 10**-magnitudes to 10**magnitudes, denormals and zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    exponent = torch.rand(count, generator=generator).mul_(2).sub_(1).mul_(magnitudes)
+    values = torch.randn(count, generator=generator) * 10.0**exponent
+    values[torch.rand(count, generator=generator) < 0.1] = 0.0
+    values[torch.rand(count, generator=generator) < 0.05] = -0.0
+    values[torch.rand(count, generator=generator) < 0.05] *= 2.0**-130
+    return values.to(dtype)
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy whose memory begins one element after what the allocator aligned."""
+    return torch.cat([tensor[:0].new_zeros(1), tensor])[1:]
+
+
+def copied(operands: Operands) -> Operands:
+    """Returns the same operands in memory of their own."""
+    model = None if operands.model_param is None else operands.model_param.clone()
+    return replace(
+        operands,
+        param=operands.param.clone(),
+        grad=operands.grad.clone(),
+        state=tuple(tensor.clone() for tensor in operands.state),
+        model_param=model,
+    )
+
+
+def written(operands: Operands) -> list[torch.Tensor]:
+    """Returns what a kernel writes: the parameter, the states and, if there is one, the model's."""
+    model = [] if operands.model_param is None else [operands.model_param]
+    return [operands.param, *operands.state, *model]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the bits, the sign of zero included; every NaN alike (torch's have several)."""
+    integers = tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+    return integers.masked_fill(tensor.isnan(), -1)
+
+
+def assert_same(actual: Operands, expected: Operands) -> None:
+    """Fails with the place of the first bit that differs in what a kernel writes."""
+    names = ["param", *(f"state {i}" for i in range(len(actual.state))), "model_param"]
+    for name, ours, theirs in zip(names, written(actual), written(expected), strict=False):
+        differ = (bits(ours) != bits(theirs)).nonzero().view(-1)
+        assert not len(differ), (
+            f"{name}: {len(differ)} of {len(ours)} differ, first {differ[0]}: "
+            f"{ours[differ[0]]} for {theirs[differ[0]]}"
+        )
 
 
 def bitwise(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from megatron_s3.kernels import cpu, portable
 from megatron_s3.kernels.cpu import build
@@ -25,6 +24,7 @@ from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers.s3 import S3
 from megatron_s3.rules.s3 import s3_update
 from tests.harness.reference import S3Reference
+from tests.harness.tensors import assert_same, bits, copied, misaligned, numbers, written
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RULE = {"beta": 0.95, "p": 3.0}
@@ -37,22 +37,6 @@ needs_compiler = pytest.mark.skipif(
     reason="no C++ compiler",
 )
 pytestmark = needs_compiler
-
-
-def numbers(count: int, seed: int, dtype: torch.dtype = FP32, magnitudes: float = 38) -> Tensor:
-    """Of all magnitudes from 10**-magnitudes to 10**magnitudes, denormals and zeros among them."""
-    generator = torch.Generator().manual_seed(seed)
-    exponent = torch.rand(count, generator=generator).mul_(2).sub_(1).mul_(magnitudes)
-    values = torch.randn(count, generator=generator) * 10.0**exponent
-    values[torch.rand(count, generator=generator) < 0.1] = 0.0
-    values[torch.rand(count, generator=generator) < 0.05] = -0.0
-    values[torch.rand(count, generator=generator) < 0.05] *= 2.0**-130
-    return values.to(dtype)
-
-
-def misaligned(tensor: Tensor) -> Tensor:
-    """A copy whose memory begins one element after what the allocator aligned."""
-    return torch.cat([tensor[:0].new_zeros(1), tensor])[1:]
 
 
 def make(
@@ -79,42 +63,11 @@ def make(
     )
 
 
-def copy(operands: Operands) -> Operands:
-    o = operands
-    return Operands(
-        o.param.clone(),
-        o.grad.clone(),
-        tuple(s.clone() for s in o.state),
-        None if o.model_param is None else o.model_param.clone(),
-    )
-
-
-def written(o: Operands) -> dict[str, Tensor]:
-    tensors = {"param": o.param, "exp_avg": o.state[0], "exp_pnorm": o.state[1]}
-    return tensors if o.model_param is None else tensors | {"model_param": o.model_param}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bits, the sign of zero included; every NaN alike (torch's have several payloads)."""
-    integers = tensor.view(torch.int32 if tensor.dtype == FP32 else torch.int16)
-    return integers.masked_fill(tensor.isnan(), -1)
-
-
-def assert_same(actual: Operands, expected: Operands) -> None:
-    for name, tensor in written(actual).items():
-        other = written(expected)[name]
-        differ = (bits(tensor) != bits(other)).nonzero().view(-1)
-        assert not len(differ), (
-            f"{name}: {len(differ)} of {len(tensor)} differ, first {differ[0]}: "
-            f"{tensor[differ[0]]} for {other[differ[0]]}"
-        )
-
-
 def run(o: Operands, steps: int = 1, seed: int = 100, **changes: object) -> tuple[Operands, ...]:
     """What the kernel makes of operands, and what the portable path makes of a copy."""
     rule = {name: value for name, value in changes.items() if name not in RATES}
     assert cpu.reason(s3_update, [o], **RULE | rule) is None
-    other = copy(o)
+    other = copied(o)
     for t in range(steps):
         if t:
             o.grad.copy_(numbers(len(o.grad), seed + t, o.grad.dtype, magnitudes=3))
@@ -207,7 +160,7 @@ def test_zero_and_one_chunk_and_several_tensors() -> None:
     """Bitwise as each tensor alone: empty ones between others, chunks that end and do not end."""
     sizes = (0, 5, 1 << 16, 0, (1 << 17) + 3, 1, 70001, 0)
     together = [make(n, seed=n) for n in sizes]
-    alone = [copy(o) for o in together]
+    alone = [copied(o) for o in together]
     assert cpu.reason(s3_update, together, **RULE) is None
     cpu.step(s3_update, together, **SHARED)
     for o, other in zip(together, alone, strict=True):
@@ -230,7 +183,7 @@ def test_threads_do_not_matter() -> None:
     outcomes = []
     for count in (1, 3, 50):
         torch.set_num_threads(count)
-        mine, statistics = [copy(o) for o in operands], Statistics("cpu")
+        mine, statistics = [copied(o) for o in operands], Statistics("cpu")
         for _ in range(3):
             cpu.step(s3_update, mine, statistics=statistics, **SHARED)
         outcomes.append((mine, statistics.values))
@@ -276,7 +229,7 @@ def test_arithmetic_is_ieee_where_denormals_are_flushed() -> None:
     if not torch.set_flush_denormal(False):
         pytest.skip("this CPU has no such mode")
     operands = make(1000)
-    expected = copy(operands)
+    expected = copied(operands)
     cpu.step(s3_update, [expected], **SHARED)
     torch.set_flush_denormal(True)
     try:
@@ -377,10 +330,9 @@ def test_what_lies_beside_stays() -> None:
         whole.param[3:103], whole.grad[3:103], tuple(s[3:103] for s in whole.state),
         whole.model_param[3:103],
     )  # fmt: skip
-    before = copy(whole)
+    before = copied(whole)
     cpu.step(s3_update, [part], **SHARED)
-    for name, tensor in written(whole).items():
-        old = written(before)[name]
+    for tensor, old in zip(written(whole), written(before), strict=True):
         assert torch.equal(bits(tensor)[:3], bits(old)[:3])
         assert torch.equal(bits(tensor)[103:], bits(old)[103:])
         assert not torch.equal(bits(tensor)[3:103], bits(old)[3:103])

@@ -19,6 +19,7 @@ from megatron_s3.kernels import gpu, portable
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update
+from tests.harness.tensors import copied
 from tests.kernels.rules import CASES
 
 triton = pytest.importorskip("triton")
@@ -101,12 +102,6 @@ def operands(
         g[3:9] = 0
         r[5] = 0
     return Operands(x, g, (m, r), None if model is None else placed(torch.zeros(count), model))
-
-
-def copied(o: Operands) -> Operands:
-    model = None if o.model_param is None else o.model_param.clone()
-    state = tuple(t.clone() for t in o.state)
-    return Operands(o.param.clone(), o.grad.clone(), state, model, o.row)
 
 
 def towards_zero(x: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from megatron_s3.kernels.operands import Operands
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers import OPTIMIZERS, AdamW, ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
+from tests.harness.tensors import assert_same, bits, copied, misaligned, numbers
 from tests.kernels.rules import CASES, Case
-from tests.kernels.test_cpu import BF16, FP16, FP32, bits, copy, misaligned, numbers
 
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RATES = {"lr": 0.01, "weight_decay": 0.1}
 
 pytestmark = pytest.mark.skipif(
@@ -55,20 +56,11 @@ def make(
     return Operands(misaligned(param), misaligned(g), tuple(map(misaligned, states)), model)
 
 
-def assert_same(actual: Operands, expected: Operands, case: Case) -> None:
-    names = ("param", *case.states, "model_param")
-    ours, theirs = ((o.param, *o.state, o.model_param) for o in (actual, expected))
-    for name, a, b in zip(names, ours, theirs, strict=True):
-        if a is not None:
-            differ = int((bits(a) != bits(b)).sum())
-            assert not differ, f"{name}: {differ} of {len(a)} differ"
-
-
 def check(case: Case, given: list[Operands], steps: int = 1, **changes: object) -> None:
     """The kernel's bits are the portable path's, in all that is written."""
     values = case.hyperparameters | changes
     assert cpu.reason(case.rule, given, **values) is None
-    expected = [copy(o) for o in given]
+    expected = [copied(o) for o in given]
     for t in range(steps):
         if t:
             for o, other in zip(given, expected, strict=True):
@@ -77,7 +69,7 @@ def check(case: Case, given: list[Operands], steps: int = 1, **changes: object) 
         cpu.step(case.rule, given, **RATES, **values)
         portable.step(case.rule, expected, **RATES, **values)
     for o, other in zip(given, expected, strict=True):
-        assert_same(o, other, case)
+        assert_same(o, other)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -123,13 +115,13 @@ def test_statistics(name: str) -> None:
     """Largest and counts exact, sums to 1e-6, row by row what the portable path counts."""
     case = CASES[name]
     mine = [replace(make(case, n), row=row) for n, row in ((70001, 1), (33, 0))]
-    other = [copy(o) for o in mine]
+    other = [copied(o) for o in mine]
     other = [replace(o, row=m.row) for o, m in zip(other, mine, strict=True)]
     found, expected = Statistics("cpu", 2), Statistics("cpu", 2)
     cpu.step(case.rule, mine, statistics=found, **RATES, **case.hyperparameters)
     portable.step(case.rule, other, statistics=expected, **RATES, **case.hyperparameters)
     for o, reference in zip(mine, other, strict=True):
-        assert_same(o, reference, case)
+        assert_same(o, reference)
     for ours, theirs in zip(found.take(), expected.take(), strict=True):
         for key in ("max_abs_update", "large_updates", "zero_grads", "nonfinite_grads"):
             assert ours[key] == theirs[key]
@@ -145,7 +137,7 @@ def test_what_lies_beside_stays(name: str) -> None:
     whole = make(case, 117, model_param=BF16)
     within = slice(3, 103)
     states = tuple(tensor[within] for tensor in whole.state)
-    before = copy(whole)
+    before = copied(whole)
     part = Operands(whole.param[within], whole.grad[within], states, whole.model_param[within])
     cpu.step(case.rule, [part], **RATES, **case.hyperparameters)
     tensors = zip(

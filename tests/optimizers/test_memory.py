@@ -14,6 +14,7 @@ from megatron_s3 import S3
 from megatron_s3.kernels.operands import flatten
 from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.optimizers import OPTIMIZERS, AdamW
+from tests.harness.tensors import random
 
 
 class Wrapped(torch.Tensor):
@@ -39,10 +40,6 @@ def inner(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.inner if isinstance(tensor, Wrapped) else tensor
 
 
-def random(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
-
-
 def test_fake_tensors_are_stepped_by_torch() -> None:
     for name in OPTIMIZERS:
         with FakeTensorMode():
@@ -58,9 +55,9 @@ def test_a_wrapper_is_stepped_as_what_it_wraps(which: str) -> None:
     """Bitwise."""
     results = []
     for wrap in (Wrapped, lambda tensor: tensor):
-        param = Parameter(random(50, 0))
+        param = Parameter(random(50, seed=0))
         if which == "param":
-            param = Parameter(wrap(random(50, 0)))
+            param = Parameter(wrap(random(50, seed=0)))
         optimizer = S3([param], lr=0.1)
         optimizer.init_state()
         state = optimizer.state[param]
@@ -70,7 +67,7 @@ def test_a_wrapper_is_stepped_as_what_it_wraps(which: str) -> None:
             optimizer.host.model_params[param] = wrap(torch.zeros(50).bfloat16())
         for t in range(3):
             param.grad = None
-            grad = random(50, t + 1)
+            grad = random(50, seed=t + 1)
             param.grad = wrap(grad) if which in ("param", "grad") else grad
             optimizer.step()
         tensors = [param.detach(), *state.values(), *optimizer.host.model_params.values()]
@@ -84,12 +81,12 @@ def test_a_wrapper_may_be_laid_out_in_any_way(layout: str) -> None:
     """Bitwise: what a step leaves in a copy is put back, though no address tells copies."""
     results = []
     for wrap in (Wrapped, lambda tensor: tensor):
-        memory = random(48, 0).view(6, 8)
+        memory = random(48, seed=0).view(6, 8)
         value = memory[:, ::2] if layout == "gaps" else memory.t()
         param, before = Parameter(wrap(value)), value.clone()
         optimizer = S3([param], lr=0.1)
         for t in range(2):
-            param.grad = wrap(random(value.numel(), t + 1).view(value.shape))
+            param.grad = wrap(random(value.numel(), seed=t + 1).view(value.shape))
             optimizer.step()
         results.append(inner(param.detach()))
         assert not torch.equal(results[-1], before)
@@ -101,10 +98,10 @@ def test_a_negated_view_is_read_as_what_it_is(gaps: bool) -> None:
     """Bitwise: the memory holds the numbers with the other sign."""
     results = []
     for negated in (True, False):
-        param = Parameter(random(50, 0))
-        grad = torch._neg_view(random(50, 1))
+        param = Parameter(random(50, seed=0))
+        grad = torch._neg_view(random(50, seed=1))
         if gaps:
-            grad = torch.complex(random(50, 1), random(50, 2)).conj().imag
+            grad = torch.complex(random(50, seed=1), random(50, seed=2)).conj().imag
         assert grad.is_neg()
         param.grad = grad if negated else grad.clone().resolve_neg()
         S3([param], lr=0.1).step()
@@ -115,9 +112,9 @@ def test_a_negated_view_is_read_as_what_it_is(gaps: bool) -> None:
 @pytest.mark.parametrize("fused", [None, False])
 def test_memory_that_was_freed_is_an_error(fused: bool | None) -> None:
     """Nothing is changed; torch's own operations would end the process."""
-    params = [Parameter(random(50, seed)) for seed in range(2)]
+    params = [Parameter(random(50, seed=seed)) for seed in range(2)]
     for param in params:
-        param.grad = random(50, 3)
+        param.grad = random(50, seed=3)
     before = params[0].detach().clone()
     params[1].grad.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="gradient was freed"):
@@ -127,8 +124,8 @@ def test_memory_that_was_freed_is_an_error(fused: bool | None) -> None:
 
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_copy_in_the_model_that_was_freed_is_an_error(fused: bool | None) -> None:
-    param, copied = Parameter(random(50, 0)), torch.zeros(50).bfloat16()
-    param.grad = random(50, 3)
+    param, copied = Parameter(random(50, seed=0)), torch.zeros(50).bfloat16()
+    param.grad = random(50, seed=3)
     optimizer = S3([param], fused=fused)
     optimizer.host.model_params[param] = copied
     copied.untyped_storage().resize_(0)
@@ -138,7 +135,7 @@ def test_a_copy_in_the_model_that_was_freed_is_an_error(fused: bool | None) -> N
 
 def test_a_gradient_that_is_zero_without_memory_is_stepped() -> None:
     """Bitwise as zeros; autograd makes such ones in forward mode."""
-    params = [Parameter(random(9, 0)) for _ in range(2)]
+    params = [Parameter(random(9, seed=0)) for _ in range(2)]
     params[0].grad, params[1].grad = torch._efficientzerotensor(9), torch.zeros(9)
     for param in params:
         S3([param], lr=0.1, weight_decay=0.1).step()
@@ -146,8 +143,8 @@ def test_a_gradient_that_is_zero_without_memory_is_stepped() -> None:
 
 
 def test_parameters_with_one_reason_are_counted_together() -> None:
-    params = [Parameter(random(9, i).double()) for i in range(3)]
-    params.append(Parameter(random(9, 3)))
+    params = [Parameter(random(9, seed=i).double()) for i in range(3)]
+    params.append(Parameter(random(9, seed=3)))
     for param in params:
         param.grad = torch.ones_like(param)
     groups = [{"params": params[:2]}, {"params": params[2:]}]
@@ -158,7 +155,7 @@ def test_parameters_with_one_reason_are_counted_together() -> None:
 
 def test_what_no_kernel_has_is_the_reason_for_every_parameter() -> None:
     """Whatever else a kernel could not take of some."""
-    params = [Parameter(random(9, 0)), Parameter(random(9, 1).double())]
+    params = [Parameter(random(9, seed=0)), Parameter(random(9, seed=1).double())]
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer = S3(params, p=2.5)
@@ -171,7 +168,7 @@ COUNT = 300_000
 
 def shared(kind: str) -> tuple[torch.Tensor, list[Parameter], list[dict[str, Any]]]:
     """One memory, and parameters in it."""
-    memory = random(COUNT, 0)
+    memory = random(COUNT, seed=0)
     one = Parameter(memory)
     other = {
         "twice": one,
@@ -180,7 +177,7 @@ def shared(kind: str) -> tuple[torch.Tensor, list[Parameter], list[dict[str, Any
         "same": Parameter(memory),
         "strided": Parameter(memory[::2]),
     }[kind]
-    between = Parameter(random(100, 1))
+    between = Parameter(random(100, seed=1))
     groups = [{"params": [one, between, other]}]
     if kind == "other group":
         groups = [{"params": [one, between]}, {"params": []}]
@@ -207,7 +204,7 @@ def test_parameters_in_one_memory_are_updated_in_order(kind: str) -> None:
                 optimizer.param_groups[1]["params"] = [params[2]]
             for t in range(3):
                 for i, param in enumerate(params):
-                    param.grad = random(param.numel(), 10 * t + (i if i < 2 else 2))
+                    param.grad = random(param.numel(), seed=10 * t + (i if i < 2 else 2))
                 optimizer.step()
             outcomes.append(memory)
     finally:
@@ -218,12 +215,12 @@ def test_parameters_in_one_memory_are_updated_in_order(kind: str) -> None:
 
 
 def test_overlapping_copies_are_written_in_order() -> None:
-    params = [Parameter(random(COUNT, seed)) for seed in range(2)]
+    params = [Parameter(random(COUNT, seed=seed)) for seed in range(2)]
     optimizer = S3(params, lr=0.1)
     memory = torch.zeros(COUNT).bfloat16()
     optimizer.host.model_params = dict.fromkeys(params, memory)
     for param in params:
-        param.grad = random(COUNT, 5)
+        param.grad = random(COUNT, seed=5)
     optimizer.step()
     assert torch.equal(memory, params[1].detach().bfloat16())
 
@@ -301,7 +298,7 @@ def test_what_has_moved_onto_a_gradient_is_seen_in_each_step() -> None:
 
 def test_what_lies_apart_is_one_call() -> None:
     """Shards beside one another in a buffer are not taken for one another."""
-    buffer, copies = random(400, 0), torch.zeros(400).bfloat16()
+    buffer, copies = random(400, seed=0), torch.zeros(400).bfloat16()
     params = [Parameter(part) for part in buffer.split(100)]
     optimizer = S3(params)
     optimizer.host.model_params = dict(zip(params, copies.split(100), strict=True))
@@ -310,7 +307,7 @@ def test_what_lies_apart_is_one_call() -> None:
     optimizer._run = lambda task, kernel: (calls.append(len(task.params)), run(task, kernel))
     for t in range(3):
         for param in params[t % 2 :]:
-            param.grad = random(100, t)
+            param.grad = random(100, seed=t)
         optimizer.step()
         optimizer.zero_grad()
     assert calls == [4, 3, 4]
@@ -321,12 +318,12 @@ def test_one_parameter_takes_torch_operations_alone(caplog: pytest.LogCaptureFix
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
 
     def make() -> list[Parameter]:
-        return [Parameter(random(9, i).to(dtype)) for i, dtype in enumerate(dtypes)]
+        return [Parameter(random(9, seed=i).to(dtype)) for i, dtype in enumerate(dtypes)]
 
     def step(optimizer: S3, params: list[Parameter]) -> None:
         for t in range(2):
             for param in params:
-                param.grad = random(9, 10 + t).to(param.dtype)
+                param.grad = random(9, seed=10 + t).to(param.dtype)
             optimizer.step()
 
     params, others = make(), make()
@@ -352,8 +349,8 @@ def test_one_parameter_takes_torch_operations_alone(caplog: pytest.LogCaptureFix
 
 def test_devices_are_stepped_apart() -> None:
     """The CPU's kernel takes what lies there."""
-    params = [Parameter(random(9, 0)), Parameter(torch.zeros(9, device="meta"))]
-    params[0].grad, params[1].grad = random(9, 1), torch.zeros(9, device="meta")
+    params = [Parameter(random(9, seed=0)), Parameter(torch.zeros(9, device="meta"))]
+    params[0].grad, params[1].grad = random(9, seed=1), torch.zeros(9, device="meta")
     optimizer = S3(params)
     optimizer.step()
     assert optimizer.path.startswith("C++ kernel; portable for 1 of 2 parameters")
@@ -364,8 +361,8 @@ def test_a_gradient_that_a_collective_is_to_fill_is_waited_for() -> None:
     """The kernel takes what came."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-    param, other = (Parameter(random(9, 0)) for _ in range(2))
-    param.grad, other.grad = AsyncCollectiveTensor(random(9, 1)), random(9, 1)
+    param, other = (Parameter(random(9, seed=0)) for _ in range(2))
+    param.grad, other.grad = AsyncCollectiveTensor(random(9, seed=1)), random(9, seed=1)
     optimizer = S3([param])
     waited = []
     wait = AsyncCollectiveTensor.trigger_wait

@@ -10,13 +10,10 @@ from megatron_s3 import S3
 from megatron_s3.kernels.statistics import LARGEST, Statistics
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.offload import Offload
+from tests.harness.tensors import random
 
 SIZES = ((40, 10), (300,), (7, 3), (1,), (200,))
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def built(

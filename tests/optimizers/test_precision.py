@@ -4,15 +4,11 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_s3 import S3
+from tests.harness.tensors import random
 
 STATE = ("exp_avg", "exp_pnorm")
-
-
-def random(n: int = 1000, seed: int = 0) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
 def parameter(n: int = 1000, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
@@ -162,8 +158,8 @@ def test_bfloat16_states_decay_wherever_they_are_allowed() -> None:
 
 
 def test_fused_true_is_an_error_where_it_cannot_be() -> None:
-    param = torch.nn.Parameter(random().double())
-    param.grad = random(seed=1).double()
+    param = torch.nn.Parameter(random(1000).double())
+    param.grad = random(1000, seed=1).double()
     before = param.detach().clone()
     with pytest.raises(RuntimeError, match=r"fused=True, but .*\. No parameter was changed"):
         S3([param], fused=True).step()

@@ -1,63 +1,33 @@
 """The base of the plugin's element-wise optimizers: groups, state, checks, the stamp."""
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from types import ModuleType
-from typing import Any, ClassVar, cast
+from dataclasses import fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from megatron_s3.kernels.choice import Choice, choose, path
-from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.optimizers.arguments import hyperparameters_of
 from megatron_s3.optimizers.checks import (
     check_decay,
     largest,
-    of_shape,
-    placements,
     rate,
     shares_memory,
-    state_fault,
 )
-from megatron_s3.optimizers.counts import Counts, GroupUpdates, Update, Watched, is_empty, split
+from megatron_s3.optimizers.counts import Counts
 from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description, plain
 from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.loading import Loading
-from megatron_s3.optimizers.offload import Offload
+from megatron_s3.optimizers.step import Step
 
 __all__ = ["ElementwiseOptimizer"]
 
 #: What torch's schedulers write the momentum to, if it is among an optimizer's defaults.
 MOMENTUM = "momentum"
-
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """The work of one call of a kernel: parameters of a group that lie in one memory.
-
-    ``again``: what it steps was written by another task before it, so that copies have to be made
-    anew.
-    """
-
-    updates: list[Update]
-    choice: Choice
-    values: dict[str, Any]
-    rates: dict[str, Any]
-    offload: Offload | None
-    again: bool
-
-    @property
-    def params(self) -> list[Tensor]:
-        return [update.param for update in self.updates]
 
 
 class ElementwiseOptimizer(torch.optim.Optimizer):
@@ -239,35 +209,23 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if not is_lazy(param):
-                    self._init_state(param)
+                    self.made_state(param)
 
-    def _init_state(self, param: Tensor) -> list[Tensor]:
+    def made_state(self, param: Tensor) -> list[Tensor]:
+        """Returns a parameter's states in the rule's order, allocated where it has none yet."""
         state = self.state[param]
         if "master_param" not in state:
-            if self._is_offloaded(param):
-                state["master_param"] = self._offload().master(param)
-            elif self._has_master(param):
+            if offload := self.host.offload_of(param):
+                state["master_param"] = offload.master(param)
+            elif self.host.keeps_master(param):
                 state["master_param"] = param.detach().to(torch.float32, copy=True)
-        device = self._state_device(param)
+        device = self.host.device_of(param)
         for name in self.description.state:
             if name not in state:
                 dtype = self._state_dtype(name, param)
                 with torch.inference_mode(False):  # it is stepped outside as well
                     state[name] = torch.zeros_like(param, dtype=dtype, device=device)
         return [state[name] for name in self.description.state]
-
-    def _offload(self) -> Offload:
-        assert self.host.offload is not None  # as _is_offloaded has found
-        return self.host.offload
-
-    def _has_master(self, param: Tensor) -> bool:
-        return self.host.master_params and param.dtype in (torch.bfloat16, torch.float16)
-
-    def _is_offloaded(self, param: Tensor) -> bool:
-        return self.host.offload is not None and param in self.host.offload.params
-
-    def _state_device(self, param: Tensor) -> torch.device:
-        return torch.device("cpu") if self._is_offloaded(param) else param.device
 
     def _state_dtype(self, name: str, param: Tensor) -> torch.dtype:
         if param.dtype == torch.float64:
@@ -306,141 +264,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = []
-        for index, group in enumerate(self.param_groups):
-            grads = ((param, _grad(param)) for param in group["params"])
-            found = [(param, grad) for param, grad in grads if grad is not None]
-            if found:
-                self._check_group(group)
-            for param, grad in found:
-                self._check_grad(param, grad, index)
-                self._check_state(param, index)
-            work.append((group, found))
-        if self._nothing_to_do(work):
-            return loss
-        if self.error_if_nonfinite:
-            self._check_finite([grad for _, found in work for _, grad in found])
-        updates = [self._updates(group, found) for group, found in work]
-        # Every kernel is chosen before anything is changed.
-        tasks = self._tasks(updates)
-        operands = [[update.operands for update in task.updates] for task in tasks]
-        self.path = path([task.choice for task in tasks], operands) or self.path
-        self._log(tasks)
-        self.counts.advance(updates)
-        for task in tasks:
-            self._run(task, task.choice.kernel)
+        Step(self, self._overlaps, self._logged).run()
         return loss
 
-    def _nothing_to_do(self, work: list[tuple[dict[str, Any], list[Any]]]) -> bool:
-        """Returns whether no parameter has a gradient; a rank with empty parts alone lacks none."""
-        if any(found for _, found in work):
-            return False
-        return not all(is_empty(param) for group, _ in work for param in group["params"])
-
-    def _updates(self, group: dict[str, Any], found: list[tuple[Tensor, Tensor]]) -> GroupUpdates:
-        watched = Watched(group | {"step": group["step"] + 1})
-        values = self.group_hyperparameters(watched)
-        if watched.read:
-            self._check_capture(group, values, found)
-            name = self.description.state[0]
-            fresh = (p for p in group["params"] if name not in self.state.get(p, ()))
-            self.counts.begin(group, fresh)
-        flat = [Update(param, grad, *self._flatten(param, grad)) for param, grad in found]
-        return GroupUpdates(group, values, watched.read, flat)
-
-    def _check_capture(
-        self, group: dict[str, Any], values: dict[str, Any], found: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        if not any(param.device.type == "cuda" for param, _ in found):
-            return
-        following = self.group_hyperparameters(group | {"step": group["step"] + 2})
-        if values != following and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{self.description.label}: a CUDA graph is being captured, and bias correction or "
-                "a ramp changes a number in each step, which a replay would not see. No parameter "
-                "was changed. Step outside of the graph."
-            )
-
-    def _tasks(self, updates: list[GroupUpdates]) -> list[_Task]:
-        """Returns the calls of kernels that make a step, in order."""
-        cuts = self._overlaps.cuts(
-            [(u.operands, u.copies) for part in updates for u in part.updates]
-        )
-        if cuts or self.counts:
-            self.counts.number(updates)
-        tasks: list[_Task] = []
-        for segment in split(updates, cuts):
-            some: list[_Task] = []
-            for part in segment:
-                for values, equal in part.by_values(self.group_hyperparameters):
-                    some += self._group_tasks(part.group, values, equal, again=bool(tasks))
-            # What waits for no copy comes first.
-            some.sort(key=lambda task: task.offload is not None)
-            tasks += some
-        return tasks
-
-    def _group_tasks(
-        self, group: dict[str, Any], values: dict[str, Any], updates: list[Update], *, again: bool
-    ) -> list[_Task]:
-        rates = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
-        batches: list[tuple[list[Update], Offload | None]] = [(updates, None)]
-        if self.host.offload is not None:
-            batches = [([u for u in updates if not self._is_offloaded(u.param)], None)]
-            pairs = [(update.param, update) for update in updates]
-            for offloaded in self.host.offload.batches(pairs):
-                batches.append(([update for _, update in offloaded], self.host.offload))
-        tasks = []
-        for batch, offload in batches:
-            for choice in choose(
-                *(self.description.rule, [u.operands for u in batch], values),
-                *(self.description.label, self.fused),
-            ):
-                some = [batch[i] for i in choice.indices]
-                tasks.append(_Task(some, choice, values, rates, offload, again))
-        return tasks
-
-    def _log(self, tasks: list[_Task]) -> None:
-        if self.fused is not False and self.host.log_path:
-            found = {task.choice.reason for task in tasks if task.choice.reason is not None}
-            reasons = found - self._logged
-            if reasons:
-                self._logged |= reasons
-                _logger.warning(
-                    "%s is updated by torch operations: %s", self.description.label, self.path
-                )
-
-    def _run(self, task: _Task, kernel: ModuleType) -> None:
-        offload, statistics = task.offload, self.host.statistics
-        flat = [(update.operands, update.copies) for update in task.updates]
-        if task.again:
-            flat = [self._flatten(update.param, update.grad) for update in task.updates]
-        if offload is not None:
-            offload.wait(task.params)
-            statistics = offload.statistics(statistics)
-        kernel.step(
-            *(self.description.rule, [operands for operands, _ in flat]),
-            statistics=statistics,
-            **task.values,
-            **task.rates,
-        )
-        write_back([copy for _, copies in flat for copy in copies])
-        if offload is not None:
-            for param in task.params:
-                offload.send_back(param, self.state[param]["master_param"])
-            if statistics is not None and self.host.statistics is not None:
-                self.host.statistics.absorb(statistics)
-
-    def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
-        state = self._init_state(param)
-        row = 0 if self.host.statistics is None else self.host.statistics.rows.get(param, 0)
-        if self._is_offloaded(param):
-            grad, new = self._offload().fetch(param, grad), self._offload().new(param)
-            return flatten(self.state[param]["master_param"], grad, state, new, row)
-        if self._has_master(param):
-            return flatten(self.state[param]["master_param"], grad, state, param.detach(), row)
-        return flatten(param.detach(), grad, state, self.host.model_params.get(param), row)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Takes over what a scheduler wrote as the momentum; ValueError for what no step takes."""
         values = self._values(group)
         for name, dtype in self.state_dtypes.items():
             if dtype != torch.float32:
@@ -461,48 +289,6 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                             f"{name} is a tensor on {value.device}, and a parameter on "
                             f"{param.device}: keep it on the parameters' device or on the CPU"
                         )
-
-    def _check_state(self, param: Tensor, group: int) -> None:
-        state = self.state.get(param)
-        if not state:
-            return
-        device = self._state_device(param)
-        for name in (*self.description.state, "master_param"):
-            if name in state and (fault := state_fault(param, state[name], device)):
-                raise RuntimeError(
-                    f"{self.description.label}: the {name} of a parameter{of_shape(param)} in "
-                    f"group {group} {fault}. No parameter was changed."
-                )
-
-    def _check_grad(self, param: Tensor, grad: Tensor, group: int) -> None:
-        fault = None
-        if placements(param) != placements(grad):
-            fault = "is whole and the parameter a DTensor, or the reverse; both have to be the same"
-        elif grad.layout != torch.strided:
-            fault = f"is {grad.layout}; a dense gradient is needed (sparse=False in the embedding?)"
-        elif not grad.is_floating_point():
-            fault = f"is {grad.dtype}; a real floating-point gradient is needed"
-        elif grad.shape != param.shape:
-            fault = f"has shape {tuple(grad.shape)}"
-        elif grad.device != param.device:
-            fault = f"is on {grad.device}, not on {param.device}"
-        if fault:
-            shape = tuple(param.shape)
-            raise RuntimeError(
-                f"{self.description.label}: the gradient of a parameter of shape {shape} in group "
-                f"{group} {fault}. No parameter was changed."
-            )
-
-    def _check_finite(self, grads: list[Tensor]) -> None:
-        finite: list[Any] = [grad.isfinite().all() for grad in grads]
-        # A DTensor's is each rank's own until it is reduced: one for all to step, or none.
-        bad = [not bool(f if placements(f) is None else f.full_tensor()) for f in finite]
-        if any(bad):
-            shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
-            raise RuntimeError(
-                f"{self.description.label}: NaN or inf in the gradients of {len(shapes)} "
-                f"parameters, the first of shape {shapes[0]}. No parameter was changed."
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what torch does, and a group's ``steps`` where its numbers of updates differ.
@@ -541,22 +327,6 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 f"{self.description.label}: converted loaded state: {converted}", stacklevel=2
             )
 
-    def keeps_master(self, param: Tensor) -> bool:
-        """Returns whether the parameter's state holds a ``master_param``."""
-        return self._is_offloaded(param) or self._has_master(param)
-
     def place(self, name: str, param: Tensor) -> tuple[torch.device, torch.dtype]:
         """Returns where, and in which dtype, a state of a parameter is kept."""
-        return self._state_device(param), self._state_dtype(name, param)
-
-
-def _grad(param: Any) -> Tensor | None:
-    grad: Any = getattr(param, "decoupled_grad", None)
-    grad = param.grad if grad is None else grad
-    same = grad is None or placements(grad) == placements(param)
-    # Of the two kinds at once the check speaks.
-    if same or placements(grad) is None or placements(param) is None:
-        return cast("Tensor | None", grad)
-    # As in torch's own optimizers: what autograd leaves partial, or laid out in another way.
-    laid_out: Tensor = grad.redistribute(param.device_mesh, param.placements)
-    return laid_out
+        return self.host.device_of(param), self._state_dtype(name, param)

@@ -11,6 +11,7 @@ from megatron_s3.optimizers.description import LARGEST, plain
 
 __all__ = [
     "check_decay",
+    "grad_fault",
     "largest",
     "of_shape",
     "placements",
@@ -113,4 +114,19 @@ def state_fault(param: Tensor, state: Any, device: torch.device | None = None) -
         return "has no values (it is on meta)"
     if not state.is_contiguous() and shares_memory(state):
         return "has elements that share memory (expand)"
+    return None
+
+
+def grad_fault(param: Tensor, grad: Tensor) -> str | None:
+    """Returns why a gradient cannot be the parameter's, to follow its name; or None."""
+    if placements(param) != placements(grad):
+        return "is whole and the parameter a DTensor, or the reverse; both have to be the same"
+    if grad.layout != torch.strided:
+        return f"is {grad.layout}; a dense gradient is needed (sparse=False in the embedding?)"
+    if not grad.is_floating_point():
+        return f"is {grad.dtype}; a real floating-point gradient is needed"
+    if grad.shape != param.shape:
+        return f"has shape {tuple(grad.shape)}"
+    if grad.device != param.device:
+        return f"is on {grad.device}, not on {param.device}"
     return None

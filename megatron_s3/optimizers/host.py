@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from megatron_s3.kernels.statistics import Statistics
@@ -35,3 +36,16 @@ class Host:
     statistics: Statistics | None = None
     keep_hyperparameters: bool = False
     log_path: bool = True
+
+    def offload_of(self, param: Tensor) -> Offload | None:
+        """Returns what steps a parameter on the CPU, if that updates it."""
+        return self.offload if self.offload is not None and param in self.offload.params else None
+
+    def keeps_master(self, param: Tensor) -> bool:
+        """Returns whether the parameter's state holds a ``master_param``."""
+        half = param.dtype in (torch.bfloat16, torch.float16)
+        return self.offload_of(param) is not None or (self.master_params and half)
+
+    def device_of(self, param: Tensor) -> torch.device:
+        """Returns where the parameter's states are kept."""
+        return param.device if self.offload_of(param) is None else torch.device("cpu")

@@ -67,7 +67,7 @@ class Loading:
                 f"{label}: the state to load for parameter {index} has no {', '.join(missing)}. "
                 "Nothing was loaded."
             )
-        for name in (*names, *(["master_param"] if optimizer.keeps_master(param) else [])):
+        for name in (*names, *(["master_param"] if optimizer.host.keeps_master(param) else [])):
             if name in saved:
                 if fault := state_fault(param, saved[name]):
                     raise ValueError(

@@ -10,6 +10,7 @@ from megatron_s3 import S3
 from megatron_s3.kernels.statistics import LARGEST, Statistics
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.offload import Offload
+from megatron_s3.optimizers.step import Step
 from tests.harness.tensors import random
 
 SIZES = ((40, 10), (300,), (7, 3), (1,), (200,))
@@ -210,9 +211,9 @@ def test_the_order_of_copies_and_steps(overlap: bool, monkeypatch: pytest.Monkey
     """As on a GPU it would be asked for; real streams are not there."""
     optimizer = built(fraction=0.5, overlap=overlap)
     device = Device(monkeypatch)
-    run = ElementwiseOptimizer._run
+    call = Step.call
 
-    def noted(self: ElementwiseOptimizer, task: Any, kernel: Any) -> None:
+    def noted(self: Step, task: Any, kernel: Any) -> None:
         offloaded = task.offload is not None
         if offloaded:
             wait = task.offload.wait
@@ -223,11 +224,11 @@ def test_the_order_of_copies_and_steps(overlap: bool, monkeypatch: pytest.Monkey
             )
         else:
             device.told.append("step on the GPU")
-        run(self, task, kernel)
+        call(self, task, kernel)
         if offloaded:
             monkeypatch.setattr(task.offload, "wait", wait)
 
-    monkeypatch.setattr(ElementwiseOptimizer, "_run", noted)
+    monkeypatch.setattr(Step, "call", noted)
     stepped(optimizer, 1)
     fetch = ["down waits for main", "copy on down"] if overlap else ["copy on main"]
     back = ["up waits for main", "copy on up", "main waits for up"] if overlap else ["copy on main"]

@@ -1,0 +1,240 @@
+"""The step of an element-wise optimizer: checks, the choice of kernels, and their calls."""
+
+import logging
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from megatron_s3.kernels.choice import Choice, choose, path
+from megatron_s3.kernels.operands import Operands, flatten, write_back
+from megatron_s3.kernels.overlap import Overlaps
+from megatron_s3.optimizers.checks import grad_fault, of_shape, placements, rate, state_fault
+from megatron_s3.optimizers.counts import GroupUpdates, Update, Watched, is_empty, split
+from megatron_s3.optimizers.offload import Offload
+
+__all__ = ["Step", "Task"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of one call of a kernel: parameters of a group that lie in one memory.
+
+    ``again``: what it steps was written by another task before it, so that copies have to be made
+    anew.
+    """
+
+    updates: list[Update]
+    choice: Choice
+    values: dict[str, Any]
+    rates: dict[str, Any]
+    offload: Offload | None
+    again: bool
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Its parameters, in order."""
+        return [update.param for update in self.updates]
+
+
+class Step:
+    """One step of an optimizer, applied as a whole or not at all.
+
+    Args:
+        optimizer: an :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`.
+        overlaps: what is remembered from step to step of parameters that share memory.
+        logged: the reasons for torch operations that were said, which it adds to.
+    """
+
+    def __init__(self, optimizer: Any, overlaps: Overlaps, logged: set[str]) -> None:
+        self._optimizer, self._overlaps, self._logged = optimizer, overlaps, logged
+        self._host, self._description = optimizer.host, optimizer.description
+
+    def run(self) -> None:
+        """Updates every parameter that has a gradient.
+
+        Raises:
+            RuntimeError, ValueError: see the optimizer's ``step``.  Nothing was changed.
+        """
+        optimizer = self._optimizer
+        work = []
+        for index, group in enumerate(optimizer.param_groups):
+            grads = ((param, _grad(param)) for param in group["params"])
+            found = [(param, grad) for param, grad in grads if grad is not None]
+            if found:
+                optimizer.check_group(group)
+            for param, grad in found:
+                self._check_grad(param, grad, index)
+                self._check_state(param, index)
+            work.append((group, found))
+        if self._nothing_to_do(work):
+            return
+        if optimizer.error_if_nonfinite:
+            self._check_finite([grad for _, found in work for _, grad in found])
+        updates = [self._updates(group, found) for group, found in work]
+        # Every kernel is chosen before anything is changed.
+        tasks = self._tasks(updates)
+        operands = [[update.operands for update in task.updates] for task in tasks]
+        optimizer.path = path([task.choice for task in tasks], operands) or optimizer.path
+        self._log(tasks, optimizer.path)
+        optimizer.counts.advance(updates)
+        for task in tasks:
+            self.call(task, task.choice.kernel)
+
+    def _nothing_to_do(self, work: list[tuple[dict[str, Any], list[Any]]]) -> bool:
+        """Returns whether no parameter has a gradient; a rank with empty parts alone lacks none."""
+        if any(found for _, found in work):
+            return False
+        return not all(is_empty(param) for group, _ in work for param in group["params"])
+
+    def _updates(self, group: dict[str, Any], found: list[tuple[Tensor, Tensor]]) -> GroupUpdates:
+        watched = Watched(group | {"step": group["step"] + 1})
+        values = self._optimizer.group_hyperparameters(watched)
+        if watched.read:
+            self._check_capture(group, values, found)
+            name = self._description.state[0]
+            fresh = (p for p in group["params"] if name not in self._optimizer.state.get(p, ()))
+            self._optimizer.counts.begin(group, fresh)
+        flat = [Update(param, grad, *self._flatten(param, grad)) for param, grad in found]
+        return GroupUpdates(group, values, watched.read, flat)
+
+    def _check_capture(
+        self, group: dict[str, Any], values: dict[str, Any], found: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        if not any(param.device.type == "cuda" for param, _ in found):
+            return
+        following = self._optimizer.group_hyperparameters(group | {"step": group["step"] + 2})
+        if values != following and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self._description.label}: a CUDA graph is being captured, and bias correction "
+                "or a ramp changes a number in each step, which a replay would not see. No "
+                "parameter was changed. Step outside of the graph."
+            )
+
+    def _tasks(self, updates: list[GroupUpdates]) -> list[Task]:
+        """Returns the calls of kernels that make a step, in order."""
+        cuts = self._overlaps.cuts(
+            [(u.operands, u.copies) for part in updates for u in part.updates]
+        )
+        if cuts or self._optimizer.counts:
+            self._optimizer.counts.number(updates)
+        tasks: list[Task] = []
+        for segment in split(updates, cuts):
+            some: list[Task] = []
+            for part in segment:
+                for values, equal in part.by_values(self._optimizer.group_hyperparameters):
+                    some += self._group_tasks(part.group, values, equal, again=bool(tasks))
+            # What waits for no copy comes first.
+            some.sort(key=lambda task: task.offload is not None)
+            tasks += some
+        return tasks
+
+    def _group_tasks(
+        self, group: dict[str, Any], values: dict[str, Any], updates: list[Update], *, again: bool
+    ) -> list[Task]:
+        rates = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
+        batches: list[tuple[list[Update], Offload | None]] = [(updates, None)]
+        if self._host.offload is not None:
+            batches = [([u for u in updates if self._host.offload_of(u.param) is None], None)]
+            pairs = [(update.param, update) for update in updates]
+            for offloaded in self._host.offload.batches(pairs):
+                batches.append(([update for _, update in offloaded], self._host.offload))
+        tasks = []
+        for batch, offload in batches:
+            for choice in choose(
+                *(self._description.rule, [u.operands for u in batch], values),
+                *(self._description.label, self._optimizer.fused),
+            ):
+                some = [batch[i] for i in choice.indices]
+                tasks.append(Task(some, choice, values, rates, offload, again))
+        return tasks
+
+    def _log(self, tasks: list[Task], taken: str) -> None:
+        if self._optimizer.fused is not False and self._host.log_path:
+            found = {task.choice.reason for task in tasks if task.choice.reason is not None}
+            reasons = found - self._logged
+            if reasons:
+                self._logged |= reasons
+                _logger.warning(
+                    "%s is updated by torch operations: %s", self._description.label, taken
+                )
+
+    def call(self, task: Task, kernel: ModuleType) -> None:
+        """Calls a kernel, around what travels between the CPU and a device."""
+        offload, statistics = task.offload, self._host.statistics
+        flat = [(update.operands, update.copies) for update in task.updates]
+        if task.again:
+            flat = [self._flatten(update.param, update.grad) for update in task.updates]
+        if offload is not None:
+            offload.wait(task.params)
+            statistics = offload.statistics(statistics)
+        kernel.step(
+            *(self._description.rule, [operands for operands, _ in flat]),
+            statistics=statistics,
+            **task.values,
+            **task.rates,
+        )
+        write_back([copy for _, copies in flat for copy in copies])
+        if offload is not None:
+            for param in task.params:
+                offload.send_back(param, self._optimizer.state[param]["master_param"])
+            if statistics is not None and self._host.statistics is not None:
+                self._host.statistics.absorb(statistics)
+
+    def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
+        host, state = self._host, self._optimizer.made_state(param)
+        row = 0 if host.statistics is None else host.statistics.rows.get(param, 0)
+        if not host.keeps_master(param):
+            return flatten(param.detach(), grad, state, host.model_params.get(param), row)
+        master, new = self._optimizer.state[param]["master_param"], param.detach()
+        if offload := host.offload_of(param):
+            grad, new = offload.fetch(param, grad), offload.new(param)
+        return flatten(master, grad, state, new, row)
+
+    def _check_state(self, param: Tensor, group: int) -> None:
+        state = self._optimizer.state.get(param)
+        if not state:
+            return
+        device = self._host.device_of(param)
+        for name in (*self._description.state, "master_param"):
+            if name in state and (fault := state_fault(param, state[name], device)):
+                raise RuntimeError(
+                    f"{self._description.label}: the {name} of a parameter{of_shape(param)} in "
+                    f"group {group} {fault}. No parameter was changed."
+                )
+
+    def _check_grad(self, param: Tensor, grad: Tensor, group: int) -> None:
+        if fault := grad_fault(param, grad):
+            shape = tuple(param.shape)
+            raise RuntimeError(
+                f"{self._description.label}: the gradient of a parameter of shape {shape} in group "
+                f"{group} {fault}. No parameter was changed."
+            )
+
+    def _check_finite(self, grads: list[Tensor]) -> None:
+        finite: list[Any] = [grad.isfinite().all() for grad in grads]
+        # A DTensor's is each rank's own until it is reduced: one for all to step, or none.
+        bad = [not bool(f if placements(f) is None else f.full_tensor()) for f in finite]
+        if any(bad):
+            shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
+            raise RuntimeError(
+                f"{self._description.label}: NaN or inf in the gradients of {len(shapes)} "
+                f"parameters, the first of shape {shapes[0]}. No parameter was changed."
+            )
+
+
+def _grad(param: Any) -> Tensor | None:
+    grad: Any = getattr(param, "decoupled_grad", None)
+    grad = param.grad if grad is None else grad
+    same = grad is None or placements(grad) == placements(param)
+    # Of the two kinds at once the check speaks.
+    if same or placements(grad) is None or placements(param) is None:
+        return cast("Tensor | None", grad)
+    # As in torch's own optimizers: what autograd leaves partial, or laid out in another way.
+    laid_out: Tensor = grad.redistribute(param.device_mesh, param.placements)
+    return laid_out

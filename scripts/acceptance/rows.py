@@ -1,4 +1,4 @@
-"""What sections report: rows, written as they are found, read back by the command, and printed."""
+"""Rows of a report: sections write them as they are found, the command reads and prints them."""
 
 import json
 import math
@@ -42,7 +42,7 @@ class Row:
 
 
 class Writer:
-    """Where a section puts its rows, one JSON object a line.
+    """A file to which a section adds its rows, one JSON object a line.
 
     Args:
         section: its name.

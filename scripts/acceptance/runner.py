@@ -18,7 +18,7 @@ __all__ = ["Section", "run", "run_all", "status", "summary", "write"]
 
 @dataclass(frozen=True)
 class Section:
-    """What one process looks at.
+    """A part of the acceptance, which a process of its own looks at.
 
     Attributes:
         name: of the module of :mod:`scripts.acceptance` and of its folder in the output.

@@ -1,1 +1,1 @@
-"""What times the plugin and looks at its kernels: `python -m scripts.bench.NAME`."""
+"""Measurements of the plugin's speed, and looks at its kernels: `python -m scripts.bench.NAME`."""

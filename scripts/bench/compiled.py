@@ -25,7 +25,7 @@ CAPABILITIES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compiled.
+    """A kernel to compile.
 
     Attributes:
         form: rule and hyperparameters.
@@ -70,7 +70,7 @@ VARIANTS |= {name: Variant(_default(name)) for name in OPTIMIZERS if name != "s3
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code says.
+    """Facts about a kernel, from its machine code.
 
     Attributes:
         registers: a thread.

@@ -1,4 +1,4 @@
-"""What spike detectors find and miss: `python -m scripts.bench.spikes`.
+"""Hits and misses of spike detectors: `python -m scripts.bench.spikes`.
 
 Made-up losses whose spikes are known, one set of seeds for the defaults, another for the table;
 the detectors are those of :mod:`megatron_s3.telemetry.detectors`.

@@ -1,4 +1,4 @@
-"""Which runs the suite has, as data; what depends on a result is known once that is there."""
+"""Runs of the suite, as data; those that depend on a result are known once that is there."""
 
 import math
 import re

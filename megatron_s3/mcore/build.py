@@ -16,7 +16,6 @@ from megatron_s3.mcore import overrides, state
 from megatron_s3.mcore.announcement import announce
 from megatron_s3.mcore.arguments import (
     as_adam,
-    changes_by_step,
     check_config,
     destination,
     hyperparameters,
@@ -167,12 +166,6 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         for group in adam.param_groups
     ]
     in_graph = getattr(config, "optimizer_cuda_graph", False)
-    if in_graph and changes_by_step(cls, hyperparameters(cls, config)):
-        raise ValueError(
-            f"{cls.description.label} does not support optimizer_cuda_graph with these settings: "
-            "bias correction or a ramp changes a number each step that is recorded. Leave one of "
-            "the two out."
-        )
     optimizer = cls(
         groups,
         lr=config.lr,

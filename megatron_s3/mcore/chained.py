@@ -88,11 +88,13 @@ needs_grad_norm`).
         parts = [part.optimizer for part in self.chained_optimizers if part.optimizer is not None]
         groups = [(part, group) for part in parts for group in part.param_groups]
         steps = [group["step"] for _, group in groups if group["params"]]
+        if not steps:
+            return None
         for part, group in groups:
-            if group["params"] and group["step"] != max(steps):
+            if group["step"] != max(steps):
                 part.counts.keep(group)
-            group["step"] = max(steps, default=group["step"])
-        return max(steps, default=None)
+            group["step"] = max(steps)
+        return max(steps)
 
 
 def replay(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:

@@ -132,8 +132,7 @@ def _uncounted(parts: Sequence[Part], named: Sequence[tuple[str, Tensor]]) -> st
 def _unreached(parts: Sequence[Part], built: MegatronOptimizer) -> str | None:
     reached = Counter(id(group) for group in built.param_groups)
     for part in parts:
-        groups = [] if part.optimizer.optimizer is None else part.optimizer.param_groups
-        if any(reached[id(group)] != 1 for group in groups):
+        if any(reached[id(group)] != 1 for group in part.optimizer.param_groups):
             return (
                 f"a {type(part.optimizer).__name__} was built that the {type(built).__name__} "
                 "around it does not step once. Build the optimizer with Megatron's own "

@@ -242,6 +242,10 @@ def test_main_parameters_are_a_state_where_the_model_has_none_of_their_own(way, 
     offload = inner(optimizer).host.offload
     offloaded = offload.params if offload else {}
     assert bool(offloaded) == ("offloaded" in way)
+    counts = [(len(offloaded), len(inner(optimizer).state)), None]
+    torch.distributed.all_gather_object(counts, counts[0])
+    some, whole = map(sum, zip(*counts, strict=True))
+    assert some < whole or way == "offloaded"
     for param, state in inner(optimizer).state.items():
         assert ("master_param" in state) == (param.dtype == BF16 or param in offloaded)
         assert {t.dtype for t in state.values()} == {FP32}
@@ -391,6 +395,33 @@ def test_the_rate_is_on_the_device_for_a_graph_and_a_number_in_what_is_saved():
             inner(optimizer).load_state_dict(saved)
         results.append(snapshot(model))
     torch.testing.assert_close(*results)
+
+
+@on_ranks(1)
+def test_a_rate_that_is_set_later_is_on_the_device_for_a_graph():
+    _, optimizer = build(BF16, optimizer_cuda_graph=True, lr=None)
+    assert {group["lr"].item() for group in inner(optimizer).param_groups} == {0.0}
+
+
+@on_ranks(1)
+def test_what_changes_by_step_is_not_recorded():
+    with pytest.raises(ValueError, match="a ramp changes a number each step that is recorded"):
+        build(BF16, optimizer_cuda_graph=True, s3_bias_correction=True)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@on_ranks(1)
+def test_the_state_is_there_for_whoever_saves_before_an_update(dtype):
+    """Of an optimizer that is not sharded: by torch's state dict, and by Megatron's function."""
+    for ask in (
+        lambda part: part.optimizer.state_dict(),
+        lambda part: part.init_state_fn(part.optimizer, part.config),
+    ):
+        _, optimizer = build(dtype, sharded=False)
+        (part,) = optimizer.chained_optimizers
+        ask(part)
+        held = list(part.optimizer.state.values())
+        assert held and all(state.keys() == {"exp_avg", "exp_pnorm"} for state in held)
 
 
 @on_ranks(2)

@@ -85,6 +85,8 @@ def test_what_does_not_reach_such_a_model_is_an_error():
 
     with pytest.raises(ValueError, match=r"sets s3_beta=0.5, but Megatron built the optimizer of"):
         get_megatron_optimizer(configured(), [mimo_model()], {ParamKey(name="*"): {"beta": 0.5}})
+    with pytest.raises(ValueError, match=r"sets max_lr=0.5, but Megatron built the optimizer of"):
+        get_megatron_optimizer(configured(), [mimo_model()], {ParamKey(name="*"): {"max_lr": 0.5}})
     with pytest.raises(ValueError, match="does not know the parts of a MimoOpt"):
         get_megatron_optimizer(configured(plugin_log_updates=True), [mimo_model()])
 
@@ -101,17 +103,19 @@ def test_a_parameter_that_no_module_of_the_model_steps_is_an_error():
     assert get_megatron_optimizer(configured(), [mimo]).module_infos
 
 
-def through(builder, model, **settings):
+def through(builder, *chunks, **settings):
     """What the plugin makes of another builder than Megatron's."""
     from megatron_s3.mcore import build as plugin
 
-    return plugin.get_megatron_optimizer(builder, configured(**settings), [model])
+    return plugin.get_megatron_optimizer(builder, configured(**settings), list(chunks))
 
 
 @pytest.mark.parametrize("release", RELEASES)
 @on_ranks(1)
 def test_builders_around_megatrons(release):
     from megatron.core import optimizer as core
+
+    from megatron_s3.mcore import state
 
     upstream = core.get_megatron_optimizer.__wrapped__
     model = wrap()
@@ -148,6 +152,7 @@ def test_builders_around_megatrons(release):
 
     for builder in (once, wrapped):
         built = through(builder, model)
+        assert state.running().optimizer() is built
         assert step(model, built)[0]
         (part,) = built.chained_optimizers
         assert part.optimizer.description.name == "s3"
@@ -163,6 +168,18 @@ def test_builders_around_megatrons(release):
     ):
         with pytest.raises(ValueError, match=fault):
             through(builder, model)
+
+
+@on_ranks(1)
+def test_a_chunk_that_is_not_stepped_is_an_error():
+    """Of a model in several chunks, as pipeline stages that take turns have."""
+    from megatron.core import optimizer as core
+
+    def first_alone(config, model_chunks):
+        return core.get_megatron_optimizer.__wrapped__(config, model_chunks[:1])
+
+    with pytest.raises(ValueError, match="no optimizer was built for 4 of 8"):
+        through(first_alone, wrap(), wrap())
 
 
 @on_ranks(1)
@@ -201,6 +218,41 @@ def test_a_model_that_is_frozen_has_nothing_to_step():
     model.requires_grad_(False)
     _, optimizer = build(model=model, sharded=False)
     assert not [g for part in optimizer.chained_optimizers for g in part.param_groups]
+    assert optimizer._synchronize_steps() is None
+
+
+# ---- what steps ----------------------------------------------------------------------------------
+
+
+def steps_say(model, optimizer, *scales):
+    """What each step says."""
+    said = []
+    for scale in scales:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            step(model, optimizer, scale=scale)
+        said.append(log.getvalue())
+    return said
+
+
+@on_ranks(1)
+def test_the_first_update_says_once_what_was_not_announced():
+    """Which is not the first step, where that is skipped."""
+    from megatron_s3.kernels import cpu
+
+    of_the_rule = cpu.reason
+    fp16 = {"dtype": torch.float16, "initial_loss_scale": 8.0, "hysteresis": 1}
+    cpu.reason = lambda rule, operands, **values: (
+        "no tensor fits" if operands else of_the_rule(rule, operands, **values)
+    )
+    said = steps_say(*build(**fp16), math.inf, 1.0, 1.0)
+    line = "S3 (SoftSignSGD) is updated by torch operations (portable: no tensor fits)"
+    assert [line in each for each in said] == [False, True, False]
+    assert not any(steps_say(*build(plugin_no_fused=True), 1.0))
+    cpu.reason = of_the_rule
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        built = build(s3_p=2.5)
+    assert "torch operations on cpu (the C++ kernel has p = 1, 2 and 3, not 2.5)" in log.getvalue()
+    assert not any(steps_say(*built, 1.0))
 
 
 # ---- the gradient norm ---------------------------------------------------------------------------

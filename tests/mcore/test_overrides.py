@@ -162,6 +162,42 @@ def test_a_pattern_that_matches_nothing_is_said():
     assert lines == (right if torch.distributed.get_rank() == 0 else [])
 
 
+@on_ranks(2)
+def test_a_pattern_that_another_rank_has_a_parameter_for_is_of_use():
+    """Each rank has a stage of the model."""
+    import contextlib
+    import io
+
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    layers = [torch.nn.Linear(40, 40) for _ in range(1 + torch.distributed.get_rank())]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        build(overrides=override(s3_beta=0.5), model=torch.nn.Sequential(*layers), sharded=False)
+    assert "matches no parameter" not in said.getvalue()
+
+
+@on_ranks(1)
+def test_what_is_given_by_position_goes_on_by_position():
+    from megatron.core.optimizer import OptimizerConfig
+
+    from megatron_s3.mcore import build as plugin
+
+    class Taken(Exception):
+        pass
+
+    def builder(config, *args):
+        raise Taken(*args)
+
+    config, chunks = OptimizerConfig(optimizer="s3", lr=0.1, fp16=False), [torch.nn.Linear(2, 2)]
+    with pytest.raises(Taken) as taken:
+        plugin.get_megatron_optimizer(builder, config, chunks, override(beta=0.5), False, None)
+    assert taken.value.args[0] is chunks and taken.value.args[2:] == (False, None)
+    ((key, values),) = taken.value.args[1].items()
+    assert key in override() and values == {"s3_beta": 0.5}
+
+
 @on_ranks(1)
 def test_what_is_announced_is_what_the_groups_hold():
     import contextlib

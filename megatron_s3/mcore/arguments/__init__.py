@@ -10,7 +10,6 @@ from megatron_s3.mcore.arguments.flags import CPU_DEFAULTS, DEVICES, add_megatro
 from megatron_s3.mcore.arguments.mask import as_adam, print_args
 from megatron_s3.mcore.arguments.names import destination, flag
 from megatron_s3.mcore.arguments.readers import (
-    changes_by_step,
     hyperparameters,
     in_megatron_fsdp,
     needs_grad_norm,
@@ -25,7 +24,6 @@ __all__ = [
     "UNSUPPORTED",
     "add_megatron_arguments",
     "as_adam",
-    "changes_by_step",
     "check_config",
     "destination",
     "flag",

@@ -5,16 +5,13 @@ import sys
 from pathlib import Path
 
 from megatron_s3.launch.config import Config, ConfigError
-from megatron_s3.launch.content import cache_folder
+from megatron_s3.launch.content import LISTS, cache_folder
 from megatron_s3.launch.progress import load_folder, save_folder
 
 __all__ = ["MEETING", "first_node", "megatron_words", "torchrun"]
 
 #: Arguments of Megatron's that name what is trained on.
-_DATA = (
-    *("data_path", "train_data_path", "mock_data"),
-    *("data_args_path", "per_split_data_args_path"),
-)
+_DATA = ("data_path", "train_data_path", "mock_data", *LISTS)
 
 #: torchrun's options for where the nodes meet, and the variables that give them.
 MEETING = {

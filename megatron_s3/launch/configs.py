@@ -72,9 +72,8 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
             _say(error)
     from megatron_s3.mcore.planning import job
 
-    parameters: dict[
-        tuple[object, ...], str
-    ] = {}  # padding of the vocabulary depends on tensor parallelism
+    # Padding of the vocabulary depends on tensor parallelism.
+    parameters: dict[tuple[object, ...], str] = {}
     rows: list[tuple[str, ...]] = []
     for name, config, shape, args in checked:
         model = (args.num_layers, args.hidden_size, args.vocab_size, shape["tensor"])
@@ -102,9 +101,6 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
 
 def _print(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
+    for name, *cells in rows:
+        aligned = (cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))
+        print("  ".join([name.ljust(widths[0]), *aligned]))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from megatron_s3.launch.config import Config
 
-__all__ = ["cache_folder", "changed"]
+__all__ = ["LISTS", "cache_folder", "changed"]
 
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-_LISTS = ("data_args_path", "per_split_data_args_path")
+#: Arguments of Megatron's that name a file of datasets.
+LISTS = ("data_args_path", "per_split_data_args_path")
 
 
 def cache_folder(config: Config, run_dir: Path) -> Path:
@@ -41,11 +42,11 @@ def _content(config: Config) -> list[object]:
         found = data.load(config.dataset) or {}
         return [found.get(side) for side in ("train", "valid")] if found else []
     words: list[str] = []
-    for name in (*_PATHS, *_LISTS):
+    for name in (*_PATHS, *LISTS):
         given = config.arguments.get(name)
         given = given if isinstance(given, list) else str(given or "").split()
         words += map(str, given)
-    for name in _LISTS:
+    for name in LISTS:
         path = Path(str(config.arguments.get(name) or "/"))
         if path.is_file():
             words += path.read_text(errors="replace").replace('"', " ").replace(",", " ").split()

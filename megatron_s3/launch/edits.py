@@ -201,7 +201,7 @@ def compare(before: Trace, after: Trace, rules: Rules) -> list[str]:
             _compare_launch(starts, will_start, rules, notes)
         elif starts or will_start:
             raise WrongEdit("another launch would be there")
-        elif value(old.words[0]).rpartition("/")[2] not in ("echo", "printf"):
+        elif not old.prints:
             if old.scripts != new.scripts:
                 raise WrongEdit("other commands would be started")
             # Commands inside a word are compared on their own.

@@ -18,14 +18,15 @@ from megatron_s3.launch.shell import (
 )
 from megatron_s3.launch.words import META, OPERATORS, Words
 
-__all__ = ["here_document", "parse"]
+__all__ = ["DECLARE", "here_document", "parse"]
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\[[^]]*\])?\+?=")
 _REDIRECTION = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<>|<&|>&|>>|>\||<(?!\()|>(?!\()|&>>|&>)")
 # Of a condition, what may change although no variable of a name does.
 _CHANGES = re.compile(r"[`\n;]|\$\(|\$\{?[?@*#0-9]|\]\s*(&&|\|\|)|\s-(?![nzv]\s)[a-zA-Z]\s")
-_DECLARE = {"export", "declare", "local", "readonly", "typeset"}
+#: Commands that assign to variables.
+DECLARE = {"export", "declare", "local", "readonly", "typeset"}
 _ENDS = {"then", "do", "done", "fi", "else", "elif", "esac", "}"}
 
 
@@ -238,7 +239,7 @@ class _Parser(Words):
             found.words.append(word)
             plain = self.text[start : self.at]
             if len(found.words) == 1:
-                declares = plain in _DECLARE
+                declares = plain in DECLARE
                 if self.text.startswith("(", self.at) or self.peek() == "(":
                     self.take("(")
                     self.take(")")

@@ -20,7 +20,6 @@ FLAGS = (
     "--adam-beta2", "--adam-eps", "--optimizer", "--clip-grad",
 )  # fmt: skip
 
-_PRINTS = {"echo", "printf", "logger", "print"}
 _PYTHON = re.compile(r"(.*/)?(python[\d.]*|pypy3?)")
 _TORCHRUN = re.compile(r"(.*/)?(torchrun|debugpy-run)")
 _DISTRIBUTED = re.compile(r"torch\.distributed\.(run|launch)")
@@ -130,7 +129,7 @@ def find(found: Trace) -> list[Launch]:
     commands = [command for command in found.commands if _has_flags(command.words)]
     started = [command for command in commands if not value(command.words[0]).startswith("-")]
     if started:
-        launches = [_launch(command) for command in started if not _prints(command)]
+        launches = [_launch(command) for command in started if not command.prints]
         if launches:
             return [*launches, *_bare(found, launches)]
     alone = [command for command in found.commands if value(command.words[0]).startswith("-")]
@@ -148,7 +147,7 @@ def _bare(found: Trace, launches: Sequence[Launch]) -> list[Launch]:
     programs = {launch.words[launch.arguments - 1]: launch for launch in launches}
     bare = []
     for command in found.commands:
-        if _prints(command) or _has_flags(command.words):
+        if command.prints or _has_flags(command.words):
             continue
         for number, word in enumerate(command.words):
             same = programs.get(word)
@@ -168,12 +167,8 @@ def _bare(found: Trace, launches: Sequence[Launch]) -> list[Launch]:
     return bare
 
 
-def _prints(command: Command) -> bool:
-    return value(command.words[0]).rpartition("/")[2] in _PRINTS
-
-
 def _starts_python(command: Command) -> bool:
-    return not _prints(command) and any(
+    return not command.prints and any(
         _PYTHON.fullmatch(value(word)) or _TORCHRUN.fullmatch(value(word)) for word in command.words
     )
 

@@ -159,9 +159,7 @@ def _held(path: Path, beat: float, patience: float) -> Iterator[None]:
         if locks:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except (
-                BlockingIOError
-            ):  # taken by another in between: it has seen this process's record
+            except BlockingIOError:  # by another in between, which has seen this process's record
                 raise InUse(_in_use(path, _read(path))) from None
         else:
             time.sleep(min(beat, 1.0))

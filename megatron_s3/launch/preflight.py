@@ -37,6 +37,7 @@ from megatron_s3.launch.meeting import Meeting, Node
 from megatron_s3.launch.node_checks import all_reduce, computes, disk, first_line, mark, not_shared
 from megatron_s3.launch.progress import progress, save_folder
 from megatron_s3.launch.selection import add_config_arguments, add_run_arguments, resolve
+from megatron_s3.launch.stopping import FOR_THE_LAUNCHER
 
 __all__ = ["main"]
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         "--min-free", type=float, default=0, help="GiB of room in the run directory (default: 0)"
     )
     args = parser.parse_args(argv)
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+    for number in FOR_THE_LAUNCHER:
         signal.signal(number, signal.SIG_IGN)  # the job's time is up: it is for the trainer
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of stack frames
     try:

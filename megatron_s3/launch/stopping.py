@@ -18,16 +18,13 @@ from megatron_s3.launch import lock
 from megatron_s3.launch.config import Config, ConfigError
 from megatron_s3.log import say
 
-__all__ = ["SIGNALS", "StopRequest", "exit_signal"]
-
-#: What asks for an end: of SLURM, PBS, LSF and Grid Engine, of a terminal, of a session's end.
-SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
-)
+__all__ = ["FOR_THE_LAUNCHER", "SIGNALS", "StopRequest", "exit_signal"]
 
 #: What nothing but the launcher waits for; it would end any other process.
-_FOR_THE_LAUNCHER = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+FOR_THE_LAUNCHER = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+#: What asks for an end: of SLURM, PBS, LSF and Grid Engine, of a terminal, of a session's end.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *FOR_THE_LAUNCHER)
 
 
 def exit_signal(config: Config) -> signal.Signals:
@@ -130,7 +127,7 @@ class StopRequest:
 
 def _in_child() -> None:
     lock.die_with_parent()
-    for number in _FOR_THE_LAUNCHER:
+    for number in FOR_THE_LAUNCHER:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -40,6 +40,11 @@ class Command:
     place: int
     scripts: frozenset[int]
 
+    @property
+    def prints(self) -> bool:
+        """Returns whether it writes its words out, and starts nothing."""
+        return value(self.words[0]).rpartition("/")[2] in _PRINTS
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -206,7 +211,7 @@ class _Tracer(Expansion):
             with_them = self._assign(given, with_them)
         if not words:
             return [with_them]
-        if name in ("export", "declare", "typeset", "local", "readonly"):
+        if name in grammar.DECLARE:
             names = {given.name for given in node.assignments}
             names |= {value(word) for word in words[1:] if not value(word).startswith("-")}
             flags = {value(word) for word in words[1:]}

@@ -18,7 +18,8 @@ from megatron_s3.launch.config import load
 
 REPOSITORY = Path(__file__).parents[1]
 READMES = (
-    *("README.md", "docker/README.md", "patches/README.md"),
+    *("README.md", "configs/README.md", "scripts/README.md"),
+    *("docker/README.md", "patches/README.md"),
     *("megatron_s3/telemetry/README.md", "scripts/results/README.md"),
 )
 
@@ -30,7 +31,11 @@ _BEHIND = {
 
 
 def _commands(text: str) -> list[str]:
-    """Commands in blocks of sh and between backquotes, continued lines joined."""
+    """Commands in blocks of sh and between backquotes, continued lines joined.
+
+    Without the blocks that are marked as runnable, which tests/scripts/test_docs.py runs.
+    """
+    text = re.sub(r"^<!-- runnable -->\n```sh\n.*?^```", "", text, flags=re.M | re.S)
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))

@@ -7,20 +7,15 @@ with the first.
 
 import argparse
 import json
-import os
-import re
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_s3 import data, report
 from megatron_s3.errors import MegatronS3Error
-from megatron_s3.launch import lock
+from megatron_s3.launch import lock, shown
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.launch import STOPPED
 from megatron_s3.storage.newest import Unclear, newest
@@ -28,14 +23,6 @@ from megatron_s3.storage.newest import Unclear, newest
 LAYERS, HIDDEN, HEADS, SEQ_LENGTH, BATCH = 4, 128, 4, 128, 16
 _EVALUATIONS = 7
 _EVAL_BATCHES = 50
-_LINE_EVERY_S = 10.0
-_TAIL_LINES = 25
-
-_ITERATION = re.compile(
-    r"iteration +(\d+)/ *(\d+) \|.*elapsed time per iteration \(ms\): ([\d.]+)"
-    r"(?:.*\blm loss: (\S+))?"
-)
-_RANK_FAILED = re.compile(r"failed \(exitcode: ")
 
 
 class QuickstartError(MegatronS3Error):
@@ -262,96 +249,15 @@ def _checkpointed(folder: Path) -> int:
 
 
 def _launch(words: list[str], log: Path, expected: int) -> None:
-    """Runs `megatron-s3 launch`, showing its progress and keeping its output in `log`.
+    """Runs `megatron-s3 launch`.
 
     Raises:
         QuickstartError: it ended with another status than the one expected.
     """
-    command = [sys.executable, "-m", "megatron_s3.cli", "launch", *words]
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-    }
-    progress = _Progress()
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-        file.flush()
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            preexec_fn=lock.die_with_parent,
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                file.write(line)
-                progress.read(line)
-            status = process.wait()
-        finally:
-            progress.close()
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    status = shown.launch(words, log, tokens=BATCH * SEQ_LENGTH)
     if status != expected:
-        print("\n".join(f"  | {line}" for line in _tail(log)), file=sys.stderr)
+        print("\n".join(f"  | {line}" for line in shown.tail(log)), file=sys.stderr)
         raise QuickstartError(f"training ended with status {status}; the whole log is {log}")
-
-
-def _tail(log: Path) -> list[str]:
-    """Returns the end of a launch's output, up to where torchrun reports that a rank has failed."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    start = max(i for i, line in enumerate(lines) if line.startswith("$ "))
-    end = next((i for i in range(start, len(lines)) if _RANK_FAILED.search(lines[i])), None)
-    return lines[start:end][-_TAIL_LINES:]
-
-
-class _Progress:
-    """One line that is rewritten on a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self._rewrite = sys.stdout.isatty()
-        self._shown_at = float("-inf")
-        self._pending = ""
-        if self._rewrite:
-            self._show("  starting Megatron ...")
-
-    def read(self, line: str) -> None:
-        """Take a line of Megatron's output."""
-        found = _ITERATION.search(line)
-        if not found or not found[4]:
-            return
-        iteration, last = int(found[1]), int(found[2])
-        seconds = float(found[3]) / 1000
-        left = int((last - iteration) * seconds)
-        self._show(
-            f"  iteration {iteration}/{last}  loss {float(found[4]):.3f}  "
-            f"{BATCH * SEQ_LENGTH / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
-        )
-
-    def close(self) -> None:
-        """Leave the last line standing."""
-        if self._rewrite:
-            print()
-        elif self._pending:
-            print(self._pending, flush=True)
-
-    def _show(self, text: str) -> None:
-        if self._rewrite:
-            print(f"\r\033[K{text}", end="", flush=True)
-        elif time.monotonic() - self._shown_at >= _LINE_EVERY_S:
-            self._shown_at = time.monotonic()
-            self._pending = ""
-            print(text, flush=True)
-        else:
-            self._pending = text
 
 
 def _table(
@@ -365,8 +271,8 @@ def _table(
     summaries = [report.summarize(run) for run in runs]
 
     def row(label: str, values: list[float | None], form: str, note: str) -> str:
-        shown = "".join(f"{'-' if v is None else format(v, form):>10}" for v in values)
-        return f"{label:20}{shown}   {note}".rstrip()
+        cells = "".join(f"{'-' if v is None else format(v, form):>10}" for v in values)
+        return f"{label:20}{cells}   {note}".rstrip()
 
     entropy = dataset["unigram_entropy"]
     batches = _eval_batches(iters, dataset)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3 import quickstart, report
+from megatron_s3.launch import shown
 from megatron_s3.launch.config import load
 
 LOG_LINE = (
@@ -22,7 +23,7 @@ LOG_LINE = (
 def test_progress_shows_iteration_loss_speed_and_time_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    progress = quickstart._Progress()
+    progress = shown._Progress(quickstart.BATCH * quickstart.SEQ_LENGTH)
     progress.read("building datasets\n")
     progress.read(LOG_LINE)
     progress.read(LOG_LINE.replace(" 30/", "100/"))
@@ -38,11 +39,11 @@ def test_tail_is_the_last_launchs_and_ends_where_torchrun_reports(tmp_path: Path
     report_lines = ["E1 torch/x.py] failed (exitcode: 1) local_rank: 0", "Traceback", "ChildFailed"]
     log.write_text("\n".join(["$ one", "old", *report_lines, "$ two", *noise, "Error: the reason",
                               *report_lines]))  # fmt: skip
-    tail = quickstart._tail(log)
+    tail = shown.tail(log)
     assert tail[-1] == "Error: the reason"
-    assert len(tail) == quickstart._TAIL_LINES
+    assert len(tail) == shown._TAIL_LINES
     log.write_text("$ two\nonly line")
-    assert quickstart._tail(log) == ["$ two", "only line"]
+    assert shown.tail(log) == ["$ two", "only line"]
 
 
 def test_recipes_keep_the_papers_rule_for_weight_decay() -> None:

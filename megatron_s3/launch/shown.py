@@ -1,0 +1,118 @@
+"""A launch in a process of its own: its progress is shown, and its output kept."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_s3.launch import lock
+
+__all__ = ["launch", "tail"]
+
+_LINE_EVERY_S = 10.0
+_TAIL_LINES = 25
+
+_ITERATION = re.compile(
+    r"iteration +(\d+)/ *(\d+) \|.*elapsed time per iteration \(ms\): ([\d.]+)"
+    r"(?:.*\blm loss: (\S+))?"
+)
+_RANK_FAILED = re.compile(r"failed \(exitcode: ")
+
+
+def launch(words: list[str], log: Path, tokens: int) -> int:
+    """Runs ``megatron-s3 launch``.
+
+    Args:
+        words: its arguments.
+        log: file that its output is added to.
+        tokens: of an iteration.
+
+    Returns:
+        Its status.
+    """
+    command = [sys.executable, "-m", "megatron_s3.cli", "launch", *words]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    progress = _Progress(tokens)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            preexec_fn=lock.die_with_parent,
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                progress.read(line)
+            return process.wait()
+        finally:
+            progress.close()
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def tail(log: Path) -> list[str]:
+    """Returns the end of a launch's output, up to where torchrun reports that a rank has failed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("$ "))
+    end = next((i for i in range(start, len(lines)) if _RANK_FAILED.search(lines[i])), None)
+    return lines[start:end][-_TAIL_LINES:]
+
+
+class _Progress:
+    """One line that is rewritten on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._rewrite = sys.stdout.isatty()
+        self._shown_at = float("-inf")
+        self._pending = ""
+        if self._rewrite:
+            self._show("  starting Megatron ...")
+
+    def read(self, line: str) -> None:
+        """Takes a line of Megatron's output."""
+        found = _ITERATION.search(line)
+        if not found or not found[4]:
+            return
+        iteration, last = int(found[1]), int(found[2])
+        seconds = float(found[3]) / 1000
+        left = int((last - iteration) * seconds)
+        self._show(
+            f"  iteration {iteration}/{last}  loss {float(found[4]):.3f}  "
+            f"{self._tokens / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+        )
+
+    def close(self) -> None:
+        """Leaves the last line standing."""
+        if self._rewrite:
+            print()
+        elif self._pending:
+            print(self._pending, flush=True)
+
+    def _show(self, text: str) -> None:
+        if self._rewrite:
+            print(f"\r\033[K{text}", end="", flush=True)
+        elif time.monotonic() - self._shown_at >= _LINE_EVERY_S:
+            self._shown_at = time.monotonic()
+            self._pending = ""
+            print(text, flush=True)
+        else:
+            self._pending = text

@@ -20,7 +20,7 @@ from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.launch import STOPPED
 from megatron_s3.storage.newest import Unclear, newest
 
-LAYERS, HIDDEN, HEADS, SEQ_LENGTH, BATCH = 4, 128, 4, 128, 16
+LAYERS, HIDDEN, SEQ_LENGTH, BATCH = 4, 128, 128, 16
 _EVALUATIONS = 7
 _EVAL_BATCHES = 50
 

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_s3.checkpoints import groups
 from megatron_s3.checkpoints.errors import TransferError
 from megatron_s3.checkpoints.transfer import ADAM, Settings, convertible, from_adam_of, short
+from megatron_s3.mcore.arguments import flag
 from megatron_s3.optimizers import AdamW
 from megatron_s3.optimizers.description import Description
 
@@ -62,7 +63,7 @@ def settings(
         )
     values = {h.name: h.default for h in description.hyperparameters} | dict(hyperparameters or {})
     for h in description.hyperparameters:
-        h.check(values[h.name], f"--{description.name}-{h.name}".replace("_", "-"))
+        h.check(values[h.name], flag(description, h))
     own = from_adam_of(description)
     default = own.lr_factor_back if to == ADAM else own.lr_factor
     return Settings(

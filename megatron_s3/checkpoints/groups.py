@@ -100,16 +100,21 @@ def _convert_group(group: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return values | dict(settings.hyperparameters) | stamp
 
 
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """Yields every dict in an object, the outer ones first."""
+    if isinstance(value, dict):
+        yield value
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for each in value:
+        yield from _dicts(each)
+
+
 def find(value: Any) -> Iterator[dict[str, Any]]:
     """Yields every param group in an object of the checkpoint."""
-    if isinstance(value, dict):
-        yield from value.get("param_groups", ())
-        for each in value.values():
-            yield from find(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            if isinstance(each, dict | list | tuple):
-                yield from find(each)
+    for each in _dicts(value):
+        yield from each.get("param_groups", ())
 
 
 def steps(value: Any) -> Iterator[int]:
@@ -117,19 +122,9 @@ def steps(value: Any) -> Iterator[int]:
     for group in find(value):
         if group.get("step") is not None:
             yield int(float(group["step"]))
-    yield from _common_steps(value)
-
-
-def _common_steps(value: Any) -> Iterator[int]:
-    if isinstance(value, dict):
-        for name, each in value.items():
-            if name == "common_step":
-                yield int(float(each))
-            else:
-                yield from _common_steps(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _common_steps(each)
+    for each in _dicts(value):
+        if "common_step" in each:
+            yield int(float(each["common_step"]))
 
 
 def arguments(value: Any) -> Iterator[argparse.Namespace]:

@@ -43,11 +43,11 @@ class Options(TypedDict, total=False):
     state_dtype: torch.dtype | Mapping[str, torch.dtype]
 
 
-_OPTIONS = {
-    "weight_decay": (float, 0.0),
-    "error_if_nonfinite": (bool, False),
-    "fused": (bool | None, None),
-    "state_dtype": (torch.dtype | Mapping[str, torch.dtype], torch.float32),
+_DEFAULTS: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "error_if_nonfinite": False,
+    "fused": None,
+    "state_dtype": torch.float32,
 }
 
 
@@ -89,8 +89,10 @@ def arguments(signature: Constructor) -> Constructor:
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
             shown.append(parameter.replace(annotation=kind or inspect.Parameter.empty))
     shown += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _OPTIONS.items()
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name], annotation=kind
+        )
+        for name, kind in get_type_hints(Options).items()
     ]
     construct.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     construct.hyperparameters = tuple(found)  # type: ignore[attr-defined]

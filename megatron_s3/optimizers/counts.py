@@ -1,7 +1,7 @@
 """Updates of a step, and their numbers among a parameter's updates."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -79,12 +79,12 @@ def split(parts: list[GroupUpdates], cuts: Sequence[int]) -> list[list[GroupUpda
         some: list[Update] = []
         for update in part.updates:
             if index in begins:
-                pieces[-1].append(GroupUpdates(part.group, part.values, part.reads_step, some))
+                pieces[-1].append(replace(part, updates=some))
                 pieces.append([])
                 some = []
             some.append(update)
             index += 1
-        pieces[-1].append(GroupUpdates(part.group, part.values, part.reads_step, some))
+        pieces[-1].append(replace(part, updates=some))
     return pieces
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_s3.errors import MegatronS3Error
 
-__all__ = ["Archive", "Differs", "Entry", "entries", "verify"]
+__all__ = ["Archive", "Differs", "Entry", "blocks", "entries", "verify"]
 
 _BLOCK = 1 << 20
 
@@ -118,14 +118,31 @@ def _same(what: str, *pairs: tuple[Any, Any]) -> None:
 
 
 def _crc(fd: int, start: int, size: int) -> int:
-    value, end = 0, start + size
-    buffer = memoryview(bytearray(min(_BLOCK, size)))
-    while start < end:
-        count = os.preadv(fd, [buffer[: end - start]], start)
-        if not count:
-            raise Differs("it is truncated")
-        value, start = zlib.crc32(buffer[:count], value), start + count
+    value = 0
+    try:
+        for block in blocks(fd, start, size):
+            value = zlib.crc32(block, value)
+    except EOFError:
+        raise Differs("it is truncated") from None
     return value
+
+
+def blocks(fd: int, start: int, length: int) -> Iterator[memoryview]:
+    """Yields ``length`` bytes of a file in blocks; each block is overwritten by the next.
+
+    Raises:
+        EOFError: the file ends too soon.
+    """
+    buffer, end = memoryview(bytearray(min(_BLOCK, length))), start + length
+    while start < end:
+        block, filled = buffer[: end - start], 0
+        while filled < len(block):
+            count = os.preadv(fd, [block[filled:]], start + filled)
+            if not count:
+                raise EOFError(f"{end - start - filled} bytes are missing")
+            filled += count
+        yield block
+        start += filled
 
 
 def entries(fd: int, archive: Archive) -> Iterator[Entry]:

@@ -1,21 +1,18 @@
 """Copies of archives: from file to file, unchanged or with other elements."""
 
-import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from megatron_s3.errors import MegatronS3Error
-from megatron_s3.storage.archive import Archive, entries
+from megatron_s3.storage.archive import Archive, blocks, entries
 
 __all__ = ["Stopped", "Writer", "copy", "rewrite"]
-
-_BLOCK = 1 << 20
 
 
 class Writer:
@@ -90,7 +87,7 @@ def rewrite(
         fd, begin, checksum = given.fileno(), file.tell(), 0
         (data,) = (entry for entry in entries(fd, archive) if entry.is_data)
         _copy(fd, archive.offset, data.start, file)
-        for block in _blocks(fd, archive.offset + data.start, data.size):
+        for block in blocks(fd, archive.offset + data.start, data.size):
             new = change(torch.frombuffer(block, dtype=dtype)).view(torch.uint8).numpy()
             checksum = zlib.crc32(new, checksum)
             file.write(new)
@@ -104,19 +101,5 @@ def rewrite(
 
 
 def _copy(fd: int, start: int, length: int, file: Writer) -> None:
-    for block in _blocks(fd, start, length):
+    for block in blocks(fd, start, length):
         file.write(block)
-
-
-def _blocks(fd: int, start: int, length: int) -> Iterator[memoryview]:
-    """Yields ``length`` bytes in blocks; each block is overwritten by the next."""
-    buffer, end = memoryview(bytearray(min(_BLOCK, length))), start + length
-    while start < end:
-        block, filled = buffer[: end - start], 0
-        while filled < len(block):
-            count = os.preadv(fd, [block[filled:]], start + filled)
-            if not count:
-                raise EOFError(f"{end - start - filled} bytes are missing")
-            filled += count
-        yield block
-        start += filled

@@ -122,6 +122,8 @@ def _record(
     changed = {name: (getattr(before, name), getattr(after, name)) for name in names}
     flags = [f"--optimizer {after.optimizer} --lr {after.lr} --min-lr {after.min_lr}"]
     flags.append(f"--weight-decay {after.weight_decay} --clip-grad {after.clip_grad:g}")
+    if settings.back:  # those by which the state was converted
+        flags.append("--adam-beta1 {:g} --adam-beta2 {:g}".format(*settings.betas))
     description = settings.description
     flags += [
         f"{flag(description, h)} {settings.hyperparameters[h.name]:g}"

@@ -220,19 +220,37 @@ def main(argv: list[str]) -> int:
         "--output", required=True, metavar="FOLDER", help="for results.json and results.png"
     )
     parser.add_argument(
-        "--tasks", default=",".join(TASKS), metavar="NAME,...", help="of %(default)s (all)"
+        "--tasks",
+        default=",".join(TASKS),
+        metavar="NAME,...",
+        help="tasks to evaluate (default: all, %(default)s)",
     )
     parser.add_argument(
         "--data",
         metavar="FOLDER",
-        help="take the tasks' data from NAME.jsonl in it, with the keys of the dataset on the hub; "
-        "otherwise from the hub",
+        help="folder with a file NAME.jsonl for each task, with the keys of the dataset on the hub "
+        "(default: download the data from the hub)",
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="for all models (each its own)")
-    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda where it is)")
-    parser.add_argument("--batch-size", type=_at_least_one, default=8, metavar="N", help="(8)")
     parser.add_argument(
-        "--limit", type=_at_least_one, metavar="N", help="samples of each task, for a trial (all)"
+        "--tokenizer", metavar="FOLDER", help="tokenizer of all models (default: each its own)"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="device to evaluate on: cuda, cuda:1, cpu (default: cuda if there is a GPU)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_at_least_one,
+        default=8,
+        metavar="N",
+        help="samples per forward pass (default: 8)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=_at_least_one,
+        metavar="N",
+        help="samples of each task, for a trial (default: all)",
     )
     args = parser.parse_args(argv)
     output = Path(args.output)

@@ -44,13 +44,13 @@ class AdamW(ElementwiseOptimizer):
         params: Params,
         lr: Rate = 1e-3,
         *,
-        beta1: Annotated[float, About("coefficient of the gradient's average", 0, 1)] = 0.9,
+        beta1: Annotated[float, About("coefficient of the gradient's moving average", 0, 1)] = 0.9,
         beta2: Annotated[
-            float, About("coefficient of the squared gradient's average", 0, 1)
+            float, About("coefficient of the squared gradient's moving average", 0, 1)
         ] = 0.95,
         eps: Annotated[float, About("added to the denominator", 0)] = 1e-08,
         clip_update: Annotated[
-            float | None, About("bound on every element of the update", 0)
+            float | None, About("limit on each element of the update", 0)
         ] = None,
         **options: Unpack[Options],
     ) -> None: ...

@@ -34,9 +34,13 @@ class Adan(ElementwiseOptimizer):
         params: Params,
         lr: Rate = 1e-3,
         *,
-        beta1: Annotated[float, About("coefficient of the gradient's average", 0, 1)] = 0.98,
-        beta2: Annotated[float, About("coefficient of the difference's average", 0, 1)] = 0.92,
-        beta3: Annotated[float, About("coefficient of the denominator's average", 0, 1)] = 0.99,
+        beta1: Annotated[float, About("coefficient of the gradient's moving average", 0, 1)] = 0.98,
+        beta2: Annotated[
+            float, About("coefficient of the moving average of the gradient's change", 0, 1)
+        ] = 0.92,
+        beta3: Annotated[
+            float, About("coefficient of the moving average in the denominator", 0, 1)
+        ] = 0.99,
         eps: Annotated[float, About("added to the denominator", 0)] = 1e-08,
         **options: Unpack[Options],
     ) -> None: ...

@@ -38,13 +38,13 @@ class NAdam(ElementwiseOptimizer):
         params: Params,
         lr: Rate = 1e-3,
         *,
-        beta1: Annotated[float, About("coefficient of the gradient's average", 0, 1)] = 0.9,
+        beta1: Annotated[float, About("coefficient of the gradient's moving average", 0, 1)] = 0.9,
         beta2: Annotated[
-            float, About("coefficient of the squared gradient's average", 0, 1)
+            float, About("coefficient of the squared gradient's moving average", 0, 1)
         ] = 0.95,
         eps: Annotated[float, About("added to the denominator", 0)] = 1e-08,
         momentum_decay: Annotated[
-            float, About("how fast the momentum's schedule rises", 0)
+            float, About("speed at which the schedule of the momentum rises", 0)
         ] = 0.004,
         **options: Unpack[Options],
     ) -> None: ...

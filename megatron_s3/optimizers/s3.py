@@ -110,21 +110,41 @@ class S3(ElementwiseOptimizer):
         *,
         beta: Annotated[float, About("coefficient of both moving averages", 0, 1)] = 0.95,
         p: Annotated[
-            float, About("order of the denominator's momentum", 1, fixes_state=True)
+            float,
+            About(
+                "order of the moving average in the denominator, any real number of at least 1",
+                1,
+                fixes_state=True,
+            ),
         ] = 3.0,
         beta2: Annotated[
-            float | None, About("coefficient of the denominator alone; unset, beta's", 0, 1)
+            float | None,
+            About(
+                "coefficient of the moving average in the denominator, where it differs from beta; "
+                "an update may then exceed 1",
+                0,
+                1,
+            ),
         ] = None,
-        nesterov: Annotated[bool, About("Nesterov momentum in numerator and denominator")] = True,
-        bias_correction: Annotated[bool, About("correct the bias of averages begun at 0")] = False,
+        nesterov: Annotated[
+            bool, About("use Nesterov momentum in the numerator and the denominator")
+        ] = True,
+        bias_correction: Annotated[
+            bool,
+            About("divide both averages by the sum of their weights, because they start at 0"),
+        ] = False,
         beta_ramp: Annotated[
-            bool, About("begin with short averages: min(beta, (t - 1) / (t + 8))")
+            bool,
+            About(
+                "use min(beta, (t - 1) / (t + 8)) as the coefficient of step t, so that the "
+                "averages are short at first"
+            ),
         ] = False,
         grad_bound: Annotated[
             float | None,
             About(
-                "limit every element of a gradient to so many times its own denominator of the "
-                "step before",
+                "limit each element of a gradient to this many times its own exp_pnorm of the step "
+                "before",
                 1,
             ),
         ] = None,

@@ -34,6 +34,6 @@ class SGDM(ElementwiseOptimizer):
         lr: Rate = 1e-3,
         *,
         momentum: Annotated[float, About("coefficient of the momentum", 0, 1)] = 0.9,
-        nesterov: Annotated[bool, About("Nesterov momentum")] = False,
+        nesterov: Annotated[bool, About("use Nesterov momentum")] = False,
         **options: Unpack[Options],
     ) -> None: ...

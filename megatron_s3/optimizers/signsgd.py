@@ -34,6 +34,8 @@ class SignSGD(ElementwiseOptimizer):
         params: Params,
         lr: Rate = 1e-3,
         *,
-        momentum: Annotated[float, About("coefficient of the momentum; 0 for none", 0, 1)] = 0.95,
+        momentum: Annotated[
+            float, About("coefficient of the momentum; 0 disables it", 0, 1)
+        ] = 0.95,
         **options: Unpack[Options],
     ) -> None: ...

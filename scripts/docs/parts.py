@@ -18,7 +18,7 @@ from megatron_s3.mcore.arguments.names import flag, flag_named
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import Hyperparameter
 from scripts.docs.pages import REPOSITORY
-from scripts.docs.troubleshooting import troubleshooting
+from scripts.docs.troubleshooting import checkpoint_errors, troubleshooting
 
 __all__ = ["PARTS"]
 
@@ -30,6 +30,11 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
+
+
+def _sentence(text: str) -> str:
+    """Returns a help text as a sentence."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _default(h: Hyperparameter) -> str:
@@ -52,7 +57,7 @@ def flags() -> str:
             f"`{flag(description, h)}`",
             _default(h),
             _range(h),
-            f"{'Turn off: ' if h.default is True else ''}{h.help}.",
+            _sentence(f"do not {h.help}" if h.default is True else h.help),
         )
         for h in description.hyperparameters
     ]
@@ -80,14 +85,18 @@ def optimizers() -> str:
 def switches() -> str:
     """Returns the table of the flags that hold for every optimizer of the plugin."""
     rows = [
-        ("`--plugin-device`", f"{', '.join(DEVICES)}", "Device to train on. `auto` (the default) "
-         "selects the GPU if there is one, and the CPU with gloo otherwise."),
-    ]  # fmt: skip
+        (
+            f"`--plugin-device` {', '.join(DEVICES)}",
+            "any optimizer",
+            "Device to train on. `auto` (the default) selects the GPU if there is one, and "
+            "otherwise the CPU with gloo.",
+        ),
+    ]
     rows += [
         (
             f"`{flag_named(name)}`",
             "any optimizer" if name in FOR_ALL else "the plugin's",
-            f"{meaning[0].upper()}{meaning[1:]}.",
+            _sentence(meaning),
         )
         for name, meaning in SWITCHES
     ]
@@ -96,10 +105,7 @@ def switches() -> str:
 
 def verbs() -> str:
     """Returns the table of the verbs of ``megatron-s3``."""
-    rows = [
-        (f"`megatron-s3 {name}`", f"{what[0].upper()}{what[1:]}.")
-        for name, (_, what) in cli.VERBS.items()
-    ]
+    rows = [(f"`megatron-s3 {name}`", _sentence(what)) for name, (_, what) in cli.VERBS.items()]
     return _table(("command", "what it does"), rows)
 
 
@@ -175,6 +181,6 @@ PARTS: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): functools.cache(function)
     for function in (
         flags, optimizers, switches, verbs, configurations, support, versions, patched_functions,
-        troubleshooting,
+        troubleshooting, checkpoint_errors,
     )
 }  # fmt: skip

@@ -15,7 +15,15 @@ import yaml
 
 from scripts.docs.pages import REPOSITORY
 
-__all__ = ["Raised", "entries", "fixed_text", "raised", "texts", "troubleshooting"]
+__all__ = [
+    "Raised",
+    "checkpoint_errors",
+    "entries",
+    "fixed_text",
+    "raised",
+    "texts",
+    "troubleshooting",
+]
 
 #: A message whose fixed text is shorter than this is put together elsewhere.
 _SHORTEST = 12
@@ -79,21 +87,34 @@ def raised(package: Path = REPOSITORY / "megatron_s3") -> tuple[Raised, ...]:
 
 
 @functools.cache
-def entries() -> dict[str, list[dict[str, Any]]]:
+def entries(name: str = "*") -> dict[str, list[dict[str, Any]]]:
     """Returns the sections of the files of ``errors/``, by their titles.
 
     Each is a list of entries: ``messages`` (a list), ``cause`` and ``cure``.
+
+    Args:
+        name: of a file, without its ending; all of them by default.
     """
     sections: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(Path(__file__).with_name("errors").glob("*.yaml")):
+    for file in sorted(Path(__file__).with_name("errors").glob(f"{name}.yaml")):
         sections |= yaml.safe_load(file.read_text(encoding="utf-8"))
     return sections
 
 
 def troubleshooting() -> str:
-    """Returns the tables of errors, one a section."""
+    """Returns the tables of errors, one a section, without those that another page has."""
+    own = entries("checkpoints")
+    return _tables({title: rows for title, rows in entries().items() if title not in own})
+
+
+def checkpoint_errors() -> str:
+    """Returns the tables of errors about checkpoints."""
+    return _tables(entries("checkpoints"))
+
+
+def _tables(sections: dict[str, list[dict[str, Any]]]) -> str:
     text = []
-    for title, listed in entries().items():
+    for title, listed in sections.items():
         text += [f"### {title}", "", "| message | cause | what to do |", "|---|---|---|"]
         for entry in listed:
             messages = "<br>".join(f"`{message}`" for message in entry["messages"])

@@ -130,7 +130,8 @@ def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
         **{"p": 2.0, "algorithm": "s3", "format": FORMAT},
     }
 
-    convert.convert(tmp_path / "s3", tmp_path / "back", "adam")
+    record = convert.convert(tmp_path / "s3", tmp_path / "back", "adam")
+    assert record["flags"].endswith("--clip-grad 1 --adam-beta1 0.9 --adam-beta2 0.95")
     back = torch.load(tmp_path / "back/iter_0000100/common.pt", weights_only=False)
     (group,) = back["optimizer"]["optimizer"]["param_groups"]
     assert GROUP.items() <= group.items()

@@ -32,29 +32,31 @@ CPU_DEFAULTS = {
 SWITCHES = (
     (
         "plugin_log_grad_norm",
-        "compute and log the gradient norm although nothing needs it: a pass over the gradients, "
-        "an all-reduce and a host synchronisation each step; else the step returns 0.0 for it",
+        "compute and log the gradient norm even if nothing else needs it; this costs a pass over "
+        "the gradients, an all-reduce and a host synchronization in each step (without it, the "
+        "step returns 0.0 as the norm)",
     ),
     (
         "plugin_log_updates",
-        "log size, share of large ones and ratio to the weights of each logging interval's "
-        "updates, by kind of parameter and layer, to TensorBoard, Weights & Biases and "
-        "metrics.jsonl",
+        "log the sizes of each logging interval's updates, by parameter type and layer, to "
+        "TensorBoard, Weights & Biases and metrics.jsonl: mean, largest, fraction of large ones, "
+        "and ratio to the weights",
     ),
     (
         "plugin_metrics",
-        "write losses, learning rate and the like to metrics.jsonl in --tensorboard-dir (else "
-        "--save), with any --optimizer; implied by --plugin-log-updates",
+        "write losses, learning rates and loss spikes to metrics.jsonl in --tensorboard-dir (or "
+        "in --save, where that is not given), with any --optimizer; --plugin-log-updates implies "
+        "it",
     ),
     (
         "plugin_no_verify_checkpoint",
-        "do not compare a checkpoint's data with its checksums before it is loaded (with any "
-        "--optimizer)",
+        "load a checkpoint without comparing its data with its checksums first, with any "
+        "--optimizer",
     ),
     (
         "plugin_no_fused",
-        "step with torch operations, between Megatron's copies of gradients and of parameters, "
-        "instead of a fused kernel that needs neither; slower, with the same result",
+        "use the unfused PyTorch implementation of the step instead of a fused kernel: slower, "
+        "because Megatron also copies gradients and parameters, with the same result",
     ),
 )
 
@@ -111,7 +113,8 @@ def add_megatron_arguments(
         "--plugin-device",
         choices=DEVICES,
         default="auto",
-        help="where to train; auto takes the CPU, with gloo, where there is no GPU",
+        help="device to train on; auto selects the GPU if there is one, and otherwise the CPU with "
+        "gloo (default: auto)",
     )
     for name, meaning in SWITCHES:
         group.add_argument(flag_named(name), action="store_true", help=meaning)
@@ -138,7 +141,7 @@ def add_megatron_arguments(
                 flag(description, h),
                 dest=destination(description, h),
                 default=None,
-                help=f"{'do not: ' if h.default is True else ''}{h.help} (default {h.default})",
+                help=f"{'do not ' if h.default is True else ''}{h.help} (default {h.default})",
                 **kind,
             )
     parser.set_defaults(_s3_upstream_defaults={name: parser.get_default(name) for name in upstream})

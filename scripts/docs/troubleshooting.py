@@ -87,29 +87,26 @@ def raised(package: Path = REPOSITORY / "megatron_s3") -> tuple[Raised, ...]:
 
 
 @functools.cache
-def entries(name: str = "*") -> dict[str, list[dict[str, Any]]]:
+def entries() -> dict[str, list[dict[str, Any]]]:
     """Returns the sections of the files of ``errors/``, by their titles.
 
     Each is a list of entries: ``messages`` (a list), ``cause`` and ``cure``.
-
-    Args:
-        name: of a file, without its ending; all of them by default.
     """
     sections: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(Path(__file__).with_name("errors").glob(f"{name}.yaml")):
+    for file in sorted(Path(__file__).with_name("errors").glob("*.yaml")):
         sections |= yaml.safe_load(file.read_text(encoding="utf-8"))
     return sections
 
 
 def troubleshooting() -> str:
-    """Returns the tables of errors, one a section, without those that another page has."""
-    own = entries("checkpoints")
-    return _tables({title: rows for title, rows in entries().items() if title not in own})
+    """Returns the tables of errors, one a section."""
+    return _tables(entries())
 
 
 def checkpoint_errors() -> str:
-    """Returns the tables of errors about checkpoints."""
-    return _tables(entries("checkpoints"))
+    """Returns the tables of the sections about checkpoints and the commands that read them."""
+    about = re.compile("checkpoint|convert|export|eval", re.IGNORECASE)
+    return _tables({title: listed for title, listed in entries().items() if about.search(title)})
 
 
 def _tables(sections: dict[str, list[dict[str, Any]]]) -> str:

@@ -43,8 +43,9 @@ class Host:
 
     def keeps_master(self, param: Tensor) -> bool:
         """Returns whether the parameter's state holds a ``master_param``."""
-        half = param.dtype in (torch.bfloat16, torch.float16)
-        return self.offload_of(param) is not None or (self.master_params and half)
+        if self.master_params and param.dtype in (torch.bfloat16, torch.float16):
+            return True
+        return self.offload_of(param) is not None
 
     def device_of(self, param: Tensor) -> torch.device:
         """Returns where the parameter's states are kept."""

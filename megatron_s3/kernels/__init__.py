@@ -1,7 +1,7 @@
-"""Update rules applied to lists of parameters: a float64 reference and the paths tested against it.
+"""Kernels that apply an update rule to a list of parameters.
 
-``reference`` is the paper line by line; ``portable`` runs a rule with torch operations on any
-device; ``cpu`` and ``gpu`` are fused kernels of the rules that carry a ``KernelForm``
-(:mod:`megatron_s3.rules.kernel_form`): modules whose ``step`` takes what the portable one does, and
-whose ``reason`` says why it cannot, or None.
+``portable`` is the PyTorch implementation, which runs any rule on any device.  ``cpu`` and ``gpu``
+are fused kernels for the rules that carry a ``KernelForm`` (:mod:`megatron_s3.rules.kernel_form`).
+Each is a module with a function ``step``, which has the same arguments in all of them.  A fused
+kernel also has ``reason``, which returns why it cannot take a step, or None.
 """

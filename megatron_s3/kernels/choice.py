@@ -1,4 +1,4 @@
-"""Choice of the kernel for each parameter: the device's where it can, else torch operations."""
+"""Choice of the kernel for each parameter: the fused one if possible, else torch operations."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +13,18 @@ from megatron_s3.rules.kernel_form import form
 
 __all__ = ["KERNELS", "Choice", "choose", "path"]
 
-#: The modules with fused kernels by type of device; they are imported when they are needed.
+#: The modules with fused kernels by device type; they are imported when they are needed.
 KERNELS = {"cpu": "megatron_s3.kernels.cpu", "cuda": "megatron_s3.kernels.gpu"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The parameters that one call of a kernel steps.
+    """A kernel and the parameters that one call of it updates.
 
     Attributes:
         kernel: a module of :mod:`megatron_s3.kernels`.
-        indices: which of the operands.
-        reason: why it is the portable one; None for a fused kernel.
+        indices: the indices of the operands.
+        reason: why the kernel is the PyTorch implementation; None for a fused kernel.
     """
 
     kernel: ModuleType
@@ -39,18 +39,18 @@ def choose(
     label: str,
     fused: bool | None,
 ) -> list[Choice]:
-    """Gives every parameter its device's kernel, and torch operations alone what needs them.
+    """Returns the calls of kernels that make a step: fused kernels wherever they are possible.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
-        operands: what a step is to work on.
-        hyperparameters: the rule's.
-        label: what a message calls the optimizer.
-        fused: False takes torch operations for all.
+        operands: the operands of the step.
+        hyperparameters: the rule's hyperparameters.
+        label: the name of the optimizer in messages.
+        fused: False selects torch operations for all parameters.
 
     Raises:
-        RuntimeError: the memory of a tensor was freed, or ``fused=True`` and a kernel cannot take
-            something.
+        RuntimeError: the memory of a tensor was freed, or ``fused`` is True and no fused kernel can
+            take some of the parameters.
     """
     everything = range(len(operands))
     if not operands:
@@ -62,7 +62,7 @@ def choose(
     kernel = _kernel(device.type)
     if kernel is not None and kernel.reason(rule, operands, **hyperparameters) is None:
         return [Choice(kernel, everything)]
-    # Something cannot be taken by a kernel, or not by the same one.
+    # Some parameters need torch operations, or the kernel of another device.
     choices: list[Choice] = []
     for device in dict.fromkeys(o.param.device for o in operands):
         mine = [i for i in everything if operands[i].param.device == device]
@@ -90,7 +90,7 @@ def _on_device(
     kernel = _kernel(device)
     if kernel is None:
         return [Choice(portable, mine, f"no kernel for {label} on {device}")]
-    if (reason := kernel.reason(rule, [], **hyperparameters)) is not None:  # whatever the tensors
+    if (reason := kernel.reason(rule, [], **hyperparameters)) is not None:  # for any tensors
         return [Choice(portable, mine, reason)]
     given = form(rule, hyperparameters)
     assert not isinstance(given, str), "the kernel would have refused it"
@@ -108,7 +108,7 @@ def _on_device(
 
 
 def _check_memory(operands: Sequence[Operands], label: str) -> None:
-    """Raises RuntimeError where a tensor's memory was freed, which torch's operations die of."""
+    """Raises RuntimeError if a tensor's memory was freed, which would crash torch's operations."""
     for o in operands:
         if not o.written[0] or (o.read[0] and o.written[1::2].count(0) == (o.model_param is None)):
             continue
@@ -121,17 +121,17 @@ def _check_memory(operands: Sequence[Operands], label: str) -> None:
                 if tensor.device.type != "meta" and tensor.untyped_storage().nbytes() == 0:
                     raise RuntimeError(
                         f"{label}: the memory of a parameter's {name} was freed (its storage has "
-                        f"0 bytes, and {tensor.numel()} elements are to be there). No parameter "
-                        "was changed. Step before it is freed, or after it is filled again."
+                        f"0 bytes for {tensor.numel()} elements). No parameter was changed. Step "
+                        "before it is freed, or after it is filled again."
                     )
 
 
 def path(choices: Sequence[Choice], operands: Sequence[Sequence[Operands]]) -> str:
-    """Returns in words what a step took: the kernels, and where and why torch operations.
+    """Returns a text that names a step's kernels, and where and why it used torch operations.
 
     Args:
-        choices: of all its calls.
-        operands: those of each.
+        choices: the choices of all calls of the step.
+        operands: the operands of each call.
     """
     names = list(dict.fromkeys(c.kernel.NAME for c in choices if c.reason is None))
     reasons: dict[str, list[Operands]] = {}

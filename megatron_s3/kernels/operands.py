@@ -1,4 +1,4 @@
-"""Operands of a step: tensors as flat memory, whatever their shapes and layouts."""
+"""Operands of a step: tensors of any shape and layout as flat memory."""
 
 import functools
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from torch.nn import Parameter
 
 __all__ = ["Operands", "fault", "flatten", "local", "size_of", "write_back"]
 
-#: How the kernels number the dtypes that they take (:file:`step.cpp` has them too).
+#: Numbers of the dtypes that the kernels take (the same as in :file:`step.cpp`).
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _SIZES = {1: 4, 2: 2, 3: 2}
 
 
 @dataclass(slots=True)
 class Operands:
-    """One parameter (or shard) of a step: 1-d dense tensors of equal length on one device.
+    """The tensors of one parameter (or shard): 1-d, dense, of equal length, on one device.
 
     Attributes:
-        param: the parameter ``x``, advanced in place; a main parameter where there is one.
-        grad: the gradient, as it lies; any floating dtype.
-        state: the rule's state tensors in its order, advanced in place.
-        model_param: a tensor that is also given the new ``x``, rounded to its dtype; or None.
-        row: of the step's statistics, which this parameter adds to.
+        param: the parameter ``x``, updated in place; the main parameter where there is one.
+        grad: the gradient, in its own floating-point dtype.
+        state: the rule's state tensors in its order, updated in place.
+        model_param: a tensor that also receives the new ``x``, rounded to its dtype; or None.
+        row: the row of the step's statistics to which this parameter adds.
         read: address and dtype of the gradient's memory.
         written: the number of elements, then address and dtype of ``param``, of ``model_param`` and
-            of every state; an address is 0 where there is no memory that is the elements.  Dtypes
-            are numbered as the kernels do, and others by their size in bytes, negative.
+            of every state.  An address is 0 if the tensor's elements are not in its memory.  Dtypes
+            have the kernels' numbers; others have their size in bytes, negated.
     """
 
     param: Tensor
@@ -54,23 +54,23 @@ def _place(tensor: Tensor) -> tuple[int, int]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Returns where the elements lie; 0 where the memory, if there is any, is not the elements."""
+    """Returns the address of the elements; 0 if they are not in the tensor's memory."""
     if (type(tensor) is not Tensor and not _has_memory(type(tensor))) or tensor.is_neg():
         return 0
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # as the tensors of torch.func's transforms have none
+    except RuntimeError:  # the tensors of torch.func's transforms have no address
         return 0
 
 
 @functools.cache
 def _has_memory(kind: type[Tensor]) -> bool:
-    """Returns whether tensors of a class are their memory: no code of it makes the elements."""
+    """Returns whether the elements of a class's tensors are in memory, not computed by its code."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def size_of(code: int) -> int:
-    """Bytes of an element of the dtype that is so numbered in :class:`Operands`."""
+    """Returns the bytes of an element, from the number of its dtype in :class:`Operands`."""
     return _SIZES.get(code, -code)
 
 
@@ -80,19 +80,19 @@ _STATE = (torch.float32, torch.bfloat16)
 
 
 def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
-    """Returns what a fused kernel cannot take of these operands, or None.
+    """Returns a description of an operand that a fused kernel cannot take, or None.
 
     Args:
-        operands: what a step is to work on.
-        device: the kernel's type of device.
-        states: how many state tensors its rule has.
+        operands: the operands of the step.
+        device: the kernel's device type.
+        states: the number of state tensors of the rule.
     """
     if not operands:
         return None
     place = operands[0].param.device
     right = place.type == device
     for o in operands:
-        # Most often all is well, and this is on the way of every step: plain checks first.
+        # This runs in every step and usually finds nothing, so the cheap checks come first.
         count, model, grad = o.param.numel(), o.model_param, o.grad
         addresses = o.read[:1] + o.written[1::2]
         if (
@@ -106,7 +106,7 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
         ):
             continue
         if len(o.state) != states:
-            return f"{len(o.state)} state tensors, its rule has {states}"
+            return f"{len(o.state)} state tensors where its rule has {states}"
         named = [("param", o.param, _PARAM), ("gradient", grad, _GRAD)]
         named += [("state", tensor, _STATE) for tensor in o.state]
         if o.model_param is not None:
@@ -117,14 +117,14 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
             if tensor.device.type != device:
                 return f"a {name} on {tensor.device}"
             if tensor.device != place:
-                return f"a {name} on {tensor.device} beside a param on {place}"
+                return f"a {name} on {tensor.device} with a param on {place}"
             if not tensor.is_contiguous():
                 return f"a {name} that is not contiguous"
             if tensor.numel() != count:
                 return f"a {name} of {tensor.numel()} elements with a param of {count}"
             if _address(tensor) == 0 and count:
                 kind = "negated view" if tensor.is_neg() else type(tensor).__name__
-                return f"a {name} whose memory is not its elements ({kind})"
+                return f"a {name} whose elements are not in its memory ({kind})"
     return None
 
 
@@ -140,9 +140,9 @@ def _fits(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a DTensor (it may be empty); other tensors as they are.
+    """Returns this rank's shard of a DTensor (which may be empty), or any other tensor itself.
 
-    What a collective operation is still to fill (an AsyncCollectiveTensor) is waited for.
+    It waits for a tensor that a collective operation is still filling (an AsyncCollectiveTensor).
     """
     kind = type(tensor)
     if kind is Tensor or kind is Parameter:
@@ -160,16 +160,17 @@ def flatten(
     model_param: Tensor | None = None,
     row: int = 0,
 ) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
-    """Operands of a parameter, and the copies that a step on them leaves to :func:`write_back`.
+    """Returns a parameter's operands, and the copies that :func:`write_back` has to write back.
 
-    Elements are taken in the order of the parameter's memory, so that nothing is copied for a dense
-    parameter in any layout (channels_last, transposed) whose state has the same; what is laid out
-    otherwise is copied.
+    The elements are in the order of the parameter's memory.  So nothing is copied for a dense
+    parameter in any layout (channels_last, transposed) if its state has the same layout; tensors of
+    another layout are copied.
 
     Args:
-        param, grad, state: of one shape, and all DTensors of one layout or none.
-        model_param: of as many elements; of the same shape, or 1-d in the parameter's order.
-        row: of the statistics.
+        param, grad, state: tensors of one shape; all or none of them are DTensors of one layout.
+        model_param: a tensor of as many elements: of the same shape, or 1-d in the parameter's
+            order.
+        row: the row of the statistics.
     """
     param, grad, *state = tensors = [local(tensor) for tensor in (param, grad, *state)]
     model_param = None if model_param is None else local(model_param)
@@ -182,7 +183,7 @@ def flatten(
     else:
         order = sorted(range(param.dim()), key=param.stride, reverse=True)
         ordered = [tensor.permute(order) for tensor in tensors]
-        # A 1-d tensor with gaps is its own reshape(-1), and no memory that is the elements.
+        # reshape(-1) returns a 1-d tensor with gaps itself; contiguous() copies it.
         flat = [tensor.reshape(-1).contiguous() for tensor in ordered]
         copies = [
             (f, o)
@@ -202,13 +203,13 @@ def _is_flat(tensor: Tensor) -> bool:
 
 
 def _is_copy(flat: Tensor, tensor: Tensor) -> bool:
-    """Returns whether flattening copied: by the address, and where there is none by the layout."""
+    """Returns whether flattening copied, judged by the address or, without one, by the layout."""
     address = _address(tensor)
     return _address(flat) != address if address else not tensor.is_contiguous()
 
 
 @torch.no_grad()
 def write_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Puts what a step left in copies to where it belongs."""
+    """Writes the results of a step from the copies to the tensors that were copied."""
     for flat, ordered in copies:
         ordered.copy_(flat.view(ordered.shape))

@@ -1,7 +1,7 @@
-"""Search for tensors of a step in one another's memory: the order of their updates counts.
+"""Detection of tensors that share memory, whose updates must keep their order.
 
 A kernel updates many parameters at once.  Where two of them share memory, or one is listed twice,
-what comes out would depend on which thread is first; torch's optimizers update them in order.
+the result would depend on which thread is first; torch's optimizers update them in order.
 """
 
 from bisect import bisect_left
@@ -22,7 +22,7 @@ _copies = itemgetter(1)
 
 
 class Overlaps:
-    """Finds what overlaps, and remembers what does not: memory seldom moves between steps."""
+    """A search for overlaps, which remembers disjoint memory: it seldom moves between steps."""
 
     def __init__(self) -> None:
         self._last: list[tuple[int, ...]] = []
@@ -32,13 +32,14 @@ class Overlaps:
         self._ends: list[int] = []
 
     def cuts(self, flat: Sequence[Flat]) -> list[int]:
-        """Returns where to begin anew, so that nothing between writes what another reads or writes.
+        """Returns where to cut a step so that no two updates within a piece depend on each other.
 
         Args:
-            flat: all that a step works on, in the order in which torch would update it.
+            flat: all operands of a step, in the order in which torch would update them.
 
         Returns:
-            Indices into ``flat``, ascending; empty where nothing overlaps.
+            The indices in ``flat`` at which a new piece begins, ascending; empty if nothing
+            overlaps.
         """
         if any(map(_copies, flat)):
             return _cuts(flat)
@@ -52,7 +53,7 @@ class Overlaps:
         self._last, self._last_read = written, []
         starts, ends = self._starts, self._ends
         for (address, code), places in zip(read, written, strict=True):
-            # A gradient lies before or after everything that is written.
+            # A gradient must lie before or after everything that is written.
             end = address + places[0] * size_of(code)
             at = bisect_left(starts, end) - 1
             if at >= 0 and ends[at] > address:
@@ -64,9 +65,10 @@ class Overlaps:
         return self._apart.keys() >= set(written) and len(set(written)) == len(written)
 
     def _learn(self, written: list[tuple[int, ...]]) -> bool:
-        """Returns whether all of these lie apart; remembers it, beside what was known if it can.
+        """Returns whether all of these are disjoint, and remembers it.
 
-        Parameters without a gradient are absent from a step and come back in another.
+        Memory that was known to be disjoint stays known where possible: parameters without a
+        gradient are absent from one step and return in another.
         """
         if len(self._apart) < 4 * len(written):
             together = [*(self._apart.keys() - set(written)), *written]
@@ -103,14 +105,14 @@ def _span(tensor: Tensor, index: int) -> list[_Span]:
 
 
 def _cuts(flat: Sequence[Flat]) -> list[int]:
-    """Returns what :meth:`Overlaps.cuts` does, by comparing everything."""
+    """Returns the same as :meth:`Overlaps.cuts`, by comparing all memory."""
     spans: list[tuple[_Span, bool]] = []
     for i, (o, copies) in enumerate(flat):
         spans += ((span, True) for span in _spans(o.written, i))
         spans += ((span, True) for _, tensor in copies for span in _span(tensor, i))
         spans += ((span, False) for span in _spans((o.written[0], *o.read), i))
     spans.sort()
-    before = [-1] * len(flat)  # the last parameter before it that each must wait for
+    before = [-1] * len(flat)  # for each parameter, the last one before it that it must wait for
     open_: list[tuple[_Span, bool]] = []
     for span, writes in spans:
         open_ = [other for other in open_ if other[0][1] > span[0]]

@@ -1,4 +1,4 @@
-"""Any update rule over a list of parameters with torch operations, in bounded memory."""
+"""The PyTorch implementation of a step: any update rule, with bounded temporary memory."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,8 +10,8 @@ from megatron_s3.kernels.statistics import Statistics, of_chunk
 
 __all__ = ["step"]
 
-# Temporaries are at most fourteen tensors of this many elements: on a CPU they stay in cache, on a
-# GPU one chunk fills the machine.
+# The temporaries are at most fourteen tensors of this many elements: on a CPU they stay in the
+# cache, and on a GPU one chunk occupies the whole device.
 _CHUNK = {"cpu": 1 << 16}
 _LARGE_CHUNK = 1 << 22
 
@@ -28,15 +28,15 @@ def step(
 ) -> None:
     """Applies ``x <- (1 - lr * weight_decay) * x - lr * rule(g, *state)`` to every parameter.
 
-    It computes in float64 for float64 parameters and in float32 for all others; what has another
-    dtype is converted chunk by chunk, and rounded to nearest on its way back.
+    It computes in float64 for float64 parameters and in float32 for all others.  Tensors of other
+    dtypes are converted chunk by chunk, and the results are rounded to nearest.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
         operands: parameters, gradients and states of any floating dtype.
         lr: learning rate, a number or a 0-dim tensor on the parameters' device.
         weight_decay: decoupled weight decay.
-        statistics: what to add the step's to.
+        statistics: the statistics to which those of the step are added.
         **hyperparameters: passed on to the rule.
     """
     for o in operands:
@@ -44,7 +44,7 @@ def step(
         size = _CHUNK.get(o.param.device.type, _LARGE_CHUNK)
         for begin in range(0, o.param.numel(), size):
             part = slice(begin, begin + size)
-            # The tensors themselves where the dtypes agree, copies to be stored elsewhere.
+            # These are the tensors themselves where the dtypes agree, else copies to store later.
             state = [tensor[part].to(dtype) for tensor in o.state]
             x = o.param[part].to(dtype)
             grad = o.grad[part].to(dtype)
@@ -52,7 +52,7 @@ def step(
             step = update * lr if statistics is not None else update.mul_(lr)
             x.mul_(1 - lr * weight_decay).sub_(step)
             if statistics is not None:
-                # Not torch.tensor, which on a GPU waits for the copy.
+                # torch.tensor would wait for the copy to a GPU.
                 row = torch.full((1,), o.row, device=x.device)
                 statistics.add(of_chunk(update, grad, x), row)
             for tensor, new in zip((o.param, *o.state), (x, *state), strict=True):

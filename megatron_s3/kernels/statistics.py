@@ -1,16 +1,17 @@
-"""Statistics that a step counts on its way, at no extra pass over memory."""
+"""Statistics that a step computes without another pass over memory."""
 
 import torch
 from torch import Tensor
 
 __all__ = ["FIELDS", "LARGE", "LARGEST", "Statistics", "of_chunk"]
 
-#: What counts as a large update.
+#: The magnitude above which an update counts as large.
 LARGE = 0.9
 
-#: Of the updates ``u``: sum and largest of ``|u|``, sum of the squares, how many ``|u|`` exceed
-#: :data:`LARGE`, a NaN counting 0; of the new parameters: sum of the squares, a NaN counting 0; of
-#: the gradients: sum of the squares of what is finite, how many are 0, how many are NaN or inf.
+#: For the updates ``u``: the sum and the largest of ``|u|``, the sum of squares, and the number of
+#: ``|u|`` above :data:`LARGE`, where a NaN counts as 0.  For the new parameters: the sum of
+#: squares, where a NaN counts as 0.  For the gradients: the sum of squares of the finite elements,
+#: the number of zeros, and the number of NaN or inf.
 FIELDS = (
     "sum_abs_update",
     "max_abs_update",
@@ -29,12 +30,13 @@ class Statistics:
     """Running totals over the steps since they were last taken, in one or more rows.
 
     Args:
-        device: where the parameters are.
-        rows: how many kinds of parameters are told apart.
+        device: the parameters' device.
+        rows: the number of parameter types that have totals of their own.
 
     Attributes:
-        values: float64, (rows, 8), on the device, columns in the order of :data:`FIELDS`.
-        rows: the row that a parameter of the optimizer adds to; 0 for those that are not in it.
+        values: the totals: float64, (rows, 8), on the device, columns in the order of
+            :data:`FIELDS`.
+        rows: the row to which a parameter of the optimizer adds; 0 for parameters not in it.
     """
 
     def __init__(self, device: torch.device | str | int, rows: int = 1) -> None:
@@ -42,11 +44,11 @@ class Statistics:
         self.rows: dict[Tensor, int] = {}
 
     def add(self, partials: Tensor, rows: Tensor) -> None:
-        """Adds the totals of chunks; no host synchronisation.
+        """Adds the totals of chunks, without synchronizing with the host.
 
         Args:
             partials: (chunks, 8), any floating dtype.
-            rows: int64, (chunks,), the row of each, on the device.
+            rows: the row of each chunk: int64, (chunks,), on the device.
         """
         if partials.shape[0] == 0:
             return
@@ -56,7 +58,7 @@ class Statistics:
         self.values[:, LARGEST] = largest
 
     def absorb(self, other: "Statistics") -> None:
-        """Adds another's totals, which then begin again at 0; the device may be another."""
+        """Adds the totals of another object, on any device, and resets them to 0."""
         values = other.values.to(self.values.device, copy=True)
         largest = torch.maximum(self.values[:, LARGEST], values[:, LARGEST])
         self.values += values
@@ -64,19 +66,19 @@ class Statistics:
         other.values.zero_()
 
     def take(self) -> list[dict[str, float]]:
-        """Returns the totals of each row by name and begins again at 0; it waits for the device."""
+        """Returns the totals of each row by name and resets them to 0; it waits for the device."""
         values = [dict(zip(FIELDS, row, strict=True)) for row in self.values.tolist()]
         self.values.zero_()
         return values
 
 
 def of_chunk(update: Tensor, grad: Tensor, param: Tensor) -> Tensor:
-    """Totals for :meth:`Statistics.add`, float64, (1, 8).
+    """Returns the totals of a chunk for :meth:`Statistics.add`, float64, (1, 8).
 
     Args:
         update: ``u``.
         grad: the gradient.
-        param: the new parameter; all of one size and not empty.
+        param: the new parameter.  All three have the same size and are not empty.
     """
     magnitude = update.abs().nan_to_num_(nan=0.0, posinf=torch.inf)
     finite = grad.isfinite()

@@ -1,8 +1,8 @@
-"""Update rules as functions of tensors alone, one file an optimizer.
+"""Update rules as functions of tensors, one file for each optimizer.
 
-A rule takes a gradient and the state tensors of the same shape, advances the state in place and
+A rule takes a gradient and the state tensors of the same shape, updates the state in place and
 returns the update ``u``; the caller applies ``x <- (1 - lr * weight_decay) * x - lr * u``.  Rules
-know nothing of parameters, groups, devices' kernels or Megatron.
+do not depend on parameters, param groups, kernels or Megatron.
 """
 
 from megatron_s3.rules.adamw import adamw_update

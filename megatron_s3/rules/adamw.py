@@ -54,20 +54,20 @@ def adamw_update(
     correction2: float,
     clip_update: float | None = None,
 ) -> Tensor:
-    """Advances Adam's state by one gradient and returns ``(m / c1) / (sqrt(v) / sqrt(c2) + eps)``.
+    """Updates Adam's state with one gradient and returns ``(m / c1) / (sqrt(v) / sqrt(c2) + eps)``.
 
     Args:
         grad: the gradient; float32 or float64, any shape.
-        exp_avg, exp_avg_sq: ``m`` and ``v``, advanced in place; shape and dtype of ``grad``.
+        exp_avg, exp_avg_sq: ``m`` and ``v``, updated in place; shape and dtype of ``grad``.
         beta1, beta2: their coefficients.
         eps: added to the denominator.
         correction1, correction2: ``1 - beta1**t`` and ``1 - beta2**t`` at step t, from 1.
-        clip_update: bound on every element of the update (Figure 10 of the paper takes 1); None
-            for Adam's own, which Theorem 1 bounds by 7.27 for betas (.9, .999).
+        clip_update: the bound on every element of the update (1 in Figure 10 of the paper); None
+            for Adam's update, which Theorem 1 bounds by 7.27 for betas (.9, .999).
     """
     exp_avg.mul_(beta1).add_(grad * (1 - beta1))
     exp_avg_sq.mul_(beta2).add_(grad.square().mul_(1 - beta2))
-    # Factors in place of divisions by numbers, which torch's GPU kernels make factors anyway.
+    # Factors replace divisions by numbers, as torch's GPU kernels do.
     denominator = square_root(exp_avg_sq).mul_(1 / correction2**0.5).add_(eps)
     update = exp_avg.mul(1 / correction1).div_(denominator)
     return update if clip_update is None else update.clamp_(-clip_update, clip_update)

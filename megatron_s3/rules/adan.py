@@ -61,19 +61,19 @@ def adan_update(
     correction2: float,
     correction3: float,
 ) -> Tensor:
-    """Advances the state by one gradient and returns the update.
+    """Updates the state with one gradient and returns the update.
 
     ``d = g - g'`` (0 at the first step); ``m``, ``v`` and ``n`` are averages of ``g``, ``d`` and
     ``(g + beta2 d)**2``; the update is ``(m / c1 + beta2 v / c2) / (sqrt(n / c3) + eps)``.
 
     Args:
         grad: the gradient; float32 or float64, any shape.
-        exp_avg, exp_avg_diff, exp_avg_sq: ``m``, ``v`` and ``n``, advanced in place.
+        exp_avg, exp_avg_diff, exp_avg_sq: ``m``, ``v`` and ``n``, updated in place.
         previous_grad: ``g'``, set to ``grad``.
-        beta1, beta2, beta3: coefficients of ``m``, ``v`` and ``n``: what is kept, as in the
-            official code and the paper's lists (.98, .92, .99).
+        beta1, beta2, beta3: the coefficients of ``m``, ``v`` and ``n``: the fraction that is kept,
+            as in the official code and the paper's lists (.98, .92, .99).
         eps: added to the denominator.
-        first: whether this is the first step, which has no gradient before it.
+        first: whether this is the first step, which has no previous gradient.
         correction1, correction2, correction3: ``1 - beta**t`` of each at step t, from 1.
     """
     difference = grad - (grad if first else previous_grad)

@@ -1,10 +1,10 @@
-"""The numbers and flags that a fused kernel is given of a rule: one definition for all sources.
+"""The parameters of a rule's fused kernels: one definition for Python, C++ and Triton.
 
 A rule that has kernels carries a :class:`KernelForm` (:func:`with_kernel`): the names of the
-numbers and of the flags that its kernels take, and a function that makes them from the rule's
-hyperparameters.  Python packs them by name; the C++ source is given a struct with the same names
-(:func:`cpp_declarations`); the Triton source reads the same places (:meth:`KernelForm.flag`), and a
-test compares the names.
+numbers and flags that its kernels take, and a function that computes them from the rule's
+hyperparameters.  Python packs them by name.  The C++ source includes a struct with the same names
+(:func:`cpp_declarations`).  The Triton source reads the same places (:meth:`KernelForm.flag`), and
+a test compares the names.
 """
 
 import functools
@@ -25,20 +25,20 @@ __all__ = [
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
-#: What the function of numbers may add: why a variant is not exact, see :class:`Form`.
+#: A key that the function of numbers may add: why a variant is not exact, see :class:`Form`.
 INEXACT = "inexact"
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A rule with its hyperparameters, as a kernel takes it.
+    """The kernel parameters of a rule with certain hyperparameters.
 
     Attributes:
-        kernel: the definition that this follows.
-        scalars: float32 numbers, in the order of the definition.
-        variant: the flags, packed as the definition says; a variant is compiled for each.
-        inexact: set where the variant has no exact sequence of single operations, so that not
-            every kernel has it: what the exact ones are, and that this is none.
+        kernel: the definition of the parameters.
+        scalars: the float32 numbers, in the order of the definition.
+        variant: the flags, packed by the definition; the kernels are compiled for each variant.
+        inexact: set if the variant has no exact sequence of single operations, so that not every
+            kernel has it: a text that names the exact variants and this one.
     """
 
     kernel: "KernelForm"
@@ -59,21 +59,21 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class KernelForm:
-    """The definition of what a rule's fused kernels take.
+    """The definition of the parameters of a rule's fused kernels.
 
     Attributes:
-        name: of the rule's functions in the kernels' sources.
-        states: number of the rule's state tensors, at most 4.
-        scalars: names of the float32 numbers that the kernels read at each step.
+        name: the name of the rule's functions in the kernels' sources.
+        states: the number of the rule's state tensors, at most 4.
+        scalars: the names of the float32 numbers that the kernels read at each step.
         numbers: returns the scalars and flags by name, from the rule's hyperparameters (keyword
-            arguments).  It derives numbers as the rule does, in double precision: a kernel gets
-            them rounded to float32, as torch rounds the numbers of a rule's operations.  It may
+            arguments).  It computes in double precision, as the rule does; a kernel gets the
+            numbers rounded to float32, as torch rounds the numbers in a rule's operations.  It may
             add ``inexact``, see :class:`Form`.
-        flags: names and widths in bits of what is compiled in.
-        cpp: C++ source of a rule that is not the plugin's own: a struct and ``rule_NAME``, as
-            in :file:`rules.h` beside the CPU's kernel; None for the plugin's rules, and where
-            there is no kernel for the CPU.
-        triton: ``module:function`` of a rule that is not the plugin's own; None likewise.
+        flags: the names and widths in bits of the flags that are compiled in.
+        cpp: the C++ source of another package's rule: a struct and ``rule_NAME``, as in
+            :file:`rules.h` of the CPU kernel; None for the plugin's rules, and for a rule without
+            a CPU kernel.
+        triton: ``module:function`` of another package's rule; None likewise.
     """
 
     name: str
@@ -86,11 +86,11 @@ class KernelForm:
 
     @property
     def own(self) -> bool:
-        """Returns whether the sources of the plugin's kernels hold the rule."""
+        """Returns whether the rule is in the sources of the plugin's kernels."""
         return self.cpp is None and self.triton is None
 
     def flag(self, name: str) -> tuple[int, int]:
-        """Returns where a flag lies in :attr:`Form.variant`: its first bit, and its mask."""
+        """Returns the first bit of a flag in :attr:`Form.variant`, and its mask."""
         at = 0
         for each, bits in self.flags.items():
             if each == name:
@@ -99,10 +99,7 @@ class KernelForm:
         raise KeyError(name)
 
     def unknown(self, rule: Callable[..., Any], hyperparameters: Mapping[str, object]) -> list[str]:
-        """Returns the hyperparameters that kernels do not know, and whose value asks for something.
-
-        A rule's own default of a hyperparameter asks for nothing.
-        """
+        """Returns the hyperparameters that the kernels lack and that differ from their defaults."""
         known = _parameters(self.numbers)
         if hyperparameters.keys() <= known.keys():
             return []
@@ -116,7 +113,7 @@ class KernelForm:
         ]  # fmt: skip
 
     def pack(self, hyperparameters: Mapping[str, object]) -> Form:
-        """Returns the form of a rule with these hyperparameters; what is unknown is left out."""
+        """Returns the form of a rule with these hyperparameters, without unknown ones."""
         known = _parameters(self.numbers)
         given = {name: value for name, value in hyperparameters.items() if name in known}
         values = dict(self.numbers(**given))
@@ -127,10 +124,12 @@ class KernelForm:
             at, mask = self.flag(name)
             value = int(values.pop(name))
             if not 0 <= value <= mask:
-                raise ValueError(f"{self.name}: the flag {name} has room for {mask}, not {value}")
+                raise ValueError(f"{self.name}: flag {name} must be in [0, {mask}], not {value}")
             variant |= value << at
         if values:
-            raise ValueError(f"{self.name}: no kernel takes {', '.join(values)}")
+            raise ValueError(
+                f"{self.name}: {', '.join(values)} is neither a scalar nor a flag of the form"
+            )
         return Form(self, scalars, variant, inexact)
 
 
@@ -140,7 +139,7 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def with_kernel(kernel: KernelForm) -> Callable[[Rule], Rule]:
-    """Returns a decorator that gives a rule the definition of what its kernels take."""
+    """Returns a decorator that gives a rule the definition of its kernels' parameters."""
 
     def decorate(rule: Rule) -> Rule:
         setattr(rule, "kernel", kernel)  # noqa: B010 (functions have no such field of their own)
@@ -150,17 +149,17 @@ def with_kernel(kernel: KernelForm) -> Callable[[Rule], Rule]:
 
 
 def kernel_of(rule: Callable[..., Any]) -> KernelForm:
-    """Returns the definition that a rule carries.
+    """Returns the definition of a rule's kernel parameters.
 
     Raises:
-        AttributeError: it carries none.
+        AttributeError: the rule has no kernels.
     """
     kernel: KernelForm = rule.kernel  # type: ignore[attr-defined]
     return kernel
 
 
 def form(rule: Callable[..., Any], hyperparameters: Mapping[str, object]) -> Form | str:
-    """Returns what a kernel is given of a rule, or what kernels lack: the rule, or its option.
+    """Returns the kernel parameters of a rule, or the name of what the kernels lack.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
@@ -175,12 +174,12 @@ def form(rule: Callable[..., Any], hyperparameters: Mapping[str, object]) -> For
 
 
 def name_of(rule: Callable[..., Any]) -> str:
-    """Returns what a message calls a rule."""
+    """Returns the name of a rule in messages."""
     return getattr(rule, "__name__", repr(rule))
 
 
 def cpp_declarations(kernel: KernelForm) -> str:
-    """Returns the C++ declarations of a rule's numbers and flags, by their names."""
+    """Returns the C++ declarations of a rule's numbers and flags."""
     title = "".join(word.capitalize() for word in kernel.name.split("_"))
     fields = f"  float {', '.join(kernel.scalars)};\n" if kernel.scalars else ""
     lines = [f"struct {title}Scalars : Rates {{\n{fields}}};"]

@@ -25,11 +25,11 @@ def _kernel_numbers(*, beta1: float, beta2: float) -> dict[str, float]:
     )
 )
 def lion_update(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float) -> Tensor:
-    """Advances the momentum by one gradient and returns ``sign(beta1 m + (1 - beta1) g)``.
+    """Updates the momentum with one gradient and returns ``sign(beta1 m + (1 - beta1) g)``.
 
     Args:
         grad: the gradient; float32 or float64, any shape.
-        exp_avg: ``m``, advanced in place with ``beta2`` after it was used.
+        exp_avg: ``m``, updated in place with ``beta2`` after it was used.
         beta1: coefficient of ``m`` in the update.
         beta2: coefficient of ``m`` itself.
     """

@@ -1,4 +1,4 @@
-"""NAdam (Dozat, 2016), as torch.optim.NAdam has it with decoupled weight decay."""
+"""NAdam (Dozat, 2016), the same as torch.optim.NAdam with decoupled weight decay."""
 
 from torch import Tensor
 
@@ -52,11 +52,11 @@ def nadam_update(
     weight_avg: float,
     correction2: float,
 ) -> Tensor:
-    """Advances the state by one gradient and returns ``(wg g + wm m) / (sqrt(v / c2) + eps)``.
+    """Updates the state with one gradient and returns ``(wg g + wm m) / (sqrt(v / c2) + eps)``.
 
     Args:
         grad: the gradient; float32 or float64, any shape.
-        exp_avg, exp_avg_sq: ``m`` and ``v``, advanced in place; shape and dtype of ``grad``.
+        exp_avg, exp_avg_sq: ``m`` and ``v``, updated in place; shape and dtype of ``grad``.
         beta1, beta2: their coefficients.
         eps: added to the denominator.
         weight_grad: ``(1 - mu_t) / (1 - mu_1 ... mu_t)``.

@@ -1,13 +1,13 @@
-"""S3 (SoftSignSGD), Algorithm 1 of the paper, in a form that holds over all of fp32.
+"""S3 (SoftSignSGD), Algorithm 1 of the paper, in a form that is stable in all of fp32's range.
 
-Algorithm 1 keeps ``s``, the moving average of ``|g|**p``.  In fp32 with p=3 that underflows below
-``|g|`` of about 1e-13 and sticks at inf above 7e12.  Here the second state is ``r = s**(1/p)``, a
-norm with the gradient's own units, and every power is taken of what has been scaled by a power of
-two near ``M = max(r, |g|)``, so that nothing under- or overflows whatever the gradient's magnitude.
+Algorithm 1 keeps ``s``, the moving average of ``|g|**p``.  In fp32 with p=3 this underflows for
+``|g|`` below about 1e-13 and stays at inf above 7e12.  Here the second state is ``r = s**(1/p)``, a
+norm in the gradient's units, and numbers are divided by a power of two near ``M = max(r, |g|)``
+before they are raised to a power, so that nothing underflows or overflows.
 
-For p = 1, 2 and 3 in float32 this is one sequence of additions, multiplications, divisions and
-square roots, each rounded once and none contracted to a fused multiply-add: the kernels repeat it
-and give the same bits.
+For p = 1, 2 and 3 in float32 the rule is one sequence of additions, multiplications, divisions and
+square roots, each rounded once and never contracted to fused multiply-adds.  The kernels repeat
+this sequence and give the same bits.
 """
 
 import math
@@ -76,37 +76,38 @@ def s3_update(
     correction: float = 1.0,
     grad_bound: float | None = None,
 ) -> Tensor:
-    """Advances S3's state by one gradient and returns the update ``u = n / b``.
+    """Updates S3's state with one gradient and returns the update ``u = n / b``.
 
     Args:
         grad: the gradient ``g``; float32 or float64, any shape.
-        exp_avg: ``m``, advanced in place; shape and dtype of ``grad``.
-        exp_pnorm: ``r = s**(1/p)``, advanced in place; shape and dtype of ``grad``.
-        beta: coefficient of both averages, or of ``m`` alone where ``beta2`` is given.
+        exp_avg: ``m``, updated in place; shape and dtype of ``grad``.
+        exp_pnorm: ``r = s**(1/p)``, updated in place; shape and dtype of ``grad``.
+        beta: coefficient of both averages, or of ``m`` alone if ``beta2`` is given.
         p: order of the denominator's momentum, any real >= 1.
-        beta2: coefficient of ``s`` (Tables III and IV, "diff. beta"); None shares ``beta``.
-        nesterov: lines 6 and 7 of Algorithm 1; False takes ``m / s**(1/p)`` (tables: "w/o NAG").
+        beta2: coefficient of ``s`` (Tables III and IV, "diff. beta"); None means ``beta``.
+        nesterov: whether to take lines 6 and 7 of Algorithm 1; False gives ``m / s**(1/p)``
+            (tables: "w/o NAG").
         correction: factor on ``u``, from :func:`s3_correction`; 1 is the paper's S3.
-        grad_bound: limits every element of the gradient to so many times its own ``r`` of the step
-            before (not in the paper); None does not.  An element whose ``r`` is below the smallest
-            normal number, as all are at first, is not limited.  What follows is S3 on the limited
-            gradients, so that Theorem 2 holds as it does for any gradients whatever.  Where
-            there is a limit an infinite gradient becomes that; a NaN stays.
+        grad_bound: limits every element of the gradient to this multiple of its ``r`` of the
+            previous step (not in the paper); None does not.  An element whose ``r`` is below the
+            smallest normal number, as in the first step, is not limited.  The rest is S3 on the
+            limited gradients, so Theorem 2 holds.  An infinite gradient becomes the limit; a NaN
+            stays.
 
-            A row of an embedding that is seldom used forgets its ``r`` in between (9 parts of 10
-            in about ``p ln(10) / (1 - beta)`` steps, 138 at the defaults), and its next gradient
-            is limited.  That step differs little, ``u`` being a ratio: after a long silence ``u``
-            is ``(1 + beta**2 / ((1 - beta**2) grad_bound**p))**(-1/p)`` of what it were without
-            a bound, 0.997 for 10.  But while ``r`` grows back (see S3's ``grad_bound``), which
-            takes a use of the row for each factor, ``u`` is nearly the sign of the last gradient
-            alone.
+            A row of an embedding that is seldom used forgets its ``r`` between uses (nine tenths
+            of it in about ``p ln(10) / (1 - beta)`` steps, 138 with the defaults), and its next
+            gradient is limited.  That step differs little, because ``u`` is a ratio: after a long
+            pause, ``u`` is ``(1 + beta**2 / ((1 - beta**2) grad_bound**p))**(-1/p)`` times its
+            value without a bound, 0.997 for 10.  But while ``r`` grows back (see S3's
+            ``grad_bound``), by one factor at each use of the row, ``u`` is nearly the sign of the
+            last gradient.
 
     Returns:
         ``u``, shape and dtype of ``grad``; ``|u|`` never exceeds :func:`s3_update_bound` times
         ``correction``, and with one shared beta never 1.  An element whose gradient is 0 and whose
         ``r`` is below the smallest normal number (1e-38 in float32) counts as never touched: ``r``
-        and ``u`` are 0.  A NaN or infinite gradient makes its own element's ``r`` and ``u`` NaN and
-        its ``m`` non-finite, for good, and no other's.
+        and ``u`` are 0.  A NaN or infinite gradient permanently makes ``r`` and ``u`` of its
+        element NaN and ``m`` non-finite; other elements are not affected.
     """
     beta_s = beta if beta2 is None else beta2
 
@@ -123,9 +124,9 @@ def s3_update(
 
     magnitude = grad.abs()
     if beta_s == 0:
-        exp_pnorm.zero_()  # nothing of it remains, so it must not set the scale either
-    # Not r == 0: after thousands of zero gradients rounding stops the decay of both m and r at some
-    # denormal number, and their quotient would move the parameter by a third of lr for ever.
+        exp_pnorm.zero_()  # it does not enter the result, so it must not set the scale
+    # r == 0 would not do: after thousands of zero gradients rounding stops the decay of m and r at
+    # a denormal number, and their quotient would move the parameter by a third of lr every step.
     untouched = (grad == 0) & (exp_pnorm < torch.finfo(grad.dtype).tiny)
     scaled, unscaled = _scaling(torch.maximum(exp_pnorm, magnitude), untouched, p)
     g_p = _power(scaled(magnitude), p).mul_(1 - beta_s)
@@ -134,18 +135,18 @@ def s3_update(
     exp_pnorm.copy_(unscaled(_root(w, p))).masked_fill_(untouched, 0)
     if nesterov:
         w = w.mul_(beta_s).add_(g_p)
-    # n is scaled first: it and the root are of the same magnitude, their ratio is at most 1.
+    # n is scaled first: it then has the magnitude of the root, and their ratio is at most 1.
     u = _over_root(scaled(n), w, p)
     if correction != 1:
         u = u.mul_(correction)
     u = u.masked_fill_(untouched, 0)
-    # The theorem bounds exact arithmetic; the clamp carries it over the last rounding.
+    # The theorem bounds exact arithmetic; the clamp enforces it after the last rounding.
     bound = s3_bound(beta, p, beta2, correction)
     return u if math.isinf(bound) else u.clamp_(-bound, bound)
 
 
 def s3_bound(beta: float, p: float, beta2: float | None = None, correction: float = 1.0) -> float:
-    """Returns where an update is clamped: Theorem 2's bound, ``inf`` where there is none.
+    """Returns the bound at which an update is clamped: Theorem 2's, or ``inf`` if there is none.
 
     With one shared beta it is 1, also with bias correction.  Arguments as for :func:`s3_update`.
     """
@@ -155,7 +156,7 @@ def s3_bound(beta: float, p: float, beta2: float | None = None, correction: floa
 
 
 def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
-    """Theorem 2 (1) and (2): the largest ``|n / b|`` that any sequence of gradients can cause.
+    """Returns the largest ``|n / b|`` of any sequence of gradients, by Theorem 2 (1) and (2).
 
     Args:
         beta: coefficient of ``m`` and ``n``.
@@ -163,7 +164,7 @@ def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
         beta2: coefficient of ``s`` and ``b``; None or equal to ``beta`` gives 1.
 
     Returns:
-        The bound, ``inf`` where the theorem's condition ``beta < beta2**(1/p)`` fails.
+        The bound; ``inf`` if the theorem's condition ``beta < beta2**(1/p)`` fails.
     """
     if beta2 is None or beta2 == beta:
         return 1.0
@@ -181,7 +182,7 @@ def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
 def s3_correction(
     step: int, *, beta: float, p: float, beta2: float | None = None, nesterov: bool = True
 ) -> float:
-    """Returns the factor that removes the bias of averages begun at 0 (not in the paper; opt-in).
+    """Returns the factor that corrects the bias of averages that begin at 0 (not in the paper).
 
     After ``t`` steps the weights in ``n`` sum to ``1 - beta**(t+1)`` (without Nesterov, those in
     ``m`` to ``1 - beta**t``); dividing numerator and ``b**p`` by their sums gives the factor.
@@ -196,15 +197,15 @@ def s3_correction(
 
 
 def s3_beta_ramp(step: int, beta: float) -> float:
-    """Returns ``min(beta, (t - 1) / (t + 8))``: short averages at first, the same for both of them.
+    """Returns ``min(beta, (t - 1) / (t + 8))``: both averages are short at first.
 
-    From 0 in the first step to the full ``beta`` (0.95 in step 172).  It needs no state, and makes
-    bias correction needless: the weights in an average sum to 1 from the first step on.  As long as
-    ``m`` and ``s`` share every step's coefficient they are averages with the same weights, and
+    The coefficient grows from 0 in the first step to ``beta`` (0.95 in step 172).  It needs no
+    state and no bias correction: the weights in an average sum to 1 from the first step on.  While
+    ``m`` and ``s`` share the coefficient of every step, they have the same weights, and
     ``|n / b| <= 1`` by the inequality of power means, as in Theorem 2 (not in the paper).
 
-    With another ``beta2``, ramped likewise, :func:`s3_update_bound` of the step's own two
-    coefficients ``c`` and ``d`` holds in every step.  By Hölder's inequality the largest
+    With another ``beta2``, ramped likewise, :func:`s3_update_bound` of the two coefficients ``c``
+    and ``d`` of a step holds in every step.  By Hölder's inequality the largest
     ``(|m| / s**(1/p))**q`` follows ``V <- R V + K`` with ``R = (c / d**(1/p))**q`` and
     ``K = ((1-c) / (1-d)**(1/p))**q``, and that bound is its fixed point ``(K / (1-R))**(1/q)``.
     Starting from ``V = 1`` at ``c = d = 0``, V stays below the fixed point as long as that
@@ -213,7 +214,7 @@ def s3_beta_ramp(step: int, beta: float) -> float:
 
     Args:
         step: ``t``, counted from 1.
-        beta: what it ends at.
+        beta: the final coefficient.
     """
     return min(beta, (step - 1) / (step + 8))
 
@@ -228,10 +229,11 @@ _BITS = {
 def _scaling(
     largest: Tensor, untouched: Tensor, p: float
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Two functions: to a scale on which powers are safe, and back; ``largest`` may be reused.
+    """Returns two functions: to a scale on which powers are safe, and back.
 
-    Scaled, ``largest`` lies in [2, 4) for small whole p (exactly, by a power of two; where it is
-    inf or NaN the factor is 0, and everything becomes NaN), and is 1 for any other p.
+    On that scale ``largest`` is in [2, 4) for p = 1, 2 and 3, where the factor is a power of two
+    (if ``largest`` is inf or NaN, the factor is 0 and everything becomes NaN), and 1 for any other
+    p.  The memory of ``largest`` may be reused.
     """
     if p not in (1, 2, 3):
         divisor = largest.masked_fill_(untouched, 1)
@@ -244,7 +246,7 @@ def _scaling(
 
 
 def _power(x: Tensor, p: float) -> Tensor:
-    """Returns ``x**p``, may reuse x; multiplies for a small whole p (pow costs ten times)."""
+    """Returns ``x**p``; it may reuse x.  For p = 1, 2 and 3 it multiplies; pow takes ten times."""
     if p == 1:
         return x
     if p == 2:
@@ -267,7 +269,7 @@ def _root(x: Tensor, p: float) -> Tensor:
 
 
 def _over_root(n: Tensor, x: Tensor, p: float) -> Tensor:
-    """Returns ``n / x**(1/p)``, may reuse n."""
+    """Returns ``n / x**(1/p)``; it may reuse n."""
     if p == 3 and x.dtype == torch.float32:
         return n.mul_(_inverse_cube_root(x))
     return n.div_(_root(x, p))
@@ -284,10 +286,10 @@ _CUBE_ROOT = (
 
 
 def _inverse_cube_root(x: Tensor) -> Tensor:
-    """Returns ``x**(-1/3)`` of float32, relative error below 1e-7 for x in [2**-66, 2**7].
+    """Returns ``x**(-1/3)`` of float32, with a relative error below 1e-7 for x in [2**-66, 2**7].
 
-    A third of the bits is a first guess (within 3.5 %), one polynomial step does the rest: no
-    special function, whose last bit each machine has its own idea of.
+    A third of the bits is a first guess (within 3.5 %), and one polynomial step refines it.  There
+    is no special function, whose last bit would differ between machines.
     """
     third = x.view(torch.int32).to(torch.float32).mul_(1 / 3)
     y = third.neg_().add_(1419900000.0).to(torch.int32).view(torch.float32)
@@ -300,10 +302,10 @@ def _inverse_cube_root(x: Tensor) -> Tensor:
 
 
 def _pow(x: Tensor, exponent: float) -> Tensor:
-    """Returns ``x**exponent``, the same to the last bit wherever in ``x`` an element lies.
+    """Returns ``x**exponent``, with bits that do not depend on an element's place in ``x``.
 
-    On a CPU torch takes another pow for the last few elements than for the vectors before them;
-    padded to whole vectors, an update does not depend on how parameters are cut into shards.
+    On a CPU torch computes the last few elements with another pow than the vectors before them.
+    Padded to whole vectors, an update does not depend on how parameters are sharded.
     """
     padding = -x.numel() % 64
     if x.device.type != "cpu" or padding == 0:

@@ -19,13 +19,13 @@ def _kernel_numbers(*, momentum: float, nesterov: bool) -> dict[str, float]:
 def sgdm_update(
     grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool
 ) -> Tensor:
-    """Advances the momentum by one gradient and returns it, or looks ahead with it.
+    """Updates the momentum with one gradient and returns it, or Nesterov's combination.
 
     Args:
         grad: the gradient; float32 or float64, any shape.
-        momentum_buffer: ``v <- momentum v + g``, in place.
+        momentum_buffer: ``v``, updated in place to ``momentum v + g``.
         momentum: its coefficient.
-        nesterov: return ``g + momentum v`` in place of ``v``.
+        nesterov: whether to return ``g + momentum v`` instead of ``v``.
     """
     momentum_buffer.mul_(momentum).add_(grad)
     return (momentum_buffer * momentum).add_(grad) if nesterov else momentum_buffer.clone()

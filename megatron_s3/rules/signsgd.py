@@ -20,11 +20,11 @@ def _kernel_numbers(*, momentum: float) -> dict[str, float]:
     )
 )
 def signsgd_update(grad: Tensor, exp_avg: Tensor, *, momentum: float) -> Tensor:
-    """Advances the momentum by one gradient and returns its sign.
+    """Updates the momentum with one gradient and returns its sign.
 
     Args:
         grad: the gradient; float32 or float64, any shape.
-        exp_avg: ``m <- momentum m + (1 - momentum) g``, in place; 0 makes it ``g`` itself.
-        momentum: its coefficient.
+        exp_avg: ``m``, updated in place to ``momentum m + (1 - momentum) g``.
+        momentum: its coefficient; with 0, ``m`` is ``g``.
     """
     return exp_avg.mul_(momentum).add_(grad * (1 - momentum)).sign()

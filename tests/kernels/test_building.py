@@ -114,7 +114,7 @@ def test_patience_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         fcntl.flock(other, fcntl.LOCK_EX)
         with caplog.at_level(logging.WARNING), sole_builder(path, "it", lambda: False, patience=-1):
             pass
-    assert caplog.messages == ["it: process 1 on node7 has not built it in 0 s"]
+    assert caplog.messages == ["building it: process 1 on node7 has not built it in 0 s"]
 
 
 def test_without_locks_each_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def test_a_state_too_few_is_said() -> None:
     case = CASES["adan"]
     three = make(replace(case, states=case.states[:3]), 8)
     reason = cpu.reason(case.rule, [three], **case.hyperparameters)
-    assert reason == "the C++ kernel cannot take 3 state tensors, its rule has 4"
+    assert reason == "the C++ kernel cannot take 3 state tensors where its rule has 4"
 
 
 def test_parameters_in_float64_stay_portable() -> None:

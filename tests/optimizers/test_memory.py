@@ -48,7 +48,7 @@ def test_fake_tensors_are_stepped_by_torch() -> None:
             param.grad = torch.randn(4)
             optimizer = OPTIMIZERS[name]([param], 1e-3)
             optimizer.step()
-        assert "whose memory is not its elements (FakeTensor)" in optimizer.path
+        assert "whose elements are not in its memory (FakeTensor)" in optimizer.path
 
 
 @pytest.mark.parametrize("which", ["param", "grad", "state", "model_param"])

@@ -1,4 +1,4 @@
-"""The fused step on the CPU: C++ (:file:`step.cpp`), compiled where it is first used."""
+"""The fused step on the CPU: C++ (:file:`step.cpp`), compiled on first use."""
 
 import ctypes
 import functools
@@ -31,8 +31,8 @@ def reason(
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
-        operands: what the step is to work on.
-        **hyperparameters: the rule's.
+        operands: the operands of the step.
+        **hyperparameters: the rule's hyperparameters.
     """
     given = form(rule, hyperparameters)
     if isinstance(given, str) or (not given.kernel.own and given.kernel.cpp is None):
@@ -55,15 +55,15 @@ def step(
     statistics: Statistics | None = None,
     **hyperparameters: object,
 ) -> None:
-    """Takes a step: the portable path's bits, whatever the number of threads.
+    """Takes a step, with the same bits as the PyTorch implementation for any number of threads.
+
+    It runs in ``torch.get_num_threads()`` threads, each with an equal number of elements.
 
     Args:
-        rule, operands, **hyperparameters: such that :func:`reason` is None.
+        rule, operands, **hyperparameters: arguments for which :func:`reason` returns None.
         lr: learning rate, a number or a 0-dim tensor on the CPU.
         weight_decay: decoupled weight decay.
-        statistics: what to add the step's to.
-
-    It works with ``torch.get_num_threads()`` threads, each with an equal share of all elements.
+        statistics: the statistics to which those of the step are added.
 
     Raises:
         RuntimeError: there is no compiled kernel.
@@ -100,7 +100,7 @@ def step(
         counted = torch.tensor([-(-count // chunk) for count in counts], device="cpu")
         row = torch.tensor([o.row for o in operands], device="cpu")
         statistics.add(rows, row.repeat_interleave(counted))
-    # Autograd must notice that what it saved was changed.
+    # Autograd must notice that tensors that it saved have changed.
     for o in operands:
         increment_version(o.param)
         if o.model_param is not None:
@@ -109,6 +109,6 @@ def step(
 
 @functools.cache
 def _chunk_of(library: ctypes.CDLL, name: str, variant: int) -> int:
-    """Address of the function that steps a chunk by a rule."""
+    """Returns the address of the function that updates a chunk by a rule."""
     prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
     return int(prototype((f"rule_{name}", library))(variant))

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel: where it is built, cached and found again."""
+"""Compilation and cache of the CPU kernel."""
 
 import ctypes
 import hashlib
@@ -23,21 +23,21 @@ __all__ = ["library_of"]
 _SOURCE = Path(__file__).with_name("step.cpp")
 _RULES = Path(__file__).with_name("rules.h")
 _COMPILERS = ("c++", "g++", "clang++")
-# No -ffast-math, and no contraction: the arithmetic is IEEE's, operation by operation.
+# Without -ffast-math and without contraction every operation is IEEE arithmetic.
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
     *("-ffp-contract=off", "-fPIC", "-shared"),
 )
-_PATIENCE = 300  # seconds; it takes a few
+_PATIENCE = 300  # seconds; a build takes a few
 
 _lock = threading.Lock()
-#: What was compiled, or why it could not be, by the rule whose library it is (None: the plugin's).
+#: The libraries, or why they could not be built, by rule (None: all of the plugin's rules).
 _loaded: dict[KernelForm | None, ctypes.CDLL | str] = {}
 
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()  # a forked process has not the thread that may hold its parent's
+    _lock = threading.Lock()  # the thread that may hold it does not exist in a forked process
 
 
 if hasattr(os, "register_at_fork"):
@@ -45,7 +45,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def library_of(kernel: KernelForm | None = None) -> ctypes.CDLL | str:
-    """Returns the compiled library that holds a rule, or why there is none; tried once each."""
+    """Returns the compiled library that holds a rule, or why there is none; it tries only once."""
     if kernel is not None and kernel.own:
         kernel = None
     if kernel not in _loaded:
@@ -60,7 +60,7 @@ _Source = dict[str, bytes]
 
 
 def _source(kernel: KernelForm | None) -> _Source:
-    """Returns the files of the library of a rule; of the plugin's rules, if None."""
+    """Returns the source files of a rule's library; of the plugin's rules if None."""
     if kernel is None:
         kernels = [kernel_of(rule) for rule in RULES]
         rules = _RULES.read_bytes()
@@ -80,8 +80,8 @@ def _compiled(source: _Source) -> ctypes.CDLL | str:
         if isinstance(compiler, str):
             return _built_elsewhere(source) or compiler
         try:
-            # Its version, and every instruction set that -march=native stands for on this CPU: home
-            # folders are shared between nodes of different kinds.
+            # They contain the compiler's version and the instruction sets of this CPU
+            # (-march=native): nodes with different CPUs may share a home folder.
             macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
             key = hashlib.sha256(repr((source, compiler, _FLAGS, macros)).encode()).hexdigest()
             return _cached(compiler, f"{_stem(source)}-{key[:24]}.so", source)
@@ -92,7 +92,7 @@ def _compiled(source: _Source) -> ctypes.CDLL | str:
 
 
 def _stem(source: _Source) -> str:
-    """Begins the name of every file that this source gives on this kind of CPU."""
+    """Returns the beginning of the names of all files built from this source on this CPU type."""
     try:
         about = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -104,7 +104,7 @@ def _stem(source: _Source) -> str:
 
 
 def _built_elsewhere(source: _Source) -> ctypes.CDLL | None:
-    """Returns what a compiler that is not here has built before, as for an image's later stage."""
+    """Returns a library that was built where there was a compiler, as in an earlier image stage."""
     for folder in _cache_folders():
         for path in sorted(folder.glob(f"{_stem(source)}-*.so")):
             if _is_whole(path):
@@ -119,11 +119,13 @@ def _compiler() -> list[str] | str:
             command = shlex.split(cxx)
         except ValueError:
             command = [cxx]
-        return command if shutil.which(command[0]) else f"no C++ compiler: CXX is {command[0]}"
+        if shutil.which(command[0]):
+            return command
+        return f"no C++ compiler: CXX is {command[0]}, which is not in PATH"
     for name in _COMPILERS:
         if path := shutil.which(name):
             return [path]
-    return f"no C++ compiler: none of {', '.join(_COMPILERS)}, and CXX is not set"
+    return f"no C++ compiler: none of {', '.join(_COMPILERS)} is in PATH, and CXX is not set"
 
 
 class _CompilerError(MegatronS3Error):
@@ -162,7 +164,7 @@ def _cached(compiler: list[str], name: str, source: _Source) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="megatron-s3-") as temporary:
         path = Path(temporary) / name
         _build(compiler, path, source)
-        return _load(path)  # what is loaded stays when the file goes
+        return _load(path)  # a loaded library outlives its file
 
 
 def _cache(given: str | None) -> Path:
@@ -170,7 +172,7 @@ def _cache(given: str | None) -> Path:
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Returns torch's folder of compiled extensions, or the user's own where it is not writable."""
+    """Yields torch's folder of compiled extensions, then the user's folder in the temporary one."""
     try:
         given = os.environ.get("TORCH_EXTENSIONS_DIR")
         cache = os.environ.get("XDG_CACHE_HOME")
@@ -186,13 +188,13 @@ def _cache_folders() -> Iterator[Path]:
         found = folder.lstat()
     except OSError:
         return
-    # Others may write to the folder above: only what nobody else could put there is loaded.
+    # Others may write to the folder above, so only a folder that is closed to them is used.
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
         yield folder
 
 
 def _build(compiler: list[str], path: Path, source: _Source) -> None:
-    """Compiles to a file of its own and renames it: any number of processes may do so at once."""
+    """Compiles to a temporary file and renames it, so that processes may build at the same time."""
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as temporary:
         file = Path(temporary) / path.name
         for name, text in source.items():
@@ -207,7 +209,7 @@ def _build(compiler: list[str], path: Path, source: _Source) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Returns whether the file ends with the sum of the rest: loading a cut one may be a SIGBUS."""
+    """Returns whether the file ends with its checksum; loading a truncated one may raise SIGBUS."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Lets one process build a file, and has those that want the same one wait for it."""
+"""A lock that lets one process build a file while others wait for it."""
 
 import fcntl
 import logging
@@ -13,27 +13,27 @@ __all__ = ["sole_builder"]
 
 _logger = logging.getLogger(__name__)
 _POLL = 0.1  # seconds
-_QUIET = 2.0  # seconds that a wait may take unsaid
+_QUIET = 2.0  # seconds of waiting before a line is logged
 
 
 @contextmanager
 def sole_builder(
     path: Path, what: str, done: Callable[[], bool], patience: float
 ) -> Iterator[None]:
-    """Holds the right to build a file; enters at once when another process has built it.
+    """Holds the lock for building a file, or returns once another process has built it.
 
-    It is a lock on a file beside it, which the system takes from a process that dies.  On shared
-    disks it holds between nodes where the file system's flock does (NFS, Lustre mounted with
-    flock); where there is none, or after ``patience``, each process builds for itself.
+    The lock is a file next to the one to build, and the system releases it when its process dies.
+    On shared disks it works between nodes if the file system's flock does (NFS, Lustre mounted with
+    flock).  Without locks, or after ``patience``, each process builds for itself.
 
     Args:
-        path: the file that is to be built.
-        what: it is, in words for the log.
-        done: whether it is there.
-        patience: seconds to wait for another process.
+        path: the file to build.
+        what: a name of it for the log.
+        done: returns whether the file has been built.
+        patience: how many seconds to wait for another process.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: nothing can be written to the folder.
     """
     lock = path.with_name(path.name + ".lock")
     begin, said = time.monotonic(), False
@@ -56,7 +56,7 @@ def sole_builder(
             yield
             return
         if waited > patience:
-            _logger.warning("%s: %s has not built it in %.0f s", what, holder, waited)
+            _logger.warning("building %s: %s has not built it in %.0f s", what, holder, waited)
             yield
             return
         if waited > _QUIET and not said:
@@ -66,14 +66,14 @@ def sole_builder(
 
 
 def _held(file: int, lock: Path) -> bool | None:
-    """Returns whether the lock is this process's now; None where the file system has no locks."""
+    """Returns whether this process holds the lock; None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         return None
-    try:  # not one that its holder has removed since it was opened here
+    try:  # its holder may have removed the file since it was opened here
         return os.path.samestat(lock.stat(), os.fstat(file))
     except FileNotFoundError:
         return False

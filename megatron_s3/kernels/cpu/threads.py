@@ -1,4 +1,4 @@
-"""Threads for the shares of a step's work, kept from step to step."""
+"""A pool of threads for a step's work, kept between steps."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ _threads_count = 0
 
 
 def spread(run: Callable[..., None], shares: Sequence[tuple[int, ...]]) -> None:
-    """Runs ``run(*share)`` for every share, in as many threads as there are shares where it can.
+    """Runs ``run(*share)`` for every share, if possible in as many threads as there are shares.
 
-    The caller's thread takes shares too, and all of them where there is no other: when the
-    interpreter ends no thread can be started, and none of a pool takes work.  It returns when the
-    last share is done, whatever is raised meanwhile.
+    The caller's thread takes shares too.  It takes all of them when the interpreter is shutting
+    down, where no thread can be started and a pool takes no work.  The function returns when the
+    last share is done, even if an error is raised.
     """
     waiting, left = deque(shares), len(shares)
     errors: list[BaseException] = []
@@ -50,18 +50,18 @@ def spread(run: Callable[..., None], shares: Sequence[tuple[int, ...]]) -> None:
     while shares and not finished.is_set():
         try:
             finished.wait()
-        except KeyboardInterrupt as error:  # others still write to what the caller would free
+        except KeyboardInterrupt as error:  # other threads still write to the caller's memory
             errors.append(error)
     if errors:
         raise errors[0]
 
 
 def _pool(count: int) -> ThreadPoolExecutor:
-    """At least ``count`` threads."""
+    """Returns a pool of at least ``count`` threads."""
     global _threads, _threads_count
     pool = _threads
     if pool is None or _threads_count < count:
-        # The one before ends with its last reference.
+        # The previous pool ends with its last reference.
         pool = ThreadPoolExecutor(count, "megatron-s3-step")
         _threads, _threads_count = pool, count
     return pool
@@ -69,7 +69,7 @@ def _pool(count: int) -> ThreadPoolExecutor:
 
 def _forget() -> None:
     global _threads
-    _threads = None  # a forked process has none of its parent's threads
+    _threads = None  # its threads do not exist in a forked process
 
 
 if hasattr(os, "register_at_fork"):

@@ -29,8 +29,8 @@ def reason(
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
-        operands: what the step is to work on.
-        **hyperparameters: the rule's.
+        operands: the operands of the step.
+        **hyperparameters: the rule's hyperparameters.
     """
     given = form(rule, hyperparameters)
     if isinstance(given, str) or (not given.kernel.own and given.kernel.triton is None):
@@ -45,7 +45,7 @@ def reason(
         return "the Triton kernel cannot take tensors on several devices in one group"
     for device in devices:
         if _capability(device) < (8, 0):
-            return f"the Triton kernel needs compute capability 8.0, and {device} has less"
+            return f"the Triton kernel needs compute capability 8.0 or more, and {device} has less"
     if devices and (broken := _broken()):
         return broken
     if devices and torch.cuda.is_current_stream_capturing():
@@ -53,7 +53,7 @@ def reason(
         if not all(_has_tables(group, device) for group in groups):
             return (
                 "a CUDA graph is being captured, and the Triton kernel has not yet stepped these "
-                "tensors: take a step before, and keep the gradients where they are"
+                "tensors: take a step before the capture, and keep the gradients at their addresses"
             )
     return None
 
@@ -66,7 +66,7 @@ def _has_tables(group: Sequence[Operands], device: torch.device) -> bool:
 @functools.cache
 def _unavailable() -> str | None:
     if torch.version.hip is not None:
-        return "the Triton kernel is for NVIDIA GPUs"
+        return "the Triton kernel supports only NVIDIA GPUs"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
@@ -74,17 +74,17 @@ def _unavailable() -> str | None:
 def _broken() -> str | None:
     """Returns why Triton cannot be used, or None.
 
-    Before 3.3 it has no tuples; and it builds a part of its driver with a C compiler, which an
-    image may lack.
+    Versions before 3.3 have no tuples.  Triton builds a part of its driver with a C compiler, which
+    an image may lack.
     """
     import triton
     from triton.runtime import driver
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        return f"the Triton kernel needs Triton 3.3, and this is {triton.__version__}"
+        return f"the Triton kernel needs Triton 3.3 or newer, not {triton.__version__}"
     try:
         driver.active.get_current_target()
-    except Exception as error:  # of many kinds; whatever it is, torch operations still work
+    except Exception as error:  # of any type; torch operations still work
         return f"Triton does not start ({error})"
     return None
 
@@ -106,23 +106,24 @@ def step(
 ) -> None:
     """Takes a step in one launch (one for each combination of dtypes).
 
-    The same bits as the portable path's; where a form is ``inexact`` (S3 with a p that is not 1, 2
-    or 3) within a few units in the last place.  Nothing is read back to the host.  With ``lr`` or
-    ``weight_decay`` on the device their values are not fixed at launch, so that a step can be
-    captured into a CUDA graph, once one has been taken on the same tensors; hyperparameters are.
+    The results have the same bits as the PyTorch implementation's.  If a form is ``inexact`` (S3
+    with a p that is not 1, 2 or 3), they differ by a few units in the last place.  Nothing is read
+    back to the host.  If ``lr`` or ``weight_decay`` is on the device, its value is read when the
+    kernel runs, so that a step can be captured into a CUDA graph after a first step on the same
+    tensors.  Hyperparameters are fixed at launch.
 
     Args:
-        rule, operands, **hyperparameters: such that :func:`reason` is None.
+        rule, operands, **hyperparameters: arguments for which :func:`reason` returns None.
         lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
         weight_decay: decoupled weight decay, likewise.
-        statistics: what to add the step's to.
+        statistics: the statistics to which those of the step are added.
     """
     groups = _by_dtypes(operands)
     if not groups:
         return
     device = operands[0].param.device
     decay = 1 - lr * weight_decay
-    # What lies on the device is not read here; what lies on the CPU goes with the launch.
+    # Values on the device are not read here; values on the CPU are arguments of the launch.
     rates = None
     if any(isinstance(rate, Tensor) and rate.device == device for rate in (lr, weight_decay)):
         rates = torch.stack([_on(device, rate) for rate in (lr, decay)])
@@ -140,7 +141,7 @@ def step(
             _launch(plan, dtypes, given, host, rates, partials)
             if statistics is not None and partials is not None:
                 statistics.add(partials, _statistics_rows(group, plan))
-    # Autograd must notice that what it saved was changed.
+    # Autograd must notice that tensors that it saved have changed.
     for o in operands:
         increment_version(o.param)
         if o.model_param is not None:
@@ -157,7 +158,7 @@ _Dtypes = tuple[torch.dtype | None, ...]
 
 
 def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[Operands]]:
-    """Returns what each launch works on, and leaves out what has no elements."""
+    """Returns the operands of each launch, without empty ones."""
     groups: dict[_Dtypes, list[Operands]] = {}
     for o in operands:
         if o.param.numel():
@@ -189,7 +190,7 @@ def _launch(
         plan.table if rates is None else rates,
         plan.table if partials is None else partials,
         *host_rates,
-        # Triton takes an int for something else than a float, and 1 for a constant.
+        # Triton compiles another variant for an int, and treats 1 as a constant.
         tuple(map(float, given.scalars)),
         RULE=_function(given.kernel),
         VARIANT=given.variant,
@@ -217,7 +218,7 @@ def _function(kernel: KernelForm) -> Any:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The places of one launch's tensors; on the device."""
+    """The addresses of one launch's tensors, on the device."""
 
     table: Tensor
     chunks: Tensor
@@ -228,10 +229,10 @@ _Row = tuple[int, ...]
 
 
 class _Recent(OrderedDict[Any, Any]):
-    """A cache of the last 256 things used: a group's tables, a few kilobytes."""
+    """A cache of the 256 entries used last; an entry has a few kilobytes."""
 
     def find(self, key: object, make: Callable[[], Any]) -> Any:
-        """Returns the value of the key, which is made where there is none."""
+        """Returns the value of the key, and makes it if there is none."""
         if key not in self:
             self[key] = make()
             while len(self) > 256:
@@ -240,18 +241,18 @@ class _Recent(OrderedDict[Any, Any]):
         return self[key]
 
 
-#: By device, addresses and sizes, which in a training run hardly ever change.
+#: Tables by device, addresses and sizes, which hardly ever change in a training.
 _tables = _Recent()
-#: By device and sizes, so that gradients that move cost but a new table.
+#: Chunks by device and sizes, so that gradients that move only need a new table.
 _chunks = _Recent()
-#: By device, rows of the statistics and sizes.
+#: Rows of the statistics by device, rows of the operands and sizes.
 _statistics = _Recent()
-#: What a CUDA graph may read whenever it is replayed.
+#: Tensors that a captured CUDA graph reads at each replay; they are never freed.
 _captured: list[_Plan | Tensor] = []
 
 
 def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
-    """Returns each tensor's number of elements and its places, the gradient's last."""
+    """Returns each operand's number of elements and its addresses, the gradient's last."""
     return tuple(o.written + o.read for o in group)
 
 
@@ -271,7 +272,7 @@ def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
 
 
 def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
-    """Returns every program's row of the statistics, int64, on the device."""
+    """Returns the row of the statistics of every program: int64, on the device."""
     rows, device = tuple(o.row for o in group), plan.chunks.device
 
     def make() -> Tensor:
@@ -295,7 +296,7 @@ def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
     table = torch.tensor(fields, dtype=torch.int64, device="cpu")
     if device.type == "cpu":
         return table
-    # The host does not wait: whoever steps the same tensors on another stream orders the two.
+    # The host does not wait: a caller that steps them on several streams must order the steps.
     return table.pin_memory().to(device, non_blocking=True)
 
 

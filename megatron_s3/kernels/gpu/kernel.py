@@ -2,11 +2,11 @@
 
 A row of the table describes one tensor: the addresses of parameter, gradient and model parameter,
 its number of elements, whether all addresses are multiples of 16, and the addresses of the states.
-Full chunks of such tensors take a loop without masks, whose accesses are 16 bytes wide for float32
-and 8 for 16-bit types; everything else takes the masked loop.
+Full chunks of aligned tensors run in a loop without masks, whose accesses are 16 bytes wide for
+float32 and 8 for 16-bit types; all others run in the masked loop.
 
 The rule is one of :mod:`megatron_s3.kernels.gpu.rules`.  The kernel is launched with
-``enable_fp_fusion=False``, so that the results are the portable path's bits.
+``enable_fp_fusion=False``, so that the results have the bits of the PyTorch implementation.
 """
 
 # ruff: noqa: RUF005 (Triton adds tuples, and does not unpack into them)
@@ -15,12 +15,12 @@ import triton.language as tl
 
 __all__ = ["BLOCK", "CHUNK", "NUM_WARPS", "ROW", "step_kernel"]
 
-#: Fields of a row of the table, int64 each: the five above and at most four states.
+#: Fields of a row of the table, int64 each: the first five, and at most four states.
 ROW = 9
 NUM_WARPS = 8
-#: Elements that a program works on at once: 4 a thread, 16 bytes of float32.
+#: Elements that a program updates at once: 4 per thread, 16 bytes of float32.
 BLOCK = 128 * NUM_WARPS
-#: Elements of a program.
+#: Elements that a program updates.
 CHUNK = 16 * BLOCK
 
 
@@ -66,7 +66,7 @@ def _block(
     HAS_MODEL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Steps a block; returns update, gradient and new parameter, 0 outside of the tensor."""
+    """Updates a block; returns update, gradient and new parameter, 0 outside of the tensor."""
     g = _load(grad_ptr, at, count, MASKED)
     x = _load(x_ptr, at, count, MASKED)
     states = ()
@@ -86,7 +86,7 @@ def _block(
 def _counted(
     sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite, u, g, x, is_zero
 ):
-    """Returns the statistics with one block more; see :mod:`megatron_s3.kernels.statistics`."""
+    """Returns the statistics with a block added; see :mod:`megatron_s3.kernels.statistics`."""
     size = tl.abs(u)
     size = tl.where(size == size, size, 0.0)
     finite = tl.abs(g) < float("inf")
@@ -124,7 +124,7 @@ def step_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Steps one chunk of one tensor."""
+    """Updates one chunk of one tensor."""
     program = tl.program_id(0)
     row = table + tl.load(chunks + 2 * program).to(tl.int64) * 9  # ROW
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
@@ -154,7 +154,7 @@ def step_kernel(
         zeros = tl.full((BLOCK,), 0, tl.int32)
         nonfinite = tl.full((BLOCK,), 0, tl.int32)
 
-    # A mask would keep loads and stores from being merged to wide ones.
+    # A mask would prevent loads and stores from being merged into wide ones.
     if (aligned != 0) & (begin + CHUNK <= count):
         x_ptr = tl.multiple_of(x_ptr, 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)

@@ -1,6 +1,6 @@
 """The rules as Triton functions, named as their :class:`~megatron_s3.rules.kernel_form.KernelForm`.
 
-A rule takes the gradient, its states and its form's scalars and variant, all of it in float32, and
+A rule takes the gradient, its states and the scalars and variant of its form, in float32, and
 returns the update ``u`` and the new states.  The arithmetic is that of :mod:`megatron_s3.rules`.
 """
 
@@ -15,7 +15,7 @@ __all__ = ["adamw", "adan", "lion", "nadam", "s3", "sgdm", "signsgd"]
 
 
 def _place(kernel: KernelForm, flag: str) -> tl.constexpr:
-    """Returns what a variant is divided by, so that the flag is in the lowest bits."""
+    """Returns the divisor that moves a flag of a variant to the lowest bits."""
     return tl.constexpr(1 << kernel.flag(flag)[0])
 
 
@@ -57,13 +57,13 @@ def _limited(u, bound):
 
 @triton.jit
 def _sign(x):
-    # 0 of 0 and of NaN, as torch's.
+    # The sign of 0 and of NaN is 0, as in torch.
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
 @triton.jit
 def s3(g, states, scalars, VARIANT: tl.constexpr):
-    """S3; for a general p within a few units in the last place."""
+    """S3; for a p other than 1, 2 and 3 it differs by a few units in the last place."""
     P: tl.constexpr = VARIANT // _WHOLE_P % _WHOLE_PS  # 1, 2 or 3; 0 for any other p
     NESTEROV: tl.constexpr = VARIANT // _NESTEROV % 2
     FORGETS: tl.constexpr = VARIANT // _FORGETS % 2  # beta_s is 0
@@ -87,7 +87,7 @@ def s3(g, states, scalars, VARIANT: tl.constexpr):
         n = beta * m + share
 
     magnitude = grad_bits.to(tl.float32, bitcast=True)
-    # Bits of what is not negative are ordered as the numbers are, NaN above all.
+    # The bits of nonnegative numbers have the order of the numbers; NaN is the largest.
     largest = tl.maximum(grad_bits, norm_bits)
     if P == 0:
         # div_rn, not /, which gives 0 for divisors above 2**126.

@@ -1,4 +1,4 @@
-"""The optimizers of the plugin.  To add one: a rule, and a class that is registered."""
+"""The optimizers of the plugin.  A new one needs an update rule and a registered class."""
 
 from megatron_s3.optimizers.adamw import AdamW
 from megatron_s3.optimizers.adan import Adan

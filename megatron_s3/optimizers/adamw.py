@@ -15,15 +15,15 @@ __all__ = ["AdamW"]
 
 
 def _bound(*, beta1: float, beta2: float, clip_update: float | None, **others: Any) -> float | None:
-    """Theorem 1 of the paper (7.27 for .9 and .999, 1.165 for .9 and .95), or the clip's."""
+    """Returns Theorem 1's bound (7.27 for .9 and .999, 1.165 for .9 and .95), or the clip's."""
     bound = min(s3_update_bound(beta1, 2, beta2), math.inf if clip_update is None else clip_update)
     return None if math.isinf(bound) else bound
 
 
 class AdamW(ElementwiseOptimizer):
-    """AdamW on the same ground as S3: agrees with torch.optim.AdamW within rounding.
+    """AdamW with the plugin's sharding and kernels; equal to torch.optim.AdamW within rounding.
 
-    Beyond it, ``clip_update`` bounds every element of the update ("AdamW with clipped updates",
+    In addition, ``clip_update`` bounds every element of the update ("AdamW with clipped updates",
     Figure 10 of the paper).  Arguments as for
     :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the description's.
     """
@@ -56,7 +56,7 @@ class AdamW(ElementwiseOptimizer):
     ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the rule's arguments; the corrections of the bias come from the group's step."""
+        """Returns the rule's arguments; the bias corrections are computed from the group's step."""
         values = super().group_hyperparameters(group)
         for i in ("1", "2"):
             values["correction" + i] = 1 - values["beta" + i] ** group["step"]

@@ -13,9 +13,9 @@ __all__ = ["Adan"]
 
 
 class Adan(ElementwiseOptimizer):
-    """Adan with decoupled weight decay: agrees with pytorch_optimizer.Adan within rounding.
+    """Adan with decoupled weight decay; equal to pytorch_optimizer.Adan within rounding.
 
-    It keeps four tensors of its parameters' size.  Arguments as for
+    Its state has four tensors of the parameter's size.  Arguments as for
     :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the description's.
     """
 
@@ -46,7 +46,7 @@ class Adan(ElementwiseOptimizer):
     ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the rule's arguments; the corrections of the bias come from the group's step."""
+        """Returns the rule's arguments; the bias corrections are computed from the group's step."""
         values = super().group_hyperparameters(group)
         for i in ("1", "2", "3"):
             values["correction" + i] = 1 - values["beta" + i] ** group["step"]

@@ -1,4 +1,4 @@
-"""Constructors of optimizers: one signature, from which the description's hyperparameters are made.
+"""Constructors of optimizers, whose signatures define the description's hyperparameters.
 
 ::
 
@@ -35,7 +35,7 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 class Options(TypedDict, total=False):
-    """The arguments that all optimizers share, see ``ElementwiseOptimizer``."""
+    """The arguments that all optimizers have, see ``ElementwiseOptimizer``."""
 
     weight_decay: float
     error_if_nonfinite: bool
@@ -53,13 +53,13 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class About:
-    """The facts about an argument beside its name and default.
+    """The facts about an argument in addition to its name and default.
 
     Attributes:
         help: one line for ``--help``.
-        low: smallest value allowed.
-        high: smallest value above ``low`` that is not allowed.
-        fixes_state: the stored state has a meaning only with the value it was made with.
+        low: the smallest value allowed.
+        high: the smallest value above ``low`` that is not allowed.
+        fixes_state: whether a stored state can only be used with the value it was computed with.
     """
 
     help: str
@@ -69,10 +69,11 @@ class About:
 
 
 def arguments(signature: Constructor) -> Constructor:
-    """Returns a constructor with this signature that hands all of its arguments to ``construct``.
+    """Returns a constructor with this signature that passes its arguments to ``construct``.
 
-    Every keyword that is annotated with :class:`About` is a hyperparameter; a bool as its default
-    makes it a switch, None an optional number.  The function's body is not run.
+    Every keyword that is annotated with :class:`About` is a hyperparameter.  If its default is a
+    bool, it is a switch; if its default is None, it is an optional number.  The function's body is
+    not run.
     """
 
     @functools.wraps(signature)
@@ -100,5 +101,5 @@ def arguments(signature: Constructor) -> Constructor:
 
 
 def hyperparameters_of(constructor: Callable[..., None]) -> tuple[Hyperparameter, ...] | None:
-    """Returns the hyperparameters of a constructor made by :func:`arguments`; None of another."""
+    """Returns the hyperparameters of a constructor made by :func:`arguments`; None for others."""
     return getattr(constructor, "hyperparameters", None)

@@ -1,4 +1,4 @@
-"""The base of the plugin's element-wise optimizers: groups, state, checks, the stamp."""
+"""The base class of the plugin's optimizers: groups, state, checks, optimizer metadata."""
 
 import math
 import warnings
@@ -26,39 +26,40 @@ from megatron_s3.optimizers.step import Step
 
 __all__ = ["ElementwiseOptimizer"]
 
-#: What torch's schedulers write the momentum to, if it is among an optimizer's defaults.
+#: The key to which torch's schedulers write the momentum, if the optimizer's defaults have it.
 MOMENTUM = "momentum"
 
 
 class ElementwiseOptimizer(torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose update of an element depends on that element alone.
 
-    A subclass names its :attr:`description` and its constructor's arguments.  State tensors have
-    their parameter's shape and layout, float64 for float64 parameters and ``state_dtype`` for all
-    others: half-precision parameters keep full-precision state unless asked otherwise.  A group
-    also holds ``algorithm`` and ``format`` (the stamp that :meth:`load_state_dict` checks) and
-    ``step`` (a Python int).  A gradient is read from ``param.decoupled_grad``, which may have
-    another dtype than the parameter, where that is set, and else from ``param.grad``.  Parameters
-    that torch shards (DTensors, as FSDP2 makes them) have DTensors for state, and each rank steps
-    its own part.
+    A subclass defines its :attr:`description` and its constructor's arguments.  State tensors have
+    their parameter's shape and layout.  Their dtype is float64 for float64 parameters and
+    ``state_dtype`` for all others, so half-precision parameters have float32 states by default.  A
+    param group also holds ``algorithm`` and ``format`` (the optimizer metadata that
+    :meth:`load_state_dict` checks) and ``step`` (a Python int).  A gradient is read from
+    ``param.decoupled_grad`` if that is set, which may have another dtype than the parameter, and
+    else from ``param.grad``.  Parameters that torch shards (DTensors, as in FSDP2) have DTensors as
+    states, and each rank updates its shard.
 
     Args:
-        params: as for every torch optimizer.
-        lr: learning rate, a number or a 0-dim tensor; None if every group is given one before the
-            first step (Megatron's schedulers do).
+        params: parameters or param groups, as in every torch optimizer.
+        lr: learning rate, a number or a 0-dim tensor; None if every group gets one before the first
+            step, as Megatron's schedulers do.
         weight_decay: decoupled weight decay (lambda).
-        error_if_nonfinite: check all gradients before a step and raise RuntimeError, nothing
-            changed, if one holds NaN or inf.  Costs a pass over the gradients and a host
-            synchronisation.  Without it such an element turns NaN alone, in its state and its
-            parameter, as under torch.optim.AdamW.
-        fused: None takes the device's kernel where it can run and torch operations elsewhere; True
-            makes it an error where it cannot; False never takes it.
-        state_dtype: of the states, or of each by its name (what is left out is float32).
-        **hyperparameters: those of the description; what is left out has its default.
+        error_if_nonfinite: whether to check all gradients before a step and to raise RuntimeError
+            if one holds NaN or inf, before anything is changed.  This costs a pass over the
+            gradients and a host synchronization.  Without it, only such an element becomes NaN, in
+            its state and its parameter, as with torch.optim.AdamW.
+        fused: None uses the device's kernel if it can run, and else torch operations; True raises
+            an error if the kernel cannot run; False always uses torch operations.
+        state_dtype: the dtype of all states, or a dict of dtypes by name (float32 for the rest).
+        **hyperparameters: the description's hyperparameters; the rest have their defaults.
 
     Raises:
-        TypeError: an unknown hyperparameter.
-        ValueError: a hyperparameter out of range (here or in a group), a complex parameter.
+        TypeError: a hyperparameter is unknown.
+        ValueError: a hyperparameter is out of range (here or in a group), or a parameter is
+            complex.
     """
 
     description: ClassVar[Description]
@@ -84,19 +85,22 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"fused must be True, False or None, not {fused!r}")
         self.error_if_nonfinite = error_if_nonfinite
         self.fused = plain(fused)
-        #: What the last step ran: "C++ kernel", "Triton kernel", or "portable: " and the reason;
-        #: where some parameters alone need torch operations, both.
+        #: The kernels of the last step: "C++ kernel", "Triton kernel", or "portable: " and the
+        #: reason for torch operations; several, if only some parameters need torch operations.
         self.path = ""
-        #: What the program around it asks of it.
+        #: The settings that a trainer makes.
         self.host = Host()
         self.state_dtypes = self._state_dtypes(state_dtype)
         values = {h.name: h.default for h in self.description.hyperparameters}
         if unknown := sorted(set(hyperparameters) - set(values)):
-            raise TypeError(f"{self.description.label} has no {', '.join(unknown)}")
+            raise TypeError(
+                f"{self.description.label} has no hyperparameter {', '.join(unknown)}; it has "
+                f"{', '.join(values)}"
+            )
         defaults = {"lr": lr, "weight_decay": weight_decay} | values | hyperparameters
-        self._values({"params": []} | defaults, most=math.inf)  # before a look at the params
+        self._values({"params": []} | defaults, most=math.inf)  # before the params are checked
         self._logged: set[str] = set()
-        #: How many updates each parameter has had, where that is not its group's ``step``.
+        #: The number of updates of each parameter for which it is not its group's ``step``.
         self.counts = Counts()
         self._overlaps = Overlaps()
         stamp = {"algorithm": self.description.name, "format": FORMAT}
@@ -104,11 +108,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             stamp[MOMENTUM] = defaults[self.description.momentum]
         super().__init__(params, defaults | stamp | {"step": 0})
 
-    #: What a constructor of :func:`megatron_s3.optimizers.arguments.arguments` runs.
+    #: The constructor to which :func:`~megatron_s3.optimizers.arguments.arguments` passes them.
     construct = __init__
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps its own three attributes only; what else a copy takes along, and what stays.
+        # torch copies only its own three attributes; these are added or reset.
         own = ("error_if_nonfinite", "fused", "counts")
         state = super().__getstate__() | {name: getattr(self, name) for name in own}
         return state | {
@@ -120,14 +124,16 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # by torch's loading, too, where the rest is there
+        super().__setstate__(state)  # torch calls it while loading, too
         self.__dict__.setdefault("counts", Counts())
-        if "host" not in self.__dict__:  # of an older version, whose attributes they were
+        if "host" not in self.__dict__:  # pickled by an older version, which had them as attributes
             known = {f.name for f in fields(Host)} & self.__dict__.keys()
             self.host = Host(**{name: self.__dict__.pop(name) for name in known})
         if self.description.momentum:
             self.defaults.setdefault(MOMENTUM, self.defaults.get(self.description.momentum))
-        for group in self.param_groups:  # as torch's do: what an older version did not know
+        for (
+            group
+        ) in self.param_groups:  # what an older version did not have, as in torch's optimizers
             for h in self.description.hyperparameters:
                 group.setdefault(h.name, h.default)
             group.setdefault("format", FORMAT)
@@ -149,23 +155,23 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def check_state_dtype(
         cls, name: str, dtype: torch.dtype, hyperparameters: Mapping[str, Any]
     ) -> None:
-        """Raises ValueError if the arithmetic does not allow a state to be kept in this dtype.
+        """Raises ValueError if a state cannot have this dtype.
 
         Args:
-            name: of the state.
-            dtype: asked for.
-            hyperparameters: a group's.
+            name: the name of the state.
+            dtype: the dtype to check.
+            hyperparameters: the hyperparameters of a group.
         """
         if dtype != torch.float32:
             raise ValueError(f"{cls.description.label} keeps {name} in float32, not in {dtype}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does; raises ValueError for what is not allowed, and adds none."""
+        """Adds a group as torch does; raises ValueError and adds nothing if a value is invalid."""
         named = isinstance(param_group, dict) and MOMENTUM in param_group
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self.description.momentum and not named:
-            del group[MOMENTUM]  # which is there for schedulers to find among the defaults
+            del group[MOMENTUM]  # schedulers only need it among the defaults
         try:
             values = self._values(group)
             for name, dtype in self.state_dtypes.items():
@@ -185,11 +191,12 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if not is_lazy(param) and shares_memory(param):
             raise ValueError(
                 f"{self.description.label}: elements of a parameter of shape "
-                f"{tuple(param.shape)} share memory (expand); give the tensor it is a view of"
+                f"{tuple(param.shape)} share memory (expand); pass the tensor that it is "
+                "a view of"
             )
 
     def _values(self, group: dict[str, Any], most: float | None = None) -> dict[str, Any]:
-        """Returns the group's rates and hyperparameters for a step; ValueError if one is wrong."""
+        """Returns a group's learning rate, weight decay and hyperparameters, after checks."""
         if most is None:
             most = largest(group["params"])
         values = {name: rate(name, group[name], most) for name in ("lr", "weight_decay")}
@@ -204,7 +211,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Allocates the state (zeros) of every parameter that has none yet.
 
-        Parameters that a lazy module has not initialised are left out.
+        Parameters that a lazy module has not initialized yet are skipped.
         """
         for group in self.param_groups:
             for param in group["params"]:
@@ -212,7 +219,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                     self.made_state(param)
 
     def made_state(self, param: Tensor) -> list[Tensor]:
-        """Returns a parameter's states in the rule's order, allocated where it has none yet."""
+        """Returns a parameter's states in the rule's order, and allocates missing ones."""
         state = self.state[param]
         if "master_param" not in state:
             if offload := self.host.offload_of(param):
@@ -223,7 +230,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for name in self.description.state:
             if name not in state:
                 dtype = self._state_dtype(name, param)
-                with torch.inference_mode(False):  # it is stepped outside as well
+                with torch.inference_mode(False):  # steps outside of it use the state, too
                     state[name] = torch.zeros_like(param, dtype=dtype, device=device)
         return [state[name] for name in self.description.state]
 
@@ -233,11 +240,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return torch.float32 if name == "master_param" else self.state_dtypes[name]
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the rule's keyword arguments for this group's coming step."""
+        """Returns the rule's keyword arguments for the group's next step."""
         return {name: plain(value) for name, value in self._written(group).items()}
 
     def _written(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the group's hyperparameters, with what a scheduler wrote as the momentum."""
+        """Returns the group's hyperparameters, with the momentum that a scheduler wrote."""
         values = {h.name: group[h.name] for h in self.description.hyperparameters}
         if self.description.momentum and MOMENTUM in group:
             values[self.description.momentum] = group[MOMENTUM]
@@ -254,11 +261,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             The closure's result, or None.
 
         Raises:
-            ValueError: lr is still None, or a rate or hyperparameter has come out of its range.
-            RuntimeError: a sparse, complex or otherwise unusable gradient, a state that is not
-                the parameter's (shape, dtype, device, layout), or a non-finite gradient under
-                ``error_if_nonfinite``.  Every check precedes every change, so that a step is
-                applied as a whole or not at all.
+            ValueError: lr is still None, or lr, weight decay or a hyperparameter is out of range.
+            RuntimeError: a gradient is unusable (sparse or complex, for example), a state does not
+                fit its parameter (shape, dtype, device, layout), or a gradient is not finite and
+                ``error_if_nonfinite`` is set.  All checks come before any change, so a step is
+                applied completely or not at all.
         """
         loss = None
         if closure is not None:
@@ -268,7 +275,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return loss
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Takes over what a scheduler wrote as the momentum; ValueError for what no step takes."""
+        """Checks a group's values, and takes over the momentum that a scheduler wrote."""
         values = self._values(group)
         for name, dtype in self.state_dtypes.items():
             if dtype != torch.float32:
@@ -291,10 +298,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what torch does, and a group's ``steps`` where its numbers of updates differ.
+        """Returns torch's state dict, with ``steps`` in groups whose numbers of updates differ.
 
-        That is a list beside ``params``; without it every parameter's number is the group's
-        ``step``.
+        ``steps`` is a list parallel to ``params``; without it, each parameter's number is the
+        group's ``step``.
         """
         saved = super().state_dict()
         for index in self.counts.save(self.param_groups, saved["param_groups"]):
@@ -302,14 +309,14 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads as torch does, hooks included, but only what fits, in the dtypes that are kept.
+        """Loads a state as torch does, with hooks, after checking that it fits.
 
-        A state that was saved in another dtype is converted, and a warning says so.
+        A state that was saved in another dtype is converted with a warning.
 
         Raises:
-            ValueError: the state is another optimizer's or a newer version's, was made with a
-                hyperparameter without which it has no meaning (``p``), or holds a tensor that is
-                not a parameter's (shape, kind of dtype, layout).  Nothing is loaded then.
+            ValueError: the state is of another optimizer or a newer version, was computed with
+                another value of a hyperparameter that defines it (``p``), or holds a tensor that
+                does not fit its parameter (shape, type of dtype, layout).  Nothing is loaded.
         """
         loading = Loading(self)
         hooks = (
@@ -328,5 +335,5 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             )
 
     def place(self, name: str, param: Tensor) -> tuple[torch.device, torch.dtype]:
-        """Returns where, and in which dtype, a state of a parameter is kept."""
+        """Returns the device and dtype of a parameter's state."""
         return self.host.device_of(param), self._state_dtype(name, param)

@@ -1,4 +1,4 @@
-"""Checks of what a step or a checkpoint may hold: rates, states."""
+"""Checks of learning rates, weight decays and states."""
 
 import math
 from typing import Any
@@ -22,22 +22,22 @@ __all__ = [
 
 
 def largest(params: list[Tensor]) -> float:
-    """Returns the largest number that the arithmetic of all these parameters' steps can hold."""
+    """Returns the largest number that the arithmetic of these parameters' steps can represent."""
     double = params and all(param.dtype == torch.float64 for param in params)
     return math.inf if double else LARGEST
 
 
 def rate(name: str, value: Any, most: float = LARGEST) -> float | Tensor | None:
-    """Returns a learning rate or a weight decay as a step takes it: a number or a 0-dim tensor.
+    """Returns a learning rate or weight decay for a step: a number or a 0-dim tensor.
 
     Args:
-        name: how a message calls it.
+        name: its name in messages.
         value: a number (see :func:`~megatron_s3.optimizers.description.plain`), a tensor of one
-            element, or None.  A tensor's value is looked at in the CPU's memory only.
-        most: the largest that is allowed, see :func:`largest`.
+            element, or None.  A tensor's value is checked only if the tensor is on the CPU.
+        most: the largest value allowed, see :func:`largest`.
 
     Raises:
-        ValueError: it is negative, too large, not finite or no real number.
+        ValueError: the value is negative, too large, not finite or not a real number.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -65,7 +65,7 @@ def _check_range(name: str, number: float, most: float, value: Any = None) -> No
 
 
 def check_decay(lr: float | Tensor | None, weight_decay: float | Tensor, most: float) -> None:
-    """Raises ValueError if the two are numbers whose product no step can hold."""
+    """Raises ValueError if both are numbers and their product is too large for a step."""
     if isinstance(lr, int | float) and isinstance(weight_decay, int | float):
         product = float(lr) * float(weight_decay)
         if not product <= most or math.isinf(product):
@@ -86,17 +86,17 @@ def shares_memory(tensor: Tensor) -> bool:
 
 
 def of_shape(param: Tensor) -> str:
-    """Returns ", of shape ...,", or nothing for a parameter that is not initialised yet."""
+    """Returns ", of shape ...,", or "" for a parameter that is not initialized yet."""
     return "" if is_lazy(param) else f", of shape {tuple(param.shape)},"
 
 
 def state_fault(param: Tensor, state: Any, device: torch.device | None = None) -> str | None:
-    """Returns why a state tensor cannot be the parameter's, to follow its name; or None.
+    """Returns why a tensor cannot be a parameter's state, as the end of a message; or None.
 
     Args:
-        param: the parameter; one that is not initialised yet may have any shape.
-        state: what is to be one of its states.
-        device: where it has to be; None if it will be moved there.
+        param: the parameter; one that is not initialized yet may have any shape.
+        state: the tensor to check.
+        device: the device on which it must be; None if it will be moved there.
     """
     if not isinstance(state, Tensor):
         return f"is of type {type(state).__name__}; a tensor is needed"
@@ -118,9 +118,11 @@ def state_fault(param: Tensor, state: Any, device: torch.device | None = None) -
 
 
 def grad_fault(param: Tensor, grad: Tensor) -> str | None:
-    """Returns why a gradient cannot be the parameter's, to follow its name; or None."""
+    """Returns why a gradient cannot be the parameter's, as the end of a message; or None."""
     if placements(param) != placements(grad):
-        return "is whole and the parameter a DTensor, or the reverse; both have to be the same"
+        return (
+            "is a plain tensor and the parameter a DTensor, or the reverse; both must be the same"
+        )
     if grad.layout != torch.strided:
         return f"is {grad.layout}; a dense gradient is needed (sparse=False in the embedding?)"
     if not grad.is_floating_point():

@@ -1,4 +1,4 @@
-"""Updates of a step, and their numbers among a parameter's updates."""
+"""The updates of a step, and the count of each parameter's updates."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ __all__ = ["Counts", "GroupUpdates", "Update", "Watched", "is_empty", "split"]
 class Update(NamedTuple):
     """One update of a parameter.
 
-    ``count`` is its number, from 1, where that is not its group's.
+    ``count`` is its number among the parameter's updates, from 1, if it is not the group's step.
     """
 
     param: Tensor
@@ -30,10 +30,10 @@ class GroupUpdates:
     """The updates of one param group in a step.
 
     Attributes:
-        group: as it was before the step.
-        values: the rule's arguments in the group's coming step.
-        reads_step: whether they depend on its number.
-        updates: in order.
+        group: the param group before the step.
+        values: the rule's arguments in this step.
+        reads_step: whether these depend on the number of the step.
+        updates: the updates in order.
     """
 
     group: dict[str, Any]
@@ -44,10 +44,10 @@ class GroupUpdates:
     def by_values(
         self, hyperparameters: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> Iterator[tuple[dict[str, Any], list[Update]]]:
-        """Updates for which the rule's arguments are the same, whatever their numbers.
+        """Yields the rule's arguments and the updates that share them.
 
         Args:
-            hyperparameters: gives the rule's arguments for a group with a step.
+            hyperparameters: returns the rule's arguments for a group with a certain step.
         """
         counts = {update.count for update in self.updates}
         if counts <= {None}:
@@ -68,8 +68,8 @@ def split(parts: list[GroupUpdates], cuts: Sequence[int]) -> list[list[GroupUpda
     """Returns the updates of a step in pieces.
 
     Args:
-        parts: the step's groups.
-        cuts: which of all their updates begin a piece, ascending; from 1.
+        parts: the updates of the step's groups.
+        cuts: the indices, among all updates, at which a new piece begins; ascending, from 1.
     """
     if not cuts:
         return [parts]
@@ -89,32 +89,32 @@ def split(parts: list[GroupUpdates], cuts: Sequence[int]) -> list[list[GroupUpda
 
 
 def is_empty(param: Tensor) -> bool:
-    """Returns whether no element of a parameter is here; other ranks may have them."""
+    """Returns whether this rank holds no element of a parameter; other ranks may."""
     return not is_lazy(param) and local(param).numel() == 0
 
 
 class Watched(dict[str, Any]):
-    """A param group that notes whether its step is read."""
+    """A param group that records whether its step is read."""
 
     read = False
 
     def __getitem__(self, key: str) -> Any:
-        """Returns what a dict does."""
+        """Returns the value of a key, as a dict does."""
         self.read |= key == "step"
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns what a dict does."""
+        """Returns the value of a key, as a dict does."""
         self.read |= key == "step"
         return super().get(key, default)
 
 
 class Counts:
-    """The number of updates of each parameter, where that is not its group's ``step``.
+    """The number of updates of each parameter for which it is not its group's ``step``.
 
-    As in torch's optimizers a parameter counts the steps in which it had a gradient, from when its
-    state was made on.  In most trainings that is the same number for all, and nothing is in here.
-    Only groups whose rule reads the step are looked at.
+    As in torch's optimizers, a parameter counts the steps in which it had a gradient since its
+    state was made.  In most trainings this number is the same for all parameters, and nothing is
+    stored here.  Groups whose rule does not read the step are ignored.
     """
 
     def __init__(self) -> None:
@@ -124,11 +124,11 @@ class Counts:
         return bool(self._own)
 
     def of(self, param: Tensor, group: Mapping[str, Any]) -> int:
-        """Returns the number of updates that a parameter of the group has had."""
+        """Returns the number of updates of a parameter of the group."""
         return self._own.get(param, int(group["step"]))
 
     def begin(self, group: Mapping[str, Any], params: Iterable[Tensor]) -> None:
-        """Counts parameters that have no state from 0 on."""
+        """Starts counting at 0 for parameters that have no state."""
         if group["step"]:
             for param in params:
                 self._set(param, group, 0)
@@ -161,14 +161,14 @@ class Counts:
                     self._set(update.param, part.group, update.count or part.group["step"])
 
     def _set(self, param: Tensor, group: Mapping[str, Any], count: int) -> None:
-        # Of a sharded parameter's part without elements other ranks know the count.
+        # If this rank holds no element of a sharded parameter, other ranks know its count.
         if count == group["step"] or is_empty(param):
             self._own.pop(param, None)
         else:
             self._own[param] = count
 
     def keep(self, group: Mapping[str, Any]) -> None:
-        """Makes the count of each parameter its own, so that the group's ``step`` may be set."""
+        """Stores the count of each parameter, so that the group's ``step`` may be set."""
         for param in group["params"]:
             if param not in self._own and not is_empty(param):
                 self._own[param] = group["step"]
@@ -176,10 +176,10 @@ class Counts:
     def save(
         self, param_groups: Iterable[dict[str, Any]], saved: Iterable[dict[str, Any]]
     ) -> list[int]:
-        """Adds ``steps``, a list beside ``params``, to each saved group in which counts differ.
+        """Adds ``steps``, a list parallel to ``params``, to each saved group with different counts.
 
         Returns:
-            Which groups that are.
+            The indices of these groups.
         """
         differing = []
         for index, (group, its) in enumerate(zip(param_groups, saved, strict=True)):
@@ -189,7 +189,7 @@ class Counts:
         return differing
 
     def load(self, param_groups: list[dict[str, Any]]) -> None:
-        """Takes ``steps`` out of groups that were loaded; without it a count is the group's."""
+        """Takes ``steps`` from loaded groups; without it every count is the group's step."""
         self._own.clear()
         for group in param_groups:
             for param, step in zip(group["params"], group.pop("steps", ()), strict=False):

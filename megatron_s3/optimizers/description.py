@@ -1,7 +1,7 @@
-"""One description of an optimizer, from which everything that must know it is derived.
+"""Description of an optimizer, from which the rest of the package is derived.
 
-Flags and their validation, the names of the sharded state, the checkpoint's stamp and its checks
-read this; none of them names an optimizer.
+Flags and their validation, the names of the sharded state, and the optimizer metadata in
+checkpoints and its checks read the description; none of them names an optimizer.
 """
 
 import math
@@ -23,23 +23,23 @@ __all__ = [
     "plain",
 ]
 
-#: Of what the plugin's optimizers save: counted up when an older version would load it wrongly.
-#: What was saved before there was a number is of format 1.
+#: The format of a saved state; it is increased when an older version would load the state wrongly.
+#: A state without a number has format 1.
 FORMAT = 1
 
-#: Of what is saved where the parameters of a group differ in their number of updates.
+#: The format of a state in which the parameters of a group differ in their number of updates.
 FORMAT_WITH_STEPS = 2
 
-#: The largest number that the arithmetic of a step can hold: float32's, but for float64 parameters.
+#: The largest number that a step can represent: float32's, except for float64 parameters.
 LARGEST = (2 - 2**-23) * 2.0**127
 
 
 def plain(value: Any) -> Any:
-    """Returns a number or a switch as Python's own; what is neither comes back as it is.
+    """Returns a number or a switch as a Python object, and any other value unchanged.
 
     Args:
         value: a Python number, a fraction, a NumPy scalar or 0-dim array.  A number too large for
-            a float becomes inf.  A 0-dim tensor is read in the CPU's memory alone.
+            a float becomes inf.  A 0-dim tensor is read only if it is on the CPU.
     """
     number = value
     if isinstance(value, Tensor):
@@ -63,18 +63,19 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """A number or switch of an optimizer, beside lr and weight decay.
+    """A number or switch of an optimizer, in addition to lr and weight decay.
 
     Attributes:
-        name: key in the param groups, keyword of the constructor; ``--<optimizer>-<name>`` in
-            Megatron (a switch that is on by default: ``--<optimizer>-no-<name>``).
-        default: its value where nothing is given.  A bool makes it a switch; None makes it an
-            optional number.
+        name: the key in the param groups and the keyword of the constructor; the flag is
+            ``--<optimizer>-<name>`` (``--<optimizer>-no-<name>`` for a switch that is on by
+            default).
+        default: the default value.  If it is a bool, this is a switch; if it is None, an optional
+            number.
         help: one line for ``--help``.
-        low: smallest value allowed.
-        high: smallest value above ``low`` that is not allowed.
-        fixes_state: the stored state has a meaning only with the value it was made with, so that a
-            checkpoint of another value is refused.
+        low: the smallest value allowed.
+        high: the smallest value above ``low`` that is not allowed.
+        fixes_state: whether a stored state can only be used with the value it was computed with, so
+            that a checkpoint with another value is rejected.
     """
 
     name: str
@@ -86,16 +87,16 @@ class Hyperparameter:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off."""
+        """Whether it is a switch: on or off."""
         return isinstance(self.default, bool)
 
     def check(self, value: Any, called: str | None = None, largest: float = LARGEST) -> Any:
         """Returns the value as :func:`plain` gives it.
 
         Args:
-            value: what is asked for.
-            called: how a message names it; its name, if None.
-            largest: what the arithmetic can hold.
+            value: the value to check.
+            called: its name in messages; :attr:`name` if None.
+            largest: the largest number that the arithmetic can represent.
 
         Raises:
             ValueError: the value is not allowed.
@@ -110,7 +111,7 @@ class Hyperparameter:
             return number
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise ValueError(f"{called} must be a number, not {value!r}")
-        if not self.low <= number < self.high:  # also refuses NaN
+        if not self.low <= number < self.high:  # False for NaN, too
             raise ValueError(f"{called} must be in [{self.low:g}, {self.high:g}), not {value!r}")
         if abs(number) > largest:
             raise ValueError(
@@ -121,23 +122,23 @@ class Hyperparameter:
 
 @dataclass(frozen=True)
 class Description:
-    """The facts about an optimizer, apart from its arithmetic.
+    """The facts about an optimizer, except its arithmetic.
 
     Attributes:
-        name: value of ``--optimizer`` and of the stamp in checkpoints.
-        label: how it is called in messages.
-        state: names of the state tensors, in the order in which the rule takes them; each has the
-            size of its parameter.
-        clip_grad: default of Megatron's ``--clip-grad`` under this optimizer.
+        name: the value of ``--optimizer`` and of the optimizer metadata in checkpoints.
+        label: the optimizer's name in messages.
+        state: the names of the state tensors, in the order in which the rule takes them; each has
+            the size of its parameter.
+        clip_grad: the default of Megatron's ``--clip-grad`` for this optimizer.
         rule: the update rule, see :mod:`megatron_s3.rules`.
-        hyperparameters: beside lr and weight decay; made from the constructor of a class that has
-            one of :func:`megatron_s3.optimizers.arguments.arguments`.
-        bound: what theory allows an element's |u| at most, from the hyperparameters; None where it
-            allows nothing or none is known.
+        hyperparameters: the hyperparameters other than lr and weight decay; they are taken from the
+            class's constructor if :func:`megatron_s3.optimizers.arguments.arguments` made it.
+        bound: returns the theoretical bound on an element's ``|u|`` from the hyperparameters, or
+            None if there is none.
         momentum: the hyperparameter that torch's schedulers (OneCycleLR, CyclicLR) set as the
-            momentum, where none has that name: the coefficient of the gradient's average.
-        from_adam: how ``megatron-s3 convert`` makes its state of AdamW's, and back; None where
-            nothing of one continues the other.
+            momentum, if none has that name: the coefficient of the gradient's average.
+        from_adam: the conversion of ``megatron-s3 convert`` from AdamW's state and back; None if
+            the state cannot be converted.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Requests of the program around an optimizer, where that is more than a loop of steps."""
+"""Settings of an optimizer that a trainer makes, such as Megatron's."""
 
 from dataclasses import dataclass, field
 
@@ -13,20 +13,20 @@ __all__ = ["Host"]
 
 @dataclass
 class Host:
-    """The settings that a trainer such as Megatron's has made for an optimizer of its own.
+    """The settings that a trainer makes for its optimizer.
 
     Attributes:
-        master_params: whether half-precision parameters are but rounded copies of a float32
+        master_params: whether half-precision parameters are rounded copies of a float32
             ``master_param`` in their state.
-        offload: of the parameters that the CPU updates, if any: their states are in its memory, and
-            so is a ``master_param``.
-        model_params: tensors that are given the new value of a parameter as well, rounded to their
-            dtype; 1-d or of the parameter's shape.
-        statistics: what every step's totals are added to, if anything.
-        keep_hyperparameters: whether this process's hyperparameters (lr and weight decay aside) are
-            kept when state is loaded.  torch's custom is that the saved ones win; where flags say
-            what runs, the flags do.
-        log_path: whether the log is told, once for each reason, that parameters need torch
+        offload: the parameters that the CPU updates, if any; their states and ``master_param`` are
+            in the CPU's memory.
+        model_params: for each parameter, a tensor that also receives its new value, rounded to its
+            own dtype; it is 1-d or has the parameter's shape.
+        statistics: the statistics to which every step adds its totals, or None.
+        keep_hyperparameters: whether the hyperparameters of this process (except lr and weight
+            decay) are kept when a state is loaded.  In torch the saved ones are used; in a trainer
+            with flags, the flags decide.
+        log_path: whether a warning is logged, once for each reason, if parameters need torch
             operations.
     """
 
@@ -38,7 +38,7 @@ class Host:
     log_path: bool = True
 
     def offload_of(self, param: Tensor) -> Offload | None:
-        """Returns what steps a parameter on the CPU, if that updates it."""
+        """Returns the offload of a parameter that the CPU updates, or None."""
         return self.offload if self.offload is not None and param in self.offload.params else None
 
     def keeps_master(self, param: Tensor) -> bool:
@@ -48,5 +48,5 @@ class Host:
         return self.offload_of(param) is not None
 
     def device_of(self, param: Tensor) -> torch.device:
-        """Returns where the parameter's states are kept."""
+        """Returns the device of the parameter's states."""
         return param.device if self.offload_of(param) is None else torch.device("cpu")

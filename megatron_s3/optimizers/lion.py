@@ -13,7 +13,7 @@ __all__ = ["Lion"]
 
 
 class Lion(ElementwiseOptimizer):
-    """Lion, for every parameter alike.
+    """Lion, applied to every parameter.
 
     Arguments as for :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the
     description's.

@@ -1,4 +1,4 @@
-"""Loading of a saved state: whole or not at all, in the dtypes that the optimizer keeps."""
+"""Loading of a saved state, completely or not at all, in the optimizer's dtypes."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ __all__ = ["Loading", "check_stamps"]
 
 
 class Loading:
-    """One call of an optimizer's ``load_state_dict``, around torch's.
+    """One call of an optimizer's ``load_state_dict``.
 
-    torch runs the caller's pre-hooks, then :meth:`take`; it moves and casts the rest of the state
-    and puts it in place; then it runs :meth:`put`, and the caller's post-hooks, which so see the
-    state as it will be stepped.  The states themselves never pass through torch, which would cast
-    them to their parameter's dtype and move them to its device.
+    torch runs the caller's pre-hooks, then :meth:`take`.  It moves, casts and stores the rest of
+    the state, then runs :meth:`put` and the caller's post-hooks, which therefore see the final
+    state.  The state tensors do not pass through torch, which would cast them to their parameter's
+    dtype and move them to its device.
 
     Args:
         optimizer: an :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`.
 
     Attributes:
-        converted: which states were saved in another dtype, in words.
+        converted: texts that name the states that were saved in another dtype.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -35,7 +35,7 @@ class Loading:
         self._own = [{name: g[name] for name in names} for g in optimizer.param_groups]
 
     def take(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Checks what the caller's hooks have left, and takes the states out of it.
+        """Checks the state that the caller's hooks returned, and takes the state tensors from it.
 
         Raises:
             ValueError: see the optimizer's ``load_state_dict``.
@@ -44,7 +44,7 @@ class Loading:
         check_stamps(optimizer, saved_groups)
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         if sizes != [len(group["params"]) for group in saved_groups]:
-            return state_dict  # which torch refuses
+            return state_dict  # torch raises the error
         rest = dict(state_dict["state"])
         params = [param for group in optimizer.param_groups for param in group["params"]]
         ids = itertools.chain.from_iterable(group["params"] for group in saved_groups)
@@ -77,7 +77,7 @@ class Loading:
                 yield name, saved[name]
 
     def put(self, optimizer: Any) -> None:
-        """Puts the states in place, each in the dtype and on the device where it is kept."""
+        """Stores the states, each in the optimizer's dtype and on the right device."""
         for group in optimizer.param_groups:
             group["format"] = FORMAT
         optimizer.counts.load(optimizer.param_groups)
@@ -89,7 +89,7 @@ class Loading:
                 device, dtype = optimizer.place(name, param)
                 if tensor.dtype != dtype:
                     self.converted.add(f"{name} from {tensor.dtype} to {dtype}")
-                # As torch does, which shares what it need neither cast nor move.
+                # As in torch, a tensor that is neither cast nor moved is shared.
                 copy = dtype != param.dtype and device == param.device
                 optimizer.state[param][name] = tensor.to(device, dtype, copy=copy)
 
@@ -98,7 +98,7 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError unless param groups of a checkpoint fit the optimizer's state.
 
     Args:
-        optimizer: the one that would load them.
+        optimizer: the optimizer that would load them.
         saved_groups: param groups as saved, with or without their parameters.
     """
     ours = optimizer.description
@@ -119,7 +119,7 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
         if form == FORMAT_WITH_STEPS and "steps" not in group:
             raise ValueError(
                 "the state to load was saved with the number of updates of every parameter, which "
-                "is missing: group['steps'], a list beside group['params']. Where a checkpoint is "
-                "loaded into a state dict (torch.distributed.checkpoint), give each group of that "
-                "one such a list first: [0] * len(group['params'])."
+                "is missing: group['steps'], a list parallel to group['params']. If you load a "
+                "checkpoint into a state dict (torch.distributed.checkpoint), add such a list to "
+                "each of its groups first: group['steps'] = [0] * len(group['params'])."
             )

@@ -12,12 +12,12 @@ from megatron_s3.rules.nadam import nadam_update
 
 __all__ = ["NAdam"]
 
-#: Schedules of mu whose product is remembered; a scheduler may change beta1 in each step.
+#: The number of schedules of mu whose product is kept; a scheduler may change beta1 every step.
 _MOST_KNOWN = 64
 
 
 class NAdam(ElementwiseOptimizer):
-    """NAdam: agrees with torch.optim.NAdam(decoupled_weight_decay=True) within rounding.
+    """NAdam; equal to torch.optim.NAdam(decoupled_weight_decay=True) within rounding.
 
     Arguments as for :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the
     description's.
@@ -50,7 +50,7 @@ class NAdam(ElementwiseOptimizer):
     ) -> None: ...
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the rule's arguments; the schedule of mu and its product come from the step."""
+        """Returns the rule's arguments; the schedule of mu is computed from the group's step."""
         values = super().group_hyperparameters(group)
         beta1, decay, step = values["beta1"], values.pop("momentum_decay"), group["step"]
         mu, following = (_mu(beta1, decay, t) for t in (step, step + 1))
@@ -63,8 +63,8 @@ class NAdam(ElementwiseOptimizer):
     def _product(self, beta1: float, decay: float, step: int) -> float:
         """Returns ``mu_1 ... mu_step``.
 
-        It follows from the step alone, so that it needs no place in a checkpoint; where the step
-        before is known one factor is added.
+        It depends on the step alone, so a checkpoint does not hold it.  If the product of the
+        previous step is known, only one factor is multiplied.
         """
         known: dict[tuple[float, float], tuple[int, float]] = vars(self).setdefault("_known", {})
         at, product = known.get((beta1, decay), (0, 1.0))

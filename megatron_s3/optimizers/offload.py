@@ -1,4 +1,4 @@
-"""States and main parameters in the CPU's memory, and their step on the CPU."""
+"""Optimizer states and main parameters in the CPU's memory, which the CPU updates."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -14,17 +14,18 @@ Given = TypeVar("Given")
 
 
 class Offload:
-    """The parameters that the CPU updates, and what goes to it and back each step.
+    """The parameters that the CPU updates, and the copies to and from the CPU in each step.
 
-    To it goes the gradient, in its own dtype; back comes the new parameter, rounded to its dtype.
+    The gradient is copied to the CPU in its dtype; the new parameter is copied back, rounded to its
+    dtype.
 
     Args:
-        params: the optimizer's, in its order.
-        fraction: of their elements: whole parameters are taken, from the first on, until there
-            are as many.
-        overlap: step each parameter as soon as its gradient is there, while others travel;
-            otherwise all gradients are waited for.
-        pin_grads: page-locked memory for the gradients' copies.
+        params: the optimizer's parameters in order.
+        fraction: the fraction of elements to offload: whole parameters are taken, from the first
+            on, until the fraction is reached.
+        overlap: whether to update each parameter as soon as its gradient has arrived, while others
+            are copied; otherwise the step waits for all gradients.
+        pin_grads: whether the gradients' copies are in page-locked memory.
         pin_params: the same for the new parameters.
     """
 
@@ -39,7 +40,7 @@ class Offload:
     ) -> None:
         params = list(params)
         wanted, taken = fraction * sum(param.numel() for param in params), 0
-        #: Those that the CPU updates.
+        #: The parameters that the CPU updates.
         self.params: dict[Tensor, None] = {}
         for param in params:
             if taken >= wanted:
@@ -67,7 +68,7 @@ class Offload:
         self._forget()
 
     def batches(self, found: Iterable[tuple[Tensor, Given]]) -> list[list[tuple[Tensor, Given]]]:
-        """Returns what the CPU steps at once of these parameters, each with what goes with it."""
+        """Returns the offloaded ones of these pairs, in batches that the CPU updates together."""
         mine = [pair for pair in found if pair[0] in self.params]
         if self.overlap:
             return [[pair] for pair in mine]
@@ -76,12 +77,12 @@ class Offload:
     def master(self, param: Tensor) -> Tensor:
         """Returns a float32 (float64) copy of the parameter for the CPU to update."""
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        # A float32 one travels back as it is.
+        # A float32 parameter is copied back from this memory.
         empty = self._empty(param, dtype, self.pin_params and param.dtype == dtype)
         return empty.copy_(param.detach())
 
     def fetch(self, param: Tensor, grad: Tensor) -> Tensor:
-        """Sends for a gradient; its copy in the CPU's memory, valid after :meth:`wait`."""
+        """Starts a gradient's copy to the CPU and returns it; it is valid after :meth:`wait`."""
         copy = self._grads.get(param)
         if copy is None or copy.dtype != grad.dtype:
             copy = self._grads[param] = self._empty(grad, grad.dtype, self.pin_grads)
@@ -96,13 +97,13 @@ class Offload:
         return copy
 
     def wait(self, params: Iterable[Tensor]) -> None:
-        """Returns when the gradients of these are there."""
+        """Waits until the gradients of these parameters have arrived."""
         for param in params:
             if (event := self._arrived.pop(param, None)) is not None:
                 event.synchronize()
 
     def new(self, param: Tensor) -> Tensor | None:
-        """Returns where a step leaves the new parameter in its dtype; None: in the master."""
+        """Returns the tensor for a parameter's new value; None if it is the main parameter."""
         if param.dtype in (torch.float32, torch.float64):
             return None
         if param not in self._new:
@@ -110,7 +111,7 @@ class Offload:
         return self._new[param]
 
     def send_back(self, param: Tensor, master: Tensor) -> None:
-        """Sends the new value to the parameter; what is launched from now on finds it there."""
+        """Copies the new value to the parameter; operations launched afterwards see it."""
         new = self.new(param)
         new = master if new is None else new
         if not torch.cuda.is_available():
@@ -123,7 +124,7 @@ class Offload:
         torch.cuda.current_stream().wait_stream(up)
 
     def statistics(self, device: Statistics | None) -> Statistics | None:
-        """Returns the statistics of the CPU's part of a step, which those on the device absorb."""
+        """Returns the statistics for the CPU's part of a step; the device's absorb them."""
         if device is None:
             return None
         if self._statistics is None or len(self._statistics.values) != len(device.values):
@@ -131,7 +132,7 @@ class Offload:
         return self._statistics
 
     def _both_streams(self) -> tuple[Any, Any]:
-        """Returns the streams of the copies down to the CPU and up again."""
+        """Returns the streams for the copies to the CPU and back."""
         if not self.overlap:
             return (torch.cuda.current_stream(),) * 2
         if self._streams is None:

@@ -1,4 +1,4 @@
-"""The optimizers by their names: the plugin's, and those of other packages."""
+"""Registry of optimizers by name: the plugin's, and those of other packages."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,18 +10,18 @@ from megatron_s3.optimizers.base import ElementwiseOptimizer
 
 __all__ = ["ENTRY_POINTS", "OPTIMIZERS", "EntryPointError", "register"]
 
-#: The group of entry points under which a package announces modules that register optimizers.
+#: The group of entry points with which a package names modules that register optimizers.
 ENTRY_POINTS = "megatron_s3.optimizers"
 
 Class = TypeVar("Class", bound=type[ElementwiseOptimizer])
 
 
 class EntryPointError(MegatronS3Error, ImportError):
-    """Raised where what an installed package announces cannot be imported."""
+    """Raised if the entry point of an installed package cannot be loaded."""
 
 
 class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
-    """The registered classes; what installed packages announce is imported at the first look."""
+    """The registered classes; entry points are loaded at the first access."""
 
     def __init__(self) -> None:
         self._classes: dict[str, type[ElementwiseOptimizer]] = {}
@@ -32,7 +32,7 @@ class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(
                 f"{cls.__qualname__}: {name!r} cannot be the name of an optimizer: it becomes a "
-                "part of flags and of keys, and has to be of a-z, 0-9 and _"
+                "part of flags and keys, and has to be a letter a-z followed by a-z, 0-9 and _"
             )
         known = self._classes.get(name)
         if known is not None and _place(known) != _place(cls):
@@ -44,7 +44,7 @@ class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
 
     def _look(self) -> dict[str, type[ElementwiseOptimizer]]:
         if not self._looked:
-            self._looked = True  # what is imported may look, too
+            self._looked = True  # an imported module may access the registry, too
             for point in entry_points(group=ENTRY_POINTS):
                 try:
                     point.load()
@@ -52,7 +52,7 @@ class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
                     self._looked = False
                     raise EntryPointError(
                         f"the entry point {point.name} = {point.value} of {ENTRY_POINTS} cannot be "
-                        f"loaded ({type(error).__name__}: {error}); mend or uninstall "
+                        f"loaded ({type(error).__name__}: {error}); fix or uninstall "
                         f"{point.dist.name if point.dist else 'its package'}"
                     ) from error
         return self._classes
@@ -77,14 +77,14 @@ OPTIMIZERS = _Registry()
 
 
 def register(cls: Class) -> Class:
-    """Makes an optimizer known under its description's name; a decorator of the class.
+    """Registers an optimizer's class under its description's name; a class decorator.
 
-    A package whose entry points in the group ``megatron_s3.optimizers`` name a module (or a class
-    in it) is imported when the optimizers are first asked for, so that ``megatron-s3`` knows what
-    that module registers, too.
+    Other packages register optimizers with entry points in the group ``megatron_s3.optimizers``,
+    each of which names a module (or a class in it).  The module is imported at the first access to
+    the optimizers.
 
     Raises:
-        ValueError: the name is taken by another class, or cannot be a name.
+        ValueError: the name belongs to another class or is invalid.
     """
     OPTIMIZERS.add(cls)
     return cls

@@ -1,4 +1,4 @@
-"""S3 (SoftSignSGD) as a torch optimizer."""
+"""S3 (SoftSignSGD) as a PyTorch optimizer."""
 
 import math
 from collections.abc import Mapping
@@ -19,22 +19,22 @@ __all__ = ["S3"]
 def _bound(
     *, beta: float, p: float, beta2: float | None, bias_correction: bool, **others: Any
 ) -> float | None:
-    """Theorem 2's; under bias correction that of one shared beta alone."""
+    """Returns Theorem 2's bound; with bias correction there is one for a shared beta only."""
     bound = s3_bound(beta, p, beta2)
     return None if math.isinf(bound) or (bias_correction and bound != 1) else bound
 
 
-#: S3's update does not make up for averages that began at 0, so that it is given AdamW's without
-#: that bias.  Both denominators are then what they divide by at this moment, root mean square and
-#: p-norm of recent gradients, of one unit and one scale.  They are not equal (of normally
-#: distributed gradients the 3-norm is 1.17 times the 2-norm); S3's average, which remembers
-#: 1/(1-beta) = 20 steps, forgets the difference within about 60.  ``|m| <= r``, which holds of S3's
-#: own state, need not hold of AdamW's; S3's update is clamped at its bound, so that no element
-#: moves by more than lr all the same.  Negative squares, which memory between parameters may hold,
-#: become 0; NaN stays NaN.
+#: S3's update has no bias correction, so AdamW's averages are converted without their bias.  The
+#: denominators are then those by which each optimizer divides at this moment: the root mean square
+#: and the p-norm of recent gradients, which have the same unit and scale.  They are not equal (for
+#: normally distributed gradients the 3-norm is 1.17 times the 2-norm), but S3's average over
+#: 1/(1-beta) = 20 steps loses the difference within about 60 steps.  ``|m| <= r`` holds for S3's
+#: state and need not hold for AdamW's; S3's update is clamped at its bound, so that no element
+#: moves by more than lr in either case.  Negative squares, which memory between parameters may
+#: hold, become 0; NaN stays NaN.
 #:
-#: Three times AdamW's rate goes well in mid-run (README).  The paper's 10 is between a run of
-#: AdamW's and one of S3's, each from its beginning, and is what S3's is divided by on the way back.
+#: Three times AdamW's learning rate suits a run in progress.  The paper's factor 10 compares
+#: complete runs of AdamW and S3; it is the divisor on the way back.
 _FROM_ADAM = FromAdam(
     states={
         "exp_avg": FromAverage(
@@ -69,26 +69,27 @@ class S3(ElementwiseOptimizer):
     Args:
         params: parameters or param groups.
         lr: learning rate; about 10 times AdamW's at p=3 in the paper.
-        beta: the one coefficient of both averages, in [0, 1).
+        beta: the coefficient of both averages, in [0, 1).
         p: order of the denominator's momentum, any real >= 1.
-        weight_decay: decoupled; the paper keeps lr * weight_decay as it was for AdamW.
+        weight_decay: decoupled; the paper keeps lr * weight_decay the same as for AdamW.
         nesterov: False gives the ablation "w/o NAG" of Tables III and IV.
         beta2: separate coefficient of ``s`` (their "diff. beta"); the bound is then
             :func:`megatron_s3.rules.s3.s3_update_bound`.
-        bias_correction: divide both averages by the sum of their weights (not in the paper): the
-            first update is then sign(g) instead of (1-beta**2)**(1-1/p) of it, 0.21 by default.
-        beta_ramp: in step t ``min(beta, (t - 1) / (t + 8))`` in place of beta, and likewise of
-            beta2 (not in the paper; see :func:`megatron_s3.rules.s3.s3_beta_ramp`).
-        grad_bound: limits every element of a gradient to so many times its own ``exp_pnorm`` of the
-            step before (not in the paper; see :func:`megatron_s3.rules.s3.s3_update`), which then
-            grows ``(beta + (1 - beta) grad_bound**p)**(1/p)``-fold a step at most: by 10 3.7-fold,
-            by 2 1.1-fold, by 1 never.
+        bias_correction: whether to divide both averages by the sum of their weights (not in the
+            paper): the first update is then sign(g) instead of (1-beta**2)**(1-1/p) times that,
+            0.21 by default.
+        beta_ramp: whether to use ``min(beta, (t - 1) / (t + 8))`` in step t instead of beta, and
+            the same for beta2 (not in the paper; see :func:`megatron_s3.rules.s3.s3_beta_ramp`).
+        grad_bound: limits every element of a gradient to this multiple of its ``exp_pnorm`` of the
+            previous step (not in the paper; see :func:`megatron_s3.rules.s3.s3_update`).  In one
+            step ``exp_pnorm`` then grows at most by the factor
+            ``(beta + (1 - beta) grad_bound**p)**(1/p)``: 3.7 for 10, 1.1 for 2, and 1 for 1.
         error_if_nonfinite, fused, state_dtype: see
-            :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`; states may be bfloat16 where
-            that does not freeze them (:meth:`check_state_dtype`).
+            :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`; a state may be bfloat16 if
+            rounding cannot freeze it (:meth:`check_state_dtype`).
 
     Raises:
-        ValueError: an argument out of its range, or a ``state_dtype`` that cannot work.
+        ValueError: an argument is out of its range, or a ``state_dtype`` is not allowed.
     """
 
     description = Description(
@@ -152,7 +153,7 @@ class S3(ElementwiseOptimizer):
     ) -> None: ...
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does; raises ValueError, before it adds any, if one is wrong."""
+        """Adds a group as torch does; raises ValueError and adds nothing if a value is invalid."""
         if isinstance(param_group, dict):
             merged = self.defaults | param_group
             if merged["beta_ramp"] and merged["bias_correction"]:
@@ -166,21 +167,21 @@ class S3(ElementwiseOptimizer):
     def check_state_dtype(
         cls, name: str, dtype: torch.dtype, hyperparameters: Mapping[str, Any]
     ) -> None:
-        """bfloat16 is allowed where rounding to nearest cannot stop a state's decay.
+        """Checks that rounding to nearest cannot stop a state's decay in bfloat16.
 
-        A step lowers ``exp_avg`` by at most ``1 - beta`` of itself and ``exp_pnorm`` by
-        ``1 - beta2**(1/p)``; of what is less than half a unit in bfloat16's last place, 2**-8 of
-        the value, nothing is left after rounding.
+        A step lowers ``exp_avg`` by at most the fraction ``1 - beta`` and ``exp_pnorm`` by
+        ``1 - beta2**(1/p)``.  A change below half a unit in bfloat16's last place, 2**-8 of the
+        value, is lost in rounding.
 
         Raises:
-            ValueError: with the reason.
+            ValueError: the dtype is not allowed; the message gives the reason.
         """
         if dtype == torch.float32:
             return
         label = cls.description.label
         if dtype != torch.bfloat16:
             reason = (
-                "its range ends at 6e-8: smaller gradients vanish"
+                "its smallest number is 6e-8, and smaller gradients vanish"
                 if (dtype == torch.float16)
                 else "it is too coarse for an average of gradients"
             )
@@ -203,7 +204,7 @@ class S3(ElementwiseOptimizer):
             )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the rule's arguments; bias correction becomes one factor, a ramp the beta."""
+        """Returns the rule's arguments, with bias correction as a factor and the ramp in beta."""
         values = super().group_hyperparameters(group)
         if values.pop("beta_ramp"):
             for name in ("beta", "beta2"):

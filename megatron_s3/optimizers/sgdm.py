@@ -13,7 +13,7 @@ __all__ = ["SGDM"]
 
 
 class SGDM(ElementwiseOptimizer):
-    """SGD with momentum: torch.optim.SGD's, with decoupled weight decay instead of L2.
+    """SGD with momentum as in torch.optim.SGD, with decoupled weight decay instead of L2.
 
     Arguments as for :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`, and the
     description's.

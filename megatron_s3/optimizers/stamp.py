@@ -1,4 +1,4 @@
-"""Whose state it is that was saved, and whether it means something to another optimizer."""
+"""Optimizer metadata in a saved state, and the check whether another optimizer can use it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ __all__ = ["Stamp", "settings"]
 
 @dataclass(frozen=True)
 class Stamp:
-    """The stamp that says whether a state continues.
+    """The optimizer metadata of a saved state, or of an optimizer that loads one.
 
     Attributes:
         algorithm: the optimizer's name.
-        format: of what is saved; the newest that is known, for an optimizer that loads.
-        settings: values of the hyperparameters that fix the meaning of the state.
+        format: the format of the saved state; for an optimizer that loads, the newest it knows.
+        settings: the values of the hyperparameters that fix the meaning of the state.
     """
 
     algorithm: str
@@ -31,13 +31,13 @@ class Stamp:
         called: Callable[[str, Any], str],
         advice: str = "load the model's weights alone",
     ) -> None:
-        """Raises ValueError unless a saved state means something to the optimizer of this stamp.
+        """Raises ValueError unless this optimizer can use a saved state.
 
         Args:
-            saved: of the state.
-            source: what it was read from, for the message.
-            called: how a message calls the value of ``optimizer`` or of a hyperparameter.
-            advice: what to do instead of resuming.
+            saved: the metadata of the saved state.
+            source: where the state was read from, for the message.
+            called: returns the text of a value of ``optimizer`` or of a hyperparameter.
+            advice: what to do instead of resuming, for the message.
         """
         if saved.algorithm != self.algorithm:
             then, now = (called("optimizer", s.algorithm) for s in (saved, self))
@@ -65,7 +65,7 @@ def settings(description: Description, values: Mapping[str, Any]) -> dict[str, A
 
     Args:
         description: the optimizer's.
-        values: of hyperparameters; what is not in it has its default.
+        values: the hyperparameters; one that is not in it has its default.
     """
     fixing = (h for h in description.hyperparameters if h.fixes_state)
     return {h.name: values.get(h.name, h.default) for h in fixing}

@@ -23,10 +23,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """The work of one call of a kernel: parameters of a group that lie in one memory.
+    """The work of one call of a kernel: parameters of one group on one device.
 
-    ``again``: what it steps was written by another task before it, so that copies have to be made
-    anew.
+    ``again`` is set if an earlier task of the step may write the same memory, so that the operands
+    have to be made again.
     """
 
     updates: list[Update]
@@ -43,12 +43,12 @@ class Task:
 
 
 class Step:
-    """One step of an optimizer, applied as a whole or not at all.
+    """One step of an optimizer, applied completely or not at all.
 
     Args:
         optimizer: an :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`.
-        overlaps: what is remembered from step to step of parameters that share memory.
-        logged: the reasons for torch operations that were said, which it adds to.
+        overlaps: the search for shared memory, which remembers earlier steps.
+        logged: the reasons for torch operations that were logged; the step adds its own.
     """
 
     def __init__(self, optimizer: Any, overlaps: Overlaps, logged: set[str]) -> None:
@@ -87,7 +87,7 @@ class Step:
             self.call(task, task.choice.kernel)
 
     def _nothing_to_do(self, work: list[tuple[dict[str, Any], list[Any]]]) -> bool:
-        """Returns whether no parameter has a gradient; a rank with empty parts alone lacks none."""
+        """Returns whether no parameter has a gradient; a rank with only empty shards needs none."""
         if any(found for _, found in work):
             return False
         return not all(is_empty(param) for group, _ in work for param in group["params"])
@@ -129,7 +129,7 @@ class Step:
             for part in segment:
                 for values, equal in part.by_values(self._optimizer.group_hyperparameters):
                     some += self._group_tasks(part.group, values, equal, again=bool(tasks))
-            # What waits for no copy comes first.
+            # Tasks that do not wait for a copy come first.
             some.sort(key=lambda task: task.offload is not None)
             tasks += some
         return tasks
@@ -165,7 +165,7 @@ class Step:
                 )
 
     def call(self, task: Task, kernel: ModuleType) -> None:
-        """Calls a kernel, around what travels between the CPU and a device."""
+        """Calls a kernel, and copies offloaded tensors between the CPU and the device."""
         offload, statistics = task.offload, self._host.statistics
         flat = [(update.operands, update.copies) for update in task.updates]
         if task.again:
@@ -218,7 +218,7 @@ class Step:
 
     def _check_finite(self, grads: list[Tensor]) -> None:
         finite: list[Any] = [grad.isfinite().all() for grad in grads]
-        # A DTensor's is each rank's own until it is reduced: one for all to step, or none.
+        # The result of a DTensor is reduced over ranks, so that all of them step or none does.
         bad = [not bool(f if placements(f) is None else f.full_tensor()) for f in finite]
         if any(bad):
             shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
@@ -232,9 +232,9 @@ def _grad(param: Any) -> Tensor | None:
     grad: Any = getattr(param, "decoupled_grad", None)
     grad = param.grad if grad is None else grad
     same = grad is None or placements(grad) == placements(param)
-    # Of the two kinds at once the check speaks.
+    # If only one of the two is a DTensor, grad_fault describes it.
     if same or placements(grad) is None or placements(param) is None:
         return cast("Tensor | None", grad)
-    # As in torch's own optimizers: what autograd leaves partial, or laid out in another way.
+    # As in torch's optimizers: autograd may leave it partial, or laid out in another way.
     laid_out: Tensor = grad.redistribute(param.device_mesh, param.placements)
     return laid_out

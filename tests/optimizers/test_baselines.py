@@ -156,7 +156,7 @@ def test_an_element_depends_on_that_element_alone(name: str) -> None:
 
 
 def test_an_unknown_hyperparameter_is_refused() -> None:
-    with pytest.raises(TypeError, match="AdamW has no beta"):
+    with pytest.raises(TypeError, match="AdamW has no hyperparameter beta; it has beta1, beta2"):
         AdamW(params(0, torch.float32), beta=0.9)
 
 

@@ -109,7 +109,7 @@ def test_a_package_that_cannot_be_imported_is_named(
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()[-1:]
     assert said.startswith("error: the entry point ademamix = tests.optimizers.example.gone of ")
-    assert said.endswith("mend or uninstall ademamix")
+    assert said.endswith("fix or uninstall ademamix")
 
 
 @pytest.mark.slow

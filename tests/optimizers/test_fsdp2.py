@@ -141,7 +141,7 @@ def test_a_gradient_that_is_still_to_be_reduced_is_reduced_once() -> None:
     S3([plain], lr=0.1).step()
     assert torch.equal(param.to_local(), plain)
     param.decoupled_grad = torch.ones(6)
-    with pytest.raises(RuntimeError, match="is whole and the parameter a DTensor"):
+    with pytest.raises(RuntimeError, match="is a plain tensor and the parameter a DTensor"):
         S3([param], lr=0.1).step()
 
 

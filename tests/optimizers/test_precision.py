@@ -119,7 +119,7 @@ def test_states_may_differ_in_dtype() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"state_dtype": torch.float16}, r"exp_avg in torch.float16: its range ends at 6e-8"),
+        ({"state_dtype": torch.float16}, r"exp_avg in torch.float16: its smallest number is 6e-8"),
         ({"state_dtype": torch.float8_e4m3fn}, "too coarse"),
         ({"state_dtype": {"exp_sq": torch.bfloat16}}, "state_dtype names exp_sq, but the states"),
         (

@@ -1,16 +1,15 @@
-"""Tables and pictures of runs: ``megatron-s3 report RUNS ...``."""
+"""The verb ``report``, which compares runs in tables and pictures."""
 
 import argparse
-import base64
-import html
 import io
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_s3.report import compare
+from megatron_s3.report import compare, page
 from megatron_s3.report.runs import RunError, Suite, load
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.telemetry import runlog
@@ -18,41 +17,39 @@ from megatron_s3.telemetry import runlog
 if TYPE_CHECKING:
     from megatron_s3.report.pictures import Picture
 
-_STYLE = """
-body { font: 15px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ccc; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1.5em 0; } img { max-width: 100%; } figcaption, .note { color: #444; }
-"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb.
 
     Returns:
-        0, or 2 if there is no run in a folder, or nothing can be written.
+        0, or 2 if a folder holds no run or the report cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="megatron-s3 report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="megatron-s3 report",
+        description="Compares finished or running runs in tables and pictures, and writes them to "
+        "one HTML page.",
+        epilog="example: megatron-s3 report runs/s3 runs/adamw",
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help=(
-        "a folder of runs as scripts/reproduce.sh leaves it, of several lengths for the steps to "
-        "equal loss; or runs of any other launch with --plugin-log-updates or --plugin-metrics, "
-        "finished or running"))  # fmt: skip
+        "folders of runs that were trained with --plugin-log-updates or --plugin-metrics, or "
+        "folders that scripts/reproduce.sh has written; give runs of several lengths to compare "
+        "the steps to equal loss"))  # fmt: skip
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("report"),
-        help="folder for report.html, report.json, tables.txt and PNGs (report)",
+        help="folder for report.html, report.json, tables.txt and PNG files (default: report)",
     )
     parser.add_argument(
         "--peak-tflops",
         type=float,
         metavar="X",
-        help="of one device in the precision trained in, such as 989 (H100, bf16): adds the MFU",
+        help="peak TFLOP/s of a device in the precision of the training, such as 989 (H100, bf16); "
+        "adds the MFU to the table of speed",
     )
     args = parser.parse_args(argv)
     if args.peak_tflops is not None and args.peak_tflops <= 0:
-        parser.error(f"--peak-tflops {args.peak_tflops:g} must be more than 0")
+        parser.error(f"--peak-tflops {args.peak_tflops:g} must be greater than 0")
     try:
         refuse_unwritable(args.output, "--output")
         suites = load(args.runs)
@@ -70,14 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = pictures(suites, [p for run in args.runs if (p := run / "toy.json").exists()])
         shown = [(picture, _png(picture)) for picture in drawn]
     except ImportError as error:
-        print(f"error: no pictures ({error}): pip install matplotlib", file=sys.stderr)
+        print(
+            f"error: pictures need matplotlib, which cannot be imported ({error}): "
+            "pip install matplotlib",
+            file=sys.stderr,
+        )
         return 2
     try:
-        _write(args.output, tables, shown, suites)
+        command = shlex.join(["megatron-s3", "report", *(sys.argv[1:] if argv is None else argv)])
+        made_by = page.made(command)
+        _write(args.output, tables, shown, suites, made_by)
     except OSError as error:
         print(f"error: --output {args.output}: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output / 'report.html'}: {len(tables)} tables, {len(shown)} pictures")
+    print(f"wrote {args.output / 'report.html'}: {len(tables)} tables, {len(shown)} pictures")
     return 0
 
 
@@ -86,6 +89,7 @@ def _write(
     tables: Sequence[compare.Table],
     shown: "Sequence[tuple[Picture, bytes]]",
     suites: Sequence[Suite],
+    made_by: str,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for picture, png in shown:
@@ -93,11 +97,12 @@ def _write(
     text = "\n\n".join(map(str, tables)) + "\n"
     (output / "tables.txt").write_text(text, encoding="utf-8")
     (output / "report.json").write_text(_json(suites), encoding="utf-8")
-    (output / "report.html").write_text(_page(tables, shown), encoding="utf-8")
+    html = page.page(page.title(suites), made_by, tables, shown)
+    (output / "report.html").write_text(html, encoding="utf-8")
 
 
 def _png(picture: "Picture") -> bytes:
-    """Returns a picture in 64 colours, which are enough for these, and a third of the bytes."""
+    """Returns a picture as PNG in 64 colours, which makes the file three times smaller."""
     from PIL import Image  # matplotlib's own dependency
 
     file, small = io.BytesIO(), io.BytesIO()
@@ -106,29 +111,8 @@ def _png(picture: "Picture") -> bytes:
     return small.getvalue()
 
 
-def _page(tables: Sequence[compare.Table], shown: "Sequence[tuple[Picture, bytes]]") -> str:
-    """Returns one page that needs no other file."""
-    parts = ["<!doctype html><meta charset=utf-8><title>S3 beside other optimizers</title>",
-             f"<style>{_STYLE}</style><h1>S3 beside other optimizers</h1>"]  # fmt: skip
-    for table in tables:
-        head = "".join(f"<th>{html.escape(cell)}" for cell in table.headings)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in table.rows
-        )
-        parts += [f"<h2>{html.escape(table.title)}</h2><table><tr>{head}{rows}</table>",
-                  f"<p class=note>{html.escape(table.note)}</p>"]  # fmt: skip
-    for picture, png in shown:
-        data = base64.b64encode(png).decode()
-        title = html.escape(picture.title)
-        parts.append(
-            f'<figure><img alt="{title}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{title}</figcaption></figure>"
-        )
-    return "\n".join(parts) + "\n"
-
-
 def _json(suites: Sequence[Suite]) -> str:
-    """Returns what the tables rest on."""
+    """Returns the values from which the tables are computed."""
     found = [
         {
             "suite": suite.name,

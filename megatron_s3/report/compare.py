@@ -1,4 +1,4 @@
-"""Comparison of runs as tables. Losses are nats a token."""
+"""Tables that compare runs. Losses are in nats per token."""
 
 import math
 import statistics
@@ -9,13 +9,13 @@ from itertools import pairwise
 from megatron_s3.report.runs import Suite, Trained
 from megatron_s3.telemetry.detectors import DETECTORS
 
-__all__ = ["Table", "best_rate", "finalists", "tables"]
+__all__ = ["Table", "about", "best_rate", "finalists", "tables"]
 
 NOTHING = "-"
-#: The optimizers that the paper compares others with; the last one is its own.  A report reads
-#: logs, and imports no description (and torch with it).
+#: The optimizers with which others are compared; the last one is the paper's own.  Descriptions of
+#: optimizers are not imported, because they import torch.
 REFERENCE, OWN = AGAINST = ("adamw", "s3")
-#: Published spike scores: a heading, and the rule that flags a loss.
+#: Published spike scores: a heading, and the detector that flags a loss.
 SCORES = {
     "OLMo-core score": "mean + 6 sigma of 128 (OLMo-core)",
     "OLMo 2 score": "mean + 7 sigma of 1,000 (OLMo 2)",
@@ -24,13 +24,13 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows for people.
+    """A table.
 
     Attributes:
-        title: in a line.
-        headings: of the columns; the first is the rows' name.
-        rows: as many cells.
-        note: below it.
+        title: title, one line.
+        headings: headings of the columns.
+        rows: cells of each row, as many as headings.
+        note: sentences below the table.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Table:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns: the first to the left, the others to the right."""
+    """Returns lines with aligned columns: the first one to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -56,16 +56,22 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def about(suite: Suite, experiment: str = "") -> str:
+    """Returns the beginning of a title: suite and experiment; nothing for runs of no suite."""
+    named = [name for name in (suite.name, experiment) if name and name != "runs"]
+    return f"{', '.join(named)}: " if named else ""
+
+
 def labels(runs: Iterable[Trained]) -> list[str]:
-    """Returns the labels of the runs, S3's first, in the order in which they appear otherwise."""
+    """Returns the labels of the runs: S3's first, the others in the order of the runs."""
     found = {run.label: run.optimizer for run in runs}
     return sorted(found, key=lambda label: (found[label] != OWN, label.lower() != OWN))
 
 
 def best_rate(runs: Iterable[Trained], label: str) -> float:
-    """Returns the rate with the lowest final loss, at the seed that most rates were run with.
+    """Returns the learning rate with the lowest final loss; NaN if no run has finished.
 
-    NaN if no run has finished.
+    The runs of one seed are compared: the seed with the most learning rates.
     """
     own = [run for run in runs if run.label == label and run.finished]
     if not own:
@@ -76,31 +82,31 @@ def best_rate(runs: Iterable[Trained], label: str) -> float:
 
 
 def finalists(runs: Sequence[Trained], label: str) -> list[Trained]:
-    """Returns the finished runs of a label at its best rate, by seed."""
+    """Returns the finished runs of a label at its best learning rate, sorted by seed."""
     rate = best_rate(runs, label)
     own = [run for run in runs if run.label == label and run.finished and run.lr == rate]
     return sorted(own, key=lambda run: run.seed)
 
 
 def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Table]:
-    """Returns all tables that the runs give rise to.
+    """Returns all tables of the runs.
 
     Args:
-        suites: of runs.
-        peak_tflops: of one device, in the precision trained in, for the MFU.
+        suites: the runs.
+        peak_tflops: peak of one device in the precision of the training, for the MFU.
     """
     found = []
     for suite in suites:
         for experiment in ("optimizers", "ablations", "recipes", "runs"):
-            if runs := suite.of(experiment):
-                found.append(_final(suite, experiment, runs))
+            if table := _final(suite, experiment, suite.of(experiment)):
+                found.append(table)
         found += [t for t in (_grid(suite), _large(suite), _burst(suite), _spikes(suite)) if t]
         found += [t for t in [_speed(suite, peak_tflops)] if t]
     return [*found, *_equal_steps(suites), *_running(suites)]
 
 
-def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table:
-    """Tables II and IV."""
+def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | None:
+    """Returns the paper's tables II and IV; None if no run has finished."""
     against = {}
     for optimizer in AGAINST:
         of = [x for x in labels(runs) if _optimizer(runs, x) == optimizer]
@@ -128,15 +134,56 @@ def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table:
         row += [f"{max(largest):.3f}" if largest else NOTHING]
         row += [NOTHING if final[0].bound is None else f"{final[0].bound:.4g}"]
         rows.append((statistics.fmean(losses), [*row, str(len(final))]))
+    if not rows:
+        return None
     rows.sort(key=lambda row: row[0])
+    heads = ["run", "learning rate", "learning rates tried", "loss", "s.d.",
+             *(f"loss minus that of {label}" for label in against),
+             "largest |u|", "bound of |u|", "seeds"]  # fmt: skip
+    cells = [row for _, row in rows]
+    chosen = any(row[2] != "1" for row in cells)
+    differ = any(cell != NOTHING for row in cells for cell in row[5 : 5 + len(against)])
+    several = any(row[-1] != "1" for row in cells)
+    if not chosen:
+        heads, cells = _without(heads, cells, "learning rates tried")
+    lengths = {run.iterations for run in runs if run.finished}
+    upto = "up to " if len(lengths) > 1 else ""
+    notes = ["Losses are in nats per token" + ("; the lowest comes first." if rows[1:] else ".")]
+    if differ:
+        notes.append(
+            "Differences are taken seed by seed"
+            + (", with their mean and standard deviation (s.d.)." if several else ".")
+        )
+    if chosen:
+        notes.append(
+            "The learning rate of each row is the best of those that were tried; it was chosen on "
+            "the same validation data."
+        )
+    heads, cells = _filled(heads, cells)
+    if any("|u|" in head for head in heads):
+        notes.append("|u| is the absolute value of an update divided by the learning rate.")
     return Table(
-        f"{suite.name}: {experiment}, final validation loss after {suite.iterations:,} iterations",
-        ["", "rate", "tried", "loss", "s.d.", *(f"- {label}" for label in against),
-         "max |u|", "bound", "seeds"],
-        [row for _, row in rows],
-        "Nats a token, lowest first; differences seed by seed, with their standard deviation. The "
-        "rates were chosen on the same validation data.",
-    )  # fmt: skip
+        f"{about(suite, experiment)}final validation loss after {upto}{max(lengths):,} iterations",
+        heads,
+        cells,
+        " ".join(notes),
+    )
+
+
+def _without(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *left_out: str
+) -> tuple[list[str], list[list[str]]]:
+    """Returns headings and rows without some columns."""
+    kept = [k for k, head in enumerate(heads) if head not in left_out]
+    return [heads[k] for k in kept], [[row[k] for k in kept] for row in rows]
+
+
+def _filled(
+    heads: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Returns headings and rows without columns in which no row has a value."""
+    empty = [head for k, head in enumerate(heads) if all(row[k] == NOTHING for row in rows)]
+    return _without(heads, rows, *empty)
 
 
 def _optimizer(runs: Sequence[Trained], label: str) -> str:
@@ -166,13 +213,14 @@ def _difference(runs: Sequence[Trained], others: Sequence[Trained]) -> str:
 
 
 def _grid(suite: Suite) -> Table | None:
-    """Figure 9."""
+    """Returns the paper's figure 9 as a table."""
     cells = {(run.tags["p"], run.tags["beta"]): run.final for run in suite.of("grid")}
     if not cells:
         return None
     betas = sorted({beta for _, beta in cells})
     return Table(
-        f"{suite.name}: S3, final validation loss by p and beta, rate {suite.of('grid')[0].lr:g}",
+        f"{suite.name}: S3, final validation loss by p and beta, learning rate "
+        f"{suite.of('grid')[0].lr:g}",
         ["p", *(f"beta {beta:g}" for beta in betas)],
         [
             [f"{p:g}", *(f"{cells.get((p, beta), math.nan):.4f}" for beta in betas)]
@@ -197,8 +245,13 @@ def _large(suite: Suite) -> Table | None:
         spikes = [str(len(own[t].spikes)) if t in own else NOTHING for t in times]
         rows.append([label, *(f"{cell:.4f}" for cell in cells), *spikes])
     return Table(
-        f"{suite.name}: rates too large, final validation loss",
-        ["", "best rate", *(f"x {t:g}" for t in times), *(f"spikes, x {t:g}" for t in times)],
+        f"{suite.name}: final validation loss at learning rates that are too large",
+        [
+            "run",
+            "best learning rate",
+            *(f"x {t:g}" for t in times),
+            *(f"spikes at x {t:g}" for t in times),
+        ],
         rows,
         "One seed.",
     )
@@ -223,11 +276,13 @@ def _burst(suite: Suite) -> Table | None:
     times = max(run.tags["burst"] for run in runs)
     return Table(
         f"{suite.name}: one gradient {times:g} times too large, in the middle of the run",
-        ["", "without", "with", "difference", "rise", "iterations to be back", "spikes found"],
+        ["run", "loss without it", "loss with it", "difference", "rise", "iterations to recover",
+         "spikes found"],
         rows,
-        "Rise: the most that the training loss is above that of the run without, on the same "
-        "samples; back: within 0.05 nats of it, the median of 5 logged losses. One seed.",
-    )
+        "Rise is the largest difference to the training loss of the run without it, on the same "
+        "samples. A run has recovered when the median of 5 logged losses is within 0.05 nats of "
+        "that run's. One seed.",
+    )  # fmt: skip
 
 
 def _excursion(without: Trained, burst: Trained) -> tuple[float, str]:
@@ -248,7 +303,7 @@ def _excursion(without: Trained, burst: Trained) -> tuple[float, str]:
 
 
 def _spikes(suite: Suite) -> Table | None:
-    """Loss spikes in 10,000 iterations of all runs in which none was provoked."""
+    """Returns the loss spikes per 10,000 iterations of all runs in which none was provoked."""
     runs = [run for run in suite.runs if run.experiment not in ("burst", "large rates")]
     rows = []
     for optimizer in dict.fromkeys(run.optimizer for run in runs):
@@ -261,25 +316,32 @@ def _spikes(suite: Suite) -> Table | None:
     every = {b - a for run in runs for (a, _), (b, _) in pairwise(run.loss)}
     if not rows:
         return None
+    interval = max(every, default=1)
+    notes = []
+    if len({run.lr for run in runs}) > 1:
+        notes.append("Runs at all learning rates are counted.")
+    if interval > 1:
+        notes.append(f"A loss is logged every {interval} iterations; shorter spikes may be missed.")
+    notes.append(
+        "A score is the percentage of logged losses that are more than 6 standard deviations above "
+        "the mean of the 128 before (OLMo-core), or more than 7 above that of 1,000 (OLMo 2)."
+    )
     return Table(
-        f"{suite.name}: loss spikes",
-        ["", "in 10,000 iterations", "spikes", "iterations", "runs", *SCORES],
+        f"{about(suite)}loss spikes",
+        ["optimizer", "spikes per 10,000 iterations", "spikes", "iterations", "runs", *SCORES],
         rows,
-        f"At all rates; a loss is logged every {max(every, default=1)} iterations, and what is "
-        "shorter may be missed. Scores: logged losses, in percent, that stand 6 standard "
-        "deviations above the mean of the 128 before (OLMo-core), or 7 above that of 1,000 "
-        "(OLMo 2).",
+        " ".join(notes),
     )
 
 
 def _spike_score(runs: Sequence[Trained], rule: str) -> str:
-    """Percentage of the runs' losses that a rule flags."""
+    """Returns the percentage of the runs' losses that a detector flags."""
     flags = [f for run in runs for f in DETECTORS[rule]([loss for _, loss in run.loss])]
     return f"{100 * statistics.fmean(flags):.2f}" if flags else NOTHING
 
 
 def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
-    """Returns what an iteration takes, and what of it is the model's arithmetic."""
+    """Returns the time of an iteration, and the model's FLOP/s."""
     rows = []
     for label in dict.fromkeys(run.label for run in suite.runs):
         own = [run for run in suite.runs if run.label == label and math.isfinite(run.seconds)]
@@ -300,16 +362,16 @@ def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
         return None
     mfu = [] if peak_tflops is None else [f"MFU, % of {peak_tflops:g}"]
     return Table(
-        f"{suite.name}: speed",
-        ["", "ms an iteration", "tokens a second", "ranks", "TFLOP/s a rank", *mfu, "runs"],
+        f"{about(suite)}speed",
+        ["run", "ms per iteration", "tokens per second", "ranks", "TFLOP/s per rank", *mfu, "runs"],
         rows,
-        "Medians of the logged intervals, without evaluations; arithmetic of the model as Megatron "
-        "counts it. Runs that shared a machine with others are slower for it.",
+        "Medians of the logged intervals, without evaluations; Megatron counts the model's FLOPs. "
+        "A run that shares its machine with other programs is slower.",
     )
 
 
 def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
-    """Returns how many steps AdamW takes to what others reach, each with a schedule of its own."""
+    """Returns tables of the steps that AdamW needs for the losses that others reach."""
     found = []
     for model in dict.fromkeys(suite.model for suite in suites):
         alike = sorted((s for s in suites if s.model == model), key=lambda s: s.iterations)
@@ -332,21 +394,22 @@ def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
             first = ends.pop(reference)
             rows = [[reference, *(f"{first[n]:.4f}" if n in first else NOTHING for n in lengths)]]
             for label, own in ends.items():
-                times = {n: f"{loss:.4f} = {_ratio(loss, n, first)}" for n, loss in own.items()}
+                times = {n: f"{loss:.4f} ({_ratio(loss, n, first)})" for n, loss in own.items()}
                 rows.append([label, *(times.get(n, NOTHING) for n in lengths)])
             named = ", ".join(s.name for s in alike)
             found.append(Table(
-                f"{named}: {experiment}, final loss = so many times the steps of {reference}",
-                ["", *(f"{n:,} iterations" for n in lengths)],
+                f"{named}: {experiment}, final loss and the steps of {reference} to the same loss",
+                ["run", *(f"{n:,} iterations" for n in lengths)],
                 rows,
-                f"The steps at whose end {reference} has the same loss, each with a whole schedule "
-                "of its own; between lengths interpolated on log steps.",
+                f"In brackets: the steps in which {reference} reaches that loss, divided by the "
+                "run's own. Every length has a complete schedule; between lengths, the logarithm "
+                "of the steps is interpolated.",
             ))  # fmt: skip
     return found
 
 
 def _ratio(loss: float, steps: int, reference: Mapping[int, float]) -> str:
-    """Steps of the reference to a loss, in units of ``steps``; a bound beyond what was run."""
+    """Returns the reference's steps to a loss, divided by ``steps``; or a bound of them."""
     known = sorted(reference.items())
     if loss < known[-1][1]:
         return f"> {known[-1][0] / steps:.2f}"
@@ -366,4 +429,8 @@ def _running(suites: Sequence[Suite]) -> list[Table]:
         for run in suite.runs
         if not run.finished and run.loss
     ]
-    return [Table("not finished", ["", "iterations", "training loss"], rows)] if rows else []
+    return (
+        [Table("Runs that are not finished", ["folder", "iterations", "training loss"], rows)]
+        if rows
+        else []
+    )

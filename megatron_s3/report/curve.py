@@ -1,7 +1,7 @@
-"""Loss curves of one or more of Megatron's training runs, and the figures at their end.
+"""Loss curves of Megatron's training runs, and their final values.
 
-Everything is read from TensorBoard files. There, unlike in Megatron's log, each `lm loss` is one
-iteration's own: the log's second line after a start or a resume is the mean of two iterations.
+Everything is read from TensorBoard files, in which each `lm loss` belongs to one iteration. In
+Megatron's log, the second line after a start or a resume is the mean of two iterations.
 """
 
 import statistics
@@ -23,7 +23,7 @@ BATCH_SIZE = "batch-size"
 LARGEST_UPDATE = "update/max_abs"
 _SEQ_LENGTH = "seq_length/text_summary"
 
-# Dark and solid, light and dashed ...: told apart on paper without colour too.
+# Dark and solid, light and dashed ...: the lines differ without colour too.
 _STYLES = (
     ("#004488", "-", "o"),
     ("#DDAA33", "--", "s"),
@@ -51,9 +51,9 @@ class Run:
     """The contents of one training run's TensorBoard files.
 
     Attributes:
-        name: Shown in legends and tables.
+        name: Its name in legends and tables.
         scalars: Each quantity by its tag.
-        seq_length: Tokens in a sample, None if the run did not write its arguments.
+        seq_length: Tokens in a sample; None if the run did not write its arguments.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures at the end of a run; None where the run did not write them.
+    """The final values of a run; None for values that the run did not write.
 
     Attributes:
-        iterations: The last iteration seen.
+        iterations: The last iteration.
         valid_loss: The last validation loss, in nats per token.
-        largest_update: The largest |update| seen (the step without the learning rate).
-        tokens_per_second: At the median iteration time, without evaluation and saving.
+        largest_update: The largest |u| of the run, where u is the update without the learning rate.
+        tokens_per_second: Speed at the median iteration time, without evaluation and saving.
     """
 
     iterations: int
@@ -79,14 +79,14 @@ class Summary:
 
 
 def read(folder: str | Path, name: str) -> Run:
-    """Read a run from the directory that was Megatron's `--tensorboard-dir`.
+    """Reads a run from the directory that was Megatron's `--tensorboard-dir`.
 
-    A run that was resumed has a file for each launch there. What a launch did after the
-    checkpoint from which the next one went on is left out.
+    A run that was resumed has one file for each launch. Iterations that a later launch repeated are
+    read from the later one.
 
     Args:
         folder: The directory.
-        name: What to call the run.
+        name: A name for the run.
 
     Raises:
         RunError: If there is no directory, no event file in it, or no training loss.
@@ -112,7 +112,10 @@ def read(folder: str | Path, name: str) -> Run:
             text = events.Tensors(_SEQ_LENGTH)[-1].tensor_proto.string_val[0].decode()
             seq_length = int(text) if text.isdecimal() else None
     if not values.get(TRAIN_LOSS):
-        raise RunError(f"{folder}: no {TRAIN_LOSS!r} in its TensorBoard files; has it trained yet?")
+        raise RunError(
+            f"{folder}: no {TRAIN_LOSS!r} in its TensorBoard files; wait until the run has logged "
+            "an iteration"
+        )
     scalars = {
         tag: Series(*zip(*sorted(series.items()), strict=True))
         for tag, series in values.items()
@@ -122,7 +125,7 @@ def read(folder: str | Path, name: str) -> Run:
 
 
 def summarize(run: Run) -> Summary:
-    """Returns the figures at the end of a run."""
+    """Returns the final values of a run."""
     times = run.scalars.get(ITERATION_TIME)
     batch = run.scalars.get(BATCH_SIZE)
     speed = None
@@ -144,14 +147,14 @@ def figure(
     unigram_entropy: float | None = None,
     unit: str = "nats per byte",
 ) -> "Figure":
-    """Training and validation loss, learning rate and largest update against iterations.
+    """Returns a picture of losses, learning rate and largest update over the iterations.
 
     Args:
-        runs: At least one.
-        title: Above the picture.
-        unigram_entropy: Drawn as a horizontal line: what a model that knows token frequencies
-            only would reach.
-        unit: Of the loss. Megatron's is nats per token.
+        runs: At least one run.
+        title: Title of the picture.
+        unigram_entropy: Loss of a model that knows only the frequencies of tokens, drawn as a
+            horizontal line.
+        unit: Unit of the loss. Megatron's is nats per token.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -198,7 +201,7 @@ def figure(
 def draw(
     runs: Sequence[Run], png: str | Path, title: str, unigram_entropy: float | None = None
 ) -> None:
-    """Write :func:`figure` to the path `png`, whose directory is made."""
+    """Writes :func:`figure` to the path `png`, whose directory is created if needed."""
     Path(png).parent.mkdir(parents=True, exist_ok=True)
     figure(runs, title, unigram_entropy).savefig(png)
 

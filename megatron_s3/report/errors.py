@@ -1,4 +1,4 @@
-"""Errors of runs that are to be reported."""
+"""Errors of the report."""
 
 from megatron_s3.errors import MegatronS3Error
 
@@ -6,4 +6,4 @@ __all__ = ["RunError"]
 
 
 class RunError(MegatronS3Error, ValueError):
-    """A run cannot be read; the message names its folder and what is missing."""
+    """A run that cannot be read; the message names its folder and what is missing."""

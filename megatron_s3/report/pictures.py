@@ -1,13 +1,14 @@
-"""Comparison of runs as pictures that need no colour: matplotlib's, drawn to PNG."""
+"""Pictures that compare runs, drawn by matplotlib; they are legible without colour."""
 
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_s3.report.compare import best_rate, finalists, labels
+from megatron_s3.report.compare import about, best_rate, finalists, labels
 from megatron_s3.report.runs import Suite, Trained
 
 if TYPE_CHECKING:
@@ -16,35 +17,37 @@ if TYPE_CHECKING:
 __all__ = ["Picture", "pictures"]
 
 DARK, OTHER, FAINT = "#222222", "#CC6600", "#BBBBBB"
-#: Figure 3 is drawn for at most so many spikes.
+#: The most spikes that are drawn.
 SPIKES = 6
 
 
 class Picture:
-    """A picture and where it goes.
+    """A picture with its title.
 
     Attributes:
-        name: of its file, without ``.png``.
-        title: what is seen, in a line.
-        figure: matplotlib's, with the title and the names of its axes around it.
+        name: name of its file, without ``.png``.
+        title: description of the picture.
+        figure: figure of matplotlib, with the title and the names of the axes.
     """
 
     def __init__(self, name: str, title: str, figure: "Figure", x: str = "", y: str = "") -> None:
         self.name = name.lower().replace(" ", "-")
         self.title = title
         self.figure = figure
-        figure.suptitle(title, fontsize=10)
+        # A letter is about 0.085 inches wide; a longer title would be cut at both ends.
+        width = max(20, int(figure.get_figwidth() / 0.085))
+        figure.suptitle(textwrap.fill(title, width), fontsize=10)
         if x:
             figure.supxlabel(x, fontsize=9)
             figure.supylabel(y, fontsize=9)
 
 
 def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture]:
-    """Returns all pictures that the runs give rise to.
+    """Returns all pictures of the runs.
 
     Args:
-        suites: from :func:`megatron_s3.report.runs.load`.
-        toys: ``toy.json`` of suites.
+        suites: result of :func:`megatron_s3.report.runs.load`.
+        toys: paths of the suites' ``toy.json``.
     """
     found = [_toy(path) for path in toys]
     for suite in suites:
@@ -65,7 +68,7 @@ def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture
 
 
 def _panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """Returns a figure with as many axes, two or three in a row."""
+    """Returns a figure with ``count`` axes, at most ``columns`` in a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,7 +87,7 @@ def _panels(count: int, columns: int, size: tuple[float, float], **options: Any)
 
 
 def _reference(runs: Sequence[Trained]) -> str:
-    """AdamW, which all others are drawn beside; without it the first label."""
+    """Returns the label that each panel shows: AdamW's, or the first one without AdamW."""
     of = [run.label for run in runs if run.optimizer in ("adamw", "adam")]
     return min(of, key=len) if of else labels(runs)[0]
 
@@ -97,7 +100,7 @@ def _band(
     colour: str,
     name: str,
 ) -> None:
-    """Draws the mean over seeds, from the lowest to the highest."""
+    """Draws the mean over seeds, and the range from the lowest to the highest."""
     curves = [dict(series(run)) for run in runs]
     at = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = [[curve[i] for curve in curves] for i in at]
@@ -110,7 +113,7 @@ def _band(
 
 
 def _smooth(run: Trained) -> list[tuple[int, float]]:
-    """Training losses, each the mean of up to 9."""
+    """Returns the training losses, each averaged over up to 9 intervals."""
     loss = run.loss
     return [
         (loss[k][0], statistics.fmean(v for _, v in loss[max(0, k - 4) : k + 5]))
@@ -119,13 +122,13 @@ def _smooth(run: Trained) -> list[tuple[int, float]]:
 
 
 def _shown(runs: Sequence[Trained], label: str) -> list[Trained]:
-    """Finalists, or what is there of runs that go on."""
+    """Returns the runs at the best learning rate, or a running one if none has finished."""
     own = [run for run in runs if run.label == label and run.loss]
     return finalists(runs, label) or own[:1]
 
 
 def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
-    """Figures 5 and 8: one panel for each label, with the reference in all."""
+    """Draws the paper's figures 5 and 8: one panel for each label, and the reference in all."""
     reference = _reference(runs)
     others = [x for x in labels(runs) if x != reference and _shown(runs, x)] or [reference]
     drawn, panels = _panels(len(others), 3, (3.6, 2.9), sharex=True, sharey=True)
@@ -136,7 +139,7 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
             shown = _shown(runs, name)
             if not shown or (name == reference == label and line == "-"):
                 continue
-            _band(panel, shown, _smooth, line, colour, f"{name}, rate {shown[0].lr:g}")
+            _band(panel, shown, _smooth, line, colour, f"{name}, learning rate {shown[0].lr:g}")
             for run in shown:
                 if run.valid:
                     panel.plot(*zip(*run.valid, strict=True), "o" if name == label else "x",
@@ -145,16 +148,19 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     if known:
         low, high = known[0], known[int(0.98 * (len(known) - 1))]
         panels[0].set_ylim(low - 0.05, high + 0.6 * (high - low) + 0.1)
-    title = (
-        f"{suite.name}, {experiment}: training loss, mean and range over seeds; marks: validation"
+    seeds = any(len(_shown(runs, label)) > 1 for label in (reference, *others))
+    title = f"{about(suite, experiment)}training loss" + (
+        ", mean and range over seeds" if seeds else ""
     )
+    if any(run.valid for run in runs):
+        title += "; marks: validation loss"
     return Picture(
-        f"{suite.name}-{experiment}-loss", title, drawn, "iteration", "loss, nats a token"
+        f"{suite.name}-{experiment}-loss", title, drawn, "iteration", "loss (nats per token)"
     )
 
 
 def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
-    """Figure 11: one panel for each label, the others faint behind it."""
+    """Draws the paper's figure 11: one panel for each label, with the others in grey."""
     shown = [x for x in labels(runs) if any(r.label == x and r.finished for r in runs)]
     drawn, panels = _panels(len(shown), 3, (3.4, 2.5), sharey=True, sharex=True)
     losses = sorted(run.final for run in runs if math.isfinite(run.final))
@@ -171,10 +177,10 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
         final = [run for run in finalists(runs, label) if math.isfinite(run.final)]
         panel.plot([r.lr for r in final], [r.final for r in final], "_", color=DARK, markersize=10)
         panel.set_xscale("log")
-        panel.set_title(f"{label}: best {best_rate(runs, label):g}", fontsize=8)
+        panel.set_title(f"{label}: best at {best_rate(runs, label):g}", fontsize=8)
     panels[0].set_ylim(losses[0] - 0.05, losses[int(0.9 * (len(losses) - 1))] + 0.3)
     title = (
-        f"{suite.name}, {experiment}: sensitivity to the learning rate; dashes: other seeds, "
+        f"{about(suite, experiment)}sensitivity to the learning rate; dashes: other seeds, "
         "grey: the other panels"
     )
     return Picture(
@@ -182,12 +188,12 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
         title,
         drawn,
         "peak learning rate",
-        "final validation loss",
+        "final validation loss (nats per token)",
     )
 
 
 def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:
-    """Figure 9."""
+    """Draws the paper's figure 9."""
     cells = {(run.tags["p"], run.tags["beta"]): run.final for run in runs}
     ps, betas = sorted({p for p, _ in cells}), sorted({b for _, b in cells})
     values = [[cells.get((p, b), math.nan) for b in betas] for p in ps]
@@ -206,14 +212,14 @@ def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:
 
 
 def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words: str) -> Picture:
-    """Runs of one label that a tag tells apart, one panel for each label."""
+    """Draws the runs of each label, which differ in a tag, in one panel."""
     shown = labels(runs)
     drawn, panels = _panels(len(shown), 3, (3.6, 2.9), sharex=True, sharey=True)
     styles = (("-", DARK), ("--", OTHER), (":", DARK))
     for panel, label in zip(panels, shown, strict=True):
         own = sorted((r for r in runs if r.label == label), key=lambda r: r.tags[tag])
         for run, (line, colour) in zip(own, styles, strict=False):
-            text = f"{words.format(run.tags[tag])}, rate {run.lr:g}"
+            text = f"{words.format(run.tags[tag])}, learning rate {run.lr:g}"
             panel.plot(*zip(*run.loss, strict=True), line, color=colour, linewidth=1.2, label=text)
             for spike in run.spikes:
                 panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
@@ -222,11 +228,13 @@ def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words:
     every = sorted(v for run in runs for _, v in run.loss if math.isfinite(v))
     panels[0].set_ylim(every[0] - 0.1, every[int(0.97 * (len(every) - 1))] + 0.3)
     title = f"{suite.name}, {name}: training loss; grey bars: spikes found"
-    return Picture(f"{suite.name}-{name}", title, drawn, "iteration", "training loss")
+    return Picture(
+        f"{suite.name}-{name}", title, drawn, "iteration", "training loss (nats per token)"
+    )
 
 
 def _first_gradients(suite: Suite) -> Picture | None:
-    """Figure 2: of the first interval that was logged, by layer and by kind of parameter."""
+    """Draws the paper's figure 2: gradient norms by layer and parameter type at the start."""
     for run in suite.runs:
         first = next((r for r in run.records if r["kind"] == "train" and r.get("updates")), None)
         if first:
@@ -241,20 +249,20 @@ def _first_gradients(suite: Suite) -> Picture | None:
         }
         for of in ("layers", "kinds")
     ]
-    for panel, norms, what in zip(panels, parts, ("layer", "kind of parameter"), strict=True):
+    for panel, norms, what in zip(panels, parts, ("layer", "parameter type"), strict=True):
         panel.bar(range(len(norms)), list(norms.values()), color="0.75", edgecolor="k", width=0.7)
         panel.set_xticks(range(len(norms)), list(norms), rotation=40, ha="right", fontsize=7)
         panel.set_xlabel(what, fontsize=8)
         panel.set_yscale("log")
     panels[0].set_ylabel("norm of the gradient", fontsize=8)
     title = (
-        f"{suite.name}: gradient norms of the first {first['iteration']} iterations, {run.label}"
+        f"{about(suite)}gradient norms of the first {first['iteration']} iterations, {run.label}"
     )
     return Picture(f"{suite.name}-first-gradients", title, drawn)
 
 
 def _around_spikes(suite: Suite) -> Picture | None:
-    """Figure 3: loss, mean and largest |u| around the highest spikes."""
+    """Draws the paper's figure 3: loss, mean and largest |u| around the highest spikes."""
     found = [(float(s["height"]), run, s) for run in suite.runs for s in run.spikes]
     found = sorted((f for f in found if f[1].update("mean_abs")), key=lambda f: -f[0])[:SPIKES]
     if not found:
@@ -276,10 +284,12 @@ def _around_spikes(suite: Suite) -> Picture | None:
         tag = "".join(f", {key} {value:g}" for key, value in run.tags.items())
         first = ", ".join(spike.get("first") or []) or "-"
         loss.set_title(
-            f"{run.label}, rate {run.lr:g}{tag}: +{height:.2f} nats", fontsize=7, loc="left"
+            f"{run.label}, learning rate {run.lr:g}{tag}: +{height:.2f} nats",
+            fontsize=7,
+            loc="left",
         )
         update.set_title(f"rose first: {first}", fontsize=6, loc="left")
-    title = f"{suite.name}: updates and loss around spikes (grey: onset)"
+    title = f"{about(suite)}loss and updates around the highest spikes; grey: onset"
     return Picture(f"{suite.name}-spikes", title, drawn)
 
 
@@ -297,7 +307,7 @@ def _near(
 
 
 def _toy(path: Path) -> Picture:
-    """Figure 1."""
+    """Draws the paper's figure 1."""
     found = json.loads(path.read_text(encoding="utf-8"))
     drawn, panels = _panels(3 * len(found), 3, (4.0, 3.0))
     lines = ("-", "--", "-.", ":", (0, (1, 4)))
@@ -307,7 +317,7 @@ def _toy(path: Path) -> Picture:
         for (label, run), line, colour in zip(runs.items(), lines, colours, strict=False):
             style = {"linestyle": line, "color": colour, "linewidth": 1.2}
             path_of.plot(*zip(*run["x"], strict=True), **style)
-            loss.plot(run["loss"], label=f"{label}, rate {run['lr']:.2g}", **style)
+            loss.plot(run["loss"], label=f"{label}, learning rate {run['lr']:.2g}", **style)
             update.plot(run["update"], **style)
         path_of.plot(math.sqrt(20), 1 / math.sqrt(20), "k*", markersize=9)
         path_of.set_xlim(0.5, 6)
@@ -319,6 +329,7 @@ def _toy(path: Path) -> Picture:
         update.set_yscale("log")
         loss.legend(fontsize=6, frameon=False)
     title = (
-        "f = (x - 1/y)^2 / 2 + (x - 20 y)^2 / 2 from (1, 1), each at its best of 9 constant rates"
+        "f = (x - 1/y)^2 / 2 + (x - 20 y)^2 / 2 from (1, 1), each at the best of 9 constant "
+        "learning rates"
     )
     return Picture("toy", title, drawn)

@@ -1,4 +1,4 @@
-"""Finished and running runs, from their logs: `metrics.jsonl`, and `run.json` of an experiment."""
+"""Finished and running runs, read from `metrics.jsonl` and, for experiments, `run.json`."""
 
 import json
 import math
@@ -20,15 +20,15 @@ class Trained:
     """One training run.
 
     Attributes:
-        folder: where it was read.
-        experiment: of the paper's comparisons; "runs" for any other run.
-        label: what is compared: runs of one label differ in rate, seed and tags alone.
+        folder: folder from which it was read.
+        experiment: one of the paper's comparisons; "runs" for any other run.
+        label: name in tables; runs of one label differ only in learning rate, seed and tags.
         optimizer: value of ``--optimizer``.
         lr: peak learning rate.
-        seed: of initialisation and data order.
-        tags: what else tells it from others.
-        records: the log.
-        damage: what there is to say of lines of its log that are cut off.
+        seed: seed of initialisation and data order.
+        tags: other values in which it differs from runs of its experiment.
+        records: records of its log.
+        damage: a warning for each line of its log that is cut off.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Trained:
 
     @cached_property
     def loss(self) -> list[tuple[int, float]]:
-        """Iteration and training loss (nats a token) of each logged interval."""
+        """The iteration and training loss (nats per token) of each logged interval."""
         return [
             (r["iteration"], float(r["loss"]))
             for r in self.records
@@ -57,13 +57,13 @@ class Trained:
 
     @cached_property
     def valid(self) -> list[tuple[int, float]]:
-        """Likewise on validation data; of two at one iteration the later."""
+        """The iteration and loss of each evaluation; the later of two at one iteration."""
         return sorted(
             {r["iteration"]: float(r["loss"]) for r in self.records if r["kind"] == "valid"}.items()
         )
 
     def update(self, name: str) -> list[tuple[int, float]]:
-        """Iteration and a figure over all parameters; empty without ``--plugin-log-updates``."""
+        """Returns iterations and a statistic of updates; empty without ``--plugin-log-updates``."""
         return [
             (r["iteration"], float(r["updates"]["all"][name]))
             for r in self.records
@@ -72,24 +72,24 @@ class Trained:
 
     @cached_property
     def seconds(self) -> float:
-        """Of an iteration, the median over the logged intervals; NaN before the second one."""
+        """The median seconds per iteration of the logged intervals; NaN before the second one."""
         timed = [r["seconds"] for r in self.records if r["kind"] == "train" and r.get("seconds")]
         return statistics.median(timed) if timed else math.nan
 
     @property
     def spikes(self) -> list[Mapping[str, Any]]:
-        """The log's records of loss spikes."""
+        """The records of loss spikes."""
         return [r for r in self.records if r["kind"] == "spike"]
 
     @property
     def bound(self) -> float | None:
-        """What the theorem allows of |u|; None for an optimizer without one."""
+        """The proven bound of |u|; None for an optimizer without one."""
         bound = self.start.get("bound")
         return None if bound is None else float(bound)
 
     @property
     def iterations(self) -> int:
-        """Of the whole schedule."""
+        """The iterations of the whole schedule."""
         return int(self.start["train_iters"])
 
     @property
@@ -99,12 +99,12 @@ class Trained:
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained, and evaluated, to its end."""
+        """Whether the run was trained to its end and evaluated there."""
         return bool(self.valid) and self.valid[-1][0] >= self.iterations
 
     @property
     def final(self) -> float:
-        """The validation loss at the end, inf if it is no number, NaN before the end."""
+        """The final validation loss; inf if it is not finite, NaN before the end of the run."""
         if not self.finished:
             return math.nan
         loss = self.valid[-1][1]
@@ -116,9 +116,9 @@ class Suite:
     """Runs that can be compared: one model, batch and length.
 
     Attributes:
-        name: of the folder.
-        runs: at least one.
-        words: Megatron's flags beyond the suite's own.
+        name: name of the folder.
+        runs: at least one run.
+        words: Megatron's flags that the user added to those of the suite.
     """
 
     name: str
@@ -127,12 +127,12 @@ class Suite:
 
     @property
     def iterations(self) -> int:
-        """Of its runs; the longest if they differ."""
+        """The iterations of its longest run."""
         return max(run.iterations for run in self.runs)
 
     @property
     def model(self) -> tuple[object, ...]:
-        """What suites share that differ in length alone."""
+        """A key that is equal for suites that differ only in length."""
         return (
             *self.words,
             *(self.runs[0].start.get(k) for k in ("global_batch_size", "seq_length")),
@@ -144,11 +144,10 @@ class Suite:
 
 
 def load(paths: Iterable[str | Path]) -> list[Suite]:
-    """Suites as ``scripts/reproduce.sh`` leaves them, and one of all other runs.
+    """Returns the suites that ``scripts/reproduce.sh`` wrote, and one suite of all other runs.
 
     Args:
-        paths: folders: of a suite, of a run (``megatron-s3 launch`` leaves ``runs/NAME``), or the
-            log of a run itself.
+        paths: folders of suites or of runs (``runs/NAME`` for ``megatron-s3 launch``), or logs.
 
     Raises:
         RunError: there is no log, a log without a first record, or one that is damaged.
@@ -173,26 +172,28 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns a run's records, and what there is to say of lines that are cut off."""
+    """Returns the records of a run, and a warning for each line that is cut off."""
     places = (folder, folder / runlog.NAME, folder / "tensorboard" / runlog.NAME)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise RunError(
-            f"{folder}: no {runlog.NAME}; train with --plugin-log-updates, or --plugin-metrics, "
-            "which is for any optimizer, and --tensorboard-dir"
+            f"{folder}: has no {runlog.NAME}; train with --tensorboard-dir and "
+            "--plugin-log-updates, or with --plugin-metrics for an optimizer of Megatron"
         )
     damage = _cut_off(path)
     records = runlog.read(path)
     if not records or records[0]["kind"] != "start":
-        raise RunError(f"{path}: the log has no first record; was the run ever started?")
+        raise RunError(
+            f"{path}: the log has no start record; wait until the run has begun to train"
+        )
     return records, damage
 
 
 def _cut_off(path: Path) -> list[str]:
-    """Returns what there is to say of a log's lines that were cut off, as a kill leaves them.
+    """Returns a warning for each line of a log that is cut off, as after a kill.
 
     Raises:
-        RunError: a line is damaged otherwise.
+        RunError: a line is damaged in another way.
     """
     try:
         lines = path.read_bytes().decode().split("\n")
@@ -207,10 +208,12 @@ def _cut_off(path: Path) -> list[str]:
         except (ValueError, RecursionError):
             good = False
             if line.startswith('{"') and not line.endswith("}"):
-                cut.append(f"{path}, line {number}: cut off; what it held is left out")
+                cut.append(f"{path}, line {number}: cut off; the report leaves this record out")
                 continue
         if not good:
-            raise RunError(f"{path}, line {number}: damaged: not a record of a run")
+            raise RunError(
+                f"{path}, line {number}: damaged: not a record of a run; remove the line"
+            )
     return cut
 
 
@@ -240,7 +243,7 @@ def _run(folder: Path) -> Trained:
 
 
 def _told_apart(runs: Sequence[Trained]) -> list[Trained]:
-    """Labels that name the hyperparameters in which runs of one optimizer differ."""
+    """Returns the runs with labels that name the hyperparameters in which they differ."""
     rates = ("lr", "weight_decay")
     found = []
     for run in runs:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from megatron_s3.report import __main__ as verb
 from megatron_s3.report import compare
 from megatron_s3.report.runs import RunError, load
+from megatron_s3.version import __version__
 from scripts.bench import spikes as confusion
 
 pytest.importorskip("matplotlib")
+from megatron_s3.report.pictures import pictures
 
 
 def write(
@@ -70,16 +73,21 @@ def named(tables: list[compare.Table], words: str) -> compare.Table:
 def test_final_losses_and_their_differences_seed_by_seed(tmp_path) -> None:
     table = named(compare.tables(load([suite(tmp_path / "a")])), "final validation loss")
     s3 = row(table, "S3")
-    assert (s3["rate"], s3["tried"], s3["seeds"]) == ("0.2", "3, 0.1 to 0.4", "3")
-    assert (s3["loss"], s3["s.d."], s3["- AdamW"]) == ("1.8000", "0.1000", "-0.200 +- 0.100")
-    assert (s3["max |u|"], s3["bound"]) == ("0.600", "1")
-    assert row(table, "AdamW")["- S3"] == "+0.200 +- 0.100"
+    assert (s3["learning rate"], s3["learning rates tried"], s3["seeds"]) == (
+        "0.2",
+        "3, 0.1 to 0.4",
+        "3",
+    )
+    assert (s3["loss"], s3["s.d."]) == ("1.8000", "0.1000")
+    assert s3["loss minus that of AdamW"] == "-0.200 +- 0.100"
+    assert (s3["largest |u|"], s3["bound of |u|"]) == ("0.600", "1")
+    assert row(table, "AdamW")["loss minus that of S3"] == "+0.200 +- 0.100"
     assert [cells[0] for cells in table.rows] == ["S3", "AdamW"]
 
 
 def test_a_spike_is_counted_in_10000_iterations(tmp_path) -> None:
     table = named(compare.tables(load([suite(tmp_path / "a")])), "loss spikes")
-    assert row(table, "adamw")["in 10,000 iterations"] == "20.00"  # 1 in 5 runs of 100
+    assert row(table, "adamw")["spikes per 10,000 iterations"] == "20.00"  # 1 in 5 runs of 100
     assert row(table, "s3")["spikes"] == "0"
     assert row(table, "s3")["OLMo-core score"] == row(table, "s3")["OLMo 2 score"] == "0.00"
 
@@ -94,8 +102,8 @@ def test_speed_and_mfu(tmp_path) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     table = named(compare.tables(load([folder]), 20), "speed")
     assert row(table, "S3") == {
-        "": "S3", "ms an iteration": "500.0", "tokens a second": "64", "ranks": "2",
-        "TFLOP/s a rank": "4", "MFU, % of 20": "20.0", "runs": "1",
+        "run": "S3", "ms per iteration": "500.0", "tokens per second": "64", "ranks": "2",
+        "TFLOP/s per rank": "4", "MFU, % of 20": "20.0", "runs": "1",
     }  # fmt: skip
     assert not any("speed" in t.title for t in compare.tables(load([suite(tmp_path / "a")])))
 
@@ -107,18 +115,38 @@ def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
         for seed in (1, 2, 3):
             name = out / f"optimizers/mid-{seed}"
             write(name, "S3 mid", 0.2, seed, 1.75, iterations, experiment="optimizers")
-    table = named(compare.tables(load(folders)), "times the steps of AdamW")
+    table = named(compare.tables(load(folders)), "the steps of AdamW to the same loss")
     assert row(table, "S3 mid") == {
-        "": "S3 mid", "100 iterations": "1.7500 = 2.00", "400 iterations": "1.7500 = 0.50",
+        "run": "S3 mid", "100 iterations": "1.7500 (2.00)", "400 iterations": "1.7500 (0.50)",
     }  # fmt: skip
-    assert row(table, "S3")["400 iterations"] == "1.3000 = > 1.00"
+    assert row(table, "S3")["400 iterations"] == "1.3000 (> 1.00)"
+
+
+def test_a_report_of_one_run_says_nothing_of_what_it_lacks(tmp_path) -> None:
+    """No rate was chosen, nothing is compared, and there is one seed."""
+    table, *_ = compare.tables(load([write(tmp_path / "run", "S3", 0.1, 1, 2.0)]))
+    assert table.title == "final validation loss after 100 iterations"
+    assert table.headings == [
+        "run",
+        "learning rate",
+        "loss",
+        "largest |u|",
+        "bound of |u|",
+        "seeds",
+    ]
+    assert table.note == (
+        "Losses are in nats per token. |u| is the absolute value of an update divided by the "
+        "learning rate."
+    )
+    running = load([write(tmp_path / "running", "S3", 0.1, 1, 2.0, until=40)])
+    assert not any("final" in table.title for table in compare.tables(running))
 
 
 def test_what_diverged_is_no_best_and_no_number(tmp_path) -> None:
     for lr, final in ((0.1, 2.0), (0.2, math.nan)):
         write(tmp_path / f"a/optimizers/{lr}", "S3", lr, 1, final, experiment="optimizers")
     table = named(compare.tables(load([tmp_path / "a"])), "final validation loss")
-    assert row(table, "S3")["rate"] == "0.1"
+    assert row(table, "S3")["learning rate"] == "0.1"
 
 
 def test_burst_and_grid(tmp_path) -> None:
@@ -131,7 +159,7 @@ def test_burst_and_grid(tmp_path) -> None:
     tables = compare.tables(load([tmp_path / "a"]))
     burst = row(named(tables, "1000 times too large"), "S3")
     assert (burst["difference"], burst["rise"]) == ("+0.5000", "0.500")
-    assert burst["iterations to be back"] == "not in this run"
+    assert burst["iterations to recover"] == "not in this run"
     assert named(tables, "by p and beta").rows == [["2", "2.0000"], ["3", "3.0000"]]
 
 
@@ -154,8 +182,29 @@ def test_the_page_stands_alone(tmp_path, capsys) -> None:
                                         "spikes")}  # fmt: skip
     assert page.count("data:image/png;base64,") == 4 and 'src="a-' not in page
     assert "-0.200 +- 0.100" in page and "-0.200 +- 0.100" in capsys.readouterr().out
+    assert "<h1>Training runs: S3, AdamW</h1>" in page and "name=viewport" in page
+    assert "chosen on the same validation data" in page
+    command = " ".join(["megatron-s3 report", *words])
+    assert f"with <code>{command}</code>" in page and f"megatron_s3 {__version__}" in page
+    links, targets = re.findall(r'href="#(p\d+)"', page), re.findall(r"id=(p\d+)", page)
+    assert links == targets and len(links) == page.count("<table>") + 4
     (read,) = json.loads((tmp_path / "report/report.json").read_text())
     assert len(read["runs"]) == 10 and read["runs"][0]["valid"][-1][0] == 100
+
+
+def test_a_long_title_is_not_cut(tmp_path) -> None:
+    """Each picture with the title above it, drawn."""
+    for k, p in enumerate((2, 3)):
+        more = {"experiment": "grid", "tags": {"p": p, "beta": 0.9}}
+        write(tmp_path / f"a-suite-of-a-rather-long-name/grid/{k}", "S3", 0.1, 1, 2.0, **more)
+    runs = [write(tmp_path / "run", "S3 (SoftSignSGD)", 0.1, 1, 2.0, spike=50)]
+    for picture in pictures(load([*runs, tmp_path / "a-suite-of-a-rather-long-name"])):
+        figure = picture.figure
+        figure.canvas.draw()
+        box = figure._suptitle.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width, picture.title
+        assert box.y1 <= figure.bbox.height, picture.title
+        assert " ".join(figure.get_suptitle().split()) == picture.title
 
 
 @pytest.mark.parametrize("text", [None, "", '{"kind": "train", "iteration": 1}\n'])
@@ -185,7 +234,7 @@ def test_a_damaged_log_is_named_and_a_cut_line_is_said(tmp_path, capsys) -> None
     assert verb.main([str(tmp_path / "run"), *out]) == 0
     last = good.count(b"\n")
     assert capsys.readouterr().err == (
-        f"warning: {log}, line {last}: cut off; what it held is left out\n"
+        f"warning: {log}, line {last}: cut off; the report leaves this record out\n"
     )
 
 

@@ -1,8 +1,8 @@
-"""The first run: text to dataset, a small GPT trained in two launches, figures and a picture.
+"""The first run: a dataset, a small GPT that is trained in two launches, a table and a picture.
 
-`scripts/quickstart.sh` makes an environment and calls this.  Each training is two calls of
-`megatron-s3 launch` with a configuration of :file:`configs/quickstart`; `DIR/s3/train.log` begins
-with the first.
+`scripts/quickstart.sh` makes an environment and calls this module.  Each training consists of two
+calls of `megatron-s3 launch` with a configuration of :file:`configs/quickstart`; `DIR/s3/train.log`
+begins with the first one.
 """
 
 import argparse
@@ -26,26 +26,27 @@ _EVAL_BATCHES = 50
 
 
 class QuickstartError(MegatronS3Error):
-    """Something the user has to know; the message says what to do."""
+    """A failed quickstart; the message says what to do."""
 
 
 #: The runs by name, and their configurations.
 RUNS = {"S3": "quickstart/s3", "AdamW": "quickstart/adamw"}
 
 WHY = """\
-S3 as in the paper: beta 0.95, p 3, no clipping; lr {lr:g}, weight decay {weight_decay:g} by
-its rule. Warmup is 30 % of the run, then a cosine to lr/10: early gradients come in bursts, a burst
-fills the denominator for about p/(1-beta) = 60 steps in which S3 hardly moves, and a slow start
-avoids the burst."""
+S3 uses the paper's settings: beta 0.95, p 3, no clipping. The learning rate is {lr:g} and the
+weight decay {weight_decay:g}, by the paper's scaling rule. Warmup takes 30 % of the run, and a
+cosine to a tenth of the learning rate follows. A burst of large gradients at the start would
+enlarge S3's denominator and slow it for about p/(1-beta) = 60 steps; the slow warmup avoids it."""
 
 WHY_COMPARED = """\
-AdamW: beta 0.9 and 0.95, gradients clipped at 1; lr {lr:g}, weight decay \
-{weight_decay:g}; the same schedule and data. Each rate is the best of 3e-3, 6e-3 and 1e-2 on
-the standard library, judged by the same validation text: one seed at this size ranks nothing."""
+AdamW uses betas 0.9 and 0.95 and clips gradients at 1. The learning rate is {lr:g} and the
+weight decay {weight_decay:g}; schedule and data are those of S3. The learning rate of each
+optimizer is the best of 3e-3, 6e-3 and 1e-2 on the standard library, chosen on the same validation
+text. One seed at this size does not show which optimizer is better."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command.
+    """Runs the command.
 
     Args:
         argv: Arguments without the program's name; the process's own when None.
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 if training failed; 2 if the input is unusable; 130 if interrupted.
     """
     args = _arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that torchrun ends with us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun ends with this process
     try:
         return _run(args)
     except (data.DataError, report.RunError, lock.InUse, ConfigError) as error:
@@ -64,12 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "\nstopped; run the same command again to continue from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the script that users call has the help."""
+    """A parser whose errors are one line; the help is in the script that users call."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -87,9 +91,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true")
     args = parser.parse_args(argv)
     if args.iters < 10:
-        parser.error(f"--iters {args.iters} is too few: give at least 10")
+        parser.error(f"--iters {args.iters} is too small; give at least 10")
     if args.nproc is not None and (args.nproc < 1 or BATCH % args.nproc):
-        parser.error(f"--nproc {args.nproc}: the batch of {BATCH} samples has to divide by it")
+        parser.error(
+            f"--nproc {args.nproc}: must divide the batch of {BATCH} samples; give 2, for instance"
+        )
     return args
 
 
@@ -100,8 +106,8 @@ def _run(args: argparse.Namespace) -> int:
     for side in ("train", "valid"):
         if dataset[side]["bytes"] <= SEQ_LENGTH:
             raise data.DataError(
-                f"--input {src}: the {side} part has {dataset[side]['bytes']} bytes, less than one "
-                f"sample of {SEQ_LENGTH + 1}; give more text"
+                f"--input {src}: the {side} part has {dataset[side]['bytes']} bytes, and a sample "
+                f"needs {SEQ_LENGTH + 1}; give more text"
             )
     print(
         f"dataset   {prefix}: {src}, {dataset['train']['bytes'] / 1e6:.1f} MB for training, "
@@ -114,8 +120,8 @@ def _run(args: argparse.Namespace) -> int:
         print(why.format(**rates[name]))
     if not multiplies_bf16():
         print(
-            "fp32      instead of bf16, whose matrix products torch does not have on this CPU and "
-            "emulates ten times slower"
+            "precision fp32 instead of bf16: on this CPU torch emulates matrix products of bf16, "
+            "which is ten times slower"
         )
     with lock.hold([args.out]):
         for name in names:
@@ -146,7 +152,7 @@ def _default_nproc() -> int:
 def multiplies_bf16() -> bool:
     """Returns whether torch has matrix products for bf16 where the quickstart trains.
 
-    On a CPU without AVX-512 it has loops instead, which take ten times as long as fp32.
+    On a CPU without AVX-512 torch uses loops instead, which take ten times as long as fp32.
     """
     import torch
 
@@ -156,12 +162,12 @@ def multiplies_bf16() -> bool:
 def settings(
     iters: int, nproc: int, bf16: bool = True, eval_batches: int = _EVAL_BATCHES
 ) -> list[str]:
-    """Returns what a run of the quickstart sets beside its configuration, as ``KEY=VALUE``.
+    """Returns the settings that a run adds to its configuration, as ``KEY=VALUE``.
 
     Args:
-        iters: length of the whole run, over which the learning rate is scheduled.
+        iters: length of the whole run and of the schedule of the learning rate.
         nproc: number of ranks, all of them data-parallel.
-        bf16: mixed precision, with main parameters in fp32; else all is in fp32.
+        bf16: mixed precision with main parameters in fp32; otherwise everything is in fp32.
         eval_batches: number of batches in an evaluation.
     """
     return [
@@ -179,7 +185,7 @@ def settings(
 def _train(
     name: str, args: argparse.Namespace, nproc: int, prefix: str, dataset: dict[str, Any]
 ) -> None:
-    """Trains a run to its end, in two launches if it can resume; or finds that done."""
+    """Trains a run to its end in two launches, unless it is finished; the second one resumes."""
     folder = args.out / name.lower()
     sets = settings(
         args.iters,
@@ -191,14 +197,14 @@ def _train(
     record = folder / "run.json"
     old = _load(record)
     if old.get("plan") == plan and old.get("finished") and not args.fresh:
-        print(f"{name}: finished before, nothing to train (--fresh trains again)")
+        print(f"{name}: finished before; nothing is trained (--fresh trains again)")
         return
     half = args.iters // 2
     at = _checkpointed(folder)
     if args.fresh or old.get("plan") != plan or not at:
         if folder.exists() and not record.exists():
             raise QuickstartError(
-                f"{folder} exists and was not made by a quickstart: name another place with --out"
+                f"{folder} exists and was not made by a quickstart; name another folder with --out"
             )
         shutil.rmtree(folder, ignore_errors=True)
         at = 0
@@ -213,14 +219,19 @@ def _train(
         _launch([*words, "--set", f"exit_interval={half}"], log, STOPPED)
         at = _checkpointed(folder)
         if at != half:
-            raise QuickstartError(f"no checkpoint of iteration {half} was written; see {log}")
+            raise QuickstartError(
+                f"no checkpoint of iteration {half} was written; the reason is in {log}"
+            )
     print(f"{name}: resumed in a new process from the checkpoint of iteration {at}")
     _launch(words, log, 0)
     _store(record, {"plan": plan, "finished": True})
 
 
 def _eval_batches(iters: int, dataset: dict[str, Any]) -> int:
-    """Returns the batches of an evaluation: the text at most once, and no more than are trained."""
+    """Returns the number of batches of an evaluation, which reads no text twice.
+
+    It is at most the number of training batches.
+    """
     whole = -(-int(dataset["valid"]["bytes"]) // (BATCH * SEQ_LENGTH))
     return min(_EVAL_BATCHES, whole, iters)
 
@@ -249,15 +260,15 @@ def _checkpointed(folder: Path) -> int:
 
 
 def _launch(words: list[str], log: Path, expected: int) -> None:
-    """Runs `megatron-s3 launch`.
+    """Runs `megatron-s3 launch`, shows its progress and writes its output to `log`.
 
     Raises:
-        QuickstartError: it ended with another status than the one expected.
+        QuickstartError: its exit status is not the expected one.
     """
     status = shown.launch(words, log, tokens=BATCH * SEQ_LENGTH)
     if status != expected:
         print("\n".join(f"  | {line}" for line in shown.tail(log)), file=sys.stderr)
-        raise QuickstartError(f"training ended with status {status}; the whole log is {log}")
+        raise QuickstartError(f"training ended with status {status}; its complete log is {log}")
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""A launch in a process of its own: its progress is shown, and its output kept."""
+"""A launch in its own process, with progress on standard output and a log of its output."""
 
 import os
 import re
@@ -27,11 +27,11 @@ def launch(words: list[str], log: Path, tokens: int) -> int:
 
     Args:
         words: its arguments.
-        log: file that its output is added to.
-        tokens: of an iteration.
+        log: file to which its output is appended.
+        tokens: number of tokens in an iteration.
 
     Returns:
-        Its status.
+        Its exit status.
     """
     command = [sys.executable, "-m", "megatron_s3.cli", "launch", *words]
     root = str(Path(__file__).resolve().parents[2])
@@ -69,7 +69,7 @@ def launch(words: list[str], log: Path, tokens: int) -> int:
 
 
 def tail(log: Path) -> list[str]:
-    """Returns the end of a launch's output, up to where torchrun reports that a rank has failed."""
+    """Returns the end of a launch's output, before torchrun's report of the failed rank."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     start = max(i for i, line in enumerate(lines) if line.startswith("$ "))
     end = next((i for i in range(start, len(lines)) if _RANK_FAILED.search(lines[i])), None)
@@ -77,7 +77,7 @@ def tail(log: Path) -> list[str]:
 
 
 class _Progress:
-    """One line that is rewritten on a terminal, a line every few seconds elsewhere."""
+    """Progress: one line that is rewritten on a terminal, or a line every few seconds."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -88,7 +88,7 @@ class _Progress:
             self._show("  starting Megatron ...")
 
     def read(self, line: str) -> None:
-        """Takes a line of Megatron's output."""
+        """Reads a line of Megatron's output."""
         found = _ITERATION.search(line)
         if not found or not found[4]:
             return
@@ -101,7 +101,7 @@ class _Progress:
         )
 
     def close(self) -> None:
-        """Leaves the last line standing."""
+        """Ends the progress, and keeps its last line."""
         if self._rewrite:
             print()
         elif self._pending:

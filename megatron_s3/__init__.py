@@ -1,7 +1,7 @@
 """S3 (SoftSignSGD) for PyTorch and Megatron-LM.
 
 ``S3`` is a :class:`torch.optim.Optimizer` for any model.  ``register`` makes ``--optimizer s3``
-known to Megatron-LM; nothing of Megatron is imported before it is called, and torch with ``S3``.
+known to Megatron-LM.  Megatron is imported when ``register`` is called, and torch with ``S3``.
 """
 
 from typing import TYPE_CHECKING
@@ -17,11 +17,11 @@ __all__ = ["S3", "__version__", "register"]
 def register() -> None:
     """Makes the plugin's optimizers known to the installed Megatron-LM, before it reads arguments.
 
-    Idempotent.  See :mod:`megatron_s3.mcore` for what is wrapped and why.
+    It may be called more than once.  :mod:`megatron_s3.mcore` explains what it patches.
 
     Raises:
-        megatron_s3.mcore.seams.SeamMoved: a function that is wrapped is not as it was in the
-            releases this version was checked on.
+        megatron_s3.mcore.seams.SeamMoved: a function to be patched differs from that of the
+            releases with which this version was checked.
     """
     from megatron_s3.mcore import registration
 
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> type:
-    """Imports S3, and torch with it, when it is asked for: `megatron-s3 --help` needs neither."""
+    """Imports S3, and torch with it, on first use: `megatron-s3 --help` needs neither."""
     if name == "S3":
         from megatron_s3.optimizers import S3
 

@@ -1,6 +1,6 @@
-"""Runs a training script with the plugin registered: ``python -m megatron_s3 SCRIPT ARGS``.
+"""The command ``python -m megatron_s3 SCRIPT ARGS``, which runs a script with the plugin.
 
-A module instead of a script: ``python -m megatron_s3 -m MODULE ARGS``.
+``python -m megatron_s3 -m MODULE ARGS`` runs a module instead of a script.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ usage: torchrun [...] -m megatron_s3 SCRIPT [ARGS ...]
        torchrun [...] -m megatron_s3 -m MODULE [ARGS ...]
 
 Makes --optimizer s3 known to Megatron-LM, then runs SCRIPT, for example the pretrain_gpt.py of a
-Megatron-LM checkout, or a module, as python would. ARGS are the script's. Without a checkout:
-torchrun [...] -m megatron_s3.pretrain_gpt [ARGS ...]"""
+Megatron-LM checkout, or a module, as python would. ARGS are the arguments of the script. Without a
+checkout, run torchrun [...] -m megatron_s3.pretrain_gpt [ARGS ...]"""
 
 
 def main(argv: list[str]) -> int:
@@ -47,10 +47,10 @@ def main(argv: list[str]) -> int:
 
 
 def _module(argv: list[str]) -> int:
-    sys.path[0] = os.getcwd()  # as python -m does it
+    sys.path[0] = os.getcwd()  # as python -m does
     try:
         found = argv and importlib.util.find_spec(argv[0])
-    except ImportError:  # of the package that it would be in
+    except ImportError:  # its package cannot be imported
         found = None
     if not found:
         print(f"[megatron_s3] no such module: {' '.join(argv[:1])}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The command ``megatron-s3 VERB``; the module of a verb is loaded when it is called."""
+"""The command ``megatron-s3 VERB``, which imports the module of a verb when it is called."""
 
 import importlib
 import sys
@@ -12,23 +12,35 @@ VERBS = {
     "launch": ("megatron_s3.launch.launch", "train a configuration, on this node or through SLURM"),
     "plan": (
         "megatron_s3.launch.plan",
-        "memory, traffic and days of a configuration, on any layout",
+        "estimate memory, traffic and days of a configuration on any layout",
     ),
-    "args": ("megatron_s3.launch.args", "an AdamW launch as the S3 launch it becomes"),
+    "args": (
+        "megatron_s3.launch.args",
+        "convert the arguments of an AdamW launch to those of an S3 launch",
+    ),
     "configs": ("megatron_s3.launch.configs", "list and check the configurations"),
-    "data": ("megatron_s3.data.__main__", "text to Megatron's datasets"),
-    "export": ("megatron_s3.checkpoints.export", "a checkpoint to a Hugging Face GPT-2 model"),
+    "data": ("megatron_s3.data.__main__", "convert text to Megatron's datasets"),
+    "export": (
+        "megatron_s3.checkpoints.export",
+        "convert a checkpoint to a Hugging Face GPT-2 model",
+    ),
     "convert": (
         "megatron_s3.checkpoints.convert",
-        "a checkpoint of AdamW's to one that S3 resumes, and back",
+        "convert an AdamW checkpoint to one that S3 resumes, and back",
     ),
-    "report": ("megatron_s3.report.__main__", "finished or running runs as tables and pictures"),
-    "eval": ("megatron_s3.checkpoints.evaluate", "exported models on the paper's five tasks"),
+    "report": (
+        "megatron_s3.report.__main__",
+        "compare finished or running runs in tables and pictures",
+    ),
+    "eval": (
+        "megatron_s3.checkpoints.evaluate",
+        "evaluate exported models on the paper's five tasks",
+    ),
 }
 
-#: Verbs that take seconds until they look at their arguments.
+#: Verbs that import PyTorch for seconds before they read their arguments.
 SLOW = ("convert", "export")
-#: Where packages come from that not every installation has.
+#: Packages that an installation may lack, with what `pip install` needs for each.
 PACKAGES = {
     "megatron": "'megatron-s3[megatron]'",
     "psutil": "psutil",
@@ -45,7 +57,8 @@ PACKAGES = {
 
 def _usage() -> str:
     verbs = "".join(f"  {name:8} {what}\n" for name, (_, what) in VERBS.items())
-    return f"usage: megatron-s3 VERB [...]\n\n{verbs}\nmegatron-s3 VERB --help says more."
+    options = "Run megatron-s3 VERB --help for the options of a verb."
+    return f"usage: megatron-s3 VERB [...]\n\n{verbs}\n{options}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"megatron-s3 {version('megatron-s3')}")
         return 0
     if not argv or argv[0] not in VERBS:
-        what = f"error: no verb {argv[0]!r}\n" if argv else ""
+        what = f"error: unknown verb {argv[0]!r}\n" if argv else ""
         print(what + _usage(), file=sys.stderr)
         return 2
     if argv[0] in SLOW:

@@ -1,10 +1,10 @@
-"""The base of the package's errors."""
+"""The base class of the package's errors."""
 
 __all__ = ["MegatronS3Error"]
 
 
 class MegatronS3Error(Exception):
-    """Something that the user has to know: the message says what, where, why and what to do.
+    """An error for the user: the message says what is wrong, where, why and what to do.
 
-    The errors that derive from it derive from Python's own kind (ValueError, RuntimeError) too.
+    Its subclasses also derive from the fitting class of Python (ValueError, RuntimeError).
     """

@@ -1,6 +1,6 @@
-"""The package's output: lines of the logger ``megatron_s3.output``, with the package's name.
+"""The package's output: lines of the logger ``megatron_s3.output``, which begin with its name.
 
-A program that configures this logger (its level, its handlers) decides what becomes of the lines.
+A program can configure this logger (its level, its handlers) to suppress or redirect the lines.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ __all__ = ["say", "say_here", "say_once", "tell", "tell_once"]
 
 
 class _Output(logging.Handler):
-    """Writes to what is standard output when a line is written, or beside it."""
+    """A handler that writes to the present standard output, or to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a line; a full disk under the output costs the line, and ends nothing."""
+        """Writes a line; if the output's disk is full, the line is lost and no error is raised."""
         stream = sys.stderr if record.levelno < logging.INFO else sys.stdout
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
             print(self.format(record), file=stream, flush=True)
 
 
@@ -28,25 +28,25 @@ if not _logger.handlers:
     _handler.setFormatter(logging.Formatter("[megatron_s3] %(message)s"))
     _logger.addHandler(_handler)
     _logger.setLevel(logging.DEBUG)
-    _logger.propagate = False  # or a program's own handlers would write each line again
+    _logger.propagate = False  # handlers of the program would write each line again
 
 
 def say(message: str) -> None:
-    """Writes a line to standard output that all ranks would write: the first one does it.
+    """Writes a line to standard output on the first rank.
 
-    Of several nodes' launchers, too, the first one speaks.
+    If several nodes have a launcher each, the launcher of the first node writes it.
     """
     if _speaks():
         say_here(message)
 
 
 def say_here(message: str) -> None:
-    """Writes a line to standard output that is of this process, whichever rank it is."""
+    """Writes a line to standard output on any rank."""
     _logger.info("%s", message)
 
 
 def tell(message: str) -> None:
-    """Writes a line beside the output: what is being done that takes time, or what is odd."""
+    """Writes a line about progress or an oddity to standard error, on the first rank."""
     if _speaks():
         _logger.debug("%s", message)
 
@@ -55,6 +55,6 @@ def _speaks() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) == "0"
 
 
-#: For what is met more than once.
+#: Variants that write a line once, however often they are called.
 say_once = functools.cache(say)
 tell_once = functools.cache(tell)

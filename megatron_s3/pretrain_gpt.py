@@ -1,11 +1,11 @@
 """GPT pretraining on the wheel of megatron-core >= 0.17 alone, without a Megatron-LM checkout.
 
 Run it as ``torchrun [...] -m megatron_s3.pretrain_gpt ARGS``; the arguments are Megatron-LM's. The
-wheel holds the trainer and the models but not the script that joins them, which this is. It knows
-dense and mixture-of-experts GPT on plain documents and refuses the arguments of anything else: for
-those run Megatron-LM's own script with ``-m megatron_s3 pretrain_gpt.py``.
+wheel contains the trainer and the models, and this module is the script that connects them. It
+supports dense and mixture-of-experts GPT on plain documents and rejects arguments of other models:
+for those, run Megatron-LM's own script with ``-m megatron_s3 pretrain_gpt.py``.
 
-Megatron is imported inside the functions, because ``register`` has to come first.
+Megatron is imported inside the functions, because ``register`` must be called first.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,13 @@ def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[
 
     Args:
         data_iterator: yields dicts of ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``,
-            each (batch, sequence), and perhaps ``attention_mask``; not read on the stages between
-            the first and the last of the pipeline.
-        model: what ``model_provider`` built, as Megatron wrapped it.
+            each (batch, sequence), and perhaps ``attention_mask``; only the first and the last
+            stage of the pipeline read it.
+        model: the model of ``model_provider``, wrapped by Megatron.
 
     Returns:
-        The output, (batch, sequence) losses on the last stage, and the function that reduces it.
+        The output, which is losses (batch, sequence) on the last stage, and the function that
+        reduces it.
     """
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training.utils import is_first_or_last_pipeline_stage
@@ -54,10 +55,11 @@ def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[
 
 
 def _on_this_context_rank(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Returns what context parallelism leaves this rank of each sequence: two of 2 x ranks parts.
+    """Returns this rank's part of each sequence under context parallelism.
 
-    The first and the last for rank 0 and so on, so that causal attention costs every rank as much;
-    ``get_batch_on_this_cp_rank`` of megatron.core.utils, whose arguments differ between releases.
+    A sequence is cut into 2 x ranks parts; rank 0 gets the first and the last, and so on, so that
+    causal attention costs every rank the same. The function ``get_batch_on_this_cp_rank`` of
+    megatron.core.utils does this too, but its arguments differ between releases.
     """
     from megatron.core import parallel_state
 
@@ -71,11 +73,11 @@ def _on_this_context_rank(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(loss_mask: torch.Tensor | None, losses: torch.Tensor) -> tuple[Any, ...]:
-    """Returns the summed loss, the number of tokens in it, and the two for Megatron to log."""
+    """Returns the summed loss, its number of tokens, and both for Megatron's log."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
-    assert loss_mask is not None  # the last stage, which alone calls this, has read the batch
+    assert loss_mask is not None  # only the last stage calls this, and it has read the batch
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     tokens = mask.sum().to(torch.int)
@@ -104,11 +106,11 @@ def train_valid_test_datasets_provider(
 ) -> tuple[Any, ...]:
     """Builds the three datasets on the ranks that read them.
 
-    Every rank of a tensor-parallel group reads for itself, which spares a broadcast of each batch.
+    Every rank of a tensor-parallel group reads the data, so that no batch needs a broadcast.
 
     Args:
-        num_samples: how many samples training, validation and test need.
-        vp_stage: the virtual pipeline stage, if there are any.
+        num_samples: number of samples for training, validation and test.
+        vp_stage: the virtual pipeline stage, if there is one.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
@@ -155,10 +157,10 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 
 @in_one_line()
 def main() -> None:
-    """Trains as ``sys.argv`` says, with whatever optimizers Megatron knows by now.
+    """Trains with the arguments in ``sys.argv`` and the optimizers that are registered.
 
     Raises:
-        SystemExit: the arguments are refused; rank 0 has printed the reason.
+        SystemExit: the arguments are rejected; rank 0 has printed the reason.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

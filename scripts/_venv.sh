@@ -1,21 +1,22 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: ensure_venv EXTRAS sets PYTHON to one that has them installed.
-# MEGATRON_S3_PYTHON names a Python to use as it is (a container's, say): then nothing is installed.
+# The scripts of this folder source this file: ensure_venv EXTRAS sets PYTHON to a Python in which the
+# extras are installed. MEGATRON_S3_PYTHON names a Python that is used unchanged (for instance of a
+# container); then nothing is installed.
 
-# megatron-core's wheels exist for these versions of Python and no others.
+# megatron-core has wheels for these versions of Python only.
 _find_python() {
   local candidate
   for candidate in python3.12 python3.13 python3 \
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python \
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python; do
-    # ensurepip is what Debian leaves out of python3 and `venv` cannot do without.
+    # Debian's python3 lacks ensurepip, which `venv` needs.
     if "$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)))' \
       >/dev/null 2>&1; then
       echo "$candidate"
       return
     fi
   done
-  echo "error: no Python 3.12 or 3.13 (with venv) found, and megatron-core needs one." >&2
+  echo "error: no Python 3.12 or 3.13 with venv was found; megatron-core needs one." >&2
   echo "       Install one, for instance with 'pyenv install 3.12' or your distribution's" >&2
   echo "       python3.12 and python3.12-venv, or set MEGATRON_S3_PYTHON to one that has the packages." >&2
   return 1
@@ -36,12 +37,12 @@ ensure_venv() {
   fi
   if [ ! -x "$PYTHON" ]; then
     python=$(_find_python) || return 1
-    echo "making .venv with $("$python" -V)"
+    echo "creating .venv with $("$python" -V)"
     "$python" -m venv .venv
   fi
-  echo "installing into .venv: $extras (the first time a few minutes and about 5 GB)"
+  echo "installing into .venv: $extras (this takes a few minutes and about 5 GB the first time)"
   "$PYTHON" -m pip install -qq --disable-pip-version-check -e ".[$extras]" || {
-    echo "error: pip could not install .[$extras]; what it says is above. Run the script again to retry." >&2
+    echo "error: pip could not install .[$extras]; its messages are above. Run the script again to retry." >&2
     return 1
   }
   echo "$want" >"$stamp"

@@ -1,38 +1,40 @@
 #!/usr/bin/env bash
-# Is this machine with NVIDIA GPUs fit for S3, and is S3 right and fast on it?  Under 10 minutes.
+# Checks in under 10 minutes whether S3 is correct and fast on a machine with NVIDIA GPUs.
 #
 # Usage: ./scripts/gpu_acceptance.sh [--wheels DIR] [OPTIONS]
-#   --wheels DIR       install from the wheels in DIR alone: no network
-#   --only SECTION...  environment kernels memory graphs training speed sanitizer suite
-#   --skip SECTION...  all but these
-#   --limit SECONDS    for everything together (default: 600)
-#   --output DIR       (default: acceptance/DATE-HOST)
-#   --cpu              rehearse on the CPU what can run there
+#   --wheels DIR       install only from the wheels in DIR, without a network
+#   --only SECTION...  run only these sections: environment kernels memory graphs training speed
+#                      sanitizer suite
+#   --skip SECTION...  run all sections but these
+#   --limit SECONDS    time limit for all sections together (default: 600)
+#   --output DIR       folder for the results (default: acceptance/DATE-HOST)
+#   --cpu              rehearse on the CPU the sections that can run there
 #
-# It prints a table of what passed, failed and was skipped (and why), with the project's bars for
-# speed beside what was measured, met or missed; and writes acceptance.json and .txt, pictures, and
-# a log of each section to the output folder.  Each section is a process of its own with a time
-# limit: a crash or a CUDA error ends that section alone.
+# It prints a table of the checks that passed, failed or were skipped (with the reason), compares the
+# measured speed with the project's targets, and writes acceptance.json, acceptance.txt, pictures and
+# a log of each section to the output folder.  Each section runs in its own process with a time
+# limit, so that a crash or a CUDA error ends only that section.
 #
-# Exit status: 0, nothing failed (a missed bar is no failure); 1, something failed; 2, no GPU, or it
-# cannot start.
+# Exit status: 0 if nothing failed (a missed target is no failure), 1 if something failed, 2 if there
+# is no GPU or the script cannot start.
 #
-# Packages: .venv is made and filled from the network, as by scripts/test.sh.  MEGATRON_S3_PYTHON
-# names a Python to use as it is: a container's, say, with its own torch, Transformer Engine, Apex.
-# Without a network, carry wheels.  Where there is one, for the same Python and system, either all
+# Packages are installed from the network into .venv, as by scripts/test.sh.  MEGATRON_S3_PYTHON
+# names a Python that is used unchanged, for instance that of a container with its own torch,
+# Transformer Engine and Apex.  For a machine without a network, download wheels on another machine
+# with the same Python and system: either all of them
 #
 #   python3.12 -m pip download --only-binary=:all: -d wheels \
 #     torch==2.13.0 megatron-core==0.19.2 numpy psutil pyyaml matplotlib tensorboard pytest hypothesis
 #
-# (about 3 GB), or only what a machine's own Python with torch lacks (--no-deps; about 5 MB):
+# (about 3 GB), or only those that the machine's own Python with torch lacks (about 5 MB):
 #
 #   python3.12 -m pip download --only-binary=:all: --no-deps -d wheels \
 #     megatron-core==0.19.2 psutil pyyaml hypothesis sortedcontainers
 #   MEGATRON_S3_PYTHON=python3 ./scripts/gpu_acceptance.sh --wheels wheels
 #
-# The first makes an environment of the wheels; in the second they are laid over that Python, which
-# stays as it is.  What is missing (megatron-core, matplotlib, pytest, ...) costs its section alone.
-# Triton needs a C compiler and Python's headers, with wheels too.
+# The first way creates an environment from the wheels; the second adds them to the path of that
+# Python, which stays unchanged.  If a package (megatron-core, matplotlib, pytest, ...) is missing,
+# only its section is skipped.  Triton also needs a C compiler and Python's headers.
 set -euo pipefail
 
 usage() {
@@ -68,7 +70,7 @@ cd "$repo"
 # shellcheck source=scripts/_venv.sh
 . scripts/_venv.sh
 
-# from_wheels: sets PYTHON and WHEELS_PATH to what has the wheels, and nothing from elsewhere.
+# from_wheels: sets PYTHON and WHEELS_PATH so that the wheels are used, and nothing is downloaded.
 from_wheels() {
   local folder python
   folder=$PWD/.venv/wheels-$({ ls -l "$wheels" && echo "${MEGATRON_S3_PYTHON:-}"; } | sha256sum | head -c 12)
@@ -95,7 +97,7 @@ from_wheels() {
 WHEELS_PATH=
 if [ -n "$wheels" ]; then
   from_wheels || {
-    echo "error: the wheels of $wheels could not be installed; what pip says is above. They have to" >&2
+    echo "error: the wheels of $wheels could not be installed; pip's messages are above. They must" >&2
     echo "       be for this Python and system, one version of each package; see $0 --help." >&2
     exit 2
   }
@@ -104,7 +106,7 @@ else
 fi
 export PYTHONPATH="$repo${WHEELS_PATH:+:$WHEELS_PATH}${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" -c 'import torch, yaml' || {
-  echo "error: $PYTHON lacks a package that S3 itself needs; see $0 --help about wheels." >&2
+  echo "error: $PYTHON lacks torch or PyYAML, which S3 needs; see $0 --help about wheels." >&2
   exit 2
 }
 cd "$from"

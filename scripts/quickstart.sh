@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# The first run: makes .venv, then trains a small GPT with S3 in Megatron-LM.
+# The first run: creates .venv, then trains a small GPT with S3 in Megatron-LM.
 set -euo pipefail
 
 usage() {
   cat <<'END'
 Usage: ./scripts/quickstart.sh [OPTIONS]
 
-Trains a GPT of about 1M parameters with S3 in Megatron-LM, with or without a GPU: installs what it
-needs into .venv, makes a dataset, trains on several ranks with the distributed optimizer in bf16,
-resumes from its checkpoint in a new process, evaluates, prints a table and draws the loss curves.
-A second call reuses all that is there.
+Trains a GPT of about 1M parameters with S3 in Megatron-LM, with or without a GPU. It installs the
+required packages into .venv, makes a dataset, trains on several ranks with the distributed optimizer
+in bf16, resumes from its checkpoint in a new process, evaluates, prints a table and draws the loss
+curves. A second call reuses the finished steps.
 
-  --compare         train AdamW on the same data too
+  --compare         also train AdamW on the same data
   --input PATH      text to train on: a directory or a FILE.jsonl (default: the standard library
                     of the running Python)
   --json-key KEY    the key of the text in a JSON line (default: text)
-  --glob PATTERN    files of the directory, by name; may be repeated
+  --glob PATTERN    names of the files to read in the directory; may be repeated
                     (default: *.txt *.md *.rst *.py)
   --iters N         training iterations (default: 700)
-  --nproc N         ranks (default: one for each GPU; 2 without a GPU)
-  --out DIR         where everything is written (default: runs/quickstart)
-  --fresh           train again what is finished
-  -h, --help        show this and do nothing
+  --nproc N         number of ranks (default: one for each GPU; 2 without a GPU)
+  --out DIR         folder for all results (default: runs/quickstart)
+  --fresh           train again, also runs that are finished
+  -h, --help        show this text and exit
 
-MEGATRON_S3_PYTHON names a Python that has the packages already (a container's, say); then nothing
-is installed.
+MEGATRON_S3_PYTHON names a Python that already has the packages, for instance that of a container;
+then nothing is installed.
 END
 }
 
-# Looked at before anything is installed, so that a typing error shows at once.
+# The arguments are checked before the installation, so that a typing error shows at once.
 given=("$@")
 while [ $# -gt 0 ]; do
   case $1 in

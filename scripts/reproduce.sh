@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# The paper's comparisons at a small scale, on CPUs: sets itself up, trains every run that is not
-# there yet (Megatron's trainer, 0.12M parameters, the standard library's text), and goes on where
-# it was stopped.
+# Repeats the paper's comparisons at a small scale on CPUs: installs the packages and trains every run
+# that is not finished yet (with Megatron's trainer, 0.12M parameters, and the standard library's
+# text). You can stop it at any time; the same command continues.
 #
 # Usage: ./scripts/reproduce.sh [--only NAME ...] [--of LABEL ...] [--out DIR] [--iters N]
 #                               [--jobs N] [--dry-run] [-- FLAG ...]
-#   --only NAME ...  of toy, optimizers, ablations, recipes, grid, "large rates", burst (all)
-#   --of LABEL ...   only these of their rows, such as S3 AdamW "NAdam, warmup 30 %" (all)
-#   --out DIR        a folder for each run, with run.json and metrics.jsonl (runs/reproduce)
-#   --iters N        of a run (600; of a configuration its own)
-#   --jobs N         runs side by side (the number of cores)
-#   --dry-run        prints the runs known so far, with their arguments
+#   --only NAME ...  only these comparisons: toy, optimizers, ablations, recipes, grid, "large rates",
+#                    burst (default: all)
+#   --of LABEL ...   only these rows, such as S3 AdamW "NAdam, warmup 30 %" (default: all)
+#   --out DIR        folder for the results; each run gets a folder with run.json and metrics.jsonl
+#                    (default: runs/reproduce)
+#   --iters N        iterations of a run (default: 600, or those of the configuration)
+#   --jobs N         number of runs at the same time (default: the number of cores)
+#   --dry-run        print the runs that are known so far, with their arguments
 #   -- FLAG ...      Megatron's flags for every run: -- --hidden-size 128 --num-layers 4
-#   --config NAME    trains the same runs of a configuration instead, through megatron-s3 launch
-#   --slurm          with --config: submits a job for each run that is known; when they have ended the
-#                    same command records them and submits what they decide on
-#   MEGATRON_S3_PYTHON names a Python to use as it is.
+#   --config NAME    train the same runs with a configuration, through megatron-s3 launch
+#   --slurm          with --config: submit a job for each run that is known; when the jobs have ended,
+#                    the same command records them and submits the runs that depend on them
+#   MEGATRON_S3_PYTHON names a Python that is used unchanged.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Sets up .venv, then checks and tests everything that can run on this machine, fast things first.
+# Creates .venv, then runs all checks and tests that can run on this machine, fast ones first.
 #
 # Usage: ./scripts/test.sh [PYTEST ARGUMENTS]
-#   With arguments: one run of pytest with them, after the checks; for instance -m 'not slow'
-#   (fast ones alone) or -m thorough (the cases that a run without arguments leaves out).
-#   MEGATRON_S3_PYTHON names a Python to use as it is, with the packages of pyproject.toml in it.
+#   With arguments, pytest runs once with them after the checks; for instance -m 'not slow' (only
+#   fast tests) or -m thorough (the cases that a run without arguments leaves out).
+#   MEGATRON_S3_PYTHON names a Python that is used unchanged; it must have the packages of
+#   pyproject.toml.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,7 +21,7 @@ esac
 
 ensure_venv quickstart,test
 
-# The other supported releases, side by side, for the compatibility tests.
+# The other supported releases, each in its folder, for the compatibility tests.
 if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
   for release in 0.17.1 0.18.2; do
     target=.venv/megatron-core/$release
@@ -41,7 +42,7 @@ echo "mypy"
 echo "shellcheck"
 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh scripts/*.sbatch docker/*.sh tests/*/*.sh .ci/run
 
-# pytest's status 5 says that it found no test of that kind, which is no failure.
+# pytest's status 5 means that it found no test of that kind, which is no failure.
 run_pytest() {
   local status=0
   "$PYTHON" -m pytest "$@" || status=$?
@@ -51,7 +52,7 @@ run_pytest() {
 if [ $# -gt 0 ]; then
   run_pytest "$@"
 else
-  # A file's tests stay together in one process, which has made what they share once.
+  # The tests of a file run in one process, which prepares what they share once.
   run_pytest -q -n 2 --dist loadfile -m "not slow and not thorough and not cluster and not container"
   run_pytest -q -m "slow and not thorough and not cluster and not container" --durations=10
   run_pytest -q -m "cluster and not container" --durations=5 -rs

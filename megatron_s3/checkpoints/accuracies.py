@@ -13,8 +13,8 @@ __all__ = ["Results", "figure", "table"]
 _COLOURS = ("#004488", "#DDAA33", "#BB5566", "#66CCEE", "#222222", "#999933")
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--")
 
-#: A model's results: by task, what lm-evaluation-harness measured, ``samples``, and ``acc`` and
-#: ``acc_stderr`` among it.
+#: A model's results by task: the metrics of lm-evaluation-harness, with ``samples``, ``acc`` and
+#: ``acc_stderr`` among them.
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -22,7 +22,7 @@ def table(models: Mapping[str, Results]) -> str:
     """Returns Figure 6 as a Markdown table: accuracy in percent, ± its standard error.
 
     Args:
-        models: results by the models' names, all of the same tasks.
+        models: the results by the models' names, all for the same tasks.
     """
     tasks = list(next(iter(models.values())))
     rows = [
@@ -50,7 +50,7 @@ def figure(models: Mapping[str, Results]) -> "Figure":
     """Draws Figure 6 as bars: accuracy of each model on each task, its standard error, chance.
 
     Args:
-        models: results by the models' names, all of the same tasks.
+        models: the results by the models' names, all for the same tasks.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

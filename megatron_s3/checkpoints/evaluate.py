@@ -22,7 +22,7 @@ _VERSIONS = ("lm_eval", "transformers", "datasets", "tokenizers", "torch")
 
 
 class EvaluationError(MegatronS3Error, ValueError):
-    """The evaluation cannot be made; the message says why, and what to do."""
+    """Raised where the evaluation cannot run; the message says why and what to do."""
 
 
 def evaluate(
@@ -40,24 +40,24 @@ def evaluate(
     Args:
         models: folders of Hugging Face models, by the name that the table shows.
         tasks: keys of :data:`megatron_s3.checkpoints.tasks.TASKS`.
-        data: folder with NAME.jsonl for each task; the Hugging Face hub if None.
-        tokenizer: folder of the tokenizer; each model's own if None.
-        device: torch's name of it; CUDA where there is one, if None.
-        batch_size: prompts at a time.
-        limit: samples of each task, all if None.
+        data: a folder with NAME.jsonl for each task; the Hugging Face hub if None.
+        tokenizer: the folder of the tokenizer; each model's own if None.
+        device: torch's name of the device; CUDA if available, if None.
+        batch_size: the number of prompts in a forward pass.
+        limit: the number of samples of each task; all if None.
 
     Returns:
-        What results.json holds.
+        The content of results.json.
 
     Raises:
-        EvaluationError, TaskError: unusable input; nothing has been computed.
+        EvaluationError, TaskError: the input is unusable; nothing was computed.
     """
     for folder in models.values():
         _check_files(folder, tokenizer)
     _check_device(device)
     try:
         import lm_eval
-        import matplotlib  # noqa: F401  (of the figure, before the work)
+        import matplotlib  # noqa: F401  (the figure needs it after the work)
         import torch
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
@@ -104,10 +104,10 @@ def evaluate(
 
 
 def _check_device(device: str | None) -> None:
-    """Refuses a device that is not there; the harness would take the CPU without a word.
+    """Checks that the device exists; the harness would silently use the CPU.
 
     Raises:
-        EvaluationError: it is not there, or is no name of a device.
+        EvaluationError: it does not exist, or the name is not that of a device.
     """
     if device is None:
         return
@@ -129,14 +129,14 @@ def _check_device(device: str | None) -> None:
 def _check_files(folder: Path, tokenizer: str | Path | None) -> None:
     if not (folder / "config.json").is_file():
         raise EvaluationError(
-            f"{folder}: no Hugging Face model (config.json); make one of a checkpoint with "
-            "megatron-s3 export"
+            f"{folder}: not a Hugging Face model, config.json is missing; make one from a "
+            "checkpoint with megatron-s3 export"
         )
     of = Path(tokenizer or folder)
     if not any((of / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise EvaluationError(
-            f"{of}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): give the folder "
-            "of the one that the model was trained with, --tokenizer FOLDER"
+            f"{of}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); give the folder "
+            "of the model's tokenizer with --tokenizer FOLDER"
         )
 
 
@@ -148,17 +148,17 @@ def _check_vocabulary(folder: Path, of: str | Path) -> None:
         size = len(AutoTokenizer.from_pretrained(of, local_files_only=True))
     except Exception as error:
         raise EvaluationError(
-            f"{folder}, tokenizer {of}: transformers cannot read: {error}"
+            f"{folder}, tokenizer {of}: transformers cannot read them: {error}"
         ) from error
     if size > rows:
         raise EvaluationError(
-            f"{folder}: its vocabulary has {rows} rows, and the tokenizer {of} {size} tokens; give "
-            "the folder of the one that the model was trained with, --tokenizer FOLDER"
+            f"{folder}: its vocabulary has {rows} rows, and the tokenizer {of} has {size} tokens; "
+            "give the folder of the model's tokenizer with --tokenizer FOLDER"
         )
 
 
 def _measured(run: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Returns a task's figures, named ``acc``, ``acc_stderr`` ...; None for no number."""
+    """Returns a task's metrics (``acc``, ``acc_stderr``, ...); None where one is not a number."""
     figures: dict[str, Any] = {"samples": run["n-samples"][task]["effective"]}
     for name, value in run["results"][task].items():
         metric, comma, _ = name.partition(",")
@@ -176,8 +176,8 @@ def _models(words: Sequence[str]) -> dict[str, Path]:
             name, folder = Path(word).absolute().name, word
         if name in models:
             raise EvaluationError(
-                f"two models are named {name!r}, {models[name]} and {folder}: give them names of "
-                "their own, NAME=FOLDER"
+                f"two models are named {name!r}, {models[name]} and {folder}: give them different "
+                "names with NAME=FOLDER"
             )
         models[name] = Path(folder)
     return models
@@ -188,14 +188,15 @@ def _tasks(text: str) -> list[str]:
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise EvaluationError(
-            f"--tasks {text}: no task {', '.join(map(repr, unknown))}; there are {','.join(TASKS)}"
+            f"--tasks {text}: no task {', '.join(map(repr, unknown))}; the tasks are "
+            f"{','.join(TASKS)}"
         )
     return names
 
 
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
@@ -207,17 +208,18 @@ def main(argv: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="megatron-s3 eval",
-        description="Zero-shot accuracy on the paper's five tasks with lm-evaluation-harness: "
-        "prints Figure 6's table, writes results.json and results.png.",
+        description="Measure zero-shot accuracy on the paper's five tasks with "
+        "lm-evaluation-harness, print the table of Figure 6, and write results.json and "
+        "results.png.",
     )
     parser.add_argument(
         "models",
         nargs="+",
         metavar="[NAME=]MODEL_DIR",
-        help="a Hugging Face model, as megatron-s3 export writes it",
+        help="Hugging Face model, as megatron-s3 export writes it",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="for results.json and results.png"
+        "--output", required=True, metavar="FOLDER", help="folder for results.json and results.png"
     )
     parser.add_argument(
         "--tasks",
@@ -269,7 +271,7 @@ def main(argv: list[str]) -> int:
             limit=args.limit,
         )
         shown = {name: model["tasks"] for name, model in results["models"].items()}
-        print(table(shown), flush=True)  # which no full disk can take away
+        print(table(shown), flush=True)  # first, in case the disk is full
         output.mkdir(parents=True, exist_ok=True)
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         figure(shown).savefig(output / "results.png")

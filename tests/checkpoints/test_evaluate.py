@@ -167,7 +167,7 @@ def test_unusable_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     for words, message in (
         (["x", "--tasks", "piqa,arc"], "no task 'arc'"),
         (["a/m", "b/m"], "two models are named 'm'"),
-        ([str(model)], "no Hugging Face model"),
+        ([str(model)], "not a Hugging Face model"),
     ):
         assert evaluate.main([*words, *rest]) == 2
         assert message in capsys.readouterr().err

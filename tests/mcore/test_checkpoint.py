@@ -153,7 +153,7 @@ def test_beside_local_checkpoints_the_persistent_one_is_verified(tmp_path):
         if chosen:
             assert read(load, args, context) == (chosen, "local")
         else:
-            with pytest.raises(ValueError, match=r"iter_0000006/__0_0\.distcp is not what was"):
+            with pytest.raises(ValueError, match=r"iter_0000006/__0_0\.distcp is damaged"):
                 read(load, args, context)
 
 
@@ -369,7 +369,9 @@ def test_each_rank_verifies_a_share_and_all_is_verified(tmp_path):
             assert f"{path} is damaged" in said()
         if first:
             path.write_bytes(content[:-1])
-        assert f"{path} has {len(content) - 1:,} bytes" in said(plugin_no_verify_checkpoint=True)
+        assert f"{path} is truncated: {len(content) - 1:,} bytes" in said(
+            plugin_no_verify_checkpoint=True
+        )
         if first:
             path.write_bytes(content)
     torch.distributed.barrier()

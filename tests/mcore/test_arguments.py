@@ -133,7 +133,7 @@ REFUSED = {
     ("--s3-p", "0.5"): r"--s3-p must be in \[1, inf\), not 0\.5",
     ("--s3-p", "inf"): r"--s3-p must be in",
     ("--distributed-backend", "nccl"): "--distributed-backend nccl needs GPUs",
-    (*AWARE, EXP_AVG, "fp16"): "--exp-avg-dtype fp16: .+ range ends at",
+    (*AWARE, EXP_AVG, "fp16"): "--exp-avg-dtype fp16: .+ smallest number is 6e-8",
     (*AWARE, EXP_AVG_SQ, "fp8"): "--exp-avg-sq-dtype fp8: .+ too coarse",
     (*AWARE, "--main-params-dtype", "fp16"): "--main-params-dtype fp16 is not supported",
     # 1 - 0.99 is above 2**-8, 1 - 0.99**(1/3) below.

@@ -1,4 +1,4 @@
-"""The examples in READMEs and in heads of files work as they stand."""
+"""The examples in pages and in heads of files work as they stand."""
 
 import argparse
 import importlib
@@ -15,13 +15,10 @@ from megatron_s3 import cli, data
 from megatron_s3.launch import launch
 from megatron_s3.launch.check import arithmetic
 from megatron_s3.launch.config import load
+from scripts.docs import pages
 
 REPOSITORY = Path(__file__).parents[1]
-READMES = (
-    *("README.md", "configs/README.md", "scripts/README.md"),
-    *("docker/README.md", "patches/README.md"),
-    *("megatron_s3/telemetry/README.md", "scripts/results/README.md"),
-)
+PAGES = pages.pages(REPOSITORY)
 
 #: What the scripts start with their own arguments, which they do not look at.
 _BEHIND = {
@@ -43,7 +40,7 @@ def _commands(text: str) -> list[str]:
 
 
 def _examples() -> list[str]:
-    found = [c for name in READMES for c in _commands((REPOSITORY / name).read_text())]
+    found = [c for page in PAGES for c in _commands(page.read_text(encoding="utf-8"))]
     head = (REPOSITORY / "scripts/pretrain.sbatch").read_text().split("\n\n")[0]
     head = re.sub(r"^# ?", "", head, flags=re.MULTILINE).replace("\\\n", " ")
     found += [" ".join(line.split()) for line in head.splitlines() if line.startswith("    sbatch")]

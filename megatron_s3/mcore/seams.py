@@ -8,7 +8,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from megatron_s3.mcore import (
 from megatron_s3.mcore.checkpoint import async_writers, loading, param_groups, saving, shards
 from megatron_s3.mcore.seam import Builtin, Replaced, Seam, SeamMoved, Wrapped
 
-__all__ = ["SEAMS", "Seam", "SeamMoved", "install", "table"]
+__all__ = ["SEAMS", "Seam", "SeamMoved", "install"]
 
 
 def _with(*methods: str) -> dict[str, Any]:
@@ -430,20 +429,3 @@ def install() -> None:
         seam.check()
     for seam in seams:
         seam.install()
-
-
-def table() -> str:
-    """Returns the README's table of seams, in Markdown."""
-    rows = [
-        f"| `{seam.name}` | {'replaced' if isinstance(seam, Replaced) else 'wrapped'} | "
-        f"{seam.module} | {seam.purpose} |"
-        for seam in SEAMS
-    ]
-    return "\n".join(["| seam | is | in | it |", "|---|---|---|---|", *rows])
-
-
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(f"error: {sys.argv[1]}: this prints a table, and takes no argument", file=sys.stderr)
-        sys.exit(2)
-    print(table())

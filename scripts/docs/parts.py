@@ -173,7 +173,12 @@ def versions() -> str:
 
 def patched_functions() -> str:
     """Returns the table of what the plugin patches in Megatron."""
-    return seams.table()
+    rows = [
+        (f"`{each.name}`", "replaced" if isinstance(each, seam.Replaced) else "wrapped",
+         f"`{each.module}`", f"{each.purpose[0].upper()}{each.purpose[1:]}.")
+        for each in seams.SEAMS
+    ]  # fmt: skip
+    return _table(("function or class", "is", "in", "the plugin's version"), rows)
 
 
 #: Every part by its name.

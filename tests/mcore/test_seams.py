@@ -5,7 +5,6 @@ import builtins
 import pytest
 
 from megatron_s3.mcore import seam, seams
-from tests.harness.trainer import REPOSITORY
 from tests.mcore.library import on_ranks
 
 
@@ -22,13 +21,6 @@ def test_what_is_registered_twice_is_wrapped_once():
     assert first and all(hasattr(function, seam.MARK) for function in first)
     register()
     assert all(a is b.found() for a, b in zip(first, wrapped, strict=True))
-
-
-@on_ranks()
-def test_the_readme_lists_them():
-    assert seams.table() in (REPOSITORY / "README.md").read_text(), (
-        "see python -m megatron_s3.mcore.seams"
-    )
 
 
 def validate_args(parsed, preset):

@@ -1,4 +1,4 @@
-"""The announcement of the optimizer that was built: rank 0 says once how it steps."""
+"""The announcement of the optimizer that was built: rank 0 logs once how it steps."""
 
 import importlib
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def announce(
     config: Any,
     training: Training,
 ) -> None:
-    """Says in one line what was built, over how much, and how it is stepped."""
+    """Logs the optimizer with its settings, what it holds, and what runs its step: three lines."""
     params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
     sharding = set(map(_sharding, parts))
     groups = [group for part in parts for group in part.optimizer.param_groups]
@@ -51,16 +51,17 @@ def announce(
     offloaded = ""
     if getattr(config, "optimizer_cpu_offload", False):
         count = sum(p.numel() for part in parts for p in part.optimizer.host.offload.params)
-        offloaded = f"{count:,} of them kept and updated by the CPU, "
+        offloaded = f"; {count:,} of the parameters are kept and updated by the CPU"
         devices.add("cpu")
+    paths = sorted(_path(cls, parts, device, config, training) for device in devices)
+    clipping = f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping"
+    say(f"{cls.description.label} with {settings}")
     say(
-        f"{cls.description.label} with {settings}: "
         f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
-        f"{', '.join(sorted(map(_name, main)))}, state ({states}) "
-        f"{' and '.join(sorted(sharding))}, {offloaded}"
-        f"{', '.join(sorted(_path(cls, parts, device, config, training) for device in devices))}, "
-        + (f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping")
+        f"{', '.join(sorted(map(_name, main)))}; optimizer state ({states}) "
+        f"{' and '.join(sorted(sharding))}{offloaded}"
     )
+    say(f"step: {', '.join(paths)}; {clipping}")
 
 
 def _either(value: Any, found: Iterable[Any]) -> str:
@@ -86,9 +87,9 @@ def _path(
     config: Any,
     training: Training,
 ) -> str:
-    """Returns what steps on a device, as far as that depends on settings alone."""
+    """Returns what runs the step on a device, as far as that depends on settings alone."""
     if switches(config)["plugin_no_fused"]:
-        return f"portable path on {device} (--plugin-no-fused)"
+        return f"torch operations on {device} (--plugin-no-fused)"
     description = cls.description
     if device not in KERNELS:
         reasons = {f"no kernel for {description.label} on {device}"}
@@ -112,7 +113,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def say_path(parts: Iterable[MegatronOptimizer], training: Training) -> None:
-    """Says what the first update took, where that is not what was announced."""
+    """Logs what ran the first update if it is not what was announced."""
     optimizers = [part.optimizer for part in parts if part.optimizer is not None]
     paths = {optimizer.path for optimizer in optimizers if optimizer.path}
     training.updated = bool(paths)

@@ -107,7 +107,7 @@ def check(
         raise ValueError(fault)
     for key, *everywhere in zip(overrides, *(ranks for _, ranks in found), strict=True):
         if not any(everywhere):
-            say(f"{described(key)} matches no parameter, and overrides nothing")
+            say(f"{described(key)} matches no parameter, so it changes nothing")
 
 
 def _uncounted(parts: Sequence[Part], named: Sequence[tuple[str, Tensor]]) -> str | None:

@@ -66,7 +66,8 @@ def flips(bench: Bench) -> list[Row]:
                     chosen = choice.choose(work, argparse.Namespace(ckpt_step=None)).folder
                 how = f"another complete iteration ({chosen.name}), and it is said"
                 ok = (
-                    chosen.name != "iter_0000006" and "newer ones are complete: " in said.getvalue()
+                    chosen.name != "iter_0000006"
+                    and "newer iterations are complete: " in said.getvalue()
                 )
                 outcome = "survived" if ok else "falsely_accepted"
             except Damaged as caught:

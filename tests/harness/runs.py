@@ -39,6 +39,12 @@ class Run:
         return {i: x for i, x in self.losses.items() if i > iteration and i != iteration + 2}
 
     @property
+    def built(self) -> str:
+        """The three lines that announce S3, without the package's name."""
+        first = next(i for i, line in enumerate(self.said) if line.startswith("S3 (SoftSignSGD)"))
+        return "\n".join(self.said[first : first + 3])
+
+    @property
     def said(self) -> list[str]:
         """The lines of the plugin, without its name."""
         return re.findall(r"^\[megatron_s3\] (.*)", self.log, re.MULTILINE)

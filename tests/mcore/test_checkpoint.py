@@ -104,7 +104,10 @@ def test_newer_iterations_are_named_where_there_are_some(tmp_path):
     (load / TRACKER).write_text("3")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert read(load, flags()) == (3, None)
-    assert "names iteration 3, which is loaded; newer ones are complete: 6\n" in said.getvalue()
+    assert (
+        "names it; newer iterations are complete: 6 (choose one with --ckpt-step)\n"
+        in said.getvalue()
+    )
 
 
 GLOBAL = {"non_persistent_ckpt_type": "global"}

@@ -62,7 +62,7 @@ def test_a_model_of_several_optimizers_is_stepped_by_s3(clip_grad):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         optimizer = get_megatron_optimizer(configured(clip_grad=clip_grad), [mimo])
     assert "S3 (SoftSignSGD) with beta=0.95" in said.getvalue()
-    assert ": 1,850 parameters of rank 0" in said.getvalue()
+    assert "] 1,850 parameters of rank 0" in said.getvalue()
     alone, right = build("s3", clip_grad=clip_grad)
     for seed in range(3):
         success, norm, _ = step(mimo.language_model, optimizer, seed)

@@ -33,8 +33,8 @@ def test_each_rate_that_differs_is_refused_or_said(name):
     with pytest.raises(ValueError, match=f"{flag} {RATES[name]}, and this run has {flag} 0.5"):
         compare_rates("there", now, saved)
     for decides, words in (
-        ("override_opt_param_scheduler", f"from here on it is {flag} 0.5"),
-        ("use_checkpoint_opt_param_scheduler", f"stays in force in place of {flag} 0.5"),
+        ("override_opt_param_scheduler", f"the run continues with {flag} 0.5"),
+        ("use_checkpoint_opt_param_scheduler", f"the run keeps instead of {flag} 0.5"),
     ):
         with contextlib.redirect_stdout(io.StringIO()) as said:
             compare_rates("there", Namespace(**vars(now), **{decides: True}), saved)

@@ -158,7 +158,7 @@ def test_a_pattern_that_matches_nothing_is_said():
         build(overrides=override("*2.weight", p=2.0) | override(p=2.0))
     lines = [line for line in said.getvalue().splitlines() if "matches no parameter" in line]
     lines = [line.removeprefix("[megatron_s3] ") for line in lines]
-    right = ["config_overrides[name='*2.weight'] matches no parameter, and overrides nothing"]
+    right = ["config_overrides[name='*2.weight'] matches no parameter, so it changes nothing"]
     assert lines == (right if torch.distributed.get_rank() == 0 else [])
 
 
@@ -206,7 +206,7 @@ def test_what_is_announced_is_what_the_groups_hold():
     with contextlib.redirect_stdout(io.StringIO()) as said:
         build(overrides=override(s3_beta=0.5, weight_decay=0.7), weight_decay=0.25)
     assert "with beta=0.95 or 0.5 p=3.0 " in said.getvalue()
-    assert "weight_decay=0.25 or 0.7: 1,850 parameters" in said.getvalue()
+    assert "weight_decay=0.25 or 0.7\n[megatron_s3] 1,850 parameters" in said.getvalue()
 
 
 # ---- what a checkpoint gives back ----------------------------------------------------------------

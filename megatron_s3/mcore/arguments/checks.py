@@ -178,8 +178,8 @@ def check_megatron_fsdp(args: argparse.Namespace) -> None:
     dtype = dtype or args.params_dtype  # None is auto
     if dtype != torch.float32:
         say(
-            f"main parameters are kept in {dtype}, as --megatron-fsdp-main-params-dtype asks: what "
-            "an update changes by less than their rounding is lost"
+            f"main parameters are kept in {dtype} (--megatron-fsdp-main-params-dtype): updates "
+            "smaller than its rounding are lost"
         )
 
 

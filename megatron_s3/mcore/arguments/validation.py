@@ -94,7 +94,7 @@ def _validate(
         args.clip_grad = cls.description.clip_grad
     elif args.clip_grad != cls.description.clip_grad:
         say(
-            f"gradients are clipped at {args.clip_grad}, as --clip-grad asks; the default with "
+            f"gradients are clipped at {args.clip_grad} (--clip-grad); the default of "
             f"--optimizer {cls.description.name} is {cls.description.clip_grad:g}"
         )
     with as_adam(args):

@@ -109,7 +109,9 @@ def _persistent(load_dir: Path, args: Any) -> Choice | None:
         return Choice(folder_of(load_dir, None), None)
     tracker = load_dir / TRACKER
     if not tracker.is_file():
-        say_once(f"{tracker} is missing: iteration {found}, the only one there, is complete")
+        say_once(
+            f"iteration {found} is loaded: {tracker} is missing, and no other iteration is complete"
+        )
     elif os.environ.get("RANK", "0") == "0":
         _say_newer(load_dir, found, args)
     return Choice(folder_of(load_dir, found), found)
@@ -126,8 +128,8 @@ def _say_newer(load_dir: Path, found: int, args: Any) -> None:
     """Names newer iterations: of a job killed before the tracker file, or an edited one's."""
     if newer := [str(i) for i in complete_ones(load_dir, args) if i > found]:
         say_once(
-            f"{load_dir / TRACKER} names iteration {found}, which is loaded; newer ones are "
-            f"complete: {', '.join(newer)}"
+            f"iteration {found} is loaded, as {load_dir / TRACKER} names it; newer iterations are "
+            f"complete: {', '.join(newer)} (choose one with --ckpt-step)"
         )
 
 

@@ -54,9 +54,9 @@ def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
     then = " ".join(f"{flag} {value}" for flag, value, _ in differing)
     now = " ".join(f"{flag} {value}" for flag, _, value in differing)
     if getattr(args, "override_opt_param_scheduler", False):
-        say_once(f"{load_dir} was saved with {then}; from here on it is {now}")
+        say_once(f"{load_dir} was saved with {then}; the run continues with {now}")
     elif getattr(args, "use_checkpoint_opt_param_scheduler", False):
-        say_once(f"{load_dir} was saved with {then}, which stays in force in place of {now}")
+        say_once(f"{load_dir} was saved with {then}, which the run keeps instead of {now}")
     else:
         raise ValueError(
             f"{load_dir} was saved with {then}, and this run has {now}. Nothing was loaded. Give "
@@ -93,8 +93,10 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
     for name in now:
         if now[name] != then[name]:
             was, is_now = f"{name}={then[name]}", f"{name}={now[name]}"
-            say_once(f"{load_dir} was saved with {was}; from here on it is {is_now}")
+            say_once(f"{load_dir} was saved with {was}; the run continues with {is_now}")
     now, then = (state_dtypes(OPTIMIZERS[running], each) for each in (args, saved))
     for name in now:
         if now[name] != then[name]:
-            say_once(f"{load_dir} was saved with {name} in {then[name]}: loaded into {now[name]}")
+            say_once(
+                f"{load_dir} was saved with {name} in {then[name]}; it is loaded into {now[name]}"
+            )

@@ -43,7 +43,7 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
             if changed := {n: v for n, v in own.items() if group.get(n, v) != v}:
                 then = " ".join(f"{name}={group[name]}" for name in changed)
                 now = " ".join(f"{name}={value}" for name, value in changed.items())
-                say_once(f"a param group was saved with {then}; from here on it is {now}")
+                say_once(f"a param group was saved with {then}; the run continues with {now}")
             group.update(own)
     return result
 

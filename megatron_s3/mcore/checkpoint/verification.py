@@ -22,7 +22,10 @@ def verify(choice: Choice | None, load_dir: Any, args: Any, first: bool) -> None
     if choice is None:
         return
     if choice.folder is None:
-        say_once(f"the local checkpoint of iteration {choice.iteration} is loaded unchecked")
+        say_once(
+            f"the local checkpoint of iteration {choice.iteration} is loaded without verification "
+            "of checksums"
+        )
         return
     legacy = is_of_format_torch(choice.folder)
     once = legacy or getattr(args, "ckpt_format", None) == "torch_dcp"
@@ -53,8 +56,8 @@ def _verify(folder: Path, load_dir: Path, args: Any, own_file: bool) -> None:
     if count:
         seconds = time.monotonic() - began
         say(
-            f"{folder} is what was written: {count / 1e9:.3g} GB checked by each of {ranks} ranks "
-            f"in {seconds:.1f} s; --plugin-no-verify-checkpoint leaves this out"
+            f"{folder}: checksums verified ({count / 1e6:,.1f} MB by each of {ranks} ranks in "
+            f"{seconds:.1f} s); --plugin-no-verify-checkpoint skips this"
         )
 
 

@@ -5,6 +5,7 @@ import sys
 
 from megatron_s3.errors import MegatronS3Error
 from megatron_s3.log import tell
+from megatron_s3.version import __version__
 
 __all__ = ["main"]
 
@@ -72,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_usage())
         return 0
     if argv and argv[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"megatron-s3 {version('megatron-s3')}")
+        print(f"megatron-s3 {__version__}")
         return 0
     if not argv or argv[0] not in VERBS:
         what = f"error: unknown verb {argv[0]!r}\n" if argv else ""

@@ -97,7 +97,7 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
         warnings = _warnings(text, launches, lr_factor)
         return Translation(result, (*edits.changes, *notes), tuple(warnings))
     raise LaunchError(
-        f"what has to change cannot be changed here without changing something else ({reason}): "
+        f"the changes cannot be made here without changing something else ({reason}): "
         "write the launch out with its own flags"
     )
 
@@ -116,13 +116,13 @@ def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:
     left = unused(text, found, launches)
     if left is not None:
         raise LaunchError(
-            "nothing that can be followed from here takes this --lr: call what it belongs to in "
-            "the same script, write the launch out, or remove it",
+            "the command that takes this --lr cannot be found from here: start it in the same "
+            "script, write the launch out, or remove the flag",
             left,
         )
     if not any(launch.flags() for launch in launches):
         raise LaunchError(
-            "no arguments of Megatron's in it (--optimizer, --lr, ...): give a launch of its "
+            "it has no arguments of Megatron (--optimizer, --lr, ...): give a launch of the "
             "trainer, or the arguments alone"
         )
     for launch in launches:
@@ -142,12 +142,12 @@ def _check(launch: Launch, optimizer: str) -> None:
                 )
             if old == optimizer:
                 raise LaunchError(
-                    f"it is a launch of S3's already (--optimizer {old})", launch.place
+                    f"it is a launch with S3 already (--optimizer {old})", launch.place
                 )
             if old not in _ADAM:
                 raise LaunchError(
-                    f"--optimizer {old}: the rules are for launches of AdamW's (--optimizer "
-                    "adam), which the paper compares with",
+                    f"--optimizer {old}: only launches with AdamW (--optimizer adam) can be "
+                    "rewritten",
                     launch.place,
                 )
         elif flag.name in (*TIMES, *OVER):

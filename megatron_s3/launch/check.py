@@ -38,7 +38,7 @@ def ask_megatron(config: Config, more: list[str] | None = None) -> None:
         tell("asking Megatron whether it takes this; importing it takes a while")
         check(config, more)
     else:
-        print("Megatron is not installed here: its own checks are left to the nodes of the job")
+        print("Megatron is not installed here: the nodes of the job run its checks")
 
 
 def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:

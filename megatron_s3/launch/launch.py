@@ -129,7 +129,7 @@ def _check(
     except ConfigError as error:
         if not in_container or not config.dataset:
             raise
-        say(f"{error}; left to the job, which looks for it in its container")
+        say(f"{error}; the job looks for it in its container")
         words = told.words()
     if first_node():  # once is enough
         ask_megatron(told, words[len(told.words()) :])
@@ -176,39 +176,44 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
     with _alone(config, run_dir) as held:
         before = progress(config, run_dir)
         if before.saved is not None:
-            say(f"going on from iteration {before.saved} in {before.folder}")
+            say(f"resuming from iteration {before.saved} in {before.folder}")
             if changed(config, run_dir):
                 say(
-                    "the data are others than those that the run began with: it goes on at the "
-                    "same number of samples, in an order of the new ones"
+                    "the dataset differs from the one that the run began with: training continues "
+                    "after the same number of samples, in the order of the new dataset"
                 )
             if left_out:
-                say(f"not in force any more, since they are for the start: {', '.join(left_out)}")
+                say(f"arguments for the start of a run are left out: {', '.join(left_out)}")
         try:
             provenance.record(run_dir, config, command)
         except OSError as error:
-            say(f"what this attempt runs is not written down: {error}; it trains all the same")
+            say(f"the record of this attempt cannot be written ({error}); training starts anyway")
         # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
         with stop.start(command, os.environ | config.launch.environment | held) as process:
             status = process.wait()
         after = progress(config, run_dir)
     if stop.killed:
-        say(f"interrupted twice, the second time without saving: at checkpoint {after.saved}")
+        say(f"interrupted twice: the ranks ended without saving; the newest is {after.saved}")
         return 130
-    return _ended(status, before, after, stop.asked_by)
+    return _ended(run_dir, status, before, after, stop.asked_by)
 
 
-def _ended(status: int, before: Progress, after: Progress, asked_by: str | None) -> int:
-    """Says how the ranks ended, and returns the launcher's status; see the module."""
+def _ended(
+    run_dir: Path, status: int, before: Progress, after: Progress, asked_by: str | None
+) -> int:
+    """Logs how the ranks ended, and returns the launcher's status; see the module."""
     saved = (after.saved or 0) > (before.saved or 0)
     if status and not (asked_by and saved):
         say(f"the ranks ended with status {status}; the newest checkpoint is {after.saved}")
         return status if status > 0 else 128 - status  # as a shell says it of a signal
     if after.finished or after.last is None:
+        say(f"training is finished: iteration {after.saved}, checkpoints in {after.folder}")
+        if (run_dir / "tensorboard" / "metrics.jsonl").exists():
+            say(f"megatron-s3 report {run_dir} makes tables and pictures of this run")
         return 0
     why = f"asked to by {asked_by}" if asked_by else "Megatron ended early"
     if saved:
-        say(f"stopped at iteration {after.saved} of {after.last} ({why}); the same command goes on")
+        say(f"stopped at iteration {after.saved} of {after.last} ({why}); the same command resumes")
         return STOPPED
     say(
         f"the ranks ended ({why}) and saved nothing: the newest checkpoint in {after.folder} is "

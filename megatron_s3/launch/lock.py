@@ -200,7 +200,7 @@ def _take(file: int, path: Path, patience: float) -> bool:
             raise
         if not said and time.monotonic() > began + 1:
             said = True
-            say_here(f"{path.parent}: waiting for the last launch's ranks")
+            say_here(f"{path.parent}: waiting for the ranks of the previous launch to end")
         time.sleep(0.1)
 
 
@@ -224,8 +224,8 @@ def _is_dead(holder: _Record, locks: bool) -> bool:
 def _beats(path: Path, seen: _Record, beat: float) -> bool:
     """Returns whether the holder shows that it lives, within three beats."""
     say_here(
-        f"{path.parent}: {_who(seen)} has left it locked; looking for {3 * beat:.0f} s whether "
-        "that is alive"
+        f"{path.parent}: {_who(seen)} holds the lock; checking for {3 * beat:.0f} s whether it is "
+        "alive"
     )
     deadline = time.monotonic() + 3 * beat
     while time.monotonic() < deadline:

@@ -25,7 +25,7 @@ def test_from_text_to_figures(tmp_path: Path) -> None:
     assert run.returncode == 0
     assert "a rank is killed" in run.stdout
     assert re.search(r"failed with status \d+, checkpoint 0 -> 10; requeued, 1 of", run.stdout)
-    assert "going on from iteration 10" in run.stdout
+    assert "resuming from iteration 10" in run.stdout
     assert "the job has ended at checkpoint 30" in run.stdout
     assert re.search(r"largest difference from Megatron's logits", run.stdout)
     assert re.search(r"\| S3 +\| ", run.stdout)

@@ -397,7 +397,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     assert f"stopped at iteration {stopped} of 100 (asked to by SIGTERM)" in said
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stdout[-4000:]
-    assert f"going on from iteration {stopped}" in again.stdout
+    assert f"resuming from iteration {stopped}" in again.stdout
     assert min(Run(0, again.stdout).column("lm loss")) == stopped + 1
     assert progress(load(["tiny-s3"]), tmp_path).saved == 100
     third = subprocess.run(command, capture_output=True, text=True, env=environment)

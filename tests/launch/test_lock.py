@@ -196,8 +196,8 @@ def test_a_dead_machine_gives_the_folder_up(tmp_path, capsys):
     with lock.hold([tmp_path], beat=0.1):
         assert lock._read(tmp_path / "lock")["pid"] == os.getpid()
     assert capsys.readouterr().out == (
-        f"[megatron_s3] {tmp_path}: process 1 on elsewhere, since {left['since']} has left it "
-        "locked; looking for 0 s whether that is alive\n"
+        f"[megatron_s3] {tmp_path}: process 1 on elsewhere, since {left['since']} holds the "
+        "lock; checking for 0 s whether it is alive\n"
     )
 
 

@@ -173,5 +173,5 @@ def test_a_finished_run_of_another_configuration_is_not_this_one(tmp_path, capsy
 def test_status(status, after, asked_by, ended):
     folder = Path("checkpoints")
     assert launch._ended(
-        status, Progress(folder, 10, 30), Progress(folder, after, 30), asked_by
+        Path("run"), status, Progress(folder, 10, 30), Progress(folder, after, 30), asked_by
     ) == (ended)

@@ -30,9 +30,11 @@ _BEHIND = {
 def _commands(text: str) -> list[str]:
     """Commands in blocks of sh and between backquotes, continued lines joined.
 
-    Without the blocks that are marked as runnable, which tests/scripts/test_docs.py runs.
+    Without generated parts, and without the blocks that are marked as runnable, which
+    tests/scripts/test_docs.py runs.
     """
     text = re.sub(r"^<!-- runnable -->\n```sh\n.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"^<!-- generated: .*?^<!-- end -->", "", text, flags=re.M | re.S)
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
@@ -48,7 +50,13 @@ def _examples() -> list[str]:
     examples = [c for c in dict.fromkeys(found) if c.startswith(starts) and "..." not in c]
     # A verb that needs arguments, and stands alone, is its name.
     names = {f"megatron-s3 {verb}" for verb in cli.VERBS if verb != "configs"}
-    return [c for c in examples if c not in names]
+    # Other projects' programs take their arguments in ways of their own.
+    ours = ("scripts.", "tests.", "megatron_s3.", "pytest tests")
+    return [
+        c
+        for c in examples
+        if c not in names and (not c.startswith("python ") or c[10:].startswith(ours))
+    ]
 
 
 class _Parsed(Exception):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from tests.harness.trainer import REPOSITORY
 
 PAGES = pages.pages()
 NAMES = [page.relative_to(REPOSITORY).as_posix() for page in PAGES]
+
+#: The README fits into a few screens; details stand in the folders' pages.
+LONGEST_README = 200
 
 BLOCKS = [
     (name, number, block)
@@ -55,6 +59,10 @@ def test_the_links_of_a_page_lead_somewhere(page) -> None:
             assert anchor in pages.anchors(file.read_text(encoding="utf-8")), link
 
 
+def test_the_readme_is_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= LONGEST_README
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "number", "block"), BLOCKS, ids=[f"{name}-{number}" for name, number, _ in BLOCKS]
@@ -72,6 +80,19 @@ def test_a_runnable_block_runs(page, number, block, tmp_path) -> None:
     )  # fmt: skip
     print(done.stdout[-3000:])
     assert done.returncode == 0, f"{page}, block {number}:\n{block}\n{done.stderr[-3000:]}"
+
+
+def test_every_message_of_the_package_is_explained_once() -> None:
+    listed = Counter(
+        message
+        for section in troubleshooting.entries().values()
+        for entry in section
+        for message in entry["messages"]
+    )
+    raised = {each.message: each.where for each in troubleshooting.raised()}
+    missing = [f"{where}: {message}" for message, where in raised.items() if message not in listed]
+    assert not missing, "add them to scripts/docs/errors"
+    assert [message for message, count in listed.items() if count > 1] == []
 
 
 def test_no_explained_message_is_out_of_date() -> None:

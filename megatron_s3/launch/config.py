@@ -324,8 +324,9 @@ def _derive(
         lr = _number(arguments["lr"], "lr", merged["arguments.lr"][1])
         if lr <= 0:
             raise ConfigError(f"{merged['arguments.lr'][1]}: lr must be above 0, not {lr}")
-        # Decimal, so that 3e-5 / 3e-4 is 0.1 and not 0.09999999999999999.
-        arguments[target] = f"{float(compute(factor, lr)):.12g}"
+        # Decimal, so that 3e-5 / 3e-4 is 0.1 and not 0.09999999999999999.  All digits, since a
+        # resume compares them with what `megatron-s3 convert` made of the same numbers.
+        arguments[target] = repr(float(compute(factor, lr)))
         origins[f"arguments.{target}"] = origin
         used[key] = str(value)
     return used

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_s3.checkpoints.rates import over
 from megatron_s3.launch.config import COPY, ConfigError, load
 from megatron_s3.launch.config_paths import shipped
 
@@ -58,6 +59,8 @@ def test_the_rule_for_weight_decay_follows_the_rate(tmp_path):
     )
     assert load([run]).arguments == {"lr": "3e-4", "weight_decay": "0.1", "min_lr": "3e-05"}
     assert load([run], ["lr=3e-3"]).arguments["weight_decay"] == "0.01"
+    # The digits that a converted checkpoint holds, or its resume would be another schedule.
+    assert float(load([run], ["lr=9e-4"]).arguments["weight_decay"]) == over(0.1, 3)
     assert load([run], ["weight_decay=0"]).arguments["weight_decay"] == "0"
     assert "weight_decay" not in load([run], ["derived.lr_times_weight_decay=null"]).arguments
 

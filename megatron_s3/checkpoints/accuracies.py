@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.checkpoints.tasks import TASKS
+from megatron_s3.report.styles import styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Results", "figure", "table"]
-
-_COLOURS = ("#004488", "#DDAA33", "#BB5566", "#66CCEE", "#222222", "#999933")
-_HATCHES = ("", "//", "..", "\\\\", "xx", "--")
 
 #: A model's results by task: the metrics of lm-evaluation-harness, with ``samples``, ``acc`` and
 #: ``acc_stderr`` among them.
@@ -61,6 +59,7 @@ def figure(models: Mapping[str, Results]) -> "Figure":
     FigureCanvasAgg(drawn)
     axes = drawn.subplots()
     width = 0.8 / len(models)
+    looks = styles(list(models))
     for number, (name, results) in enumerate(models.items()):
         at = [i + (number - (len(models) - 1) / 2) * width for i in range(len(tasks))]
         heights = [100 * results[task]["acc"] for task in tasks]
@@ -72,8 +71,8 @@ def figure(models: Mapping[str, Results]) -> "Figure":
             yerr=errors,
             capsize=2,
             label=name,
-            color=_COLOURS[number % len(_COLOURS)],
-            hatch=_HATCHES[number % len(_HATCHES)],
+            color=looks[number].colour,
+            hatch=looks[number].hatch,
             edgecolor="white",
         )
         for x, height, error in zip(at, heights, errors, strict=True):

@@ -4,9 +4,9 @@ In a SLURM job, one task of a step runs this on each node; node rank and the fir
 are taken from SLURM_NODEID, MASTER_ADDR and MASTER_PORT. At SIGTERM, SIGINT, SIGHUP, SIGUSR1,
 SIGUSR2 and SIGXCPU the ranks save a checkpoint and end (:mod:`megatron_s3.launch.stopping`).
 
-Exit status: 0, trained to the end (at once if it was already); 75, stopped before the end with a
-checkpoint saved, and the same command goes on from it; 2, cannot run; 130, interrupted without
-saving; else the ranks failed.
+Exit status: 0, trained to the end (at once if it was already), or converted a checkpoint
+(``ckpt_convert_save``); 75, stopped before the end with a checkpoint saved, and the same command
+resumes from it; 2, cannot run; 130, interrupted without saving; else the ranks failed.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from megatron_s3.launch.selection import (
 )
 from megatron_s3.launch.stopping import StopRequest, exit_signal
 from megatron_s3.log import say
+from megatron_s3.storage.layout import TRACKER
 
 __all__ = ["STOPPED", "main"]
 
@@ -195,7 +196,17 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
     if stop.killed:
         say(f"interrupted twice: the ranks ended without saving; the newest is {after.saved}")
         return 130
+    if not status and (converted := _converted(config)):
+        say(f"the checkpoint was converted, into {converted}; nothing was trained")
+        return 0
     return _ended(run_dir, status, before, after, stop.asked_by)
+
+
+def _converted(config: Config) -> Path | None:
+    """Returns where Megatron wrote a checkpoint in another format, None if it did not."""
+    form, into = (config.arguments.get(f"ckpt_convert_{name}") for name in ("format", "save"))
+    folder = Path(str(into)) / str(form)
+    return folder if form and into and (folder / TRACKER).is_file() else None
 
 
 def _ended(

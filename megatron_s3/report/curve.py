@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.report.errors import RunError
+from megatron_s3.report.styles import Style, styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,13 +24,6 @@ BATCH_SIZE = "batch-size"
 LARGEST_UPDATE = "update/max_abs"
 _SEQ_LENGTH = "seq_length/text_summary"
 
-# Dark and solid, light and dashed ...: the lines differ without colour too.
-_STYLES = (
-    ("#004488", "-", "o"),
-    ("#DDAA33", "--", "s"),
-    ("#BB5566", "-.", "^"),
-    ("#222222", ":", "D"),
-)
 _SMOOTHED_OVER = 25
 
 
@@ -165,13 +159,14 @@ def figure(
     FigureCanvasAgg(drawn)
     panels = drawn.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     loss, rate = panels[0], panels[1]
-    for index, run in enumerate(runs):
-        colour, line, marker = _STYLES[index % len(_STYLES)]
-        _draw_loss(loss, run, colour, line, marker)
+    for run, style in zip(runs, styles([run.name for run in runs]), strict=True):
+        _draw_loss(loss, run, style)
         for panel, tag in zip(panels[1:], (LEARNING_RATE, LARGEST_UPDATE), strict=False):
             if tag in run.scalars:
                 series = run.scalars[tag]
-                panel.plot(series.iterations, series.values, color=colour, linestyle=line)
+                panel.plot(
+                    series.iterations, series.values, color=style.colour, linestyle=style.line
+                )
     if unigram_entropy is not None:
         loss.axhline(unigram_entropy, color="black", linestyle=(0, (1, 3)), linewidth=1.5)
         loss.annotate(
@@ -188,7 +183,17 @@ def figure(
     rate.set_ylabel("learning\nrate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     if with_update:
-        panels[2].axhline(1, color="black", linewidth=0.8)
+        panels[2].axhline(1, color="black", linewidth=0.8, linestyle=":")
+        panels[2].annotate(
+            "S3's bound",
+            (0.99, 1),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+        )
         panels[2].set_ylabel("largest\n|update|")
         panels[2].set_ylim(0, 1.1 * max(1, panels[2].dataLim.ymax))
     for panel in panels:
@@ -206,7 +211,8 @@ def draw(
     figure(runs, title, unigram_entropy).savefig(png)
 
 
-def _draw_loss(panel: Any, run: Run, colour: str, line: str, marker: str) -> None:
+def _draw_loss(panel: Any, run: Run, style: Style) -> None:
+    colour, line, marker, _ = style
     train = run.scalars[TRAIN_LOSS]
     window = min(_SMOOTHED_OVER, max(1, len(train.values) // 20))
     label = f"{run.name}, training" + (f" (mean of {window})" if window > 1 else "")

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_s3.report.compare import about, best_rate, finalists, labels
 from megatron_s3.report.runs import Suite, Trained
+from megatron_s3.report.styles import style as style_of
+from megatron_s3.report.styles import styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Picture", "pictures"]
 
-DARK, OTHER, FAINT = "#222222", "#CC6600", "#BBBBBB"
+DARK, OTHER, FAINT = "#222222", "#888888", "#BBBBBB"
 #: The most spikes that are drawn.
 SPIKES = 6
+#: The most labels whose updates are drawn.
+_UPDATES = 4
 
 
 class Picture:
@@ -55,6 +59,8 @@ def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture
             runs = suite.of(experiment)
             if any(run.loss for run in runs):
                 found.append(_curves(suite, experiment, runs))
+            if any(run.update("max_abs") for run in runs):
+                found.append(_updates(suite, experiment, runs))
             if any(len({r.lr for r in runs if r.label == label}) > 1 for label in labels(runs)):
                 found.append(_rates(suite, experiment, runs))
         if grid := suite.of("grid"):
@@ -112,6 +118,18 @@ def _band(
         panel.fill_between(at, *ends, color=colour, alpha=0.18, linewidth=0)
 
 
+def _colour(label: str, otherwise: str) -> str:
+    """Returns the colour of a label's optimizer."""
+    found = style_of(label)
+    return found.colour if found else otherwise
+
+
+def _unlike(label: str, reference: str) -> str:
+    """Returns a label's colour, or a grey if it is the reference's too."""
+    colour = _colour(label, OTHER)
+    return OTHER if label != reference and colour == _colour(reference, DARK) else colour
+
+
 def _smooth(run: Trained) -> list[tuple[int, float]]:
     """Returns the training losses, each averaged over up to 9 intervals."""
     loss = run.loss
@@ -132,13 +150,16 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     reference = _reference(runs)
     others = [x for x in labels(runs) if x != reference and _shown(runs, x)] or [reference]
     drawn, panels = _panels(len(others), 3, (3.6, 2.9), sharex=True, sharey=True)
-    known = [v for run in runs for _, v in _smooth(run)[-len(run.loss) // 2 :]]
+    late = [(*_smooth(run)[-len(run.loss) // 2 :], *run.valid[-1:]) for run in runs]
+    known = [v for series in late for _, v in series]
     known = sorted(v for v in known if math.isfinite(v))
     for panel, label in zip(panels, others, strict=True):
-        for name, line, colour in ((reference, "--", DARK), (label, "-", OTHER)):
+        for name in dict.fromkeys((reference, label)):
             shown = _shown(runs, name)
-            if not shown or (name == reference == label and line == "-"):
+            if not shown:
                 continue
+            line = "-" if name == label else "--"
+            colour = _unlike(label, reference) if name == label else _colour(reference, DARK)
             _band(panel, shown, _smooth, line, colour, f"{name}, learning rate {shown[0].lr:g}")
             for run in shown:
                 if run.valid:
@@ -159,6 +180,32 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     )
 
 
+def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
+    """Draws largest and mean |u| and the learning rate, one column for each label."""
+    shown = [x for x in labels(runs) if any(r.update("max_abs") for r in _shown(runs, x))]
+    shown = shown[:_UPDATES]
+    drawn, panels = _panels(2 * len(shown), len(shown), (3.6, 2.1), sharex=True, sharey="row")
+    for above, below, label in zip(panels, panels[len(shown) :], shown, strict=False):
+        run = next(r for r in _shown(runs, label) if r.update("max_abs"))
+        colour = _colour(label, DARK)
+        above.plot(*zip(*run.update("max_abs"), strict=True), color=colour, label="largest |u|")
+        mean = run.update("mean_abs")
+        above.plot(*zip(*mean, strict=True), "--", color=colour, label="mean |u|")
+        if run.bound is not None:
+            above.axhline(run.bound, color="k", linewidth=0.8, linestyle=":",
+                          label=f"bound {run.bound:g}")  # fmt: skip
+        rates = [(r["iteration"], r["lr"]) for r in run.records if r.get("lr") is not None]
+        if rates:
+            below.plot(*zip(*rates, strict=True), color=colour)
+        above.set_title(label, fontsize=8)
+        above.legend(fontsize=7, frameon=False)
+    panels[0].set_ylabel("|u| (learning rates)", fontsize=8)
+    panels[len(shown)].set_ylabel("learning rate", fontsize=8)
+    panels[len(shown)].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    title = f"{about(suite, experiment)}sizes of the updates u, and learning rate"
+    return Picture(f"{suite.name}-{experiment}-updates", title, drawn, "iteration")
+
+
 def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     """Draws the paper's figure 11: one panel for each label, with the others in grey."""
     shown = [x for x in labels(runs) if any(r.label == x and r.finished for r in runs)]
@@ -169,7 +216,8 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
             own = [run for run in runs if run.label == other and math.isfinite(run.final)]
             seed = min(run.seed for run in own) if own else 0
             curve = sorted((run.lr, run.final) for run in own if run.seed == seed)
-            style = {"color": DARK, "marker": "o", "linewidth": 1.6, "zorder": 3, "markersize": 4}
+            style = {"color": _colour(label, DARK), "marker": "o", "linewidth": 1.6}
+            style |= {"zorder": 3, "markersize": 4}
             if other != label:
                 style = {"color": FAINT, "linewidth": 0.8}
             if curve:
@@ -215,10 +263,10 @@ def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words:
     """Draws the runs of each label, which differ in a tag, in one panel."""
     shown = labels(runs)
     drawn, panels = _panels(len(shown), 3, (3.6, 2.9), sharex=True, sharey=True)
-    styles = (("-", DARK), ("--", OTHER), (":", DARK))
     for panel, label in zip(panels, shown, strict=True):
         own = sorted((r for r in runs if r.label == label), key=lambda r: r.tags[tag])
-        for run, (line, colour) in zip(own, styles, strict=False):
+        colour = _colour(label, DARK)
+        for run, line in zip(own, ("-", "--", ":"), strict=False):
             text = f"{words.format(run.tags[tag])}, learning rate {run.lr:g}"
             panel.plot(*zip(*run.loss, strict=True), line, color=colour, linewidth=1.2, label=text)
             for spike in run.spikes:
@@ -272,9 +320,10 @@ def _around_spikes(suite: Suite) -> Picture | None:
         reach = max(20, run.iterations // 8)
         near = (spike["onset"] - reach, (spike.get("end") or spike["onset"]) + reach)
         loss, update = panels[2 * k], panels[2 * k + 1]
-        _near(loss, run.loss, near, "-", DARK, "training loss")
-        _near(update, run.update("mean_abs"), near, "-", DARK, "mean |u|")
-        _near(update, run.update("max_abs"), near, "--", OTHER, "largest |u|")
+        colour = _colour(run.label, DARK)
+        _near(loss, run.loss, near, "-", colour, "training loss")
+        _near(update, run.update("mean_abs"), near, "-", colour, "mean |u|")
+        _near(update, run.update("max_abs"), near, "--", colour, "largest |u|")
         if run.bound is not None:
             update.axhline(run.bound, color="k", linewidth=0.8, linestyle=":", label="bound")
         update.set_ylim(0, 1.15 * max(1, update.dataLim.ymax))
@@ -310,12 +359,10 @@ def _toy(path: Path) -> Picture:
     """Draws the paper's figure 1."""
     found = json.loads(path.read_text(encoding="utf-8"))
     drawn, panels = _panels(3 * len(found), 3, (4.0, 3.0))
-    lines = ("-", "--", "-.", ":", (0, (1, 4)))
-    colours = (DARK, OTHER, "#0077BB", "#888888", "#AA3377")
     for k, (noise, runs) in enumerate(found.items()):
         path_of, loss, update = panels[3 * k : 3 * k + 3]
-        for (label, run), line, colour in zip(runs.items(), lines, colours, strict=False):
-            style = {"linestyle": line, "color": colour, "linewidth": 1.2}
+        for (label, run), own in zip(runs.items(), styles(list(runs)), strict=True):
+            style = {"linestyle": own.line, "color": own.colour, "linewidth": 1.2}
             path_of.plot(*zip(*run["x"], strict=True), **style)
             loss.plot(run["loss"], label=f"{label}, learning rate {run['lr']:.2g}", **style)
             update.plot(run["update"], **style)

@@ -21,6 +21,7 @@ from torch import nn
 
 from megatron_s3 import S3
 from megatron_s3.report.compare import Table
+from megatron_s3.report.styles import styles
 
 EPOCHS, WARMUP, BATCH = 20, 3, 64
 SEEDS = (1, 2, 3)
@@ -146,21 +147,15 @@ def draw(found: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    styles = (
-        ("-", "o", "#222222"),
-        ("--", "s", "#CC6600"),
-        ("-.", "^", "#0077BB"),
-        (":", "D", "#888888"),
-    )
     drawn = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
     FigureCanvasAgg(drawn)
     panels = drawn.subplots(2, len(found), squeeze=False)
     for column, (model, labels) in enumerate(found.items()):
         above, below = panels[:, column]
-        for (label, runs), (line, marker, colour) in zip(labels.items(), styles, strict=False):
+        for (label, runs), own in zip(labels.items(), styles(list(labels)), strict=True):
             points = [(r["lr"], r["error"][-1]) for r in runs["tried"]]
-            style = {"linestyle": line, "color": colour}
-            above.plot(*zip(*points, strict=True), marker=marker, label=label, **style)
+            style = {"linestyle": own.line, "color": own.colour}
+            above.plot(*zip(*points, strict=True), marker=own.marker, label=label, **style)
             mean = [
                 statistics.fmean(v) for v in zip(*(r["loss"] for r in runs["finals"]), strict=True)
             ]

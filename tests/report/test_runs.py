@@ -178,16 +178,16 @@ def test_the_page_stands_alone(tmp_path, capsys) -> None:
     assert verb.main(words) == 0
     page = (tmp_path / "report/report.html").read_text()
     names = {file.stem for file in (tmp_path / "report").glob("*.png")}
-    assert names == {f"a-{n}" for n in ("optimizers-loss", "optimizers-rates", "first-gradients",
-                                        "spikes")}  # fmt: skip
-    assert page.count("data:image/png;base64,") == 4 and 'src="a-' not in page
+    drawn = ("optimizers-loss", "optimizers-rates", "optimizers-updates", "first-gradients")
+    assert names == {f"a-{n}" for n in (*drawn, "spikes")}
+    assert page.count("data:image/png;base64,") == 5 and 'src="a-' not in page
     assert "-0.200 +- 0.100" in page and "-0.200 +- 0.100" in capsys.readouterr().out
     assert "<h1>Training runs: S3, AdamW</h1>" in page and "name=viewport" in page
     assert "chosen on the same validation data" in page
     command = " ".join(["megatron-s3 report", *words])
     assert f"with <code>{command}</code>" in page and f"megatron_s3 {__version__}" in page
     links, targets = re.findall(r'href="#(p\d+)"', page), re.findall(r"id=(p\d+)", page)
-    assert links == targets and len(links) == page.count("<table>") + 4
+    assert links == targets and len(links) == page.count("<table>") + 5
     (read,) = json.loads((tmp_path / "report/report.json").read_text())
     assert len(read["runs"]) == 10 and read["runs"][0]["valid"][-1][0] == 100
 

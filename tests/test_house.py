@@ -281,6 +281,7 @@ OF_S3 = {"", "optimizers.s3", "rules.s3"}
 NAMES_S3 = {
     "quickstart": "the runs that it shows",
     "report.compare": "the paper's own optimizer, which reports of logs set beside others",
+    "report.styles": "each optimizer's own style in pictures",
 }
 
 

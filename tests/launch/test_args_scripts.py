@@ -243,7 +243,10 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
         ("torchrun t.py --lr", "--lr has no value"),
         ("torchrun t.py --lr 1e-4 --clip-grad=", "--clip-grad has no value"),
         ("torchrun t.py --lr 1e-4 --optimizer $OPT", r"--optimizer \$OPT is known only when"),
-        ("torchrun t.py --lr 1e-4\ntorchrun b.py --lr 1 --optimizer s3", "line 2: .* S3's already"),
+        (
+            "torchrun t.py --lr 1e-4\ntorchrun b.py --lr 1 --optimizer s3",
+            "line 2: .* with S3 already",
+        ),
         ("cd x\nbash run.sh --lr 1e-4", "line 2: bash is given --lr"),
         ("srun ./train.py --lr 1e-4", "./train.py is started by srun"),
         ("torchrun $DIST_ARGS $SCRIPT --lr 1e-4", "torchrun is given --lr"),

@@ -60,6 +60,12 @@ def until(condition) -> None:
         time.sleep(0.02)
 
 
+def _not_ignoring() -> None:
+    """A shell starts jobs in the background with SIGINT ignored, nohup with SIGHUP ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def launcher(tmp_path):
     """Starts it in a process group of its own; its process, when both ranks are ready."""
@@ -75,6 +81,7 @@ def launcher(tmp_path):
             text=True,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY), **environment},
             start_new_session=True,
+            preexec_fn=_not_ignoring,
         )
         started.append(process)
         until(lambda: len(list(tmp_path.glob("*.ready"))) == 2)

@@ -135,7 +135,7 @@ def test_a_resumed_detector_is_the_same(cut: int) -> None:
 def test_options_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="leave <= enter"):
         SpikeDetector(enter=2, leave=3)
-    with pytest.raises(ValueError, match="no state"):
+    with pytest.raises(ValueError, match="the state was not made by"):
         SpikeDetector().load_state_dict({})
 
 
@@ -199,7 +199,7 @@ def test_a_resumed_watch_is_the_same(cut: int) -> None:
     assert second.count == whole.count == 1
     whole.add(90, 9.0, None)
     assert whole.count == 2  # under way
-    with pytest.raises(ValueError, match="no state"):
+    with pytest.raises(ValueError, match="the state was not made by"):
         second.load_state_dict({"detector": {}})
 
 

@@ -54,7 +54,8 @@ if [ $# -gt 0 ]; then
 else
   # The tests of a file run in one process, which prepares what they share once.
   run_pytest -q -n 2 --dist loadfile -m "not slow and not thorough and not cluster and not container"
-  run_pytest -q -m "slow and not thorough and not cluster and not container" --durations=10
-  run_pytest -q -m "cluster and not container" --durations=5 -rs
-  run_pytest -q -m container --durations=5 -rs
+  run_pytest -q -n 2 --dist loadfile -m "slow and not thorough and not cluster and not container" \
+    --durations=10
+  run_pytest -q -m "cluster and not container and not thorough" --durations=5 -rs
+  run_pytest -q -m "container and not thorough" --durations=5 -rs
 fi

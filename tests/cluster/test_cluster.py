@@ -127,6 +127,7 @@ def test_preflight_names_the_node_whose_disk_is_read_only(cluster, tmp_path: Pat
     ]
 
 
+@pytest.mark.thorough
 def test_preflight_names_the_nodes_without_gpus(cluster, tmp_path: Path) -> None:
     words = [*TWO_NODES, "--set", "plugin_device=cuda"]
     job = cluster.submit(tmp_path / "run", *words, options="--nodes=2")
@@ -185,6 +186,7 @@ def test_time_limit_saves_requeues_and_resumes(cluster, tmp_path: Path) -> None:
     assert [broken[i] for i in both] == [reference[i] for i in both]
 
 
+@pytest.mark.thorough
 def test_dead_node_is_replaced_and_training_goes_on(cluster, tmp_path: Path) -> None:
     """Last, because the node stays dead."""
     words = [*TWO_NODES, *SLOW, "--set", "save_interval=10"]

@@ -95,6 +95,7 @@ def test_cpu_goes_from_text_to_an_exported_model_as_anybody(cpu_image, tmp_path)
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 1_000_000
 
 
+@pytest.mark.thorough
 def test_cpu_runs_the_quickstart_as_anybody_on_a_read_only_root(cpu_image, tmp_path):
     name, _ = cpu_image
     command = configuration(name)["Cmd"]

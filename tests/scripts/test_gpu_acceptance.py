@@ -320,6 +320,7 @@ def test_the_script_explains_itself_and_refuses_a_folder_without_wheels(tmp_path
     assert refused.stderr.startswith(f"error: --wheels {tmp_path}: no folder with wheels")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_rehearsal_on_the_cpu(tmp_path: Path) -> None:
     """All but the trainer."""

@@ -20,7 +20,9 @@ def test_digits(data) -> None:
     assert sorted(set(classes.tolist())) == sorted(set(answers.tolist())) == list(range(10))
 
 
-@pytest.mark.parametrize("model", ["ViT", pytest.param("ResNet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model", ["ViT", pytest.param("ResNet", marks=[pytest.mark.slow, pytest.mark.thorough])]
+)
 def test_s3_trains_vision_models(model: str, data) -> None:
     """Begun at chance, 2.30 nats and 90 % errors."""
     run = vision.train(model, "S3", 3e-3, 1, 4, data)

@@ -218,7 +218,8 @@ def _ended(
         say(f"the ranks ended with status {status}; the newest checkpoint is {after.saved}")
         return status if status > 0 else 128 - status  # as a shell says it of a signal
     if after.finished or after.last is None:
-        say(f"training is finished: iteration {after.saved}, checkpoints in {after.folder}")
+        how = "training is finished" if after.finished else "the ranks have ended"
+        say(f"{how}: iteration {after.saved}, checkpoints in {after.folder}")
         if (run_dir / "tensorboard" / "metrics.jsonl").exists():
             say(f"megatron-s3 report {run_dir} makes tables and pictures of this run")
         return 0

@@ -412,7 +412,7 @@ def test_what_changes_by_step_is_not_recorded():
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @on_ranks(1)
 def test_the_state_is_there_for_whoever_saves_before_an_update(dtype):
-    """Of an optimizer that is not sharded: by torch's state dict, and by Megatron's function."""
+    """By torch's state dict, and by Megatron's function, where the optimizer is not sharded."""
     for ask in (
         lambda part: part.optimizer.state_dict(),
         lambda part: part.init_state_fn(part.optimizer, part.config),

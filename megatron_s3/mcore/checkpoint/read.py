@@ -110,9 +110,7 @@ def _check_files(checkpoint: Path) -> None:
         with ThreadPoolExecutor(threads()) as pool:
             list(pool.map(verify, range(threads())))
     except Damaged as error:
-        raise CheckpointError(
-            f"{error}: the checkpoint is damaged. Choose another iteration with --iteration."
-        ) from error
+        raise CheckpointError(f"{error}. Choose another iteration with --iteration.") from error
 
 
 def arguments(checkpoint: Path) -> argparse.Namespace:

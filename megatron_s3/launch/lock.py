@@ -104,8 +104,8 @@ def join() -> None:
     if VARIABLE not in os.environ:
         return
     launcher, *paths = json.loads(os.environ[VARIABLE])
-    die_with_parent()
-    if launcher not in _ancestors():  # died before the kernel was asked
+    die_with_parent(os.getppid())
+    if launcher not in _ancestors():  # it or what is between died before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
     files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644) for path in paths]
     for path, file in zip(paths, files, strict=True):
@@ -125,14 +125,16 @@ def _bind_forks(files: list[int]) -> None:
     Megatron's own would stay for ever where a rank is killed. The kernel looks at the thread that
     forks, and another than the first may end early: a child of such a one holds no lock.
     """
-    by_first_thread = [True]
+    by_first_thread, parent = True, 0
 
     def before() -> None:
-        by_first_thread[0] = threading.get_native_id() == os.getpid()
+        nonlocal by_first_thread, parent
+        parent = os.getpid()
+        by_first_thread = threading.get_native_id() == parent
 
     def in_child() -> None:
-        if by_first_thread[0]:
-            die_with_parent()
+        if by_first_thread:
+            die_with_parent(parent)
             return
         for file in files:
             os.close(file)
@@ -141,9 +143,16 @@ def _bind_forks(files: list[int]) -> None:
     os.register_at_fork(before=before, after_in_child=in_child)
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to kill this process when the thread that started it ends."""
+def die_with_parent(parent: int) -> None:
+    """Asks the kernel to kill this process when the thread that started it ends.
+
+    Args:
+        parent: the process id of the parent, taken before this process was started.  If the parent
+            has ended already, which the kernel does not report later, this process ends here.
+    """
     _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A launch in its own process, with progress on standard output and a log of its output."""
 
+import functools
 import os
 import re
 import shlex
@@ -53,7 +54,7 @@ def launch(words: list[str], log: Path, tokens: int) -> int:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-            preexec_fn=lock.die_with_parent,
+            preexec_fn=functools.partial(lock.die_with_parent, os.getpid()),
         )
         assert process.stdout is not None
         try:

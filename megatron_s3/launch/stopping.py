@@ -7,6 +7,7 @@ and ends. Torchrun itself is left alone, since it would kill the ranks after 30 
 where SIGTERM is sent to every process.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -100,7 +101,10 @@ class StopRequest:
         """
         # Nothing here runs threads that hold a lock which the child would need.
         self._process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=_in_child
+            command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=functools.partial(_in_child, os.getpid()),
         )
         self._running.set()
         return self._process
@@ -125,8 +129,8 @@ class StopRequest:
         os.close(self._read)
 
 
-def _in_child() -> None:
-    lock.die_with_parent()
+def _in_child(parent: int) -> None:
+    lock.die_with_parent(parent)
     for number in FOR_THE_LAUNCHER:
         signal.signal(number, signal.SIG_IGN)
 

@@ -11,6 +11,7 @@ from megatron_s3.optimizers.arguments import About, Options, Params, Rate, argum
 from megatron_s3.optimizers.base import ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
 from megatron_s3.optimizers.from_adam import FromAdam, FromAverage
+from megatron_s3.rules.roots import square_root
 from megatron_s3.rules.s3 import s3_beta_ramp, s3_bound, s3_correction, s3_update
 
 __all__ = ["S3"]
@@ -45,7 +46,7 @@ _FROM_ADAM = FromAdam(
         ),
         "exp_pnorm": FromAverage(
             "exp_avg_sq",
-            lambda v, correction: v.clamp_min_(0).div_(correction).sqrt_(),
+            lambda v, correction: square_root(v.clamp_min_(0).div_(correction)),
             lambda r, correction: r.square_().mul_(correction),
             ("sqrt(exp_avg_sq / {})", "exp_pnorm^2 * {}"),
         ),

@@ -41,8 +41,8 @@ LOSSES = {
 CONVERTED = {
     "s3-fp32": "713057854cdc8969b586ea1733e9f277afb80cafccb646bfcf26c8abb3b4a99c",
     "s3-bf16": "f1ef27ecbde3b1660fc1012b54193771e21e2df3ea68bb15359650eb982d32bb",
-    "adamw-fp32": "339c7a69e1694ebb6743d2f4efc704cfa5bbc3609d0ca1bcedcb3702486bc30e",
-    "adamw-bf16": "ee7507eb1a5b6411deab6d5e772f40cf50f11cca4a1a823df8e9343d3448b524",
+    "adamw-fp32": "9df3e5236e9bc0738517612f4d54a48426b67cfaa32ba1188ebd1ad357927534",
+    "adamw-bf16": "f6afcc1f6a87dde7bfb09ca0a9c00058b62f819cd20db2f93738ae3b4a7e575f",
 }
 
 

@@ -260,6 +260,7 @@ def kill(group: int, number: int = signal.SIGKILL) -> None:
 
 
 def _fork(function: Callable[[], object], rank: int, log: str | Path) -> int:
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         os.setpgid(pid, pid)
@@ -267,7 +268,7 @@ def _fork(function: Callable[[], object], rank: int, log: str | Path) -> int:
     status = 1
     try:
         os.setpgid(0, 0)
-        lock.die_with_parent()
+        lock.die_with_parent(parent)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -71,13 +71,15 @@ from pathlib import Path
 from megatron_s3.launch import lock
 with lock.hold([Path(FOLDER)], beat=BEAT) as held:
     subprocess.run(
-        [sys.executable, "-c", AGENT], env=os.environ | held, preexec_fn=lock.die_with_parent
+        [sys.executable, "-c", AGENT],
+        env=os.environ | held,
+        preexec_fn=lambda: lock.die_with_parent(PID),
     )
 """
 
 
 def launcher(folder: Path, beat: float = 10.0, **environment: str) -> subprocess.Popen:
-    given = f"FOLDER, BEAT, AGENT = {str(folder)!r}, {beat}, {AGENT!r}\n"
+    given = f"FOLDER, BEAT, AGENT, PID = {str(folder)!r}, {beat}, {AGENT!r}, os.getpid()\n"
     return python(given + LAUNCHER, **environment)
 
 
@@ -147,6 +149,26 @@ def test_a_killed_launcher_leaves_no_ranks(tmp_path, killed):
             assert gone(rank) and gone(fork) and gone(process.pid)
             assert not gone(of_a_thread)
         process.stdin.close()
+
+
+def test_a_fork_whose_parent_has_ended_already_ends(tmp_path):
+    """The rank was killed before its child could ask the kernel to be told so."""
+    with lock.hold([tmp_path]) as held:
+        rank = python(
+            "from megatron_s3.launch import lock\n"
+            "rank = os.getpid()\n"
+            "def orphaned():\n"
+            "    while os.getppid() == rank:\n"
+            "        time.sleep(0.01)\n"
+            "os.register_at_fork(after_in_child=orphaned)\n"
+            "lock.join()\n"
+            "child = os.fork()\n"
+            "print(child or 'went on', flush=True)\n"
+            "os._exit(0)",
+            **held,
+        )
+        said, _ = rank.communicate(timeout=60)  # until the child has closed its output too
+    assert said.strip().isdecimal()
 
 
 def test_ranks_that_live_on_keep_the_folder(tmp_path):
@@ -253,7 +275,7 @@ def test_a_disk_without_flock(tmp_path):
 
 @pytest.mark.usefixtures("_without_flock")
 def test_ranks_of_a_disk_without_flock_train(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "die_with_parent", lambda: None)
+    monkeypatch.setattr(lock, "die_with_parent", lambda parent: None)
     with lock.hold([tmp_path], beat=0.05) as held:
         launched = json.loads(held[lock.VARIABLE])
     monkeypatch.setenv(lock.VARIABLE, json.dumps([os.getppid(), *launched[1:]]))
@@ -261,7 +283,7 @@ def test_ranks_of_a_disk_without_flock_train(tmp_path, monkeypatch):
 
 
 def test_a_rank_whose_folder_was_taken_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "die_with_parent", lambda: None)
+    monkeypatch.setattr(lock, "die_with_parent", lambda parent: None)
     path = tmp_path / "lock"
     monkeypatch.setenv(lock.VARIABLE, json.dumps([os.getppid(), str(path)]))
     with path.open("w") as file:

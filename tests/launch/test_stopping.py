@@ -40,7 +40,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 RANK = """
 import os, pathlib, signal, sys
 from megatron_s3.launch import lock
-lock.die_with_parent()
+lock.die_with_parent(os.getppid())
 folder, name = map(pathlib.Path, sys.argv[1:])
 def save(number, frame):
     if "stubborn" not in os.environ:

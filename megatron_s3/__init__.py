@@ -14,18 +14,30 @@ if TYPE_CHECKING:
 __all__ = ["S3", "__version__", "register"]
 
 
-def register() -> None:
-    """Makes the plugin's optimizers known to the installed Megatron-LM, before it reads arguments.
+def register(device: str | None = None) -> None:
+    """Makes the plugin's optimizers known to the installed Megatron-LM and megatron-core.
 
-    It may be called more than once.  :mod:`megatron_s3.mcore` explains what it patches.
+    Call it in every process that builds an optimizer or reads a checkpoint.  It may be called more
+    than once, and after other modules have imported Megatron's functions: each module that holds a
+    function which the plugin wraps is given the wrapper.  A reference that cannot be replaced (in a
+    list or a closure, for example) is named in a line of output.  :mod:`megatron_s3.mcore` explains
+    what is patched.
+
+    Args:
+        device: ``"cpu"`` lets Megatron train on the CPU with gloo, in this process and for good;
+            ``"cuda"`` requires a GPU; ``"auto"`` takes the GPU if torch sees one, and else the CPU.
+            None takes the value of ``--plugin-device`` on the command line or of the environment
+            variable ``MEGATRON_S3_DEVICE``; without both, nothing about devices is changed.
 
     Raises:
         megatron_s3.mcore.seams.SeamMoved: a function to be patched differs from that of the
-            releases with which this version was checked.
+            releases with which this version was checked.  Nothing was patched.
+        RuntimeError: ``device`` is ``"cuda"``, and torch sees no GPU.
+        ValueError: ``device``, or the environment variable, is none of the three.
     """
     from megatron_s3.mcore import registration
 
-    registration.register()
+    registration.register(device)
 
 
 def __getattr__(name: str) -> type:

@@ -11,6 +11,7 @@ import sys
 from megatron_s3 import register
 from megatron_s3.launch import lock
 from megatron_s3.mcore.refusal import in_one_line
+from megatron_s3.mcore.registration import asked_device
 
 USAGE = """\
 usage: torchrun [...] -m megatron_s3 SCRIPT [ARGS ...]
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     sys.argv = argv
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     lock.join()
-    register()
+    register(asked_device() or "auto")
     with in_one_line():
         runpy.run_path(script, run_name="__main__")
     return 0
@@ -57,7 +58,7 @@ def _module(argv: list[str]) -> int:
         return 2
     sys.argv = argv
     lock.join()
-    register()
+    register(asked_device() or "auto")
     with in_one_line():
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
     return 0

@@ -186,7 +186,8 @@ def main() -> None:
 if __name__ == "__main__":
     from megatron_s3 import register
     from megatron_s3.launch import lock
+    from megatron_s3.mcore.registration import asked_device
 
     lock.join()
-    register()
+    register(asked_device() or "auto")
     main()

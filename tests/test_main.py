@@ -27,9 +27,9 @@ def script(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The command lines that ``register`` saw."""
+    """The device and the command line that each call of ``register`` saw."""
     seen: list[list[str]] = []
-    monkeypatch.setattr(entry, "register", lambda: seen.append(list(sys.argv)))
+    monkeypatch.setattr(entry, "register", lambda device: seen.append([device, *sys.argv]))
     monkeypatch.setattr(sys, "argv", ["megatron_s3"])
     monkeypatch.setattr(sys, "path", ["cwd", *sys.path])
     return seen
@@ -41,7 +41,7 @@ def test_runs_the_script_as_python_would(script, registered, capsys) -> None:
         entry.main(argv)
     assert left.value.code == 3
     assert capsys.readouterr().out == f"__main__ {argv} beside the script\n"
-    assert registered == [argv]
+    assert registered == [["auto", *argv]]
     assert sys.path[0] == str(script.parent)
     assert "cwd" not in sys.path
 
@@ -62,7 +62,7 @@ def test_runs_a_module_as_python_would(script, registered, capsys, monkeypatch) 
         entry.main(["-m", "trainer.run", "--optimizer", "s3", "3"])
     assert left.value.code == 3
     assert capsys.readouterr().out.startswith("__main__ ['")
-    assert registered == [["trainer.run", "--optimizer", "s3", "3"]]
+    assert registered == [["auto", "trainer.run", "--optimizer", "s3", "3"]]
     assert sys.path[0] == str(script.parent)
 
 

@@ -3,6 +3,8 @@
 ``seams`` lists everything of Megatron's that is wrapped or replaced (``seam``: how each is
 checked), and ``registration`` installs it.  The other modules hold the wrappers and what they need:
 
+- ``rebinding``: modules that hold what was wrapped; ``configuration``: the fields of Megatron's
+  OptimizerConfig.
 - ``arguments``: flags, their validation, and who reads them.
 - ``build``: the optimizer that the trainer gets, of parts that are counted (``coverage``), with
   what is asked of single parameters (``overrides``); ``chained`` steps them, ``announcement`` says

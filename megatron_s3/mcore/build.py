@@ -1,7 +1,6 @@
 """The optimizer that Megatron's trainer gets: built as Adam, then given another update rule."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +19,12 @@ from megatron_s3.mcore.arguments import (
     destination,
     hyperparameters,
     in_megatron_fsdp,
+    replaced,
     state_dtypes,
     switches,
 )
 from megatron_s3.mcore.chained import ElementwiseChainedOptimizer
+from megatron_s3.mcore.configuration import WITHOUT_FUSED_ADAM, settle, settle_precision
 from megatron_s3.mcore.coverage import check, collected
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
 from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
@@ -38,15 +39,6 @@ __all__ = [
     "get_megatron_optimizer_config",
 ]
 
-#: What Megatron's configuration refuses without Transformer Engine's FusedAdam, and has instead.
-_WITHOUT_FUSED_ADAM = {
-    "use_precision_aware_optimizer": False,
-    "main_grads_dtype": torch.float32,
-    "main_params_dtype": torch.float32,
-    "exp_avg_dtype": torch.float32,
-    "exp_avg_sq_dtype": torch.float32,
-}
-
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:
     """Wraps the step from arguments to configuration: carries the optimizer's own flags over."""
@@ -54,7 +46,7 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
     if cls is None:
         return original(args)
     # Before 0.18 it raises on a name it does not know.
-    with as_adam(args), _replaced(args, _WITHOUT_FUSED_ADAM) as asked:
+    with as_adam(args), replaced(args, WITHOUT_FUSED_ADAM) as asked:
         result = original(args)
     config = result[0] if isinstance(result, tuple) else result
     config.optimizer = args.optimizer
@@ -66,19 +58,6 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
     return result
 
 
-@contextlib.contextmanager
-def _replaced(holder: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Gives ``holder`` these values of what it has, inside a ``with``; yields its own."""
-    own = {name: getattr(holder, name) for name in values if hasattr(holder, name)}
-    for name in own:
-        setattr(holder, name, values[name])
-    try:
-        yield own
-    finally:
-        for name, value in own.items():
-            setattr(holder, name, value)
-
-
 def get_megatron_optimizer(
     original: Callable[..., MegatronOptimizer], config: Any, *args: Any, **kwargs: Any
 ) -> MegatronOptimizer:
@@ -88,8 +67,8 @@ def get_megatron_optimizer(
     loss scaling are Megatron's own in every release; Adam has allocated nothing by then. What
     Megatron built may be one chain of parts or hold several (``MimoModel``).
 
-    Hyperparameters are attributes of ``config`` named as the flags' destinations (``s3_beta``);
-    missing ones take the optimizer's defaults. ``config_overrides`` may set them for single
+    Hyperparameters are fields of ``config`` named as the flags' destinations (``s3_beta``).
+    ``config_overrides`` may set them for single
     parameters (:func:`megatron_s3.mcore.overrides.translated`).
 
     Raises:
@@ -99,6 +78,7 @@ def get_megatron_optimizer(
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
+    settle(config)  # again: a program may have set attributes since it was made
     call = dict(zip(("model_chunks", "config_overrides"), args, strict=False)) | kwargs
     chunks = call["model_chunks"]
     check_config(config, getattr(chunks[0], "ddp_config", None), cls)
@@ -107,7 +87,7 @@ def get_megatron_optimizer(
         args = (chunks, asked, *args[2:])
     elif asked:
         kwargs["config_overrides"] = asked
-    _prepare(config)
+    settle_precision(config)
     # Or Adam is given FusedAdam's arguments, or is one on two devices.
     for_adam: dict[str, Any] = {
         "use_precision_aware_optimizer": False,
@@ -116,7 +96,7 @@ def get_megatron_optimizer(
     no_rate = float("0")  # an object of its own
     if config.lr is None:  # to be set in the groups later; torch's AdamW takes numbers alone
         for_adam["lr"] = no_rate
-    with collected() as found, as_adam(config), _replaced(config, for_adam):
+    with collected() as found, as_adam(config), replaced(config, for_adam):
         built = original(config, *args, **kwargs)
     check(found, built, chunks, asked)
     stepping = [part.optimizer for part in found if part.optimizer.optimizer is not None]
@@ -142,18 +122,6 @@ def get_megatron_optimizer(
     state.start(training)
     announce(stepping, cls, config, training)
     return built
-
-
-def _prepare(config: Any) -> None:
-    """Settles what Megatron reads of a precision-aware optimizer, as it would for FusedAdam."""
-    aware = getattr(config, "use_precision_aware_optimizer", False)
-    # Under other recipes Megatron keeps the main parameters, as without it.
-    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = aware and (
-        getattr(config, "fp8_recipe", None) in (None, "delayed")
-        or getattr(config, "optimizer_cpu_offload", False)
-    )
-    if aware:
-        config.store_param_remainders = False  # whole fp32 main parameters
 
 
 def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: Any) -> None:

@@ -1,32 +1,45 @@
 """Makes the plugin's optimizers known to the installed Megatron-LM."""
 
 import itertools
+import os
 import sys
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments import DEVICES
 
-__all__ = ["register"]
+__all__ = ["DEVICE", "asked_device", "register"]
+
+#: The environment variable that chooses the device where no argument and no flag does.
+DEVICE = "MEGATRON_S3_DEVICE"
 
 
-def register() -> None:
+def register(device: str | None = None) -> None:
     """Does what :func:`megatron_s3.register` says.
 
-    The device is chosen first, from ``--plugin-device`` on the command line: Megatron looks at
-    torch.cuda while it is imported, long before it parses arguments.
+    The device is chosen first: Megatron looks at torch.cuda while it is imported, long before it
+    parses arguments.
     """
-    cpu_device.select(_device_asked_for(sys.argv[1:]))
+    device = device or asked_device()
+    if device is not None:
+        cpu_device.select(device)
     from megatron_s3.mcore import seams  # imports Megatron
 
     seams.install()
 
 
-def _device_asked_for(argv: list[str]) -> str:
-    """Returns the value of ``--plugin-device``, which argparse reads and checks again later."""
-    asked = "auto"
-    for flag, value in itertools.pairwise([*argv, ""]):
+def asked_device() -> str | None:
+    """Returns what ``--plugin-device`` or the environment asks for; None if neither does.
+
+    Raises:
+        ValueError: the environment variable has another value than auto, cuda and cpu.
+    """
+    asked = None
+    for flag, value in itertools.pairwise([*sys.argv[1:], ""]):
         name, equals, own = flag.partition("=")
         value = own if equals else value
+        # argparse checks the value, later.
         if name in ("--plugin-device", "--s3-device") and value in DEVICES:
             asked = value
+    if asked is None and (asked := os.environ.get(DEVICE) or None) not in (None, *DEVICES):
+        raise ValueError(f"{DEVICE}={asked}: expected auto, cuda or cpu; change or unset it")
     return asked

@@ -7,15 +7,15 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import ModuleType
 from typing import Any
 
 from megatron_s3.errors import MegatronS3Error
+from megatron_s3.mcore.rebinding import Pair
 
-__all__ = ["CHECKED_RELEASES", "Builtin", "Replaced", "Seam", "SeamMoved", "Wrapped"]
+__all__ = ["CHECKED_RELEASES", "Builtin", "Extended", "Replaced", "Seam", "SeamMoved", "Wrapped"]
 
 #: Releases of Megatron-LM on which every seam was trained, saved and resumed through.
 CHECKED_RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.0", "0.19.2", "main of 2026-08-22")
@@ -49,8 +49,13 @@ class Seam:
         """Raises SeamMoved if it is missing, or is not as it is known."""
         raise NotImplementedError
 
-    def install(self) -> None:
-        """Puts the change in place; once is enough."""
+    def install(self) -> Pair | None:
+        """Puts the change in place; once is enough.
+
+        Returns:
+            A function of a module, and what replaced it now, if other modules may hold it.
+        """
+        return None
 
     def owner(self) -> Any:
         """Returns the module or the class that holds it."""
@@ -113,11 +118,11 @@ class Wrapped(Seam):
         if parameters[: len(self.parameters)] != self.parameters:
             raise self.moved(f"takes ({', '.join(parameters)})")
 
-    def install(self) -> None:
-        """Wraps it, wherever Megatron has bound it; does nothing where that was done."""
+    def install(self) -> Pair | None:
+        """Wraps it where it is defined; does nothing where that was done."""
         owner, original = self.owner(), self.found()
         if hasattr(original, MARK):
-            return
+            return None
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -126,15 +131,9 @@ class Wrapped(Seam):
         setattr(wrapped, MARK, self)
         static = isinstance(inspect.getattr_static(owner, original.__name__, None), staticmethod)
         setattr(owner, original.__name__, staticmethod(wrapped) if static else wrapped)
-        if not isinstance(owner, ModuleType):
-            return
-        # Modules that did `from ... import function` hold it under their own name: which ones do
-        # differs between releases.
-        for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == "megatron" and module is not None:
-                for attribute, value in list(vars(module).items()):
-                    if value is original:
-                        setattr(module, attribute, wrapped)
+        # A builtin is held everywhere, and wrapped for one module alone.
+        is_own = isinstance(owner, ModuleType) and inspect.isfunction(original)
+        return (original, wrapped) if is_own else None
 
 
 @dataclass(frozen=True)
@@ -151,6 +150,32 @@ class Builtin(Wrapped):
         if not any(isinstance(node, ast.Name) and node.id == self.name for node in ast.walk(tree)):
             raise self.moved("is not used")
         super().check()
+
+
+@dataclass(frozen=True)
+class Extended(Seam):
+    """A dataclass of Megatron's that gets further fields.
+
+    Attributes:
+        extend: called with it; once is enough.
+    """
+
+    extend: Callable[[type], None]
+
+    def expected(self) -> str:
+        """Returns what it is known by."""
+        return "a dataclass with optimizer and clip_grad"
+
+    def check(self) -> None:
+        """Raises SeamMoved if it is missing, or no such dataclass."""
+        cls = self.found()
+        names = {each.name for each in fields(cls)} if is_dataclass(cls) else set()
+        if not {"optimizer", "clip_grad"} <= names:
+            raise self.moved("is another")
+
+    def install(self) -> None:
+        """Adds the fields to it and to its subclasses."""
+        self.extend(self.found())
 
 
 @dataclass(frozen=True)

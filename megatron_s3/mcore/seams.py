@@ -11,11 +11,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from megatron_s3.log import say
 from megatron_s3.mcore import (
     arguments,
     build,
     chained,
     compat_before_0_19,
+    configuration,
     coverage,
     datasets,
     megatron_fsdp,
@@ -23,8 +25,16 @@ from megatron_s3.mcore import (
     torch_adamw,
     torch_fsdp2,
 )
-from megatron_s3.mcore.checkpoint import async_writers, loading, param_groups, saving, shards
-from megatron_s3.mcore.seam import Builtin, Replaced, Seam, SeamMoved, Wrapped
+from megatron_s3.mcore.checkpoint import (
+    async_writers,
+    library,
+    loading,
+    param_groups,
+    saving,
+    shards,
+)
+from megatron_s3.mcore.rebinding import rebind, unreached
+from megatron_s3.mcore.seam import Builtin, Extended, Replaced, Seam, SeamMoved, Wrapped
 
 __all__ = ["SEAMS", "Seam", "SeamMoved", "install"]
 
@@ -82,6 +92,20 @@ SEAMS: tuple[Seam, ...] = (
         "carries the flags into the optimizer's configuration",
         ("args",),
         build.get_megatron_optimizer_config,
+    ),
+    Extended(
+        "megatron.core.optimizer.optimizer_config",
+        "OptimizerConfig",
+        "gets a field for each hyperparameter and switch of the plugin",
+        configuration.add_fields,
+    ),
+    Wrapped(
+        "megatron.core.optimizer.optimizer_config",
+        "OptimizerConfig.__post_init__",
+        "checks those fields, sets clip_grad's default, and allows use_precision_aware_optimizer "
+        "to the plugin's optimizers, which Megatron allows to adam alone",
+        ("self",),
+        configuration.post_init,
     ),
     Wrapped(
         "megatron.core.optimizer",
@@ -295,6 +319,14 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.serialization",
+        "load",
+        "with --optimizer adam too: refuses a damaged checkpoint, and another optimizer's state, "
+        "where a program without Megatron's trainer loads it",
+        ("sharded_state_dict", "checkpoint_dir"),
+        library.load,
+    ),
+    Wrapped(
+        "megatron.core.dist_checkpointing.serialization",
         "save",
         "with --optimizer adam too: an iteration that is overwritten is no complete one meanwhile",
         ("sharded_state_dict", "checkpoint_dir"),
@@ -427,5 +459,12 @@ def install() -> None:
     seams = [seam for seam in SEAMS if seam.is_here(has_training)]
     for seam in seams:
         seam.check()
-    for seam in seams:
-        seam.install()
+    pairs = [pair for seam in seams if (pair := seam.install()) is not None]
+    if not pairs:
+        return
+    rebind(pairs)
+    for text in unreached(pairs):
+        say(
+            f"{text}, which imported it before megatron_s3.register() and calls Megatron's own. "
+            "Call register() before that."
+        )

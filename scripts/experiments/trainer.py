@@ -15,7 +15,7 @@ def main() -> None:
     """Trains as megatron_s3.pretrain_gpt does; in one iteration all gradients are multiplied."""
     at, factor = int(_taken("--burst-at", "0")), float(_taken("--burst", "1"))
     if at and factor != 1:
-        megatron_s3.register()
+        megatron_s3.register("auto")
         change_gradients(lambda grads: grads.mul_(factor), at, at, reduced=True)
     runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
 

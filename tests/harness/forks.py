@@ -159,7 +159,7 @@ def prepare() -> None:
     """Registers the plugin and imports what a run would import in each rank."""
     import megatron_s3
 
-    megatron_s3.register()
+    megatron_s3.register("auto")
     for name in _NEEDED:
         with contextlib.suppress(ImportError):  # of another release
             importlib.import_module(name)

@@ -44,7 +44,7 @@ def pytest_load_initial_conftests() -> None:
     sys.argv = ["pytest"]  # upstream's helpers parse it as Megatron's arguments
     import megatron_s3
 
-    megatron_s3.register()
+    megatron_s3.register("auto")
     stand_ins.put(_settings["optimizer"])
 
 

@@ -7,7 +7,7 @@ Megatron take the optimizer for Adam, and ``names`` knows what everything is cal
 
 from megatron_s3.mcore.arguments.checks import check_config
 from megatron_s3.mcore.arguments.flags import CPU_DEFAULTS, DEVICES, add_megatron_arguments
-from megatron_s3.mcore.arguments.mask import as_adam, print_args
+from megatron_s3.mcore.arguments.mask import as_adam, print_args, replaced
 from megatron_s3.mcore.arguments.names import destination, flag
 from megatron_s3.mcore.arguments.readers import (
     hyperparameters,
@@ -31,6 +31,7 @@ __all__ = [
     "in_megatron_fsdp",
     "needs_grad_norm",
     "print_args",
+    "replaced",
     "state_dtypes",
     "switches",
     "validate_args",

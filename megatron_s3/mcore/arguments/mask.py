@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["as_adam", "print_args"]
+__all__ = ["as_adam", "print_args", "replaced"]
 
 
 class _Adam(str):
@@ -28,6 +28,19 @@ def as_adam(holder: Any) -> Iterator[None]:
         yield
     finally:
         holder.optimizer = name
+
+
+@contextlib.contextmanager
+def replaced(holder: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Gives ``holder`` these values of what it has, inside a ``with``; yields its own."""
+    own = {name: getattr(holder, name) for name in values if hasattr(holder, name)}
+    for name in own:
+        setattr(holder, name, values[name])
+    try:
+        yield own
+    finally:
+        for name, value in own.items():
+            setattr(holder, name, value)
 
 
 def print_args(original: Callable[..., Any], title: str, args: argparse.Namespace) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_s3.mcore import telemetry, torch_fsdp2
 from megatron_s3.mcore.all_ranks import raise_first
-from megatron_s3.mcore.checkpoint import differences, shards, verification
+from megatron_s3.mcore.checkpoint import differences, library, shards, verification
 from megatron_s3.mcore.checkpoint.choice import chosen, complete_ones
 from megatron_s3.mcore.state import running
 from megatron_s3.storage.layout import TRACKER
@@ -29,7 +29,8 @@ def load_base_checkpoint(
     context = kwargs.get("checkpointing_context", rest[2] if len(rest) > 2 else None)
     with chosen(load_dir, args, context) as choice:
         verification.verify(choice, load_dir, args, rank0)
-        result = original(load_dir, args, *rest, **kwargs)
+        with library.checked_already():
+            result = original(load_dir, args, *rest, **kwargs)
     state_dict, _, release, *_ = result
     saved = (state_dict or {}).get("args")
     source = load_dir or "the checkpoint"

@@ -1,6 +1,8 @@
 """Verifies the files of the iteration that is read, each rank its share of them."""
 
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from megatron_s3.storage import checksums
 from megatron_s3.storage.errors import Damaged
 from megatron_s3.storage.layout import has_config, is_of_format_torch, iteration_of
 
-__all__ = ["verify"]
+__all__ = ["verify", "verify_folder"]
 
 
 def verify(choice: Choice | None, load_dir: Any, args: Any, first: bool) -> None:
@@ -30,34 +32,61 @@ def verify(choice: Choice | None, load_dir: Any, args: Any, first: bool) -> None
     legacy = is_of_format_torch(choice.folder)
     once = legacy or getattr(args, "ckpt_format", None) == "torch_dcp"
     if first or once:
-        _verify(choice.folder, Path(load_dir), args, own_file=legacy and not first)
-
-
-def _verify(folder: Path, load_dir: Path, args: Any, own_file: bool) -> None:
-    """Raises ValueError on all ranks if one finds the checkpoint damaged."""
-    rank, ranks = 0, 1
-    if torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    error, count, began = None, 0, time.monotonic()
-    try:
         # Megatron tells other formats from --ckpt-format's by that file.
         detected = getattr(args, "auto_detect_ckpt_format", False)
-        config = has_config(getattr(args, "ckpt_format", None)) and not detected
-        checksums.check(folder, rank, ranks, config=config)
-        if own_file:
-            _check_own_file(folder)
-        # Before the process groups are there, only the arguments are read.
         left_out = switches(args)["plugin_no_verify_checkpoint"]
-        if not left_out and torch.distributed.is_initialized():
+        verify_folder(
+            choice.folder,
+            functools.partial(instead, Path(load_dir), args, but=choice.folder),
+            config=has_config(getattr(args, "ckpt_format", None)) and not detected,
+            # Before the process groups are there, only the arguments are read.
+            contents=not left_out and torch.distributed.is_initialized(),
+            skipped_by="--plugin-no-verify-checkpoint",
+            also=_check_own_file if legacy and not first else None,
+        )
+
+
+def verify_folder(
+    folder: Path,
+    advice: Callable[[], str],
+    *,
+    config: bool = True,
+    contents: bool = True,
+    skipped_by: str = "OptimizerConfig(plugin_no_verify_checkpoint=True)",
+    also: Callable[[Path], None] | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> None:
+    """Raises ValueError on all ranks if one finds the checkpoint damaged.
+
+    Args:
+        folder: of one iteration.
+        advice: returns what to do then.
+        config: whether the format has a ``metadata.json``.
+        contents: whether checksums are compared, and not sizes alone.
+        skipped_by: the setting that makes ``contents`` False.
+        also: raises Damaged for what else is wrong with the folder.
+        group: the ranks that call this; all if None.
+    """
+    rank, ranks = 0, 1
+    if torch.distributed.is_initialized():
+        rank, ranks = (
+            f(group) for f in (torch.distributed.get_rank, torch.distributed.get_world_size)
+        )
+    error, count, began = None, 0, time.monotonic()
+    try:
+        checksums.check(folder, rank, ranks, config=config)
+        if also is not None:
+            also(folder)
+        if contents:
             count = checksums.verify(folder, rank, ranks)
     except (Damaged, OSError) as caught:
-        error = f"{caught}. {instead(load_dir, args, but=folder)}"
-    raise_first(error)
+        error = f"{caught}. {advice()}"
+    raise_first(error, group)
     if count:
         seconds = time.monotonic() - began
         say(
             f"{folder}: checksums verified ({count / 1e6:,.1f} MB by each of {ranks} ranks in "
-            f"{seconds:.1f} s); --plugin-no-verify-checkpoint skips this"
+            f"{seconds:.1f} s); {skipped_by} skips this"
         )
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_s3
 
-megatron_s3.register()
+megatron_s3.register("cpu")
 
 from megatron_s3.mcore.chained import ElementwiseChainedOptimizer  # noqa: E402
 from megatron_s3.pretrain_gpt import main  # noqa: E402

@@ -1,0 +1,113 @@
+"""Wraps megatron-core's own loading, through which programs without Megatron's trainer pass."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_s3.mcore.all_ranks import raise_first
+from megatron_s3.mcore.arguments import switches
+from megatron_s3.mcore.checkpoint.verification import verify_folder
+from megatron_s3.mcore.state import running
+from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.optimizers.description import FORMAT_WITH_STEPS
+from megatron_s3.optimizers.stamp import Stamp, settings
+from megatron_s3.storage.layout import CONFIG
+
+__all__ = ["checked_already", "load"]
+
+_ADVICE = "Nothing was loaded. Load another checkpoint, or write this one anew."
+
+#: Whether the trainer's wrapper has checked what is being loaded.
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
+
+
+@contextlib.contextmanager
+def checked_already() -> Iterator[None]:
+    """Lets :func:`load` check nothing, inside a ``with``."""
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def load(
+    original: Callable[..., Any],
+    sharded_state_dict: Any,
+    checkpoint_dir: Any,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    """Wraps ``dist_checkpointing.load``: checks the files, and which optimizer saved the state.
+
+    The checks do what Megatron's trainer is given by :mod:`~megatron_s3.mcore.checkpoint.loading`.
+    They do not use megatron-core's manifest (``verify_integrity``), for which a checkpoint has to
+    be saved with it, and with which the first rank reads all files; here each rank reads its share.
+
+    Raises:
+        ValueError: the files are damaged, or the optimizer's state is not that of the optimizer
+            that asks for it.  On all ranks alike, nothing was loaded.
+    """
+    folder = Path(checkpoint_dir)
+    if _checked.get() or "://" in str(checkpoint_dir) or not (folder / CONFIG).is_file():
+        return original(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
+    group = kwargs.get("process_group")
+    optimizer = running().optimizer()
+    left_out = optimizer is not None and switches(optimizer.config)["plugin_no_verify_checkpoint"]
+    verify_folder(folder, lambda: _ADVICE, contents=not left_out, group=group)
+    error = None
+    try:
+        if asked := dict(_groups(sharded_state_dict)):
+            _compare(folder, asked, dict(_groups(_common(checkpoint_dir))))
+    except ValueError as caught:
+        error = str(caught)
+    raise_first(error, group)
+    return original(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
+
+
+def _common(checkpoint_dir: Any) -> Any:
+    return dist_checkpointing.load_common_state_dict(str(checkpoint_dir))
+
+
+def _groups(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yields every list of param groups in a state dict, with its keys from the outside in."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            if name == "param_groups" and isinstance(each, list):
+                yield path, [group for group in each if isinstance(group, Mapping)]
+            else:
+                yield from _groups(each, (*path, name))
+    elif isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        for place, each in enumerate(value):
+            yield from _groups(each, (*path, place))
+
+
+def _compare(folder: Path, asked: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
+    """Raises ValueError unless param groups were saved by the optimizers that ask for them."""
+    for path, groups in asked.items():
+        if path not in saved or not groups or not saved[path]:
+            continue  # Megatron says what is missing
+        algorithms, others = ({g.get("algorithm") for g in each} for each in (groups, saved[path]))
+        if len(algorithms) != 1 or len(others) != 1 or algorithms == others == {None}:
+            continue  # Megatron's own optimizers: Megatron's own checks
+        (now,), (then,) = algorithms, others
+        cls = OPTIMIZERS.get(now or "")
+        own = {} if cls is None or then != now else settings(cls.description, groups[0])
+        theirs = {} if cls is None else settings(cls.description, saved[path][0])
+        Stamp(_called(now), FORMAT_WITH_STEPS, own).check(
+            Stamp(_called(then), saved[path][0].get("format", 1), theirs),
+            source=str(folder),
+            called=lambda name, value: value if name == "optimizer" else f"{name}={value}",
+        )
+
+
+def _called(algorithm: str | None) -> str:
+    cls = OPTIMIZERS.get(algorithm or "")
+    if cls is not None:
+        return cls.description.label
+    return algorithm or "one of Megatron's own optimizers"

@@ -1,0 +1,182 @@
+"""Fields of the plugin in Megatron's OptimizerConfig: made, given their defaults, checked."""
+
+import copy
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import torch
+
+from megatron_s3.mcore.arguments.flags import SWITCHES, Default
+from megatron_s3.mcore.arguments.mask import as_adam, replaced
+from megatron_s3.mcore.arguments.names import destination
+from megatron_s3.mcore.arguments.readers import hyperparameters
+from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.renamed import RENAMED
+
+__all__ = ["WITHOUT_FUSED_ADAM", "add_fields", "post_init", "settle", "settle_precision"]
+
+#: What Megatron's configuration refuses without Transformer Engine's FusedAdam, and has instead.
+WITHOUT_FUSED_ADAM = {
+    "use_precision_aware_optimizer": False,
+    "main_grads_dtype": torch.float32,
+    "main_params_dtype": torch.float32,
+    "exp_avg_dtype": torch.float32,
+    "exp_avg_sq_dtype": torch.float32,
+}
+
+#: Switches that are on unless a program turns them off; the trainer's flags turn them off.
+_ON = ("plugin_log_grad_norm",)
+
+
+def add_fields(cls: type) -> None:
+    """Makes each hyperparameter and switch of the plugin a keyword-only field of a dataclass.
+
+    Its subclasses get them too, those that exist and those to come.  ``clip_grad`` is given a
+    default that :func:`settle` can tell from a given value.
+
+    Args:
+        cls: Megatron's OptimizerConfig.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    added = [(name, *rest) for name, *rest in _fields() if name not in known]
+    if not added:
+        return
+    own = dict(inspect.get_annotations(cls))
+    _restore_fields(cls)
+    for name, kind, default in added:
+        own[name] = kind
+        setattr(cls, name, dataclasses.field(default=default, kw_only=True))
+    cls.clip_grad.default = Default(cls.clip_grad.default)  # type: ignore[attr-defined]
+    cls.__annotations__ = own
+    _decorate(cls)
+    for each in _subclasses(cls):
+        _restore_fields(each)
+        _decorate(each)
+
+
+def _fields() -> Iterator[tuple[str, Any, Any]]:
+    for cls in OPTIMIZERS.values():
+        for h in cls.description.hyperparameters:
+            kind = bool if h.is_switch else Optional[float] if h.default is None else float  # noqa: UP045  # read by frameworks
+            yield destination(cls.description, h), kind, h.default
+    for name, _ in SWITCHES:
+        yield name, bool, name in _ON
+
+
+def _subclasses(cls: type[Any]) -> list[type[Any]]:
+    found: dict[type[Any], None] = {}
+    for each in cls.__subclasses__():
+        if "__dataclass_fields__" in vars(each):
+            found |= dict.fromkeys([each, *_subclasses(each)])
+    return list(found)
+
+
+def _restore_fields(cls: Any) -> None:
+    """Puts back the field objects that ``dataclass`` has replaced by their defaults."""
+    for name in inspect.get_annotations(cls):
+        field = cls.__dataclass_fields__.get(name)
+        if field is not None:
+            setattr(cls, name, copy.copy(field))
+
+
+def _decorate(cls: Any) -> None:
+    """Applies ``dataclass`` once more, as it was; what it has generated would be left as it is."""
+    for name, value in list(vars(cls).items()):
+        code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
+        if code is not None and code.co_filename == "<string>":
+            delattr(cls, name)
+    asked = {name: getattr(cls.__dataclass_params__, name) for name in ("eq", "order", "frozen")}
+    dataclasses.dataclass(**asked)(cls)
+
+
+def post_init(original: Callable[..., Any], config: Any) -> Any:
+    """Wraps the configuration's own checks: ours first, then Megatron's as it treats adam.
+
+    Raises:
+        ValueError: a value that is not allowed, or a hyperparameter of another optimizer.
+    """
+    settle(config)
+    if config.optimizer not in OPTIMIZERS:
+        return original(config)
+    with as_adam(config), replaced(config, WITHOUT_FUSED_ADAM):
+        result = original(config)
+    settle_precision(config)
+    return result
+
+
+def settle(config: Any) -> None:
+    """Gives what was not given the optimizer's default, and checks the plugin's fields.
+
+    Raises:
+        ValueError: a value that is not allowed, a hyperparameter of another optimizer than the
+            configuration's, or an attribute that begins as a hyperparameter and is none.
+    """
+    # The trainer makes it while its arguments read adam.
+    name = getattr(config.optimizer, "asked", config.optimizer)
+    chosen = OPTIMIZERS.get(name)
+    if isinstance(config.clip_grad, Default):
+        default = config.clip_grad if chosen is None else chosen.description.clip_grad
+        config.clip_grad = float(default)
+    added = {name: default for name, _, default in _fields()}
+    for name, default in added.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, default)
+    for cls in OPTIMIZERS.values():
+        _check_own(config, cls, cls is chosen)
+    # From which --use-mup derives the one of hidden layers, as it does Adam's.
+    own = {} if chosen is None else hyperparameters(chosen, config)
+    if "eps" in own and config.adam_eps == _default(config, "adam_eps"):
+        config.adam_eps = own["eps"]
+
+
+def _check_own(config: Any, cls: Any, is_chosen: bool) -> None:
+    description = cls.description
+    own = {destination(description, h): h for h in description.hyperparameters}
+    for name, h in own.items():
+        value = getattr(config, name)
+        if is_chosen:
+            h.check(value, name)
+        elif value != h.default and not _is_megatrons(config, name):
+            raise ValueError(
+                f"{name}={value!r} is a hyperparameter of the optimizer {description.name}, and "
+                f"the configuration has optimizer={str(config.optimizer)!r}. Leave it out, or set "
+                f"optimizer={description.name!r}."
+            )
+    prefix = f"{description.name}_"
+    for name in vars(config):
+        if not name.startswith(prefix) or name in own or name in RENAMED:
+            continue
+        if not _is_megatrons(config, name):
+            near = difflib.get_close_matches(name, own, 1)
+            raise ValueError(
+                f"the optimizer's configuration has {name}={getattr(config, name)!r}, which is no "
+                f"hyperparameter of {description.label}. "
+                + (f"Did you mean {near[0]}? " if near else "")
+                + f"It has {', '.join(own) or 'none'}."
+            )
+
+
+def _default(config: Any, name: str) -> Any:
+    field = type(config).__dataclass_fields__.get(name)
+    return getattr(config, name, None) if field is None else field.default
+
+
+def _is_megatrons(config: Any, name: str) -> bool:
+    """Returns whether a field was Megatron's before: ours alone are keyword-only."""
+    field = type(config).__dataclass_fields__.get(name)
+    return field is not None and not field.kw_only
+
+
+def settle_precision(config: Any) -> None:
+    """Settles what Megatron reads of a precision-aware optimizer, as it would for FusedAdam."""
+    aware = getattr(config, "use_precision_aware_optimizer", False)
+    # Under other recipes Megatron keeps the main parameters, as without it.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = aware and (
+        getattr(config, "fp8_recipe", None) in (None, "delayed")
+        or getattr(config, "optimizer_cpu_offload", False)
+    )
+    if aware:
+        config.store_param_remainders = False  # whole fp32 main parameters

@@ -1,0 +1,69 @@
+"""Replacement of functions that modules have imported by name before they were wrapped."""
+
+import gc
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import CellType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+__all__ = ["Pair", "rebind", "unreached"]
+
+#: A function of Megatron's, and the wrapper that takes its place.
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def rebind(pairs: Sequence[Pair]) -> None:
+    """Puts each wrapper in the place of its function, in every module that has imported it.
+
+    Any module may have done ``from megatron... import function``: Megatron's own, another
+    framework's, the script that runs.
+    """
+    wrappers = {id(function): wrapper for function, wrapper in pairs}
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType):
+            for name, value in list(vars(module).items()):
+                if id(value) in wrappers:
+                    setattr(module, name, wrappers[id(value)])
+
+
+def unreached(pairs: Sequence[Pair]) -> list[str]:
+    """Returns texts that name functions which something still holds, and what that is.
+
+    Args:
+        pairs: those of :func:`rebind`, after it.
+    """
+    texts = []
+    for function, wrapper in pairs:
+        wrapper_cells = set(map(id, wrapper.__closure__ or ()))
+        holders = [
+            _described(holder, function)
+            for holder in gc.get_referrers(function)
+            if not isinstance(holder, FrameType)
+            and holder is not vars(wrapper)
+            and holder is not wrapper
+            and id(holder) not in wrapper_cells
+            and not any(holder is pair for pair in pairs)
+        ]
+        if holders:
+            name = f"{function.__module__}.{function.__qualname__}"
+            texts.append(f"{name} is still held by {_listed(holders)}")
+    return texts
+
+
+def _described(holder: Any, function: Callable[..., Any]) -> str:
+    if isinstance(holder, dict):
+        names = sorted(str(name) for name, value in holder.items() if value is function)
+        return f"a dict ({', '.join(names)})"
+    if isinstance(holder, CellType):
+        users = [
+            user.__qualname__
+            for user in gc.get_referrers(holder)
+            for user in (gc.get_referrers(user) if isinstance(user, tuple) else ())
+            if isinstance(user, FunctionType)
+        ]
+        return f"a variable of {_listed(users) if users else 'a function'}"
+    return f"a {type(holder).__name__}"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))

@@ -1,0 +1,169 @@
+"""The plugin's fields of Megatron's OptimizerConfig, for programs that make one themselves."""
+
+import copy
+import dataclasses
+import math
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import yaml
+
+from tests.harness.releases import RELEASES
+from tests.mcore.library import build, inner, on_ranks, step, wrap
+
+
+def config(**fields):
+    from megatron.core.optimizer import OptimizerConfig
+
+    return OptimizerConfig(**{"optimizer": "s3", "lr": 0.1} | fields)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@on_ranks()
+def test_every_hyperparameter_is_a_field_that_the_optimizer_is_given(release):
+    """Of every optimizer; with another value than the default, which a switch turns round."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    from megatron_s3.mcore.arguments import destination
+    from megatron_s3.optimizers import OPTIMIZERS
+
+    for name, cls in OPTIMIZERS.items():
+        for h in cls.description.hyperparameters:
+            value = not h.default if h.is_switch else 0.25 if h.low < 0.25 < h.high else 2.5
+            made = config(optimizer=name, **{destination(cls.description, h): value})
+            optimizer = get_megatron_optimizer(made, [wrap(dtype=torch.float32, sharded=False)])
+            assert inner(optimizer).param_groups[0][h.name] == value, (name, h.name)
+
+
+@on_ranks()
+def test_what_is_not_given_has_the_optimizers_default():
+    assert config().clip_grad == 0.0 and config(clip_grad=1.0).clip_grad == 1.0
+    assert config(optimizer="adam").clip_grad == 1.0
+    assert type(config().clip_grad) is type(config(optimizer="adam").clip_grad) is float
+    assert config(s3_beta=None).s3_beta == 0.95
+    assert config().weight_decay == 0.01
+    assert config(optimizer="nadam", nadam_eps=1e-6).adam_eps == 1e-6  # read by muP's overrides
+    assert config(optimizer="nadam", nadam_eps=1e-6, adam_eps=1e-5).adam_eps == 1e-5
+
+
+@on_ranks()
+def test_it_is_copied_pickled_printed_and_dumped_with_its_fields():
+    made = config(s3_p=2.0)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), dataclasses.replace(made)):
+        assert other == made and other.s3_p == 2.0
+    assert made != config() and "s3_p=2.0" in repr(made)
+    plain = {k: v for k, v in dataclasses.asdict(made).items() if isinstance(v, bool | float | str)}
+    assert yaml.safe_load(yaml.safe_dump(plain))["s3_p"] == 2.0
+
+
+@on_ranks()
+def test_a_wrong_field_is_refused_where_the_configuration_is_made():
+    with pytest.raises(TypeError, match="s3_bta"):
+        config(s3_bta=0.5)
+    with pytest.raises(ValueError, match=r"s3_beta must be in \[0, 1\), not 2.0"):
+        config(s3_beta=2.0)
+    with pytest.raises(ValueError, match=r"s3_p=2.0 is a hyperparameter of the optimizer s3, and"):
+        config(optimizer="adam", s3_p=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("s3_bta", 0.5, "s3_bta=0.5, which is no hyperparameter of S3.* Did you mean s3_beta"),
+        ("s3_p", 0.5, "s3_p must be in"),
+        ("nadam_eps", 1e-3, "nadam_eps=0.001 is a hyperparameter of the optimizer nadam"),
+    ],
+)
+@on_ranks()
+def test_what_was_set_afterwards_is_checked_before_training(name, value, said):
+    """An instance takes any attribute."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    made = config()
+    setattr(made, name, value)
+    with pytest.raises(ValueError, match=said):
+        get_megatron_optimizer(made, [wrap(dtype=torch.float32, sharded=False)])
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@on_ranks()
+def test_precision_aware_needs_no_adam(release):
+    """Megatron's own configuration refuses it; and a later precision is taken with its states."""
+    made = config(
+        use_precision_aware_optimizer=True,
+        use_distributed_optimizer=True,
+        exp_avg_dtype=torch.bfloat16,
+        exp_avg_sq_dtype=torch.bfloat16,
+    )
+    assert made.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    model, optimizer = build(
+        **{f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name in _AWARE}
+    )
+    assert step(model, optimizer)[0]
+    assert {s["exp_avg"].dtype for s in inner(optimizer).state.values()} == {torch.bfloat16}
+    with pytest.raises((AssertionError, RuntimeError)):
+        config(optimizer="adam", use_precision_aware_optimizer=True, use_distributed_optimizer=True)
+
+
+_AWARE = ("use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype")
+
+
+def test_subclasses_made_before_and_after_have_the_fields():
+    """One that puts its checks off, as Megatron-Bridge's does, one with a default_factory."""
+    code = """
+        import dataclasses
+        import megatron_s3
+        from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+        @dataclasses.dataclass
+        class Deferred(OptimizerConfig):
+            tags: list = dataclasses.field(default_factory=list)
+            note: str = "a"
+            def __post_init__(self): pass
+            def finalize(self): super().__post_init__()
+
+        @dataclasses.dataclass(frozen=False, eq=False)
+        class Deeper(Deferred):
+            hidden: int = dataclasses.field(default=3, repr=False)
+
+        before = len(dataclasses.fields(Deeper))
+        megatron_s3.register(device="cpu")
+        megatron_s3.register()
+
+        @dataclasses.dataclass
+        class Later(OptimizerConfig):
+            own: int = 1
+
+        for cls in (Deferred, Deeper, Later):
+            config = cls(optimizer="s3", s3_p=2.0)
+            if hasattr(config, "finalize"):
+                config.finalize()
+            assert (config.s3_p, config.clip_grad) == (2.0, 0.0), config
+        assert Deeper().tags == [] and Deeper().tags is not Deeper().tags
+        assert "hidden" not in repr(Deeper()) and Deeper().hidden == 3
+        assert "__eq__" not in vars(Deeper) and Later() == Later()
+        assert len(dataclasses.fields(Deeper)) > before + 20
+        names = [field.name for field in dataclasses.fields(Deeper)]
+        assert len(names) == len(set(names))
+        # What was positional still is.
+        first = next(f.name for f in dataclasses.fields(OptimizerConfig) if not f.kw_only)
+        assert getattr(OptimizerConfig(None), first) is None
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@on_ranks()
+def test_the_norm_is_not_finite_where_a_gradient_is_not():
+    """A framework skips a step by it."""
+    model, optimizer = build()
+    assert math.isfinite(step(model, optimizer)[1])
+    assert not math.isfinite(step(model, optimizer, scale=math.inf)[1])

@@ -1,5 +1,5 @@
-"""The way from a YAML file to a running job: checks, torchrun and SLURM, provenance, plans.
+"""Start of a job from a YAML file: checks, torchrun, SLURM, provenance and plans.
 
-Megatron is reached only through :mod:`megatron_s3.mcore`, and only where it is needed: configs can
-be read, and jobs submitted, where neither torch nor Megatron is installed.
+Only :mod:`megatron_s3.mcore` imports Megatron, and only when it is needed: configurations can be
+read and jobs submitted on machines without torch and Megatron.
 """

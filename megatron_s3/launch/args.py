@@ -1,10 +1,10 @@
-"""``megatron-s3 args``: an AdamW launch as the S3 launch that the paper's rules make of it.
+"""``megatron-s3 args``: converts an AdamW launch to an S3 launch by the paper's rules.
 
-What is read is a shell line, a script or the arguments alone.  Each launch of the trainer is
-followed to where its arguments stand: in variables, arrays, functions, quoted commands and
-here-documents.  Only what changes is replaced; quotes, comments, continued lines and everything
-else stay as they are.  The result is followed in the same way and compared with what the launches
-have to become before any of it is given out; what cannot be followed is refused.
+The input is a shell line, a script or arguments alone. The code follows each launch of the trainer
+to the places of its arguments: variables, arrays, functions, quoted commands and here-documents. It
+replaces only what changes; quotes, comments, continued lines and everything else stay the same.
+Before it prints the result, it follows the result in the same way and compares it with the expected
+launches. Scripts that it cannot follow are rejected with an error.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from megatron_s3.launch.trace import Trace, trace
 
 __all__ = ["LaunchError", "Translation", "main", "translate"]
 
-#: S3's learning rate over AdamW's in the paper, each from its beginning. A checkpoint in mid-run
-#: is converted with another (megatron_s3.checkpoints.transfer).
+#: S3's learning rate divided by AdamW's in the paper, for runs from the beginning. A checkpoint of
+#: a running training is converted with another factor (megatron_s3.checkpoints.transfer).
 LR_FACTOR = "10"
 
 _ADAM = ("adam", "adamw")
@@ -37,7 +37,7 @@ _WATCHED = re.compile(
     rf"(?<![\w-])(?:{'|'.join(FLAGS)})(?![\w-])(?:[ =]\S+)?|\S+\.py\b|\btorchrun\b|\bpython[\d.]*\b"
     r"|(?<![\w-])-m\s+\S+"
 )
-_REFUSED = re.compile(r"^--\S+( \S+)? is refused with")
+_REFUSED = re.compile(r"^--\S+( \S+)? is not supported with S3")
 _AFTER_FLAG = re.compile(rf"(?:{'|'.join((*FLAGS, '-m'))})[ =][\"']?\$\{{?(\w+)")
 
 
@@ -46,9 +46,9 @@ class Translation:
     """An S3 launch.
 
     Attributes:
-        text: the launch.
-        changes: what became what, and why.
-        warnings: what has to be seen to by hand.
+        text: the converted launch.
+        changes: each change with its reason.
+        warnings: what the user must check or change by hand.
     """
 
     text: str
@@ -57,21 +57,21 @@ class Translation:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Returns those of the warnings that are of flags with which S3 does not start."""
+        """The warnings about flags with which S3 does not start."""
         return tuple(each for each in self.warnings if _REFUSED.search(each))
 
 
 def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
-    """Translates a launch into one for S3.
+    """Converts a launch to one for S3.
 
     Args:
         text: a shell line, a script, or arguments alone.
-        lr_factor: S3's learning rate over AdamW's, a decimal number.
+        lr_factor: S3's learning rate divided by AdamW's, a decimal number.
 
     Raises:
-        LaunchError: it is no launch of AdamW's, or one that cannot be followed.
+        LaunchError: the text is not an AdamW launch, or its launch cannot be followed.
     """
-    from megatron_s3.optimizers import S3  # and torch with it, which --help does without
+    from megatron_s3.optimizers import S3  # imports torch, which --help does not need
 
     rules = Rules(lr_factor, S3.description.name)
     try:
@@ -97,8 +97,8 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
         warnings = _warnings(text, launches, lr_factor)
         return Translation(result, (*edits.changes, *notes), tuple(warnings))
     raise LaunchError(
-        f"the changes cannot be made here without changing something else ({reason}): "
-        "write the launch out with its own flags"
+        f"the launch cannot be changed without changing something else ({reason}); give each "
+        "launch flags of its own"
     )
 
 
@@ -111,19 +111,19 @@ def _follow(text: str) -> Trace:
 
 
 def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:
-    """Returns AdamW's launches in the text, each once for each way on which it differs."""
+    """Returns the AdamW launches in the text, once for each set of arguments that they may have."""
     launches = find(found)
     left = unused(text, found, launches)
     if left is not None:
         raise LaunchError(
-            "the command that takes this --lr cannot be found from here: start it in the same "
-            "script, write the launch out, or remove the flag",
+            "no command in this text takes this --lr; add the command that starts the trainer, "
+            "or remove the flag",
             left,
         )
     if not any(launch.flags() for launch in launches):
         raise LaunchError(
-            "it has no arguments of Megatron (--optimizer, --lr, ...): give a launch of the "
-            "trainer, or the arguments alone"
+            "the text has no arguments of Megatron (--optimizer, --lr, ...); give a launch of "
+            "the trainer, or its arguments alone"
         )
     for launch in launches:
         _check(launch, optimizer)
@@ -136,18 +136,16 @@ def _check(launch: Launch, optimizer: str) -> None:
         if flag.name == "--optimizer":
             if UNKNOWN in old:
                 raise LaunchError(
-                    f"--optimizer {shown(flag.value)} is known only when the script runs: write "
-                    "its name out",
+                    f"--optimizer {shown(flag.value)}: the value is known only when the script "
+                    "runs; write the name of the optimizer instead",
                     launch.place,
                 )
             if old == optimizer:
-                raise LaunchError(
-                    f"it is a launch with S3 already (--optimizer {old})", launch.place
-                )
+                raise LaunchError(f"the launch uses S3 already (--optimizer {old})", launch.place)
             if old not in _ADAM:
                 raise LaunchError(
                     f"--optimizer {old}: only launches with AdamW (--optimizer adam) can be "
-                    "rewritten",
+                    "converted",
                     launch.place,
                 )
         elif flag.name in (*TIMES, *OVER):
@@ -155,34 +153,37 @@ def _check(launch: Launch, optimizer: str) -> None:
                 number(old, Decimal(1))
             except InvalidOperation:
                 raise LaunchError(
-                    f"{flag.name} {shown(flag.value)} is no number here: write the number out, or "
-                    "set it in the script",
+                    f"{flag.name} {shown(flag.value)} is not a number in this text; write a "
+                    "number, or set the variable in the script",
                     launch.place,
                 ) from None
 
 
 def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str]:
-    """Returns what has to be seen to by hand, each once."""
+    """Returns the warnings, each once."""
     found: list[str] = []
     for launch in launches:
         found += _of_program(launch)
         found += _refused(launch)
         found += _of_checkpoints(launch, lr_factor)
-        found += _of_flags_elsewhere(text, launch)
+        found += _of_flags_elsewhere(text, launch, lr_factor)
     return list(dict.fromkeys(found))
 
 
 def _of_program(launch: Launch) -> Iterator[str]:
     if launch.trainer < 0:
         yield (
-            "no script in it: put -m megatron_s3 before the one that you start (torchrun ... "
-            "-m megatron_s3 pretrain_gpt.py ...), or apply the patch of patches/ to Megatron-LM"
+            "the text starts no script: put -m megatron_s3 before the script that you start "
+            "(torchrun ... -m megatron_s3 pretrain_gpt.py ...), or apply the patch in patches/ "
+            "to Megatron-LM"
         )
-    elif UNKNOWN in value(launch.words[launch.trainer - 1]):
-        yield (
-            f"{shown(launch.words[launch.trainer - 1])} is set elsewhere: it has to end with "
-            "python, torchrun, or options of theirs"
-        )
+    elif launch.trainer > 0 and value(launch.words[launch.trainer - 1]) == UNKNOWN:
+        before = value(launch.words[launch.trainer - 2]) if launch.trainer > 1 else ""
+        if not before.startswith("-") or "=" in before:  # else it is the value of an option
+            yield (
+                f"{shown(launch.words[launch.trainer - 1])} is not set in this text: it must end "
+                "with python, torchrun or options of them, because -m megatron_s3 follows it"
+            )
 
 
 def _refused(launch: Launch) -> Iterator[str]:
@@ -190,47 +191,51 @@ def _refused(launch: Launch) -> Iterator[str]:
 
     for _, flag, reason in UNSUPPORTED:
         if _has(launch, flag):
-            yield f"{flag} is refused with S3: {reason}"
+            yield f"{flag} is not supported with S3: {reason}"
     for flag in _STATES:
         for dtype in _values(launch, flag):
             if dtype not in ("fp32", "bf16"):
-                yield f"{flag} {dtype} is refused with S3, which keeps its states in fp32 or bf16"
+                yield f"{flag} {dtype} is not supported with S3: the states are in fp32 or bf16"
     for dtype in _values(launch, "--main-params-dtype"):
         if dtype != "fp32":
-            yield f"--main-params-dtype {dtype} is refused with S3: leave it out"
+            yield f"--main-params-dtype {dtype} is not supported with S3: leave the flag out"
     aware, sharded = "--use-precision-aware-optimizer", "--use-distributed-optimizer"
     if _has(launch, aware) and not _has(launch, sharded):
-        yield f"{aware} is refused with S3 without {sharded}"
+        yield f"{aware} is not supported with S3 without {sharded}"
 
 
 def _of_checkpoints(launch: Launch, lr_factor: str) -> Iterator[str]:
     for folder in _values(launch, "--load"):
         if not _has(launch, "--no-load-optim") and not _has(launch, "--finetune"):
             yield (
-                f"--load {folder}: AdamW's state in it is refused. `megatron-s3 convert "
-                f"{folder} NEW --to s3 --lr-factor {lr_factor}` makes a checkpoint that "
-                "S3 resumes from with these rates (--load NEW); in mid-run --lr-factor 3, here "
-                "and there, goes better. --no-load-optim takes the weights alone"
+                f"--load {folder}: S3 cannot load AdamW's optimizer state. Convert the checkpoint "
+                f"with `megatron-s3 convert {folder} NEW --to s3 --lr-factor {lr_factor}` and "
+                "pass --load NEW (if AdamW has trained a large part of the run, use --lr-factor "
+                "3 here and there), or load the weights alone with --no-load-optim"
             )
     for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-args"):
         if _has(launch, flag):
-            yield f"{flag}: what the checkpoint was saved with is taken, and not what stands here"
+            yield (
+                f"{flag}: the values saved in the checkpoint are used instead of those in this text"
+            )
 
 
-def _of_flags_elsewhere(text: str, launch: Launch) -> Iterator[str]:
+def _of_flags_elsewhere(text: str, launch: Launch, lr_factor: str) -> Iterator[str]:
     if launch.bare:
         yield (
-            f"{line(text, launch.place)}flags of AdamW's that come from elsewhere (a variable "
-            "of the environment, a file that is read) stay as they are"
+            f"{line(text, launch.place)}flags of AdamW that come from outside this text (an "
+            "environment variable, a sourced file) are not changed"
         )
     elif not _has(launch, "--lr"):
-        yield f"no --lr in it: S3's is {LR_FACTOR} times AdamW's"
+        yield f"the text has no --lr: S3's learning rate is {lr_factor} times AdamW's"
     if _has(launch, "--config"):
-        yield "--config: what that file holds was not read"
+        yield "--config: the file is not read; change flags of AdamW in it by hand"
     for word in launch.words[launch.arguments :]:
         name = shown(word)
         if value(word) == UNKNOWN and re.search(r"^\$.*(@|ARG|OPT|FLAG|EXTRA)", name.upper()):
-            yield f"{name} is not known here: flags of AdamW's that it may hold stay as they are"
+            yield (
+                f"{name} is not set in this text; if it holds flags of AdamW, change them by hand"
+            )
 
 
 def _has(launch: Launch, flag: str) -> bool:
@@ -257,21 +262,22 @@ def _factor(text: str) -> Decimal:
 
 
 def _check_syntax(text: str) -> None:
-    """Lets bash read the text, where there is one, and run none of it."""
+    """Checks the syntax with bash, if it is installed, without running the text."""
     bash = shutil.which("bash")
     if not bash:
         return
     done = subprocess.run([bash, "-n"], input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.splitlines() or [f"status {done.returncode}"]
-        raise LaunchError(f"it is no shell script that bash can read ({lines[0]})")
+        raise LaunchError(f"bash cannot read the text as a shell script ({lines[0]})")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        0; 2 after one line on stderr if the launch cannot be translated, or has what S3 refuses.
+        0; 2 after one line on stderr if the launch cannot be converted or has flags that S3 does
+        not support.
     """
     argv = list(argv)
     after = argv[argv.index("--") + 1 :] if "--" in argv else None
@@ -279,8 +285,11 @@ def main(argv: Sequence[str]) -> int:
         prog="megatron-s3 args",
         allow_abbrev=False,
         usage="megatron-s3 args [--lr-factor X] (FILE | - | -- COMMAND ...)",
-        description="Print an AdamW launch as the S3 launch that the paper's rules make of it, "
-        "and on stderr a reason for each change. What else is there stays as it is.",
+        description=(
+            "Convert an AdamW launch to the S3 launch that follows from the paper's rules, and "
+            "print it. A reason for each change is printed on stderr. Everything else stays the "
+            "same."
+        ),
     )
     parser.add_argument(
         "file", nargs="?", metavar="FILE", help="a script, or a file of arguments; - reads stdin"
@@ -290,9 +299,11 @@ def main(argv: Sequence[str]) -> int:
         type=_factor,
         default=Decimal(LR_FACTOR),
         metavar="X",
-        help="S3's learning rate over AdamW's (%(default)s, the paper's, for a run from its "
-        "beginning; for one that goes on from a converted checkpoint what convert was given, 3 by "
-        "default)",
+        help=(
+            "S3's learning rate divided by AdamW's (default: %(default)s, the paper's for a run "
+            "from its beginning; for a run that resumes from a converted checkpoint use the "
+            "factor of convert, 3 by default)"
+        ),
     )
     args = parser.parse_args(argv[: argv.index("--")] if after is not None else argv)
     if (args.file is None) == (after is None):

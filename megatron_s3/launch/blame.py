@@ -1,4 +1,4 @@
-"""Search for the node to blame, given which pairs of nodes can talk to one another."""
+"""Search for the faulty node, given which pairs of nodes can communicate."""
 
 from collections.abc import Iterable
 
@@ -6,29 +6,30 @@ __all__ = ["blame", "rounds"]
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Returns neighbours in a ring, as rounds of pairs that are disjoint within a round.
+    """Returns neighbouring pairs in a ring, in rounds; the pairs of a round are disjoint.
 
     Args:
-        nodes: how many, at least 2.
+        nodes: number of nodes, at least 2.
     """
     ring = [(i, (i + 1) % nodes) for i in range(nodes if nodes > 2 else 1)]
     even, odd = ring[0 : nodes - 1 : 2], ring[1 : nodes - 1 : 2]
-    last = ring[nodes - 1 :]  # shares a node with the first pair, and with an odd ring's even ones
+    # Shares a node with the first pair, and in an odd ring with the even pairs.
+    last = ring[nodes - 1 :]
     if nodes % 2 == 0:
         odd, last = odd + last, []
     return [pairs for pairs in (even, odd, last) if pairs]
 
 
 def blame(names: list[str], failed: Iterable[tuple[int, int]]) -> dict[int, str]:
-    """Tells who is to blame when these neighbours in a ring do not reach one another.
+    """Returns which nodes are faulty, given the pairs that cannot communicate.
 
     Args:
         names: host names, by rank.
         failed: the pairs of :func:`rounds` between which an all-reduce fails.
 
     Returns:
-        Lines by rank: of nodes that reach none of their neighbours, and of the first node of each
-        pair that this does not explain.
+        Lines by rank: one for each node that reaches none of its neighbours, and one for the first
+        node of each pair that this does not explain.
     """
     count: dict[int, int] = {}
     failed = list(failed)

@@ -33,27 +33,27 @@ def megatron_is_here() -> bool:
 
 
 def ask_megatron(config: Config, more: list[str] | None = None) -> None:
-    """Calls :func:`check`; without Megatron says so, and leaves it to the job's nodes."""
+    """Calls :func:`check`; without Megatron, logs that the job's nodes will make the checks."""
     if megatron_is_here():
-        tell("asking Megatron whether it takes this; importing it takes a while")
+        tell("checking the arguments with Megatron; the import takes a few seconds")
         check(config, more)
     else:
-        print("Megatron is not installed here: the nodes of the job run its checks")
+        print("Megatron is not installed here; the nodes of the job check the arguments")
 
 
 def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:
-    """Refuses what could not run.
+    """Checks that a configuration can run.
 
     Args:
-        config: what to check.
-        more: Megatron's words beside the configuration's own (the dataset's).
+        config: the configuration to check.
+        more: Megatron arguments in addition to the configuration's own (the dataset's).
 
     Returns:
         Megatron's arguments, validated.
 
     Raises:
         ConfigError: naming file, line and reason.
-        ImportError: there is no Megatron to ask; :func:`arithmetic` can be asked without.
+        ImportError: Megatron is not installed; :func:`arithmetic` does not need it.
     """
     words = [*config.words(), *(more or [])]
     arithmetic(config)
@@ -64,7 +64,7 @@ def check(config: Config, more: list[str] | None = None) -> argparse.Namespace:
 
 
 def environment(config: Config) -> contextlib.AbstractContextManager[object]:
-    """Gives this process the environment that the ranks will have, inside a ``with``."""
+    """Sets the environment of the ranks in this process, inside a ``with``."""
     return mock.patch.dict(os.environ, config.launch.environment)
 
 
@@ -93,19 +93,19 @@ def _check(config: Config, words: list[str]) -> argparse.Namespace:
         ]
         place = f"; given: {', '.join(named)}" if named else ""
         ours = isinstance(error.__cause__ or error, Refused)
-        who = "" if ours else "Megatron refuses it: "
+        who = "" if ours else "Megatron rejects it: "
         raise ConfigError(f"{config.name}: {who}{error}{place}") from error
 
 
 def arithmetic(config: Config) -> dict[str, int]:
-    """Computes world size and batch, as Megatron will divide them.
+    """Computes world size and batch sizes as Megatron divides them.
 
     Returns:
         ``world_size``, ``tensor``, ``pipeline``, ``context``, ``data_parallel``,
         ``micro_batch_size``, ``global_batch_size`` and ``micro_batches`` of a rank's step.
 
     Raises:
-        ConfigError: something does not divide, naming the lines and what would.
+        ConfigError: a number does not divide; the message names the lines and numbers that would.
     """
     tensor, pipeline, context = (
         whole(config, f"{kind}_parallel_size", 1)
@@ -127,7 +127,7 @@ def arithmetic(config: Config) -> dict[str, int]:
         raise ConfigError(
             f"{', '.join(sorted(places))}: {config.launch.nodes} nodes x "
             f"{config.launch.nproc_per_node} ranks = {world} ranks do not divide by {layout} = "
-            f"{model}; take a multiple of {model}, or another layout"
+            f"{model}; use a multiple of {model}, or another layout"
         )
     data = world // model
     micro = whole(config, "micro_batch_size")
@@ -154,10 +154,10 @@ def arithmetic(config: Config) -> dict[str, int]:
 
 
 def schedule(config: Config) -> None:
-    """Refuses a warmup that the schedule of the learning rate has no room for.
+    """Checks that the warmup is shorter than the schedule of the learning rate.
 
     Raises:
-        ConfigError: naming the lines of both.
+        ConfigError: it is not; the message names the lines of both.
     """
     given = config.arguments
     kind = "iters" if "train_iters" in given else "samples"
@@ -176,17 +176,17 @@ def schedule(config: Config) -> None:
         warmup = whole(config, name, 0, least=0)
     if warmup >= steps:
         raise ConfigError(
-            f"{config.where(name)}: {name} {given[name]} leaves nothing of {end} {steps} "
-            f"({config.where(end)}) for the learning rate to fall in; take a shorter warmup "
-            f"(--set {name}={0.1 if 'fraction' in name else steps // 10})"
+            f"{config.where(name)}: {name} {given[name]} is not shorter than {end} {steps} "
+            f"({config.where(end)}), so the learning rate has no time to decay; use a shorter "
+            f"warmup (--set {name}={(0.1 if 'fraction' in name else steps // 10)})"
         )
 
 
 def refuse_missing_gpus(config: Config) -> None:
-    """Refuses ranks on GPUs that this node does not have.
+    """Checks that this node has a GPU for each rank.
 
     Raises:
-        ConfigError: with the two numbers.
+        ConfigError: it has fewer; the message names both numbers.
     """
     if config.arguments.get("plugin_device") != "cuda" or not importlib.util.find_spec("torch"):
         return
@@ -197,15 +197,15 @@ def refuse_missing_gpus(config: Config) -> None:
         there = torch.cuda.device_count()
     if there < config.launch.nproc_per_node:
         raise ConfigError(
-            f"this node has {there} GPUs for torch, and the configuration wants "
+            f"torch finds {there} GPUs on this node, and the configuration needs "
             f"{config.launch.nproc_per_node} (launch.nproc_per_node, "
             f"{config.origins.get('launch.nproc_per_node', 'a default')}; plugin_device cuda, "
-            f"{config.where('plugin_device')}); plugin_device=cpu trains without"
+            f"{config.where('plugin_device')}); set plugin_device=cpu to train without GPUs"
         )
 
 
 def _own_values(config: Config) -> None:
-    """Checks hyperparameters of the plugin's optimizers, which takes no Megatron."""
+    """Checks hyperparameters of the plugin's optimizers; this needs no Megatron."""
     from megatron_s3.optimizers import OPTIMIZERS
 
     cls = OPTIMIZERS.get(str(config.arguments.get("optimizer")))
@@ -227,31 +227,33 @@ def _own_values(config: Config) -> None:
 
 
 def whole(config: Config, name: str, default: int | None = None, least: int = 1) -> int:
-    """Returns the value of an argument that counts something.
+    """Returns the value of an argument that is a whole number.
 
     Args:
-        config: that gives it.
-        name: of the argument.
-        default: where it is not given; None if it has to be.
-        least: that it may be.
+        config: the configuration.
+        name: the argument's name.
+        default: the value if the argument is not given; None if the argument is required.
+        least: the smallest value allowed.
 
     Raises:
-        ConfigError: it is not given, or is no whole number from ``least``.
+        ConfigError: a required argument is missing, or the value is not a whole number of at least
+            ``least``.
     """
     value = config.arguments.get(name)
     if value is None and default is not None:
         return default
     if value is None:
-        raise ConfigError(f"{config.name}: {name} is given by no file; add it under arguments")
+        raise ConfigError(f"{config.name}: no file sets {name}; add it under arguments")
     if not isinstance(value, str) or not value.isdecimal() or int(value) < least:
         raise ConfigError(
-            f"{config.where(name)}: {name} must be a whole number from {least}, not {value!r}"
+            f"{config.where(name)}: {name} must be a whole number of at least {least}, not "
+            f"{value!r}"
         )
     return int(value)
 
 
 def _names_and_values(config: Config, parser: argparse.ArgumentParser) -> None:
-    """Compares each argument with the parser's, so that an error can name its line."""
+    """Checks each argument against Megatron's parser, so that an error can name its line."""
     options = {
         option.removeprefix("--").replace("-", "_"): action
         for option, action in parser._option_string_actions.items()

@@ -10,10 +10,10 @@ from megatron_s3.launch.progress import load_folder, save_folder
 
 __all__ = ["MEETING", "first_node", "megatron_words", "torchrun"]
 
-#: Arguments of Megatron's that name what is trained on.
+#: Megatron's arguments that name the training data.
 _DATA = ("data_path", "train_data_path", "mock_data", *LISTS)
 
-#: torchrun's options for where the nodes meet, and the variables that give them.
+#: torchrun's options for the rendezvous of the nodes, and the variables with their values.
 MEETING = {
     "node-rank": "SLURM_NODEID",
     "master-addr": "MASTER_ADDR",
@@ -22,7 +22,7 @@ MEETING = {
 
 
 def first_node() -> bool:
-    """Returns whether this node is the one that speaks for all nodes of a job."""
+    """Returns whether this node is the first of the job, which writes logs and records for all."""
     return os.environ.get("SLURM_NODEID", "0") == "0"
 
 
@@ -30,7 +30,7 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
     """Returns Megatron's command line for a run, with its dataset and its folders.
 
     Raises:
-        ConfigError: there is no data to train on, or the dataset is not there.
+        ConfigError: no data are given, or the dataset does not exist.
     """
     words = config.words()
     given = config.arguments
@@ -43,8 +43,8 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
             raise ConfigError(f"{config.origins['dataset']}: dataset: {error}") from error
     elif given.keys().isdisjoint(_DATA):
         raise ConfigError(
-            f"{config.name}: nothing to train on; --set dataset=PREFIX names what `megatron-s3 "
-            "data` wrote (or data_path=PREFIX a dataset of Megatron's, or mock_data=true)"
+            f"{config.name}: no data to train on; set dataset=PREFIX to use what `megatron-s3 "
+            "data` wrote (or data_path=PREFIX for a dataset of Megatron, or mock_data=true)"
         )
     for name, folder in {
         "save": save_folder(config, run_dir),
@@ -61,7 +61,7 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
     """Returns the command that starts this node's ranks.
 
     Raises:
-        ConfigError: the SLURM job has another number of nodes, or does not say where they meet.
+        ConfigError: the SLURM job has another number of nodes, or does not name the first node.
     """
     launch = config.launch
     command = [sys.executable, "-m", "torch.distributed.run"]

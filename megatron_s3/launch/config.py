@@ -1,6 +1,6 @@
-"""Run configurations: YAML files that extend one another, with the place each value came from.
+"""Run configurations: YAML files that extend one another. Each value keeps its origin.
 
-A file is a mapping of these keys, all optional::
+A file is a mapping with these optional keys::
 
     extends: models/gpt2-7b.yaml    # a path beside this file, or a list of them; read first
     over: gpt2-7b-s3.yaml           # the same, where this file is the first one: what an overlay
@@ -22,9 +22,8 @@ A file is a mapping of these keys, all optional::
       lr: [1e-3, 3e-3]              # (several keys: all combinations)
     dataset: PREFIX                 # what `megatron-s3 data` wrote, instead of --data-path
 
-Later files win over earlier ones, key by key, and ``--set`` wins over all files.  With another
-optimizer what was given to the one before, by its name (``s3_beta``), is left out, and that is
-said.
+Later files override earlier ones, key by key, and ``--set`` overrides all files. If the optimizer
+is replaced, the flags of the old one (``s3_beta``) are removed, and a log line names them.
 """
 
 import difflib
@@ -43,9 +42,9 @@ from megatron_s3.renamed import RENAMED, renamed
 
 __all__ = ["COPY", "Config", "ConfigError", "load"]
 
-#: First line of a copy that :meth:`Config.yaml` has made for a job: the comment behind a value is
-#: the place that it was given at, which errors and records then name.
-COPY = "# A copy for a job; behind each value, where it was given."
+#: First line of a copy that :meth:`Config.yaml` made for a job. The comment behind each value is
+#: its original place, which errors and records then name.
+COPY = "# A copy for a job; behind each value, its original place."
 
 
 _SECTIONS = ("arguments", "derived", "launch", "array")
@@ -55,7 +54,7 @@ _TABLES = ("environment", "sbatch")
 
 
 def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
-    """Reads files and overrides, later ones winning.
+    """Reads files and overrides; later ones win.
 
     Args:
         files: paths or names of shipped configurations; the first gives the name.
@@ -82,7 +81,7 @@ def _read(
     """Merges a file, after those that it extends."""
     real = path.resolve()
     if real in within:
-        raise ConfigError(f"{shown}: extends itself by way of {within[-1].name}")
+        raise ConfigError(f"{shown}: extends itself through {within[-1].name}")
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -90,9 +89,9 @@ def _read(
         raise ConfigError(f"{shown}: cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"{shown}:{line}: not YAML: {error.problem}") from error
+        raise ConfigError(f"{shown}:{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{shown}: not YAML: {error}") from error
+        raise ConfigError(f"{shown}: not valid YAML: {error}") from error
     if root is None:
         return
     entries = list(_entries(root, shown, "the file"))
@@ -101,12 +100,12 @@ def _read(
             bases = _value(node, origin, key)
             for base in bases if isinstance(bases, list) else [bases]:
                 if not isinstance(base, str):
-                    raise ConfigError(f"{origin}: {key}: name a file, or a list of files")
+                    raise ConfigError(f"{origin}: {key} must be a file or a list of files")
                 try:
                     target, name = find(base, path.parent)
                 except ConfigError as error:
                     raise ConfigError(f"{origin}: {key}: {error}") from None
-                # What an overlay is meant for may have that same overlay in it.
+                # The run that an overlay is meant for may contain the same overlay.
                 _read(target, name, merged, within if key == "over" else (*within, real))
     read: dict[str, tuple[Value, Origin]] = {}
     for key, node, origin in entries:
@@ -122,12 +121,12 @@ def _read(
 def _replace_optimizer(
     merged: dict[str, tuple[Value, Origin]], read: dict[str, tuple[Value, Origin]]
 ) -> None:
-    """Takes away what was given to an optimizer in whose place another one comes, and says so."""
+    """Removes the flags of an optimizer that was replaced, and logs them."""
     key = "arguments.optimizer"
     if key not in read or key not in merged or read[key][0] == merged[key][0]:
         return
     (new, origin), (old, _) = read[key], merged[key]
-    # What --set gives beside another optimizer is a contradiction, and the check's to refuse.
+    # If --set gives flags of another optimizer, that is a contradiction, and the check rejects it.
     owned = [
         name
         for name, (_, given) in merged.items()
@@ -135,13 +134,13 @@ def _replace_optimizer(
     ]
     if owned:
         places = ", ".join(f"{name.partition('.')[2]} ({merged[name][1]})" for name in owned)
-        tell_once(f"{origin}: optimizer {new} takes the place of {old}, and leaves out {places}")
+        tell_once(f"{origin}: optimizer {new} replaces {old}; these flags are removed: {places}")
     for name in owned:
         del merged[name]
 
 
 def _given_at(line: str, origin: Origin) -> Origin:
-    """Returns the place that stands behind a value in a copy."""
+    """Returns the original place that a copy names behind a value."""
     place = line.partition("  # ")[2]
     if place.startswith("--set "):
         return Origin(place.removeprefix("--set "))
@@ -153,7 +152,7 @@ def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml
     """Yields the keys of a mapping with their values and places.
 
     Raises:
-        ConfigError: it is no mapping, or a key occurs twice.
+        ConfigError: the node is not a mapping, or a key occurs twice.
     """
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1
@@ -166,7 +165,7 @@ def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml
             raise ConfigError(f"{shown}:{line}: a key must be a word")
         if key in seen:
             raise ConfigError(
-                f"{shown}:{line}: {key} was given in line {seen[key]} already; remove one"
+                f"{shown}:{line}: {key} is already set in line {seen[key]}; remove one of them"
             )
         seen[key] = line
         yield key, value, Origin(shown, line)
@@ -227,13 +226,13 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
     key, equals, text = word.partition("=")
     origin = Origin(word)
     if not equals or not key:
-        raise ConfigError(f"{origin}: write KEY=VALUE")
+        raise ConfigError(f"{origin}: must have the form KEY=VALUE")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        # What is wrong, without the text that it is wrong in.
+        # The problem without the text, which may hold a credential.
         problem = getattr(error, "problem", None) or type(error).__name__
-        raise ConfigError(f"{origin}: this is not a YAML value: {problem}") from error
+        raise ConfigError(f"{origin}: not a valid YAML value: {problem}") from error
     value = None if node is None else _value(node, origin, key)
     section, dot, name = key.partition(".")
     if key == "dataset":
@@ -244,7 +243,7 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
         raise ConfigError(f"{origin}: unknown section {section!r}; known: {', '.join(_SECTIONS)}")
     elif section == "launch" and name.split(".")[0] in _TABLES:
         if "." not in name:
-            raise ConfigError(f"{origin}: write launch.{name}.NAME=VALUE")
+            raise ConfigError(f"{origin}: must have the form launch.{name}.NAME=VALUE")
         merged[key] = (value, origin)
     else:
         _put(section, name, value, origin, merged)
@@ -273,9 +272,7 @@ def _resolve(name: str, merged: dict[str, tuple[Value, Origin]]) -> Config:
             _set_launch(launch, rest, value, origin)
         elif key == "dataset":
             if not isinstance(value, str):
-                raise ConfigError(
-                    f"{origin}: dataset must be the prefix that megatron-s3 data wrote"
-                )
+                raise ConfigError(f"{origin}: dataset must be a prefix that megatron-s3 data wrote")
             dataset = value
         origins[key] = origin
     derived = _derive(arguments, merged, origins)
@@ -295,7 +292,7 @@ def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
     else:
         if not isinstance(value, str) or not value.isdecimal() or int(value) < 1:
             raise ConfigError(
-                f"{origin}: launch.{key} must be a whole number from 1, not {value!r}"
+                f"{origin}: launch.{key} must be a whole number of at least 1, not {value!r}"
             )
         setattr(launch, key, int(value))
 
@@ -305,7 +302,7 @@ def _derive(
     merged: dict[str, tuple[Value, Origin]],
     origins: dict[str, Origin],
 ) -> dict[str, str]:
-    """Adds the derived arguments; returns the factors of those that were not given."""
+    """Adds the derived arguments; returns the factors of those that are not given explicitly."""
     used = {}
     compute: Callable[[Decimal, Decimal], Decimal]
     for key, compute in (
@@ -319,13 +316,13 @@ def _derive(
         if value is None or target in arguments:
             continue
         if "lr" not in arguments:
-            raise ConfigError(f"{origin}: {key} needs arguments.lr, and no file gives it")
+            raise ConfigError(f"{origin}: {key} needs arguments.lr, which no file sets")
         factor = _number(value, key, origin)
         lr = _number(arguments["lr"], "lr", merged["arguments.lr"][1])
         if lr <= 0:
-            raise ConfigError(f"{merged['arguments.lr'][1]}: lr must be above 0, not {lr}")
-        # Decimal, so that 3e-5 / 3e-4 is 0.1 and not 0.09999999999999999.  All digits, since a
-        # resume compares them with what `megatron-s3 convert` made of the same numbers.
+            raise ConfigError(f"{merged['arguments.lr'][1]}: lr must be greater than 0, not {lr}")
+        # Decimal, so that 3e-5 / 3e-4 is 0.1 and not 0.09999999999999999. All digits are kept,
+        # because a resumed run compares them with those of `megatron-s3 convert`.
         arguments[target] = repr(float(compute(factor, lr)))
         origins[f"arguments.{target}"] = origin
         used[key] = str(value)

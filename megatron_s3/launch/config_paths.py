@@ -1,4 +1,4 @@
-"""Paths of configurations: files of the user's, and those that came with the package."""
+"""Paths of configurations: the user's files and those in the package."""
 
 import difflib
 import os
@@ -10,22 +10,22 @@ __all__ = ["find", "name_of", "shipped"]
 
 
 def shipped() -> Path:
-    """Returns the folder of the configurations that came with this package."""
+    """Returns the folder of the configurations in this package."""
     package = Path(__file__).parents[1]
-    inside = package / "configs"  # as installed from the wheel
+    inside = package / "configs"  # installed from a wheel
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
-    """Finds the file that a user means by a path or by a shipped configuration's name.
+    """Finds a file by its path or by the name of a shipped configuration.
 
     Args:
         name: ``my.yaml``, ``gpt2-7b-s3`` or ``configs/layouts/gpt2-7b-64gpu.yaml``.
-        beside: the folder that a relative path is looked for in first; the working directory
-            unless given.
+        beside: the folder in which a relative path is looked up first; the working directory by
+            default.
 
     Raises:
-        ConfigError: there is none; the message names the nearest.
+        ConfigError: no such file; the message names similar ones.
     """
     given = Path(beside or ".") / name
     if given.is_file():
@@ -40,12 +40,12 @@ def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
     short = name.removeprefix("configs/").removesuffix(".yaml")
     near = difflib.get_close_matches(short, known, n=3, cutoff=0.5) or known
     raise ConfigError(
-        f"{name}: no such file, and no shipped configuration; near: {', '.join(near)}"
+        f"{name}: no such file or shipped configuration; similar names: {', '.join(near)}"
     )
 
 
 def _shown(path: Path) -> str:
-    """Returns how messages call a file: from configs/ if the package brought it, else as given."""
+    """Returns the name of a file in messages: from configs/ for a shipped file, else as given."""
     real = path.resolve()
     if real.is_relative_to(shipped().resolve()):
         return str(Path("configs") / real.relative_to(shipped().resolve()))
@@ -53,7 +53,7 @@ def _shown(path: Path) -> str:
 
 
 def name_of(name: str) -> str:
-    """Returns what names of runs call a file: ``configs/overlays/table-iv/3-s3`` table-iv-3-s3."""
+    """Returns a file's part of a run's name: table-iv-3-s3 for configs/overlays/table-iv/3-s3."""
     path = Path(find(name)[1]).with_suffix("")
     parts = path.parts if path.parts[0] == "configs" else path.parts[-1:]
     return "-".join(p for p in parts if p not in ("configs", "overlays", "layouts"))

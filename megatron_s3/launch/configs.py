@@ -1,4 +1,4 @@
-"""`megatron-s3 configs`: the shipped configurations, their arithmetic, and what Megatron says."""
+"""`megatron-s3 configs`: lists the configurations and checks them with Megatron."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ _COLUMNS = ("configuration", "parameters", "ranks", "d x t x p", "batch", "itera
 
 
 def names() -> list[str]:
-    """Returns the shipped configurations that can be run; bases and models are only extended."""
+    """Returns the shipped configurations that can be run; others are only extended."""
     found = (path.relative_to(shipped()).with_suffix("") for path in shipped().rglob("*.yaml"))
     runnable = (path for path in found if path.parts[0] not in ("models", "base"))
     return [str(path) for path in sorted(runnable, key=lambda path: (len(path.parts), path))]
@@ -25,14 +25,18 @@ def main(argv: list[str]) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="megatron-s3 configs",
-        description="Check every shipped configuration (or the FILES) with the parser and the "
-        "validation of the Megatron that is installed, and print them as a table.",
+        description=(
+            "Check the shipped configurations (or FILES) with the parser and the validation of "
+            "the installed Megatron, and print a table."
+        ),
     )
-    parser.add_argument("files", nargs="*", help="check these instead")
+    parser.add_argument(
+        "files", nargs="*", help="configurations to check instead of the shipped ones"
+    )
     args = parser.parse_args(argv)
     if not megatron_is_here():
         print(
-            "error: there is no Megatron here: pip install 'megatron-core>=0.17'", file=sys.stderr
+            "error: Megatron is not installed: pip install 'megatron-core>=0.17'", file=sys.stderr
         )
         return 2
     configs, errors = [], []
@@ -47,12 +51,12 @@ def main(argv: list[str]) -> int:
             _say(error)
     if not configs:
         return 2
-    tell(f"asking Megatron about {len(configs)} configurations; importing it takes a while")
+    tell(f"checking {len(configs)} configurations with Megatron; the import takes a few seconds")
     rows = _rows(configs, errors)
     _print([_COLUMNS, *rows])
     from megatron_s3.mcore.planning.parse import release
 
-    print(f"megatron-core {release()}: {len(rows)} accepted, {len(errors)} refused")
+    print(f"megatron-core {release()}: {len(rows)} accepted, {len(errors)} rejected")
     return 2 if errors else 0
 
 
@@ -61,7 +65,7 @@ def _say(error: ConfigError) -> None:
 
 
 def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[str, ...]]:
-    # A process that has seen a job for CPUs takes none for GPUs any more.
+    # A process that has checked a job for CPUs rejects jobs for GPUs.
     configs = sorted(configs, key=lambda c: c[1].arguments.get("plugin_device") == "cpu")
     checked = []
     for name, config in configs:
@@ -72,7 +76,7 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
             _say(error)
     from megatron_s3.mcore.planning import job
 
-    # Padding of the vocabulary depends on tensor parallelism.
+    # Tensor parallelism changes the padding of the vocabulary.
     parameters: dict[tuple[object, ...], str] = {}
     rows: list[tuple[str, ...]] = []
     for name, config, shape, args in checked:

@@ -1,7 +1,7 @@
-"""Identity of a run's data, so that Megatron's indices of other data are not taken for theirs.
+"""Identity of a run's data, so that Megatron's indices of other data are not reused.
 
-Megatron keeps shuffled indices in --data-cache-path under names that follow from the datasets'
-paths, and not from what is in them.
+Megatron keeps shuffled indices in --data-cache-path. Their names depend on the paths of the
+datasets and not on the contents.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from megatron_s3.launch.config import Config
 __all__ = ["LISTS", "cache_folder", "changed"]
 
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-#: Arguments of Megatron's that name a file of datasets.
+#: Megatron's arguments that name a file with a list of datasets.
 LISTS = ("data_args_path", "per_split_data_args_path")
 
 
 def cache_folder(config: Config, run_dir: Path) -> Path:
-    """Returns the folder for Megatron's indices: there is one for each content of the data."""
+    """Returns the folder for Megatron's indices; each content of the data has its own."""
     folder = run_dir.absolute() / "data-cache"
     known = _content(config)
     if not known:
@@ -27,7 +27,7 @@ def cache_folder(config: Config, run_dir: Path) -> Path:
 
 
 def changed(config: Config, run_dir: Path) -> bool:
-    """Returns whether the run has indices, and all of them are of other data."""
+    """Returns whether the run has indices and all of them belong to other data."""
     folder = cache_folder(config, run_dir)
     if folder.exists() or folder.name == "data-cache":
         return False
@@ -35,7 +35,7 @@ def changed(config: Config, run_dir: Path) -> bool:
 
 
 def _content(config: Config) -> list[object]:
-    """Returns what tells the data from others: checksums, or else sizes and times."""
+    """Returns values that identify the data: checksums, or else sizes and times."""
     if config.dataset:
         from megatron_s3 import data
 

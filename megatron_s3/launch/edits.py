@@ -1,4 +1,4 @@
-"""An S3 launch in place of AdamW's in a script's text, and whether that is what is started then."""
+"""Replacement of an AdamW launch by an S3 launch in a script's text, and its check."""
 
 import itertools
 import re
@@ -16,11 +16,11 @@ _OURS = ("-m", "megatron_s3")
 
 
 class WrongEdit(MegatronS3Error):
-    """The launches would not become what they have to."""
+    """Raised if a launch would not become the expected one."""
 
 
 def line(text: str, at: int | None) -> str:
-    """Returns "line N: " of a place, as an error begins; empty for a text of one line."""
+    """Returns the "line N: " with which an error begins; empty for a text of one line."""
     if at is None:
         return ""
     return f"line {text.count(chr(10), 0, at) + 1}: " if "\n" in text.strip() else ""
@@ -30,10 +30,11 @@ class Edits:
     """Changes to a text, each with its reason.
 
     Args:
-        where_set: whether a number is changed where its variable is set, or where it is used.
-        beside_lr: whether flags are added behind --lr, or behind the program.
+        where_set: whether a number is changed where its variable is set, instead of where it is
+            used.
+        beside_lr: whether flags are added behind --lr, instead of behind the program.
         outermost: whether -m megatron_s3 comes before the word of the command that names the
-            program, or before the name where that is set.
+            program, instead of before the name where that is set.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Edits:
         self._added: dict[int, dict[str, str]] = {}
 
     def launch(self, launch: Launch) -> None:
-        """Makes S3's of a launch."""
+        """Changes a launch to one of S3."""
         flags = launch.flags()
         for flag in flags:
             old = value(flag.value)
@@ -94,8 +95,8 @@ class Edits:
         self._replace(
             (start, start),
             new,
-            f"-m megatron_s3 before {program}: registers S3 in Megatron-LM, which stays unedited "
-            "(the patch of patches/ does the same)",
+            f"-m megatron_s3 before {program}: registers S3 in Megatron-LM, whose files stay "
+            "unchanged (the patch in patches/ does the same)",
         )
 
     def _with_quotes(self, span: tuple[int, int]) -> tuple[int, int]:
@@ -127,10 +128,10 @@ class Edits:
                 spans = [(key[0], spans[1][1])]
         for start, end in spans:
             self._replace(self._whole(start, end), "", "")
-        self._say(f"{flag.name} {shown(flag.value)} left out: {reason}")
+        self._say(f"{flag.name} {shown(flag.value)} removed: {reason}")
 
     def _whole(self, start: int, end: int) -> tuple[int, int]:
-        """Returns a place with the blanks before it, or its line if nothing else stands there."""
+        """Returns a place with the blanks before it, or its whole line if nothing else is on it."""
         begin = self.text.rfind("\n", 0, start) + 1
         after = re.compile(r"[ \t]*(\\?)\n").match(self.text, end)
         continued = self.text[:begin].endswith("\\\n")
@@ -153,15 +154,15 @@ class Edits:
         for (start, _), (_, end) in itertools.pairwise(spans):
             if end > start:
                 raise WrongEdit(f"{line(text, start)}two changes overlap")
-        # From the end, so that the places before stay right; of two at one place, the replacement
-        # of what ends there comes after what is put in.
+        # From the end, so that earlier places stay valid. At one place, text is inserted before the
+        # replacement of what ends there.
         for start, end in spans:
             text = text[:start] + self._replaced[start, end] + text[end:]
         return text
 
 
 def _one_place(chars: Sequence[Char]) -> tuple[int, int] | None:
-    """Returns where characters stand, if they stand side by side."""
+    """Returns the place of characters that are adjacent; None for others."""
     if not chars:
         return None
     together = all(
@@ -171,13 +172,13 @@ def _one_place(chars: Sequence[Char]) -> tuple[int, int] | None:
 
 
 def compare(before: Trace, after: Trace, rules: Rules) -> list[str]:
-    """Compares what a script starts with what it has to start.
+    """Compares what a changed script starts with what it must start.
 
     Returns:
-        What changed beside the launches' flags: names made of a changed number.
+        Changes other than those of the launches' flags: names that contain a changed number.
 
     Raises:
-        WrongEdit: something is not what it has to be.
+        WrongEdit: something is different.
     """
     if len(before.commands) != len(after.commands):
         raise WrongEdit("other commands would be started")
@@ -191,7 +192,7 @@ def compare(before: Trace, after: Trace, rules: Rules) -> list[str]:
     if alone:
         olds, news = list(old_launches.values()), list(new_launches.values())
         if len(olds) != len(news):
-            raise WrongEdit("other arguments would be there")
+            raise WrongEdit("the arguments would be different")
         for launch, became in zip(olds, news, strict=True):
             _compare_launch(launch, became, rules, notes)
         return notes
@@ -200,11 +201,11 @@ def compare(before: Trace, after: Trace, rules: Rules) -> list[str]:
         if starts and will_start:
             _compare_launch(starts, will_start, rules, notes)
         elif starts or will_start:
-            raise WrongEdit("another launch would be there")
+            raise WrongEdit("another launch would be started")
         elif not old.prints:
             if old.scripts != new.scripts:
                 raise WrongEdit("other commands would be started")
-            # Commands inside a word are compared on their own.
+            # Commands inside a word are compared separately.
             _compare_words(_plain_words(old), _plain_words(new), notes)
     return notes
 
@@ -221,7 +222,7 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
         program = [*_OURS, *program]
     size = len(front) + len(program)
     if texts[1][:size] != [*front, *program]:
-        raise WrongEdit(f"{' '.join(program)} would not be what is started")
+        raise WrongEdit(f"{' '.join(program)} would not be started")
     given = {flag.word: flag for flag in old.flags()}
     wanted: list[str] = []
     last: dict[str, str] = {}
@@ -242,7 +243,7 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
     added = [] if old.bare else list(rules.missing(names))
     last |= {name: new_value for name, new_value, _ in added}
     got = texts[1][size:]
-    # What other launches need where they share a place may be there too, if it is not in force.
+    # Flags that other launches need at a shared place may be present too, if they have no effect.
     for pair in added:
         if not _remove(got, list(pair[:2])):
             raise WrongEdit(f"{pair[0]} {pair[1]} would be missing")
@@ -253,7 +254,7 @@ def _compare_launch(old: Launch, new: Launch, rules: Rules, notes: list[str]) ->
     words = tuple(tuple(Char(c, 0, 0) for c in word) for word in texts[1])
     found = {f.name: value(f.value) for f in Launch(words, -1, size, True, None).flags()}
     if any(found.get(name) != wanted_value for name, wanted_value in last.items()):
-        raise WrongEdit("a flag that is added would be in force in place of one that is given")
+        raise WrongEdit("an added flag would override a given one")
 
 
 def _remove(words: list[str], pair: list[str]) -> bool:
@@ -266,7 +267,7 @@ def _remove(words: list[str], pair: list[str]) -> bool:
 
 def _compare_words(wanted: list[str], got: list[str], notes: list[str]) -> None:
     if len(wanted) != len(got):
-        raise WrongEdit("other words would be there")
+        raise WrongEdit("other words would change")
     for one, other in zip(wanted, got, strict=True):
         if one == other:
             continue
@@ -274,5 +275,5 @@ def _compare_words(wanted: list[str], got: list[str], notes: list[str]) -> None:
         plain = numbers.fullmatch(one) or numbers.sub("", one) != numbers.sub("", other)
         if plain or one.startswith("-"):
             raise WrongEdit(f"{one[:60]} would become {other[:60]}")
-        note = f"{one} -> {other}: named after a number that changes"
+        note = f"{one} -> {other}: the name contains a number that changes"
         notes += [note] if note not in notes else []

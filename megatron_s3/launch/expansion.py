@@ -1,4 +1,4 @@
-"""The state at a point of a shell script, and the words that its expansions make of it."""
+"""The state at a point of a shell script, and the expansion of words in that state."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -23,11 +23,11 @@ class State:
 
     Attributes:
         variables: name -> arguments; a plain variable has exactly one.
-        arrays: the names of those that are arrays.
-        exported: the names that programs see.
+        arrays: the names of variables that are arrays.
+        exported: the names of variables that programs see.
         functions: name -> body.
-        parameters: ``$1`` and on; None if they are the script's own, which are not known.
-        decided: text of a condition -> whether it holds on this way.
+        parameters: ``$1`` and on; None for those of the script, which are unknown.
+        decided: text of a condition -> whether it holds in this branch.
     """
 
     variables: dict[str, tuple[Argument, ...]] = field(default_factory=dict)
@@ -44,18 +44,18 @@ class State:
         return replace(self, variables=variables, arrays=arrays, decided=self._still(name))
 
     def without(self, name: str) -> "State":
-        """Returns the state in which a variable is not known."""
+        """Returns the state in which a variable is unknown."""
         kept = {k: v for k, v in self.variables.items() if k != name}
         arrays = self.arrays - {name}
         return replace(self, variables=kept, arrays=arrays, decided=self._still(name))
 
     def _still(self, name: str) -> dict[str, bool]:
-        """Returns what stays decided when a variable changes."""
+        """Returns the conditions that stay decided when a variable changes."""
         return {text: holds for text, holds in self.decided.items() if name not in _names(text)}
 
 
 class Expansion:
-    """Expands the words of a script, each character with the places that it came from."""
+    """Expands the words of a script; each character keeps the places that it came from."""
 
     def follow(self, node: Node, state: State) -> None:
         """Follows the commands of a substitution."""
@@ -70,7 +70,7 @@ class Expansion:
         return tuple(chars)
 
     def expand(self, word: Word, state: State) -> list[Argument]:
-        """Returns the arguments that become of a word."""
+        """Returns the arguments to which a word expands."""
         return self._fields(word, state, split=True)
 
     def _fields(self, word: Word, state: State, split: bool) -> list[Argument]:
@@ -112,7 +112,7 @@ class Expansion:
                 fields.append([])
 
     def _value(self, part: Variable, state: State) -> tuple[list[Argument], bool]:
-        """Returns what a variable holds, with this place in each character, and if it is a list."""
+        """Returns a variable's value, and whether it is a list; characters get this place."""
         via = (part.span, *part.at.via)
         found: tuple[Argument, ...] | None
         separate = part.index in ("@", "*")

@@ -1,6 +1,6 @@
-"""The part of the shell's grammar that launch scripts are written in.
+"""The part of the shell's grammar that launch scripts use.
 
-Nothing is run.  What this grammar does not have is an error.
+Nothing is executed. Other syntax is an error.
 """
 
 import re
@@ -23,7 +23,7 @@ __all__ = ["DECLARE", "here_document", "parse"]
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\[[^]]*\])?\+?=")
 _REDIRECTION = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<>|<&|>&|>>|>\||<(?!\()|>(?!\()|&>>|&>)")
-# Of a condition, what may change although no variable of a name does.
+# Parts of a condition that may change without a change of a named variable.
 _CHANGES = re.compile(r"[`\n;]|\$\(|\$\{?[?@*#0-9]|\]\s*(&&|\|\|)|\s-(?![nzv]\s)[a-zA-Z]\s")
 #: Commands that assign to variables.
 DECLARE = {"export", "declare", "local", "readonly", "typeset"}
@@ -34,19 +34,19 @@ def parse(chars: Sequence[Char]) -> Node:
     """Reads the commands of a script.
 
     Raises:
-        ShellError: it is no shell script.
+        ShellError: the text is not a shell script.
     """
     return _Parser(chars).script()
 
 
 def here_document(chars: Sequence[Char]) -> Word:
-    """Reads the text of a ``<<`` whose expansions are made."""
+    """Reads the text of a ``<<`` in which expansions are made."""
     return _Parser(chars).double_quoted(None)
 
 
 class _Parser(Words):
     def sequence(self, ends: Sequence[str]) -> Node:
-        """Reads the commands up to one of the words or operators ``ends``, which is left."""
+        """Reads the commands up to one of the words or operators ``ends``, and leaves that."""
         found = Node("sequence")
         while True:
             self.newlines()
@@ -113,13 +113,13 @@ class _Parser(Words):
         return found
 
     def arithmetic_command(self) -> None:
-        self.at -= 1  # as if a $ stood before it
+        self.at -= 1  # as if there were a $ before it
         self.arithmetic(False)
 
     def test(self) -> Node:
         end = re.compile(r"\s\]\](?=$|[\s;&|)])").search(self.text, self.at)
         if not end:
-            raise self.error("a [[ without its end")
+            raise self.error("[[ without ]]")
         self.at = end.end()
         return Node("command")
 
@@ -130,7 +130,7 @@ class _Parser(Words):
             start = self.at
             found.children.append(self.sequence(("then",)))
             condition = self.text[start : self.at].strip().rstrip(";").strip()
-            # A test of variables alone holds as long as they stay what they are.
+            # A test of variables alone keeps its result until one of them changes.
             if re.fullmatch(r"\[.*\]", condition) and not _CHANGES.search(condition):
                 found.children[-1].name = condition
             self.take("then")
@@ -166,7 +166,7 @@ class _Parser(Words):
         else:
             name = _NAME.match(self.text, self.at)
             if not name:
-                raise self.error("a for without a variable")
+                raise self.error("for without a variable")
             found.name, self.at = name[0], name.end()
             self.newlines()
             if self.peek() == "in":
@@ -277,7 +277,7 @@ class _Parser(Words):
         start = self.at
         word = self.word()
         if not word:
-            raise self.error(f"{found[0]!r} without what follows it")
+            raise self.error(f"nothing follows {found[0]!r}")
         if found[2] in ("<<", "<<-"):
             raw = any(isinstance(part, Literal) and part.quoted for part in word)
             end = "".join(value(part.chars) for part in word if isinstance(part, Literal))

@@ -1,12 +1,13 @@
 """`megatron-s3 launch`: starts the ranks of a configuration on this node, or submits it to SLURM.
 
-In a SLURM job, one task of a step runs this on each node; node rank and the first node's address
-are taken from SLURM_NODEID, MASTER_ADDR and MASTER_PORT. At SIGTERM, SIGINT, SIGHUP, SIGUSR1,
+In a SLURM job, one task on each node runs this command; it reads the node rank and the address of
+the first node from SLURM_NODEID, MASTER_ADDR and MASTER_PORT. At SIGTERM, SIGINT, SIGHUP, SIGUSR1,
 SIGUSR2 and SIGXCPU the ranks save a checkpoint and end (:mod:`megatron_s3.launch.stopping`).
 
-Exit status: 0, trained to the end (at once if it was already), or converted a checkpoint
+Exit status: 0, training is finished (also if it was finished before), or a checkpoint was converted
 (``ckpt_convert_save``); 75, stopped before the end with a checkpoint saved, and the same command
-resumes from it; 2, cannot run; 130, interrupted without saving; else the ranks failed.
+resumes from it; 2, the configuration cannot run; 130, interrupted without saving; other values, the
+ranks failed.
 """
 
 import argparse
@@ -44,12 +45,12 @@ from megatron_s3.storage.layout import TRACKER
 
 __all__ = ["STOPPED", "main"]
 
-#: EX_TEMPFAIL: stopped before the end, to be run again.
+#: EX_TEMPFAIL: stopped before the end, and to be started again.
 STOPPED = 75
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; see the module."""
+    """Runs the command; see the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="megatron-s3 launch",
         description="Train a configuration on this node, or submit it to SLURM. The same command "
@@ -60,15 +61,17 @@ def main(argv: list[str]) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--slurm", action="store_true", help="submit with sbatch")
     mode.add_argument(
-        "--print-run-dir", action="store_true", help="print the run directory, and do nothing"
+        "--print-run-dir", action="store_true", help="print the run directory and exit"
     )
     mode.add_argument(
         "--print-checkpoint",
         action="store_true",
-        help="print the iteration of the newest complete checkpoint (0: none), and do nothing",
+        help="print the iteration of the newest complete checkpoint (0: none) and exit",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check, print the commands, and start nothing"
+        "--dry-run",
+        action="store_true",
+        help="check the configuration, print the commands and exit",
     )
     args = parser.parse_args(argv)
     try:
@@ -84,7 +87,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.slurm:
         config = load([args.config, *args.overlay], args.sets)
         if args.task is not None:
-            raise ConfigError(f"--task {args.task} is for a run on this node: leave out --slurm")
+            raise ConfigError(f"--task {args.task} selects a run on this node; leave out --slurm")
         tasks = array_tasks(config) if config.array else {}
         for name, sets in (tasks or {"": []}).items():
             one = load([args.config, *args.overlay], [*args.sets, *sets])
@@ -105,15 +108,16 @@ def _main(args: argparse.Namespace) -> int:
 def _check(
     config: Config, run_dir: Path, in_container: bool = False
 ) -> tuple[list[str], list[str]]:
-    """Refuses what cannot run, for a launch here and for one that is submitted alike.
+    """Checks a configuration, for a launch on this node and for a submitted one.
 
     Args:
         config: the configuration of one run.
         run_dir: its folder.
-        in_container: whether the ranks see other folders than this process.
+        in_container: whether the ranks run in a container and see other folders.
 
     Returns:
-        Megatron's command line, and the arguments that are for the start only and in force no more.
+        Megatron's command line, and the arguments that apply only to the start of the run and are
+        no longer used.
 
     Raises:
         ConfigError: naming file, line and reason.
@@ -130,20 +134,20 @@ def _check(
     except ConfigError as error:
         if not in_container or not config.dataset:
             raise
-        say(f"{error}; the job looks for it in its container")
+        say(f"{error}; the job looks for this file in its container")
         words = told.words()
-    if first_node():  # once is enough
+    if first_node():  # asked once
         ask_megatron(told, words[len(told.words()) :])
     return words, left_out
 
 
 def _refuse_folder(folder: Path, given: str) -> None:
-    """Refuses a folder that cannot be made or written."""
+    """Checks that a folder exists or can be created, and can be written."""
     there = folder.absolute()
     while not os.path.lexists(there):
         there = there.parent
     if not there.is_dir():
-        raise ConfigError(f"{given}: {there} is no folder, and {folder} has to be one")
+        raise ConfigError(f"{given}: {there} is not a folder, and {folder} must be one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{given}: {there} cannot be written to")
 
@@ -154,8 +158,8 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
     before = progress(config, run_dir)
     if before.finished and not dry_run:
         compared = refuse_another(config, run_dir)
-        unknown = "" if compared else f" (with which configuration {run_dir} does not say)"
-        say(f"trained to iteration {before.saved} of {before.last} already{unknown}; nothing to do")
+        unknown = "" if compared else f" ({run_dir} does not record with which configuration)"
+        say(f"training is already finished: iteration {before.saved} of {before.last}{unknown}")
         return 0
     if not dry_run:
         refuse_missing_gpus(config)
@@ -180,30 +184,33 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
             say(f"resuming from iteration {before.saved} in {before.folder}")
             if changed(config, run_dir):
                 say(
-                    "the dataset differs from the one that the run began with: training continues "
+                    "the dataset differs from that of the start of the run; training continues "
                     "after the same number of samples, in the order of the new dataset"
                 )
             if left_out:
-                say(f"arguments for the start of a run are left out: {', '.join(left_out)}")
+                say(f"left out because the run has saved a checkpoint: {', '.join(left_out)}")
         try:
             provenance.record(run_dir, config, command)
         except OSError as error:
-            say(f"the record of this attempt cannot be written ({error}); training starts anyway")
-        # Also if asked to stop already: the ranks of the other nodes may be waiting for these.
+            say(f"cannot write the record of this attempt ({error}); training starts anyway")
+        # Even if a stop was requested already: the ranks of other nodes may be waiting for these.
         with stop.start(command, os.environ | config.launch.environment | held) as process:
             status = process.wait()
         after = progress(config, run_dir)
     if stop.killed:
-        say(f"interrupted twice: the ranks ended without saving; the newest is {after.saved}")
+        say(
+            "interrupted twice; the ranks ended without saving, and the newest checkpoint is "
+            f"{after.saved}"
+        )
         return 130
     if not status and (converted := _converted(config)):
-        say(f"the checkpoint was converted, into {converted}; nothing was trained")
+        say(f"checkpoint converted into {converted}; nothing was trained")
         return 0
     return _ended(run_dir, status, before, after, stop.asked_by)
 
 
 def _converted(config: Config) -> Path | None:
-    """Returns where Megatron wrote a checkpoint in another format, None if it did not."""
+    """Returns where Megatron wrote a checkpoint in another format; None if it did not."""
     form, into = (config.arguments.get(f"ckpt_convert_{name}") for name in ("format", "save"))
     folder = Path(str(into)) / str(form)
     return folder if form and into and (folder / TRACKER).is_file() else None
@@ -212,23 +219,23 @@ def _converted(config: Config) -> Path | None:
 def _ended(
     run_dir: Path, status: int, before: Progress, after: Progress, asked_by: str | None
 ) -> int:
-    """Logs how the ranks ended, and returns the launcher's status; see the module."""
+    """Logs how the ranks ended, and returns the launcher's exit status."""
     saved = (after.saved or 0) > (before.saved or 0)
     if status and not (asked_by and saved):
         say(f"the ranks ended with status {status}; the newest checkpoint is {after.saved}")
-        return status if status > 0 else 128 - status  # as a shell says it of a signal
+        return status if status > 0 else 128 - status  # as a shell reports a signal
     if after.finished or after.last is None:
         how = "training is finished" if after.finished else "the ranks have ended"
         say(f"{how}: iteration {after.saved}, checkpoints in {after.folder}")
         if (run_dir / "tensorboard" / "metrics.jsonl").exists():
             say(f"megatron-s3 report {run_dir} makes tables and pictures of this run")
         return 0
-    why = f"asked to by {asked_by}" if asked_by else "Megatron ended early"
+    why = f"{asked_by} received" if asked_by else "Megatron ended early"
     if saved:
         say(f"stopped at iteration {after.saved} of {after.last} ({why}); the same command resumes")
         return STOPPED
     say(
-        f"the ranks ended ({why}) and saved nothing: the newest checkpoint in {after.folder} is "
+        f"the ranks ended ({why}) without saving: the newest checkpoint in {after.folder} is "
         f"{after.saved}, and training ends at {after.last}"
     )
     return 1
@@ -236,7 +243,7 @@ def _ended(
 
 @contextlib.contextmanager
 def _alone(config: Config, run_dir: Path) -> Iterator[dict[str, str]]:
-    """Holds the run's folder and that of its checkpoints, on the first node, for all of them."""
+    """Locks the run's folder and that of its checkpoints, on the first node, for all nodes."""
     folders = [run_dir, save_folder(config, run_dir)]
     if not first_node():
         yield lock.variable(folders)
@@ -262,6 +269,6 @@ def _check_job(config: Config, dry_run: bool) -> None:
         missing = [name for name in MEETING.values() if name not in os.environ]
         if missing:
             raise ConfigError(
-                f"{config.launch.nodes} nodes, but {', '.join(missing)} is not set: submit with "
-                "--slurm, or set them on each node and run this there"
+                f"{config.launch.nodes} nodes, but {', '.join(missing)} is not set; submit with "
+                "--slurm, or set the variables and run this command on each node"
             )

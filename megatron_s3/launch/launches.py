@@ -1,4 +1,4 @@
-"""The launches of Megatron's trainer among the commands of a script, and the places in its text."""
+"""Launches of Megatron's trainer among the commands of a script, and their places in its text."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from megatron_s3.launch.trace import Command, Trace
 
 __all__ = ["Flag", "Launch", "LaunchError", "find", "place", "shown"]
 
-#: The flags of Megatron's that a launch is known by, all with a value.
+#: Megatron's flags by which a launch is recognized; all have a value.
 FLAGS = (
     "--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr", "--lr-warmup-init",
     "--weight-decay", "--start-weight-decay", "--end-weight-decay", "--adam-beta1",
@@ -23,7 +23,7 @@ FLAGS = (
 _PYTHON = re.compile(r"(.*/)?(python[\d.]*|pypy3?)")
 _TORCHRUN = re.compile(r"(.*/)?(torchrun|debugpy-run)")
 _DISTRIBUTED = re.compile(r"torch\.distributed\.(run|launch)")
-# Modules that run the script which follows.
+# Modules that run the script that follows.
 _RUNNERS = {
     "debugpy", "cProfile", "profile", "pdb", "trace", "coverage", "kernprof", "line_profiler",
     "scalene", "viztracer", "torch.utils.bottleneck", "memray", "accelerate.commands.launch",
@@ -36,10 +36,10 @@ _PYTHON_WITH_VALUE = {"-X", "-W", "--check-hash-based-pycs"}
 
 
 class LaunchError(MegatronS3Error, ValueError):
-    """The launch cannot be translated; the message says why, and what to do.
+    """Raised if a launch cannot be converted; the message says why and what to do.
 
     Args:
-        place: where in the text, if that is known.
+        place: the position in the text, if it is known.
     """
 
     def __init__(self, what: str, place: int | None = None) -> None:
@@ -54,9 +54,9 @@ class Flag:
     Attributes:
         name: ``--lr``.
         word: the index of its word in the launch.
-        key: its own characters.
-        value: those of its value.
-        joined: whether it is ``--lr=VALUE``, one word.
+        key: the characters of its name.
+        value: the characters of its value.
+        joined: whether it is written as one word, ``--lr=VALUE``.
     """
 
     name: str
@@ -72,12 +72,12 @@ class Launch:
 
     Attributes:
         words: the command after expansion.
-        trainer: the index of the first word that names the program (``x.py``, or ``-m``); -1 where
-            only arguments are there.
+        trainer: the index of the first word that names the program (``x.py``, or ``-m``); -1 for
+            arguments without a program.
         arguments: the index of the first word behind the program.
-        registered: whether the plugin is started already (``-m megatron_s3``).
-        place: where it stands in the text; None if it is made of what variables hold.
-        bare: whether, on this way through the script, it has none of `FLAGS`.
+        registered: whether the launch contains ``-m megatron_s3`` already.
+        place: its position in the text; None if it is made from variables.
+        bare: whether, on this path through the script, it has none of `FLAGS`.
     """
 
     words: tuple[Argument, ...]
@@ -89,11 +89,11 @@ class Launch:
 
     @property
     def texts(self) -> list[str]:
-        """Returns the arguments as strings."""
+        """The arguments as strings."""
         return [value(word) for word in self.words[self.arguments :]]
 
     def flags(self) -> list[Flag]:
-        """Returns those of `FLAGS` that are there, in order.
+        """Returns the flags of `FLAGS` in the launch, in order.
 
         Raises:
             LaunchError: one has no value.
@@ -116,15 +116,15 @@ class Launch:
 
 
 def shown(word: Argument) -> str:
-    """Returns a word, with what stands in the text where it is not known."""
+    """Returns a word as a string, with the source text of unknown parts."""
     return "".join(char.name if char.c == UNKNOWN else char.c for char in word)
 
 
 def find(found: Trace) -> list[Launch]:
-    """Returns a script's launches; its arguments alone where it starts nothing with arguments.
+    """Returns a script's launches, or its arguments alone if it starts nothing with them.
 
     Raises:
-        LaunchError: a command has Megatron's flags, and it cannot be said what it starts.
+        LaunchError: a command has Megatron's flags, but the program that it starts is unknown.
     """
     commands = [command for command in found.commands if _has_flags(command.words)]
     started = [command for command in commands if not value(command.words[0]).startswith("-")]
@@ -137,13 +137,13 @@ def find(found: Trace) -> list[Launch]:
         words = tuple(word for command in alone for word in command.words)
         return [Launch(words, -1, 0, False, alone[0].place)]
     if any(_starts_python(command) for command in found.commands):
-        return []  # variables that a script holds are no launch, where it starts something
+        return []  # variables are no launch if the script starts another program
     ends = [Launch(words, -1, 0, False, None) for words in map(_held, found.ends) if words]
     return [each for each in ends if each.flags()]
 
 
 def _bare(found: Trace, launches: Sequence[Launch]) -> list[Launch]:
-    """Returns the same launches on the ways on which their flags come from elsewhere."""
+    """Returns the same launches on paths on which their flags come from elsewhere."""
     programs = {launch.words[launch.arguments - 1]: launch for launch in launches}
     bare = []
     for command in found.commands:
@@ -200,7 +200,7 @@ def _launch(command: Command) -> Launch:
     while at < limit:
         text = texts[at]
         if launcher is None and at and texts[at - 1] == UNKNOWN:
-            launcher = at - 1  # a variable that is set elsewhere
+            launcher = at - 1  # a variable that is not set in this text
         if _PYTHON.fullmatch(text) or _TORCHRUN.fullmatch(text):
             launcher, trainer, torchrun = at, None, bool(_TORCHRUN.fullmatch(text))
         elif text == "launch" and at and texts[at - 1].endswith("accelerate"):
@@ -208,7 +208,7 @@ def _launch(command: Command) -> Launch:
         elif trainer is not None:
             pass
         elif text == "-c" and launcher is not None:
-            break  # python -c: no program that could be registered
+            break  # python -c: there is no program to register
         elif text in ("-m", "--module") and launcher is not None and at + 1 < limit:
             module = texts[at + 1]
             if _DISTRIBUTED.fullmatch(module) or module in _RUNNERS:
@@ -220,9 +220,8 @@ def _launch(command: Command) -> Launch:
             trainer = at
             if launcher is None:
                 raise LaunchError(
-                    f"{shown(command.words[at])} is started by {shown(command.words[0])}, not by "
-                    "python or torchrun: -m megatron_s3 cannot be put before it; start it with "
-                    "python or torchrun",
+                    f"{shown(command.words[at])} is started by {shown(command.words[0])}, so -m "
+                    "megatron_s3 cannot be put before it; start it with python or torchrun",
                     command.place,
                 )
         at += 1
@@ -230,9 +229,9 @@ def _launch(command: Command) -> Launch:
         trainer = _first_positional(command, texts, launcher + 1, limit, torchrun)
     if trainer is None:
         raise LaunchError(
-            f"{shown(command.words[0])} is given {texts[limit].partition('=')[0]}, and which "
-            "program it starts with it cannot be seen here: translate the script that starts the "
-            "trainer, or write the launch out",
+            f"{shown(command.words[0])} is given {texts[limit].partition('=')[0]}, but this text "
+            "does not show which program it starts; convert the script that starts the trainer, "
+            "or write out the command",
             command.place,
         )
     by_module = texts[trainer] in ("-m", "--module")
@@ -249,7 +248,7 @@ def _launch(command: Command) -> Launch:
 def _first_positional(
     command: Command, texts: list[str], start: int, limit: int, torchrun: bool
 ) -> int | None:
-    """Finds the program where its name is not known: what python or torchrun takes for it."""
+    """Finds a program of unknown name: the word that python or torchrun takes for it."""
     at = start
     while at < limit:
         text = texts[at]
@@ -259,7 +258,7 @@ def _first_positional(
         if not text.startswith("-"):
             name = shown(command.words[at])
             if UNKNOWN in text and re.search(r"ARG|OPT|CONF|DIST|FLAG", name.upper()):
-                return None  # as likely more options
+                return None  # may also be more options
             return at
         takes = text not in _WITHOUT_VALUE if torchrun else text in _PYTHON_WITH_VALUE
         at += 2 if takes and "=" not in text else 1
@@ -267,9 +266,9 @@ def _first_positional(
 
 
 def place(chars: Sequence[Char], beside: Char) -> tuple[int, int]:
-    """Returns where characters stand at the level of the text at which another stands beside them.
+    """Returns the place of characters at the level of the text that they share with another.
 
-    Of ``--lr $LR`` that is ``$LR`` and not the number where LR is set.
+    For ``--lr $LR`` that is the place of ``$LR``, and not of the number where LR is set.
 
     Args:
         chars: characters of one word.
@@ -284,13 +283,13 @@ def place(chars: Sequence[Char], beside: Char) -> tuple[int, int]:
 
 
 def _common(char: Char, other: Char) -> int:
-    """Returns how many places of expansion two characters share, from the outermost."""
+    """Returns how many places of expansion two characters share, counted from the outermost."""
     pairs = zip(reversed(char.via), reversed(other.via), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
-    """Returns the place of an ``--lr`` that no command and no launch has, if there is one."""
+    """Returns the place of an ``--lr`` that no command uses; None if there is none."""
     words = [word for command in found.commands for word in command.words]
     words += [word for launch in launches for word in launch.words]
     used = {char.start for word in words for char in word}
@@ -302,7 +301,7 @@ def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
 
 
 def _written(part: object) -> Iterator[Char]:
-    """Yields all characters that stand in a tree's words, without its comments."""
+    """Yields all characters of a tree's words; comments are not among them."""
     if isinstance(part, Char):
         yield part
     elif isinstance(part, list | tuple):

@@ -1,13 +1,13 @@
-"""A run's folders, written by one launch at a time, until the last process of it has ended.
+"""Locks of a run's folders: one launch at a time writes to them, until its last process ends.
 
-The lock is ``flock`` on the file ``lock`` of a folder: the kernel lets go of it when its holders
-die. The launcher takes it alone and then shares it with its ranks, each of which holds it for as
-long as it lives (:func:`join`), so that ranks which outlive their launcher keep the next one out.
-They do not do so for long: the kernel kills torchrun with its launcher, and ranks with torchrun.
+The lock is ``flock`` on the file ``lock`` of a folder; the kernel releases it when its holders die.
+The launcher takes it exclusively and then shares it with its ranks. Each rank holds it as long as
+it lives (:func:`join`), so ranks that outlive their launcher keep the next launch out. This does
+not take long: the kernel kills torchrun when its launcher dies, and the ranks when torchrun dies.
 
-Some shared disks keep ``flock`` to one machine, or have none. The file therefore says who holds the
-lock, with a number that grows every few seconds. Where a launch that did not end well has left such
-a record on another machine, the next one looks whether the number still grows.
+On some shared disks ``flock`` works on one machine only, or not at all. The file therefore also
+records the holder, with a number that increases every few seconds. If a launch that ended badly
+left such a record on another machine, the next one checks whether the number still increases.
 """
 
 import contextlib
@@ -30,36 +30,36 @@ from megatron_s3.log import say_here
 
 __all__ = ["VARIABLE", "InUse", "die_with_parent", "hold", "join", "variable"]
 
-#: Tells the ranks the launcher's process id and the files, as a JSON list.
+#: Passes the launcher's process id and the files to the ranks, as a JSON list.
 VARIABLE = "MEGATRON_S3_LOCK"
 
-_SIZE = 1024  # of a record, always, so that no reader sees the half of one
+_SIZE = 1024  # of every record, so that no reader sees half of one
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
 class InUse(MegatronS3Error):
-    """Another launch writes to the folder; the message says which and what to do."""
+    """Raised if another launch writes to the folder; the message says which one and what to do."""
 
 
 @contextlib.contextmanager
 def hold(
     folders: Sequence[Path], beat: float = 10.0, patience: float = 100.0
 ) -> Iterator[dict[str, str]]:
-    """Holds folders for this process and the ranks that it starts.
+    """Locks folders for this process and the ranks that it starts.
 
     Args:
-        folders: are made if they are missing.
-        beat: seconds between two signs of life; the same for all launches.
-        patience: seconds that processes of a launch which is dead have for ending, before the
-            folder counts as in use. NFS keeps a dead machine's locks for 90.
+        folders: the folders; missing ones are created.
+        beat: seconds between two updates of the record; the same for all launches.
+        patience: seconds to wait for processes of a dead launch to end, before the folder counts as
+            in use. NFS keeps a dead machine's locks for 90.
 
     Yields:
         The environment variable that the ranks need for :func:`join`.
 
     Raises:
-        InUse: another launch holds one of them, or ranks of a dead one do.
+        InUse: another launch, or ranks of a dead one, hold one of the folders.
         OSError: a folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ def hold(
 
 
 class _Record(TypedDict):
-    """The record that a launcher writes about itself."""
+    """The launcher's record of itself in the lock file."""
 
     host: str
     boot: str
@@ -84,35 +84,36 @@ class _Record(TypedDict):
 
 
 def variable(folders: Sequence[Path]) -> dict[str, str]:
-    """Returns the environment variable that :func:`join` needs, on a job's other nodes too.
+    """Returns the environment variable for :func:`join`, also on a job's other nodes.
 
     Args:
-        folders: which the job's first node holds, or will hold before there are ranks.
+        folders: the folders that the job's first node locks before there are ranks.
     """
     paths = [os.path.join(os.path.realpath(folder), "lock") for folder in folders]
     return {VARIABLE: json.dumps([os.getpid(), *dict.fromkeys(paths)])}
 
 
 def join() -> None:
-    """Lets a rank hold its run's folders while it lives, and end when its launcher does.
+    """Locks the run's folders for a rank while it lives, and ends it when its launcher ends.
 
-    Does nothing in a process that no launcher started.
+    Does nothing in a process that was not started by a launcher.
 
     Raises:
-        InUse: the launcher is gone, and another has taken the folder.
+        InUse: the launcher has ended, and another one has locked the folder.
     """
     if VARIABLE not in os.environ:
         return
     launcher, *paths = json.loads(os.environ[VARIABLE])
     die_with_parent(os.getppid())
-    if launcher not in _ancestors():  # it or what is between died before the kernel was asked
+    # The launcher, or a process between, may have died before the kernel was asked.
+    if launcher not in _ancestors():
         os.kill(os.getpid(), signal.SIGKILL)
     files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644) for path in paths]
     for path, file in zip(paths, files, strict=True):
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InUse(f"{path}: another launch has taken the folder") from None
+            raise InUse(f"{path}: another launch has locked the folder") from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
@@ -120,10 +121,11 @@ def join() -> None:
 
 
 def _bind_forks(files: list[int]) -> None:
-    """Lets what a rank forks, to write a checkpoint, say, hold its locks and end with it.
+    """Makes processes that a rank forks (to write a checkpoint) hold its locks and end with it.
 
-    Megatron's own would stay for ever where a rank is killed. The kernel looks at the thread that
-    forks, and another than the first may end early: a child of such a one holds no lock.
+    Otherwise Megatron's writer processes would stay forever when a rank is killed. The kernel
+    watches the thread that forks, and other threads than the first may end early: a child of such a
+    thread holds no lock.
     """
     by_first_thread, parent = True, 0
 
@@ -168,7 +170,7 @@ def _held(path: Path, beat: float, patience: float) -> Iterator[None]:
         if locks:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:  # by another in between, which has seen this process's record
+            except BlockingIOError:  # another launch was faster and has seen this one's record
                 raise InUse(_in_use(path, _read(path))) from None
         else:
             time.sleep(min(beat, 1.0))
@@ -190,7 +192,7 @@ def _held(path: Path, beat: float, patience: float) -> Iterator[None]:
 
 
 def _take(file: int, path: Path, patience: float) -> bool:
-    """Locks the file for this process alone; False where the disk has no flock."""
+    """Locks the file exclusively; returns False if the disk has no flock."""
     began = time.monotonic()
     said = False
     while True:
@@ -214,24 +216,24 @@ def _take(file: int, path: Path, patience: float) -> bool:
 
 
 def _is_dead(holder: _Record, locks: bool) -> bool:
-    """Returns whether the launcher that a record names is known to be gone.
+    """Returns whether the launcher in a record is known to have ended.
 
     Args:
         holder: the record.
-        locks: whether this process has just been given the lock.
+        locks: whether this process has just got the lock.
     """
     me = _me()
     if holder["job"] and holder["job"] == me["job"] and holder["attempt"] != me["attempt"]:
-        return True  # SLURM ends an attempt before it begins the next
+        return True  # SLURM ends an attempt before it starts the next
     if holder["boot"] != me["boot"]:
         return False
     if locks:
-        return True  # one kernel has given it, and would not have, were the other alive
+        return True  # the same kernel gave the lock, which it would not do if the other were alive
     return holder["pids"] == me["pids"] and _started(holder["pid"]) != holder["started"]
 
 
 def _beats(path: Path, seen: _Record, beat: float) -> bool:
-    """Returns whether the holder shows that it lives, within three beats."""
+    """Returns whether the holder updates its record within three beats."""
     say_here(
         f"{path.parent}: {_who(seen)} holds the lock; checking for {3 * beat:.0f} s whether it is "
         "alive"
@@ -247,12 +249,12 @@ def _beats(path: Path, seen: _Record, beat: float) -> bool:
 def _live(file: int, record: _Record, beat: float, end: threading.Event) -> None:
     while not end.wait(beat):
         record["beat"] += 1
-        with contextlib.suppress(OSError):  # a full or ailing disk ends no training
+        with contextlib.suppress(OSError):  # a full or failing disk must not end training
             _write(file, record)
 
 
 def _me() -> _Record:
-    """Returns what is written down about this process."""
+    """Returns this process's record."""
     environment = os.environ
     job = environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID")
     if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
@@ -271,7 +273,7 @@ def _me() -> _Record:
 
 
 def _boot() -> str:
-    """Returns what a machine, or a container of it, is called from one start to the next."""
+    """Returns a value that identifies the boot of a machine or the start of a container."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -284,7 +286,7 @@ def _write(file: int, record: _Record) -> None:
 
 
 def _read(path: Path) -> _Record | None:
-    """Reads the record; None if the last launch has ended well, or has written none yet."""
+    """Reads the record; None if the last launch ended well or has written none yet."""
     try:
         record: _Record | None = json.loads(path.read_bytes() or b"null")
         return record
@@ -293,7 +295,7 @@ def _read(path: Path) -> _Record | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the state on, which is number 3 in proc(5)."""
+    """Returns the fields of /proc/PID/stat from the state on, which is field 3 in proc(5)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -301,7 +303,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _started(pid: int) -> str | None:
-    """Returns when a process began, in ticks since the machine did; None if there is none."""
+    """Returns when a process started, in ticks since boot; None if there is no such process."""
     fields = _stat(pid)
     return fields[19] if fields and fields[0] not in "ZX" else None
 
@@ -322,23 +324,23 @@ def _who(holder: _Record) -> str:
 def _in_use(path: Path, holder: _Record | None) -> str:
     who = f": {_who(holder)}" if holder else ""
     return (
-        f"{path.parent} is in use by another launch{who}; wait until it has ended, stop it, or "
-        f"name another folder. If that machine is gone for good, remove {path}"
+        f"{path.parent} is in use by another launch{who}; wait until it ends, stop it, or use "
+        f"another folder. If its machine is gone for good, remove {path}"
     )
 
 
 def _left_over(path: Path, holder: _Record | None) -> str:
     who = f" ({_who(holder)})" if holder else ""
     here = _holders(path)
-    which = f": processes {', '.join(map(str, here))} of this machine" if here else ""
+    which = f": processes {', '.join(map(str, here))} on this machine" if here else ""
     return (
-        f"{path.parent} is in use: its last launch{who} has ended, but not the ranks that it "
-        f"started{which}; end them. If their machine is gone for good, remove {path}"
+        f"{path.parent} is in use: its last launch{who} has ended, but its ranks have not{which}; "
+        f"end them. If their machine is gone for good, remove {path}"
     )
 
 
 def _holders(path: Path) -> list[int]:
-    """Returns the processes of this machine that hold the lock, as far as /proc/locks tells."""
+    """Returns the processes on this machine that hold the lock, according to /proc/locks."""
     inode = str(path.stat().st_ino)
     with contextlib.suppress(OSError):
         rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]

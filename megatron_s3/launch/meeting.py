@@ -1,4 +1,4 @@
-"""The nodes of a job, and how they report to the first of them."""
+"""The nodes of a job, and their reports to the first node."""
 
 import contextlib
 import json
@@ -22,9 +22,9 @@ class Node:
         rank: 0 for the node that collects the reports.
         names: host names of all nodes, by rank.
         address: TCP address of the first node, as NAME:PORT.
-        devices: number of GPUs that every node has to have; 0 for the CPU.
-        backends: of torch.distributed, which the ranks will use.
-        timeout: seconds within which the slowest node has to report, for each look.
+        devices: number of GPUs that each node must have; 0 for the CPU.
+        backends: the backends of torch.distributed that the ranks will use.
+        timeout: seconds within which the slowest node must report, for each check.
     """
 
     rank: int
@@ -40,8 +40,8 @@ class Node:
         return self.names[self.rank]
 
     def connect(self, first: bool = False) -> "TCPStore":
-        """Returns the store that the first node keeps."""
-        # torch exports it without listing it.
+        """Returns the store on the first node."""
+        # torch exports it, but not in __all__.
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host, _, port = self.address.rpartition(":")
@@ -55,7 +55,7 @@ class Node:
 
 
 class Meeting:
-    """Reports to the first node, and its verdicts, through a store there."""
+    """Reports to the first node, and its results, through a store on that node."""
 
     def __init__(self, node: Node, store: "TCPStore") -> None:
         self.node, self.store = node, store
@@ -69,28 +69,30 @@ class Meeting:
         started: float,
         also: Callable[[], dict[str, str]] = dict,
     ) -> dict[int | str, str]:
-        """Reports this node's problem, if any, and returns the lines about all bad nodes.
+        """Reports this node's problem, if any, and returns a line for each bad node.
 
         Args:
-            stage: any name, the same on all nodes.
-            problem: what is wrong with this node.
-            started: when this node's look began, by the monotonic clock.
-            also: called on the first node when all have reported; problems by node name.
+            stage: a name that is the same on all nodes.
+            problem: the problem of this node; None if there is none.
+            started: when this node's check began, on the monotonic clock.
+            also: is called on the first node when all have reported; returns problems by node name.
 
         Returns:
-            Lines by rank; empty if all is well.
+            Lines by rank; empty if all nodes are good.
         """
         node = self.node
         key = f"{stage}/verdict"
         report = {"problem": problem, "seconds": time.monotonic() - started}
         self.store.set(f"{stage}/{node.rank}", json.dumps(report))
         if node.rank:
-            # The first node waits as long as it may for each of the others, and then for us.
+            # The first node may wait for the full timeout for each of the others, and then for this
+            # one.
             self.store.wait([key], timedelta(seconds=2 * node.timeout + 30))
             lines = json.loads(self.store.get(key))
             return {int(rank): line for rank, line in lines.items()}
         lines, took = {}, {}
-        deadline = started + 1.2 * node.timeout + 1  # they end their own looks in time, and say why
+        # The others end their own checks within the timeout, and report why.
+        deadline = started + 1.2 * node.timeout + 1
         for rank, name in enumerate(node.names):
             try:
                 left = max(deadline - time.monotonic(), 0.1)
@@ -106,12 +108,12 @@ class Meeting:
         for name, what in also().items():
             lines.setdefault(node.names.index(name), f"{name}: {what}")
         slowest = max(took)
-        self.slowest = f"{took[slowest]} was the slowest, {slowest:.1f} s"
+        self.slowest = f"{took[slowest]} was the slowest ({slowest:.1f} s)"
         self.store.set(key, json.dumps(lines))
         return lines
 
     def leave(self) -> None:
-        """Keeps the store open until all have read the last verdict."""
+        """Keeps the store open until all nodes have read the last result."""
         self.store.set(f"left/{self.node.rank}", "")
         if self.node.rank == 0:
             left = [f"left/{r}" for r in range(len(self.node.names)) if r not in self._gone]

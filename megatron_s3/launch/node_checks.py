@@ -18,12 +18,12 @@ _GIB = 2**30
 
 
 def mark(run_dir: Path, name: str) -> Path:
-    """Returns the file by which a node is seen to share a folder with the others."""
+    """Returns the file that shows whether a node shares a folder with the others."""
     return run_dir / f".preflight-{name}"
 
 
 def disk(run_dir: Path, name: str, min_free: float) -> str | None:
-    """Returns what is wrong with a folder on this node, and leaves the node's mark in it."""
+    """Returns the problem of a folder on this node, if any, and writes the node's mark into it."""
     data = os.urandom(2**20)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -32,20 +32,20 @@ def disk(run_dir: Path, name: str, min_free: float) -> str | None:
             file.flush()
             os.fsync(file.fileno())
         if mark(run_dir, name).read_bytes() != data:
-            return f"{run_dir} does not give back what is written to it"
+            return f"{run_dir}: the file read back differs from the file written"
         free = shutil.disk_usage(run_dir).free / _GIB
     except OSError as error:
         return f"cannot write to {run_dir}: {error.strerror}"
     if free < min_free:
-        return f"{run_dir} has {free:.1f} GiB free, and {min_free:g} are asked for"
+        return f"{run_dir} has {free:.1f} GiB free, and MIN_FREE_GIB asks for {min_free:g}"
     return None
 
 
 def not_shared(folders: Iterable[Path], names: Iterable[str]) -> dict[str, str]:
-    """Returns the nodes whose files this node does not see."""
+    """Returns the nodes whose marks this node does not see."""
     names = list(names)
     return {
-        name: f"{folder} is another disk there than on the first node; it has to be shared"
+        name: f"{folder} is not the same disk as on the first node; it must be shared"
         for folder in folders
         for name in names
         if not mark(folder, name).exists()
@@ -53,43 +53,43 @@ def not_shared(folders: Iterable[Path], names: Iterable[str]) -> dict[str, str]:
 
 
 def computes(node: Node) -> str | None:
-    """Returns which device multiplies wrongly, or does not at all."""
+    """Returns which device multiplies incorrectly or fails; None if all are good."""
     return _in_children(node, 1, _multiply, node.devices)
 
 
 def _multiply(_: int, devices: int) -> str | None:
-    """Multiplies matrices of ones on every device: the result is exact in any precision."""
+    """Multiplies matrices of ones on each device; the result is exact in any precision."""
     import torch
 
     if devices and torch.cuda.device_count() < devices:
         return (
-            f"has {torch.cuda.device_count()} GPUs, and the configuration wants {devices} "
+            f"has {torch.cuda.device_count()} GPUs, and the configuration needs {devices} "
             "(launch.nproc_per_node)"
         )
     for index in range(max(devices, 1)):
         device = torch.device("cuda", index) if devices else torch.device("cpu")
-        side = 1024 if devices else 128  # a busy CPU takes seconds for more
+        side = 1024 if devices else 128  # a busy CPU needs seconds for larger ones
         try:
             ones = torch.ones(side, side, dtype=torch.bfloat16, device=device)
             right = bool(((ones @ ones) == side).all())
         except RuntimeError as error:
             return f"{device} fails: {first_line(error)}"
         if not right:
-            return f"{device} multiplies wrongly"
+            return f"{device} gives a wrong product of matrices"
     return None
 
 
 def all_reduce(node: Node, stage: str, ranks: Iterable[int]) -> str | None:
-    """Makes an all-reduce over the devices of some nodes, this one among them."""
+    """Runs an all-reduce over the devices of some nodes, including this one."""
     return _in_children(node, max(node.devices, 1), _reduce_one, node, stage, list(ranks))
 
 
 def _reduce_one(index: int, node: Node, stage: str, ranks: list[int]) -> str | None:
-    """Does one device's part of the all-reduce."""
+    """Runs the part of one device in the all-reduce."""
     import torch
     import torch.distributed as dist
 
-    # torch exports it without listing it.
+    # torch exports it, but not in __all__.
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     each = max(node.devices, 1)
@@ -111,8 +111,8 @@ def _reduce_one(index: int, node: Node, stage: str, ranks: list[int]) -> str | N
             dist.all_reduce(numbers)
             right = bool((numbers == world).all())
             dist.destroy_process_group()
-        except Exception as error:  # torch raises several kinds
-            return f"no all-reduce with {backend}: {first_line(error)}"
+        except Exception as error:  # torch raises several types
+            return f"the all-reduce with {backend} fails: {first_line(error)}"
         if not right:
             return f"the all-reduce with {backend} gives a wrong sum on {where}"
     return None
@@ -121,12 +121,12 @@ def _reduce_one(index: int, node: Node, stage: str, ranks: list[int]) -> str | N
 def _in_children(
     node: Node, count: int, task: Callable[..., str | None], *args: object
 ) -> str | None:
-    """Runs a task in processes that can be ended should a driver or the network hang.
+    """Runs a task in processes that can be killed if a driver or the network hangs.
 
     Args:
-        node: gives the time limit.
+        node: provides the time limit.
         count: number of processes.
-        task: called with the number of the process and ``args``; returns a problem or None.
+        task: is called with the number of the process and ``args``; returns a problem or None.
     """
     fork = multiprocessing.get_context("fork")
     children, problems = [], []
@@ -145,7 +145,7 @@ def _in_children(
             problems.append(pipe.recv())
         except EOFError:
             child.join(5)
-            problems.append(f"the check itself ended with status {child.exitcode}")
+            problems.append(f"the process of the check ended with status {child.exitcode}")
     for child, _ in children:
         child.kill()
         child.join()
@@ -157,5 +157,5 @@ def _report(pipe: Connection, task: Callable[..., str | None], *args: object) ->
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an error says, in one line."""
+    """Returns an error's message in one line."""
     return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

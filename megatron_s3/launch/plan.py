@@ -1,4 +1,4 @@
-"""``megatron-s3 plan``: memory, traffic and days of a configuration, for any layout, on no GPU."""
+"""``megatron-s3 plan``: memory, traffic and days of a configuration, without GPUs."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from megatron_s3.launch.selection import add_config_arguments
 
 __all__ = ["main"]
 
-#: bf16 multiply-adds on tensor cores without sparsity, TFLOP/s, of an H100 or H200 SXM.
+#: Peak of an H100 or H200 SXM, TFLOP/s: bf16 on tensor cores without sparsity.
 H100_TFLOPS = 989.0
 
 
@@ -22,26 +22,34 @@ def main(argv: list[str]) -> int:
     """Runs the command; see ``--help``.
 
     Returns:
-        The exit status: 2 where the configuration cannot run or be planned.
+        The exit status: 2 if the configuration cannot run or cannot be planned.
     """
     parser = argparse.ArgumentParser(prog="megatron-s3 plan", description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument("--gpus", type=_positive(int), help="default: nodes x nproc_per_node")
     parser.add_argument(
-        "--mfu", type=_positive(float, 1), default=0.4, help="share of the peak (default 0.4)"
+        "--gpus", type=_positive(int), help="number of ranks (default: nodes x nproc_per_node)"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=_positive(float, 1),
+        default=0.4,
+        help="fraction of the peak that you expect (default: 0.4)",
     )
     parser.add_argument(
         "--peak-tflops",
         type=_positive(float),
         default=H100_TFLOPS,
         metavar="X",
-        help="of a GPU, in the precision trained in (default 989: H100 or H200 SXM, bf16, dense)",
+        help=(
+            "peak of a GPU in the precision of the training (default: 989, H100 or H200 SXM, "
+            "bf16, dense)"
+        ),
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to FILE")
     options = parser.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
-        return _refuse(f"--json {options.json}: there is no folder {options.json.parent}")
-    # A plan is the same wherever it is made: no GPU of this machine is looked at.
+        return _refuse(f"--json {options.json}: the folder {options.json.parent} does not exist")
+    # A plan is the same on every machine, so this machine's GPUs are hidden.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
@@ -50,7 +58,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         return _refuse(str(error))
     except ImportError as error:
-        return _refuse(f"{error}; a plan needs torch and megatron-core")
+        return _refuse(f"{error}; install torch and megatron-core to make a plan")
     print(text(plan))
     if options.json:
         options.json.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
@@ -67,7 +75,7 @@ def _positive(kind: type, most: float = float("inf")) -> Any:
         number = kind(word)
         if not 0 < number <= most:
             limit = "" if most == float("inf") else f" and at most {most:g}"
-            raise argparse.ArgumentTypeError(f"must be above 0{limit}, not {word}")
+            raise argparse.ArgumentTypeError(f"must be greater than 0{limit}, not {word}")
         return number
 
     value.__name__ = kind.__name__

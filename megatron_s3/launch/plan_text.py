@@ -1,4 +1,4 @@
-"""A plan as lines for people, and as what JSON holds."""
+"""A plan as text and as JSON."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ __all__ = ["as_json", "text"]
 
 
 def text(plan: Plan) -> str:
-    """Returns the plan as lines for people; bytes are in powers of ten."""
+    """Returns the plan as text; bytes are in powers of ten."""
     rank, sizes = plan.fullest, plan.sizes
     used = " x ".join(f"{kind} {n:,}" for kind, n in plan.layout.items() if kind != "expert")
     if plan.layout["expert"] > 1:
         used += f", expert {plan.layout['expert']}"
-    how = "sharded over" if plan.sharded else "whole on all"
+    how = "sharded over" if plan.sharded else "complete on all"
     padding = sum(b.elements - b.unpadded for b in rank.buffers)
     buckets = sum(b.buckets for b in rank.buffers)
     reduced, gathered = rank.reduced_and_gathered()
@@ -52,7 +52,7 @@ def text(plan: Plan) -> str:
         ("  not counted", *_activations(plan)),
         ("", "", "workspaces, fragmentation, NCCL's buffers"),
         ("", "", ""),
-        ("each step, that rank", "", ""),
+        ("in each step, on this rank", "", ""),
         (
             "  optimizer reads",
             _bytes(read),
@@ -69,11 +69,11 @@ def text(plan: Plan) -> str:
         (
             "  link",
             f"{(reduced + gathered) / plan.step_seconds / 1e9:,.1f} GB/s",
-            "to send that within the step below; other parallelism's traffic is not counted",
+            "to send it within the step time below; traffic of other parallelism is not counted",
         ),
         *_checkpoint(plan),
         ("", "", ""),
-        ("FLOPs of a step", f"{plan.flops:.4g}", "whole job, as Megatron counts them"),
+        ("FLOPs of a step", f"{plan.flops:.4g}", "all ranks, as Megatron counts them"),
         ("tokens of a step", f"{tokens:,}", f"{plan.batch:,} sequences of {plan.sequence:,}"),
         ("steps", f"{plan.steps:,}", ""),
         ("tokens", f"{tokens * plan.steps:.4g}", ""),
@@ -85,7 +85,7 @@ def text(plan: Plan) -> str:
         (
             "all steps",
             f"{plan.days:.3g} days",
-            f"{plan.days * 24:.3g} hours; without evaluation, checkpoints and failures",
+            f"{plan.days * 24:.3g} hours, without evaluations, checkpoints and failures",
         ),
         (
             "from signal to saved",
@@ -108,7 +108,7 @@ def _too_late(plan: Plan) -> list[tuple[str, str, str]]:
         (
             "  WARNING",
             f"{plan.signal:,} s",
-            "is all that the job has from the signal to its time limit; --set "
+            "is the time from the signal to the time limit; use --set "
             f"launch.sbatch.signal=B:USR1@{minutes * 60}",
         )
     ]
@@ -132,37 +132,41 @@ def _other_stages(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _checkpoint(plan: Plan) -> list[tuple[str, str, str]]:
-    """Returns what a save and a resume take beside the step."""
+    """Returns the lines about saving and resuming."""
     now, other = plan.saved, plan.otherwise
     if now is None or other is None:
         return []
     flag = "--dist-ckpt-optim-fully-reshardable"
     if now.form == "fully_reshardable":
         switch = (
-            f"without {flag} {_bytes(other.saving)}, read {_bytes(other.reading)}: "
-            "enough until tensor or pipeline parallelism changes"
+            f"without {flag} {_bytes(other.saving)}, read {_bytes(other.reading)}; sufficient if "
+            "tensor and pipeline parallelism do not change"
         )
     else:
         switch = (
-            "another tensor or pipeline parallelism cannot resume; where it is to change, save "
+            "cannot be resumed with another tensor or pipeline parallelism; to change it, save "
             f"once with {flag}: {_bytes(other.saving)} in each rank"
         )
     return [
         ("", "", ""),
         ("checkpoints", now.form, switch),
-        ("  a save takes", _bytes(now.saving), "host memory in each rank, of the optimizer's part"),
+        (
+            "  a save takes",
+            _bytes(now.saving),
+            "of host memory in each rank, for the optimizer's part",
+        ),
         (
             "  a resume reads",
             _bytes(now.reading),
-            f"in each rank, of the optimizer's part; {_bytes(now.reading * plan.gpus)} in all",
+            f"in each rank, for the optimizer's part; {_bytes(now.reading * plan.gpus)} in all",
         ),
     ]
 
 
 def _activations(plan: Plan) -> tuple[str, str]:
     if not plan.activations:
-        return "", f"activations (Megatron's formula knows no {plan.formula})"
-    return _bytes(plan.activations), f"activations: an estimate, Megatron's {plan.formula}"
+        return "", f"activations (Megatron's formula does not cover {plan.formula})"
+    return _bytes(plan.activations), f"activations: an estimate by Megatron's {plan.formula}"
 
 
 def _ring(rank: "Rank") -> str:

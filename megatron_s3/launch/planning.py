@@ -1,4 +1,4 @@
-"""Makes the plan of a job: a rank's sizes and traffic, time and checkpoints, by Megatron's code."""
+"""The plan of a job: sizes and traffic of a rank, time and checkpoints, from Megatron's code."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -13,41 +13,40 @@ if TYPE_CHECKING:
 __all__ = ["SAVING", "Plan", "make"]
 
 
-#: What is assumed of saving, bytes a second.
+#: Assumed speed of saving, bytes per second.
 SAVING = 1e9
 
 
-#: Seconds before the time limit at which scripts/pretrain.sbatch is signalled by default.
+#: Seconds before the time limit at which scripts/pretrain.sbatch gets its signal by default.
 SIGNAL = 180
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A job's, as :func:`text` prints and ``--json`` writes it.
+    """The plan of a job, which :func:`text` prints and ``--json`` writes.
 
     Attributes:
-        name: the configuration's.
-        optimizer: its name.
+        name: name of the configuration.
+        optimizer: name of the optimizer.
         gpus: number of ranks.
         layout: sizes of ``tensor``, ``pipeline``, ``context``, ``expert`` and ``data`` parallelism.
         sharded: whether the distributed optimizer is used.
-        vocabulary: its size, padded.
-        vocabulary_source: where its size was taken from.
-        sizes: a :class:`megatron_s3.mcore.planning.memory.Sizes`.
-        activations: bytes by Megatron's formula; 0 where it has none.
-        formula: its name, or what it does not know.
-        norm: whether the norm of the gradients is computed in each step.
-        batch: sequences of a step.
-        sequence: tokens of a sequence.
+        vocabulary: size of the padded vocabulary.
+        vocabulary_source: where its size comes from.
+        sizes: sizes of the ranks.
+        activations: bytes by Megatron's formula; 0 if it does not apply.
+        formula: name of that formula, or the feature that it does not cover.
+        norm: whether the gradient norm is computed in each step.
+        batch: sequences per step.
+        sequence: tokens per sequence.
         steps: number of steps.
-        flops: floating-point operations of a step, as Megatron counts them.
-        mfu: share of the peak that is assumed.
-        peak: of a GPU, FLOP/s.
-        evaluated: iterations of an evaluation; 0 for none.
-        signal: how long before its time limit the job is asked to save, seconds.
-        saved: a :class:`megatron_s3.mcore.planning.memory.Checkpoint` of the fullest rank, of the
-            format that is saved in, or None.
-        otherwise: the same of the other format.
+        flops: floating-point operations per step, as Megatron counts them.
+        mfu: assumed fraction of the peak.
+        peak: peak of a GPU, FLOP/s.
+        evaluated: iterations of an evaluation; 0 without evaluations.
+        signal: seconds between the signal to save and the time limit.
+        saved: the checkpoint of the fullest rank in the format of the run, or None.
+        otherwise: the same in the other format.
     """
 
     name: str
@@ -74,22 +73,22 @@ class Plan:
 
     @property
     def fullest(self) -> "Rank":
-        """Returns the rank that holds most."""
+        """The rank that holds most."""
         return max(self.sizes.stages, key=lambda rank: rank.total)
 
     @property
     def step_seconds(self) -> float:
-        """Returns the time of a step."""
+        """The time of a step."""
         return self.flops / (self.gpus * self.peak * self.mfu)
 
     @property
     def days(self) -> float:
-        """Returns the time of all steps, without evaluation, checkpoints and failures."""
+        """The time of all steps, without evaluations, checkpoints and failures."""
         return self.steps * self.step_seconds / 86400
 
     @property
     def checkpoint(self) -> float:
-        """Returns the bytes of a checkpoint: weights, main parameters and states, each once."""
+        """The bytes of a checkpoint: weights, main parameters and states."""
         rank = self.fullest
         held = (rank.main_parameters + sum(rank.states.values())) / rank.updated
         weight = rank.weights / sum(b.elements for b in rank.buffers)
@@ -97,10 +96,10 @@ class Plan:
 
     @property
     def notice(self) -> float:
-        """Returns the seconds that may pass from a signal to the end of a save.
+        """The seconds that may pass from a signal to the end of a save.
 
-        Megatron looks for signals between iterations, so that a step and an evaluation may come
-        first. An evaluation's iteration is a forward pass, a third of a step.
+        Megatron checks for signals between iterations, so a step and an evaluation may come first.
+        An iteration of an evaluation is a forward pass, a third of a step.
         """
         evaluation = self.evaluated * self.step_seconds / 3
         return self.step_seconds + evaluation + self.checkpoint / SAVING
@@ -110,29 +109,30 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
     """Plans a job.
 
     Args:
-        config: the job's.
-        gpus: number of ranks; those of ``config.launch`` if None.
-        mfu: share of the peak that the GPUs reach, in (0, 1].
-        peak: of a GPU, FLOP/s.
+        config: the configuration of the job.
+        gpus: number of ranks; that of ``config.launch`` if None.
+        mfu: fraction of the peak that the GPUs reach, in (0, 1].
+        peak: peak of a GPU, FLOP/s.
 
     Raises:
-        ConfigError: it cannot run, or cannot be planned.
+        ConfigError: the job cannot run or cannot be planned.
     """
     if gpus is not None:
         per_node = config.launch.nproc_per_node
         nodes, rest = divmod(gpus, per_node)
-        if rest or not nodes:  # less than a node, or not whole ones: counted as one
+        if rest or not nodes:  # less than a node, or a fraction of one, counts as one node
             nodes, per_node = 1, gpus
         config.launch.nodes, config.launch.nproc_per_node = nodes, per_node
     if "rampup_batch_size" in config.arguments:
         raise ConfigError(
-            f"{config.where('rampup_batch_size')}: rampup_batch_size cannot be planned: every step "
-            "is counted alike. Leave it out (--set rampup_batch_size=null)"
+            f"{config.where('rampup_batch_size')}: rampup_batch_size cannot be planned, because a "
+            "plan assumes the same batch in all steps; leave it out (--set "
+            "rampup_batch_size=null)"
         )
-    arithmetic(config)  # before the imports that take seconds
+    arithmetic(config)  # before imports that take seconds
     schedule(config)
     more, source = _vocabulary(config)
-    tell("asking Megatron for the sizes; importing it takes a while")
+    tell("computing the sizes with Megatron; the import takes a few seconds")
     with environment(config):
         return _make(config, more, source, mfu, peak)
 
@@ -144,14 +144,17 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
     batch = args.global_batch_size
     steps = args.train_iters or -(-(args.train_samples or 0) // batch)
     if not steps:
-        raise ConfigError(f"{config.name}: neither train_iters nor train_samples is given")
+        raise ConfigError(
+            f"{config.name}: no file sets train_iters or train_samples; add one of them under "
+            "arguments"
+        )
     try:
         args = job.completed(args)
         planned = job.plan(args)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"{config.name}: {error}") from error
     except (TypeError, AttributeError, ImportError, RuntimeError, LookupError) as error:
-        # What a model needs beyond the layers that are built without a GPU.
+        # Features that need a GPU or Transformer Engine.
         raise ConfigError(
             f"{config.name}: cannot be planned: Megatron does not build this model without a GPU: "
             f"{type(error).__name__}: {error}"
@@ -192,21 +195,21 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
 
 
 def _signal(config: Config) -> int:
-    """Returns the seconds of sbatch's --signal, whose own default is 60."""
+    """Returns the seconds of sbatch's --signal; sbatch's default is 60."""
     given = config.launch.sbatch.get("signal", f"@{SIGNAL}")
-    if given is None:  # taken away
+    if given is None:  # removed
         return 0
     _, at, seconds = given.partition("@")
     if at and not seconds.isdecimal():
         where = config.origins.get("launch.sbatch.signal", "launch.sbatch.signal")
-        raise ConfigError(f"{where}: signal must be as B:USR1@{SIGNAL}, not {given!r}")
+        raise ConfigError(f"{where}: signal must have the form B:USR1@{SIGNAL}, not {given!r}")
     return int(seconds) if at else 60
 
 
 def _vocabulary(config: Config) -> tuple[list[str], str]:
-    """Returns Megatron's words for the dataset's vocabulary, and where its size comes from.
+    """Returns Megatron's arguments for the dataset's vocabulary, and the source of its size.
 
-    The machine that plans needs no dataset: without it the configuration's vocab_size counts.
+    Planning needs no dataset: without it, the configuration's vocab_size is used.
     """
     given = f"vocab_size ({config.where('vocab_size')})"
     if not config.dataset:
@@ -215,7 +218,7 @@ def _vocabulary(config: Config) -> tuple[list[str], str]:
 
     found = data.load(config.dataset)
     if found is None:
-        return [], f"{given}; dataset {config.dataset} is not here"
+        return [], f"{given}; dataset {config.dataset} does not exist here"
     words = data.megatron_arguments(config.dataset)
     if "--vocab-size" not in words:
         words += ["--vocab-size", str(found["tokenizer"]["vocab_size"])]

@@ -1,7 +1,7 @@
-"""Looks at every node of a SLURM job before anything trains, and names the bad ones.
+"""Checks each node of a SLURM job before training, and names the bad ones.
 
 ``srun --ntasks-per-node=1 python -m megatron_s3.launch.preflight CONFIG [OVERLAY ...] --nodes
-NAME,NAME`` runs this once on each node of a job. It looks at
+NAME,NAME`` runs this module once on each node of a job. It checks
 
 1. the disk: the run directory can be written, is the same on all nodes, and has room; and the
    devices: as many as the configuration wants ranks, and each computes correctly;
@@ -9,14 +9,14 @@ NAME,NAME`` runs this once on each node of a job. It looks at
    which Megatron makes groups too. Where that fails, all-reduces within pairs of nodes tell which
    node is to blame, and the reasons are printed.
 
-All of it in the environment that the ranks will have (``launch.environment``).
+All checks run in the environment of the ranks (``launch.environment``).
 
-Nodes report to the first one, at MASTER_ADDR:MASTER_PORT, which is where training will meet too. A
-node that does not report in time is bad as well: that a node is slow is judged by nothing but the
-time limit, since what is slow for one machine is not for another; the slowest is named when all is
-well.
+Nodes report to the first node at MASTER_ADDR:MASTER_PORT, which is also the rendezvous of the
+training. A node that does not report in time is bad too. Only the time limit decides whether a node
+is too slow, because speeds differ between machines; if all nodes are good, the slowest is named.
 
-Exit status: 0, all is well; 1, some node is bad, and a line each says which and why; 2, cannot run.
+Exit status: 0, all nodes are good; 1, a node is bad, and a line for each bad node gives the reason;
+2, the preflight cannot run.
 """
 
 import argparse
@@ -43,24 +43,31 @@ __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the preflight on this node; see the module."""
+    """Runs the preflight on this node; see the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_s3.launch.preflight",
-        description="Check the disk, the devices and the network of every node of a SLURM job.",
+        description="Check disk, devices and network of each node of a SLURM job.",
     )
     add_config_arguments(parser)
     add_run_arguments(parser)
-    parser.add_argument("--nodes", required=True, help="host names by SLURM_NODEID, with commas")
     parser.add_argument(
-        "--timeout", type=float, default=300, help="seconds for each look (default: 300)"
+        "--nodes",
+        required=True,
+        help="host names in the order of SLURM_NODEID, separated by commas",
     )
     parser.add_argument(
-        "--min-free", type=float, default=0, help="GiB of room in the run directory (default: 0)"
+        "--timeout", type=float, default=300, help="seconds for each check (default: 300)"
+    )
+    parser.add_argument(
+        "--min-free",
+        type=float,
+        default=0,
+        help="free space in the run directory, GiB (default: 0)",
     )
     args = parser.parse_args(argv)
     for number in FOR_THE_LAUNCHER:
-        signal.signal(number, signal.SIG_IGN)  # the job's time is up: it is for the trainer
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages of stack frames
+        signal.signal(number, signal.SIG_IGN)  # the trainer handles a time limit
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # avoids pages of stack frames
     try:
         config, run_dir = resolve(args)
         with environment(config):
@@ -71,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _preflight(args: argparse.Namespace, config: Config, run_dir: Path) -> int:
-    """Looks at this node and the others in the ranks' environment; returns the exit status."""
+    """Checks this node and the others in the ranks' environment; returns the exit status."""
     so_far = progress(config, run_dir)
     try:
         devices = _devices(config.arguments.get("plugin_device"), config.launch.nproc_per_node)
@@ -84,12 +91,17 @@ def _preflight(args: argparse.Namespace, config: Config, run_dir: Path) -> int:
             timeout=args.timeout,
         )
     except KeyError as error:
-        print(f"error: {error.args[0]} is not set: run this in a SLURM step", file=sys.stderr)
+        print(
+            f"error: {error.args[0]} is not set; run this module in a SLURM step", file=sys.stderr
+        )
         return 2
     if so_far.finished:
-        _say(node, f"trained to iteration {so_far.last} already, so no node is looked at")
+        _say(
+            node,
+            f"training is already finished (iteration {so_far.last}); the nodes are not checked",
+        )
         return 0
-    # Children are forked before any thread of torch's works or holds a lock.
+    # Children are forked before a thread of torch runs or holds a lock.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     folders = [run_dir]
     if "save" in config.arguments:
@@ -98,14 +110,14 @@ def _preflight(args: argparse.Namespace, config: Config, run_dir: Path) -> int:
 
 
 def _backends(devices: int, without_gloo: bool) -> tuple[str, ...]:
-    """Returns what the ranks' process groups are of."""
+    """Returns the backends of the ranks' process groups."""
     if not devices:
         return ("gloo",)
     return ("nccl",) if without_gloo else ("nccl", "gloo")
 
 
 def _devices(plugin_device: object, per_node: int) -> int:
-    """Returns how many GPUs a node needs, as the adapter's --plugin-device decides it."""
+    """Returns how many GPUs a node needs, by the same rule as --plugin-device."""
     import torch
 
     if plugin_device == "cpu" or (
@@ -119,7 +131,7 @@ def _look(node: Node, folders: Sequence[Path], min_free: float) -> int:
     started = time.monotonic()
     try:
         store = node.connect(first=node.rank == 0)
-    except Exception as error:  # torch raises several kinds
+    except Exception as error:  # torch raises several types
         what = f"cannot reach {node.address} within {node.timeout:g} s: {first_line(error)}"
         if node.rank == 0:
             what = f"cannot listen at {node.address}: {first_line(error)}"
@@ -143,19 +155,19 @@ def _look(node: Node, folders: Sequence[Path], min_free: float) -> int:
                 bad = _ask_pairs(node, meeting, reasons)
         if not bad:
             device = f"{node.devices} GPUs each" if node.devices else "on CPUs"
-            _say(node, f"{len(node.names)} nodes, {device}: all well; {meeting.slowest}")
+            _say(node, f"{len(node.names)} nodes, {device}: all checks passed; {meeting.slowest}")
         for line in bad.values():
             _say(node, line)
         meeting.leave()
     except Exception as error:
-        what = f"lost {node.address}: {first_line(error)}"
+        what = f"lost the connection to {node.address}: {first_line(error)}"
         print(f"preflight: {node.name}: {what}", file=sys.stderr, flush=True)
         return 1
     return 1 if bad else 0
 
 
 def _ask_pairs(node: Node, meeting: Meeting, reasons: dict[int | str, str]) -> dict[int | str, str]:
-    """Returns the lines that name who is to blame, then what each node has said."""
+    """Returns the lines that name the bad nodes, then the reason of each node."""
     failed, said = [], list(reasons.values())
     for number, pairs in enumerate(rounds(len(node.names))):
         mine = next((pair for pair in pairs if node.rank in pair), None)
@@ -164,7 +176,7 @@ def _ask_pairs(node: Node, meeting: Meeting, reasons: dict[int | str, str]) -> d
         bad = meeting.verdict(f"pair/{number}", problem, started)
         failed += [pair for pair in pairs if set(pair) & bad.keys()]
         said += bad.values()
-    whole = "all nodes: the all-reduce over all of them fails, though not within pairs"
+    whole = "all nodes: the all-reduce over all nodes fails, but those of pairs of nodes succeed"
     lines: list[tuple[int | str, str]] = [*(blame(node.names, failed) or {0: whole}).items()]
     lines += [(f"reason {n}", f"  {line}") for n, line in enumerate(dict.fromkeys(said))]
     return dict(lines)

@@ -1,4 +1,4 @@
-"""Files that the user alone can read: records of a run name machines, paths and settings."""
+"""Files that only the user can read, because records of a run name machines, paths and settings."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ __all__ = ["append", "write"]
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file as a whole, mode 0600: a full disk leaves the old one as it was.
+    """Writes a file atomically with mode 0600; if the disk is full, the old file stays.
 
     Args:
-        path: the file.
-        text: is written in UTF-8; what Python has read as undecodable bytes becomes these again.
+        path: path of the file.
+        text: the content, written in UTF-8; bytes that Python could not decode are restored.
 
     Raises:
         OSError: it cannot be written.
@@ -28,7 +28,7 @@ def write(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Adds to the end of a file, and makes its mode 0600.
+    """Appends to a file, and sets its mode to 0600.
 
     Raises:
         OSError: it cannot be written.

@@ -1,6 +1,6 @@
 """Progress of a run: where it saves, its newest complete checkpoint, and its end.
 
-The launcher, the preflight and the job's body all ask here. Neither torch nor Megatron is imported.
+The launcher, the preflight and the job's script use it. It imports neither torch nor Megatron.
 """
 
 from dataclasses import dataclass, replace
@@ -20,8 +20,8 @@ __all__ = [
     "save_folder",
 ]
 
-#: What says how a run starts, and what makes it right for going on from the run's own checkpoints:
-#: without that, the same command would do the start again.
+#: Arguments about the start of a run, and a condition under which they are allowed when the run
+#: resumes from its own checkpoints. Otherwise the same command would start over each time.
 _START = {
     "finetune": None,
     "ckpt_step": None,
@@ -46,7 +46,7 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """Returns whether training has reached its end, and has saved that."""
+        """Whether training has reached its end and has saved a checkpoint there."""
         return self.last is not None and (self.saved or 0) >= self.last
 
 
@@ -54,12 +54,12 @@ def progress(config: Config, run_dir: Path) -> Progress:
     """Returns how far the run of a configuration is.
 
     Args:
-        config: what it trains.
-        run_dir: its folder.
+        config: the configuration of the run.
+        run_dir: the run's folder.
 
     Raises:
-        ConfigError: the configuration does not say how long it trains, its checkpoints are where
-            the launcher cannot look, or what says which one is complete is damaged.
+        ConfigError: the configuration does not say how long to train, its checkpoints are outside
+            of a file system, or the record of the newest complete one is damaged.
     """
     folder = save_folder(config, run_dir)
     saved = _newest(folder, config)
@@ -74,19 +74,19 @@ def save_folder(config: Config, run_dir: Path) -> Path:
     """Returns where a run's checkpoints are written.
 
     Raises:
-        ConfigError: that is no folder of a file system.
+        ConfigError: it is not a folder of a file system.
     """
     given = str(config.arguments.get("save", run_dir.absolute() / "checkpoints"))
     if "://" in given:
         raise ConfigError(
-            f"{config.where('save')}: save is {given}, where the launcher cannot see how far "
-            "training is: name a folder"
+            f"{config.where('save')}: save is {given}, and the launcher can read only folders; "
+            "name a folder"
         )
     return Path(given)
 
 
 def load_folder(config: Config, run_dir: Path) -> Path:
-    """Returns where a run that has saved nothing starts from: where it saves, unless ``load`` says.
+    """Returns where a run without checkpoints starts: ``load``, or the folder where it saves.
 
     Raises:
         ConfigError: as :func:`save_folder`.
@@ -96,17 +96,16 @@ def load_folder(config: Config, run_dir: Path) -> Path:
 
 
 def continued(config: Config, run_dir: Path) -> tuple[Config, list[str]]:
-    """Returns what the ranks are told, so that the same command always goes on.
+    """Returns the configuration for the ranks, with which the same command always resumes.
 
-    ``load`` of another folder, and what belongs to it, is for a run that has saved nothing: once
-    it has, it loads what it saved.
+    ``load`` of another folder, and the arguments that belong to it, apply until the run has saved a
+    checkpoint; after that it loads its own.
 
     Returns:
-        The configuration for the ranks, and the names of the arguments that are in force no more.
+        The configuration for the ranks, and the names of the arguments that no longer apply.
 
     Raises:
-        ConfigError: an argument would do the start again at each start, and nothing tells the
-            start from going on.
+        ConfigError: an argument would start the run over at each start.
     """
     given = config.arguments
     start = [n for n, unless in _START.items() if n in given and not given.get(unless or "")]
@@ -124,35 +123,37 @@ def continued(config: Config, run_dir: Path) -> tuple[Config, list[str]]:
 
 def _again(config: Config, name: str, folder: Path) -> str:
     instead = {
-        "finetune": "name the checkpoint to start from with pretrained_checkpoint=DIR and leave "
-        "finetune out, or name it with load=DIR, another folder than that",
+        "finetune": (
+            "name the checkpoint to start from with pretrained_checkpoint=DIR and leave finetune "
+            "out, or with load=DIR, another folder than that"
+        ),
         "ckpt_step": f"write the iteration into {folder / TRACKER} instead, once",
     }.get(name, f"start once from there in another folder: --run-dir NEW, load={folder}")
     return (
-        f"{config.where(name)}: {name} would be in force at every start, also at those that go on "
-        f"from what this run has saved to {folder}: {instead}"
+        f"{config.where(name)}: {name} would apply at each start, also when the run resumes from "
+        f"its checkpoints in {folder}: {instead}"
     )
 
 
 def refuse_another(config: Config, run_dir: Path) -> bool:
-    """Compares a finished run's ``config.yaml`` with what is asked for now.
+    """Compares a finished run's ``config.yaml`` with the current configuration.
 
     Returns:
-        Whether there was something to compare with.
+        Whether there was a configuration to compare with.
 
     Raises:
-        ConfigError: the run in the folder was another one.
+        ConfigError: the finished run had another configuration.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
         return False
-    other = "take another --run-dir for another run"
+    other = "use another --run-dir for another run"
     try:
         then = load([str(path)])
     except ConfigError as error:
         raise ConfigError(
-            f"training in {run_dir} is finished, and what was trained cannot be read: {error}; "
-            + other
+            f"training in {run_dir} is finished, and its configuration cannot be read: {error}; "
+            f"{other}"
         ) from error
     old, new = ({**each.arguments, "dataset": each.dataset} for each in (then, config))
     changed = [
@@ -162,7 +163,7 @@ def refuse_another(config: Config, run_dir: Path) -> bool:
     ]
     if changed:
         raise ConfigError(
-            f"training in {run_dir} is finished, with another configuration than this: "
+            f"training in {run_dir} is finished, with another configuration: "
             f"{', '.join(changed)}; {other}"
         )
     return True
@@ -173,7 +174,7 @@ def _text(value: str | bool | list[str] | None) -> str:
 
 
 def _value(value: str | bool | list[str] | None) -> object:
-    """Returns what is compared: 3e-3 and 0.003 are the same."""
+    """Returns a value in the form in which it is compared: 3e-3 and 0.003 are equal."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -181,12 +182,14 @@ def _value(value: str | bool | list[str] | None) -> object:
 
 
 def _newest(folder: Path, config: Config) -> int | None:
-    """Returns the newest complete checkpoint's iteration in a folder, as the ranks will find it."""
+    """Returns the iteration of the newest complete checkpoint in a folder, as the ranks find it."""
     try:
         found = newest.newest(folder, config=has_config(config.arguments.get("ckpt_format")))
     except newest.Unclear as error:
         there = ", ".join(map(str, newest.saved(folder))) or "none"
-        raise ConfigError(f"{error}; write one of those that are there into it: {there}") from error
+        raise ConfigError(
+            f"{error}; write the number of one of these iterations into it: {there}"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{folder / TRACKER} cannot be read: {error.strerror}") from error
     return found if isinstance(found, int) else None
@@ -196,17 +199,17 @@ def _last(config: Config) -> int | None:
     given = config.arguments
     if given.get("skip_train"):
         return None
-    if "train_samples" not in given or "train_iters" in given:  # both: Megatron refuses it
+    if "train_samples" not in given or "train_iters" in given:  # Megatron rejects both
         if "train_iters" not in given:
             raise ConfigError(
-                f"{config.name}: neither train_iters nor train_samples says how long to train; add "
-                "one of them under arguments"
+                f"{config.name}: no file sets train_iters or train_samples; add one of them under "
+                "arguments"
             )
         return whole(config, "train_iters")
     for name in ("rampup_batch_size", "step_batch_size_schedule"):
         if name in given:
             raise ConfigError(
-                f"{config.where(name)}: with {name}, train_samples does not say at which iteration "
-                "training is finished: give train_iters instead"
+                f"{config.where(name)}: with {name}, train_samples does not determine the last "
+                "iteration; set train_iters instead"
             )
     return whole(config, "train_samples") // arithmetic(config)["global_batch_size"]

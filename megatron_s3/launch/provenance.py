@@ -26,15 +26,15 @@ __all__ = ["record"]
 
 
 def record(run_dir: Path, config: Config, command: list[str]) -> None:
-    """Writes an attempt's record; each node its own facts, the first one all the rest.
+    """Writes the record of an attempt; each node writes its own facts, the first one all others.
 
-    ``RUN/config.yaml`` is the newest attempt's configuration; what differs from the one before is
-    printed. ``RUN/provenance/ATTEMPT/`` keeps ``command.txt``, ``config.yaml``, ``packages.txt``,
-    ``environment.txt``, ``code.txt``, ``code.diff`` and ``node-HOST.json``. The user alone can
-    read them, and what may be a credential is in none of them.
+    ``RUN/config.yaml`` is the configuration of the newest attempt; differences from the one before
+    are logged. ``RUN/provenance/ATTEMPT/`` holds ``command.txt``, ``config.yaml``,
+    ``packages.txt``, ``environment.txt``, ``code.txt``, ``code.diff`` and ``node-HOST.json``. Only
+    the user can read them, and they contain no value that may be a credential.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the record cannot be written.
     """
     attempt = run_dir / "provenance" / _attempt()
     attempt.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def record(run_dir: Path, config: Config, command: list[str]) -> None:
         return
     resolved = config.yaml()
     _say_changes(run_dir / "config.yaml", resolved)
-    # A package whose metadata are broken has no name.
+    # A package with broken metadata has no name.
     packages = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
     code, difference = _code()
     files = {
@@ -65,25 +65,28 @@ def record(run_dir: Path, config: Config, command: list[str]) -> None:
 
 def _attempt() -> str:
     job = os.environ.get("SLURM_JOB_ID")
-    if job:  # the same on all nodes
+    if job:  # equal on all nodes
         return f"job-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
 
 
 def _say_changes(path: Path, resolved: str) -> None:
-    """Prints which values of the run differ from its last attempt's."""
+    """Logs which values differ from those of the last attempt."""
     if not path.is_file():
         return
     before, now = _values(path.read_text(encoding="utf-8")), _values(resolved)
     if before != now:
         gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
-        say_here(f"the configuration changed since the last attempt: {gone} -> {new}")
+        say_here(
+            f"the configuration changed since the last attempt: {gone or 'not set'} -> "
+            f"{new or 'not set'}"
+        )
 
 
 def _values(text: str) -> set[str]:
-    """Returns the settings of a configuration in YAML, as ``name: value``."""
+    """Returns the settings of a YAML configuration as ``name: value``."""
     try:
-        # Every value as it is written.
+        # Values as they are written.
         sections = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         return set()
@@ -99,7 +102,7 @@ def _values(text: str) -> set[str]:
 
 
 def _code() -> tuple[str, str]:
-    """Returns the plugin's version and commit, and what is changed beside the commit."""
+    """Returns the plugin's version and commit, and the changes since the commit."""
     here = Path(megatron_s3.__file__).parents[1]
     lines = [f"megatron_s3 {megatron_s3.__version__} ({here})", f"python {sys.version}"]
     commit = (
@@ -129,7 +132,7 @@ def _node() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """Returns what a command prints; empty if it cannot run or fails."""
+    """Returns the output of a command; empty if it cannot run or fails."""
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, errors="surrogateescape", timeout=60

@@ -1,8 +1,8 @@
-"""Credentials, which no file and no log of a run may hold.
+"""Credentials, which must not be in any file or log of a run.
 
-A value counts as one by its name (``WANDB_API_KEY``) or by its looks: a URL with a password, a
-token of a known service, a long random word. Neither finds every credential, which is why of the
-environment only variables that are known to be harmless are written down with their values.
+A value counts as a credential by its name (``WANDB_API_KEY``) or by its form: a URL with a
+password, a token of a known service, a long random word. Neither finds every credential, so the
+values of environment variables are recorded only if the variable is known to be harmless.
 """
 
 import os
@@ -13,18 +13,19 @@ __all__ = ["HIDDEN", "environment", "is_harmless", "is_secret", "redact", "redac
 
 HIDDEN = "(not written down)"
 
-#: Of a name's parts, as between underscores.
+#: Parts of names, separated by underscores, that mark a credential.
 _PARTS = frozenset(
     "APIKEY AUTH AUTHORIZATION COOKIE CRED CREDENTIAL CREDENTIALS CREDS DSN JWT KEY KEYS PASS "
     "PASSPHRASE PASSWD PASSWORD PASSWORDS PAT PRIVATE PW PWD SECRET SECRETS SID TOKEN".split()
 )
 _ENDS = ("APIKEY", "ACCESSKEY", "CREDENTIALS", "PASSWD", "PASSWORD", "SECRET", "SSHPASS", "TOKEN")
 
-#: What is replaced is the group ``secret``.
+#: The group ``secret`` is replaced.
 _SHAPES = [
     re.compile(pattern)
     for pattern in (
-        # scheme://user:password@host, scheme://token@host; a bare user of ssh is none.
+        # scheme://user:password@host, scheme://token@host; a user without password (ssh) is no
+        # credential.
         r"(?!ssh://|git\+ssh://|sftp://)\b[A-Za-z][\w+.-]*://(?P<secret>[^/\s'\"]+)@",
         r"\b(?:ssh|git\+ssh|sftp)://[^/\s:@]*:(?P<secret>[^/\s]+)@",
         r"(?<![\w/:@.-])[\w.%+-]+:(?P<secret>[^\s/:@'\"]+)@(?=[\w.-]*[A-Za-z.])(?=[\w.-]+(?:[:/\s,;'\"]|$))",
@@ -35,7 +36,7 @@ _SHAPES = [
         r"(?i)\b[\w-]*(?:api_?key|access_?key|secret(?:_?key)?|token|passw(?:or)?d)[\"']?\s*[:=]\s*"
         r"([\"'])(?P<secret>[^\"'\s]{6,})\1",
         r"(?i)\b(?:bearer|basic)\s+(?P<secret>(?=[^\s'\"]*\d)[\w.~+/=-]{12,})",
-        # Tokens of services
+        # Tokens of known services
         r"\b(?P<secret>(?:hf|gh[oprsu]|npm|r8|gsk|sk_live|rk_live|dop_v1|wandb_v1)_[A-Za-z0-9_]{20,})",
         r"\b(?P<secret>(?:github_pat_|glpat-|gldt-|pypi-AgE|nvapi-|dckr_pat_|xox[a-z]-|xapp-|hvs\.|ya29\.|SG\.|AIza)[\w.-]{16,})",
         r"\b(?P<secret>sk-(?=[\w-]*\d)[\w-]{20,})",
@@ -43,19 +44,20 @@ _SHAPES = [
         r"\b(?P<secret>(?:AKIA|ASIA)[A-Z0-9]{16})\b",
         r"\b(?P<secret>eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)",
         r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----(?P<secret>.+?)(?:-----END|\Z)",
-        # Random words: base64, and letters of both cases and digits without a break.
+        # Random words: base64, and upper-case letters, lower-case letters and digits without a
+        # separator.
         r"(?<![A-Za-z0-9+/])(?P<secret>(?=[A-Za-z+/]*\d)[A-Za-z0-9+/]{40,}={1,2})",
         r"(?<![A-Za-z0-9])(?P<secret>(?=[A-Za-z]*\d)(?=[0-9A-Z]*[a-z])(?=[0-9a-z]*[A-Z])"
         r"[A-Za-z0-9]{32,})(?![A-Za-z0-9])",
     )
 ]
-#: What sets a variable: a line of a script or of a file of settings, and a word anywhere.
+#: Assignments of a variable: a line of a script or of a settings file, or a word of a command.
 _SETS = (
     re.compile(r"^([+-]?\s*(?:export\s+|set\s+)?([A-Za-z_]\w*)=)\S.*$", re.MULTILINE),
     re.compile(r"(\b(?!KEYS?=)([A-Z][A-Z0-9_]*)=)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'(]\S*)"),
 )
 
-#: Variables that say how a run was made, and hold no credential.
+#: Variables that describe how a run was made and hold no credential.
 _HARMLESS = re.compile(
     r"PATH|PWD|HOME|USER|LOGNAME|HOSTNAME|SHELL|LANG|TZ|TMPDIR|TERM|DISPLAY|EDITOR|CC|CXX"
     r"|LC_\w+|LD_\w+|LIBRARY_PATH|CPATH|PYTHON\w+|VIRTUAL_ENV|VENV|CONDA_(PREFIX|DEFAULT_ENV)"
@@ -72,19 +74,19 @@ _HARMLESS = re.compile(
 
 
 def is_harmless(name: str) -> bool:
-    """Returns whether a variable of the environment is known to hold no credential."""
+    """Returns whether an environment variable is known to hold no credential."""
     if not _HARMLESS.fullmatch(name):
         return False
     return name == "PWD" or not _is_secret_name(name)
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Returns whether a value counts as a credential, by its name or by its looks."""
+    """Returns whether a value counts as a credential, by its name or its form."""
     return bool(value) and (_is_secret_name(name) or redact(value) != value)
 
 
 def redact(text: str) -> str:
-    """Returns a text without what looks like a credential in it."""
+    """Returns a text in which everything that looks like a credential is replaced."""
 
     def without(found: re.Match[str]) -> str:
         start, end = (at - found.start() for at in found.span("secret"))
@@ -105,8 +107,8 @@ def redact_word(word: str) -> str:
     """Returns a word of a command line without credentials.
 
     Args:
-        word: any. Where it sets a name that says credential (``--set`` and ``--export`` do), all
-            that follows is left out.
+        word: any word. If it sets a name that marks a credential (also with ``--set`` or
+            ``--export``), everything after the name is replaced.
     """
     for found in re.finditer(r"([\w-]+)=(?=.)", word):
         if _is_secret_name(found[1].lstrip("-")):
@@ -115,7 +117,7 @@ def redact_word(word: str) -> str:
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> str:
-    """Returns the environment as lines NAME=VALUE, with values of harmless variables alone."""
+    """Returns the environment as lines NAME=VALUE; only harmless variables have their values."""
     return "".join(
         f"{name}={redact(value) if is_harmless(name) else HIDDEN}\n".replace("\0", "")
         for name, value in sorted(variables.items())

@@ -1,4 +1,4 @@
-"""A configuration, resolved: its arguments, and the place that each value came from."""
+"""A resolved configuration: its arguments, and the origin of each value."""
 
 import re
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ __all__ = [
 Value = str | bool | None | list[str]
 
 
-#: What is derived, and the argument that it gives.
+#: Derived values, and the argument that each determines.
 DERIVED = {"lr_times_weight_decay": "weight_decay", "min_lr_over_lr": "min_lr"}
 
 
@@ -33,9 +33,9 @@ LAUNCH = ("nodes", "nproc_per_node", "script", "time", "environment", "sbatch")
 
 
 class ConfigError(MegatronS3Error, ValueError):
-    """A configuration that cannot be run; the message names file, line, reason and remedy.
+    """Raised if a configuration cannot run; the message names file, line, reason and remedy.
 
-    What looks like a credential in it is left out.
+    Everything that looks like a credential is replaced in it.
     """
 
     def __init__(self, message: str) -> None:
@@ -47,8 +47,8 @@ class Origin:
     """The place at which a value was given.
 
     Attributes:
-        source: the file as the user named it, or the ``--set`` word.
-        line: counted from 1; 0 for ``--set``.
+        source: the file as the user named it, or the word of ``--set``.
+        line: line number from 1; 0 for ``--set``.
     """
 
     source: str
@@ -61,16 +61,16 @@ class Origin:
 
 @dataclass
 class Launch:
-    """The settings of where the ranks run.
+    """The settings of the machines on which the ranks run.
 
     Attributes:
         nodes: number of machines.
         nproc_per_node: ranks on each: one for each GPU.
-        script: a training script of Megatron-LM's; None for :mod:`megatron_s3.pretrain_gpt`.
-        time: SLURM's time limit, as sbatch takes it; None for the partition's own.
-        environment: variables set for every rank.
-        sbatch: further long options of sbatch, without dashes; "" for one without a value, None
-            for a default one that is not wanted.
+        script: a training script of Megatron-LM; None for :mod:`megatron_s3.pretrain_gpt`.
+        time: SLURM's time limit in sbatch's format; None for the partition's default.
+        environment: environment variables for every rank.
+        sbatch: further long options of sbatch, without dashes; "" for one without a value, None to
+            remove a default one.
     """
 
     nodes: int = 1
@@ -83,17 +83,17 @@ class Launch:
 
 @dataclass
 class Config:
-    """A configuration, resolved.
+    """A resolved configuration.
 
     Attributes:
-        name: the first file's, without its ending.
-        arguments: Megatron's, by the names of their flags with underscores; flags without a value
-            are True. Derived ones included, those that the dataset brings not.
-        launch: nodes, ranks, environment.
-        derived: the factors that some of the arguments were computed from.
-        array: values of arguments for as many runs; empty for one run.
-        dataset: prefix of what ``megatron-s3 data`` wrote, or None.
-        origins: where each value was given, by ``section.key``.
+        name: name of the first file, without its ending.
+        arguments: Megatron's arguments by the names of their flags, with underscores; flags without
+            a value are True. Derived arguments are included, those of the dataset are not.
+        launch: nodes, ranks and environment.
+        derived: the factors from which arguments were computed.
+        array: lists of values of arguments, for several runs; empty for one run.
+        dataset: prefix that ``megatron-s3 data`` wrote, or None.
+        origins: the origin of each value, by ``section.key``.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Config:
 
     @property
     def world_size(self) -> int:
-        """Returns the number of ranks."""
+        """The number of ranks."""
         return self.launch.nodes * self.launch.nproc_per_node
 
     def words(self) -> list[str]:
@@ -121,19 +121,18 @@ class Config:
         return words
 
     def where(self, name: str) -> str:
-        """Returns where argument ``name`` was given, for messages."""
+        """Returns the origin of argument ``name``, for messages."""
         origin = self.origins.get(f"arguments.{name}")
         return str(origin) if origin else "a default"
 
     def yaml(self, whole: bool = False) -> str:
-        """Returns the resolved configuration as YAML, each value with the place it came from.
+        """Returns the resolved configuration as YAML; a comment gives the origin of each value.
 
-        In place of a credential there is a comment, and the ranks have to get it from the
-        environment.
+        A credential is replaced by a comment; the ranks must get it from the environment.
 
         Args:
-            whole: the array too, and in place of what is derived the factors: what a job of all
-                these runs is made from.
+            whole: whether to include the array, and the factors instead of derived values, as a job
+                of all these runs needs them.
         """
         derived = {DERIVED[key] for key in self.derived} if whole else set()
         sections: dict[str, Any] = {
@@ -157,7 +156,7 @@ class Config:
                 lines += inner
             elif value is not None or within == "launch.sbatch":
                 if self._is_secret(key, name, value):
-                    lines.append(f"{indent}# {name}: a credential, which is not written down")
+                    lines.append(f"{indent}# {name}: a credential, which is not recorded")
                     continue
                 origin = self.origins.get(key)
                 place = f"  # {origin}" if origin else ""
@@ -173,23 +172,23 @@ class Config:
 
 
 def refuse_credentials(config: Config) -> None:
-    """Refuses a credential where it cannot be kept out of files.
+    """Rejects a credential that could not be kept out of files.
 
     Raises:
-        ConfigError: an argument of Megatron's looks like one.
+        ConfigError: an argument of Megatron looks like a credential.
     """
     for name, value in config.arguments.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and redact(text) != text:
                 raise ConfigError(
-                    f"{config.where(name)}: {name} looks like a credential, or like a URL with one "
-                    f"({redact(text)}): Megatron prints its arguments and saves them in each "
-                    "checkpoint; give it to the ranks by launch.environment or by a file"
+                    f"{config.where(name)}: {name} looks like a credential or a URL with one "
+                    f"({redact(text)}), and Megatron prints its arguments and saves them in each "
+                    "checkpoint; give it to the ranks in launch.environment or in a file"
                 )
 
 
 def _text(value: Any) -> str:
-    """Returns a value as YAML that :func:`load` reads the same: on one line, without #."""
+    """Returns a value as YAML that :func:`load` reads back unchanged, on one line and without #."""
     if isinstance(value, list):
         return "[" + ", ".join(_text(item) for item in value) + "]"
     if value is None:
@@ -205,5 +204,5 @@ def _text(value: Any) -> str:
 
 
 def _flag(name: str) -> str:
-    # The one spelling of Megatron's with an underscore in it.
+    # The only flag of Megatron with an underscore.
     return "--" + name.replace("_", "-").replace("opt-param-scheduler", "opt_param-scheduler")

@@ -15,46 +15,49 @@ class Rules:
     """The paper's rules.
 
     Args:
-        lr_factor: S3's learning rate over AdamW's, a decimal number.
-        optimizer: S3's name, as its description has it.
+        lr_factor: S3's learning rate divided by AdamW's, a decimal number.
+        optimizer: the name of S3 in its description.
     """
 
     def __init__(self, lr_factor: str, optimizer: str) -> None:
         self.lr_factor, self.factor, self.optimizer = lr_factor, Decimal(lr_factor), optimizer
 
     def new(self, name: str, old: str) -> tuple[str | None, str]:
-        """Returns a flag's new value (None: it goes), and why."""
+        """Returns a flag's new value (None to remove it) and the reason."""
         if name == "--optimizer":
-            return self.optimizer, "S3 for every parameter, sharded as Adam is"
+            return self.optimizer, "S3 updates every parameter and is sharded like Adam"
         if name == "--clip-grad":
-            return "0", "S3 is not clipped: no element of its update exceeds lr, by Theorem 2"
+            return "0", "S3 needs no clipping, since no element of an update exceeds lr (Theorem 2)"
         if name in _ADAMS:
-            return None, "AdamW's; S3 has --s3-beta 0.95 and --s3-p 3 by default, and no eps"
+            return None, "a flag of AdamW; S3 has --s3-beta (0.95) and --s3-p (3), and no eps"
         if Decimal(old) == 0:
             return old, ""
         if name in TIMES:
-            reason = f"x {self.lr_factor}: the paper's rate for S3 over AdamW's"
+            reason = (
+                f"multiplied by {self.lr_factor}, S3's learning rate divided by AdamW's "
+                "(--lr-factor)"
+            )
             return number(old, self.factor), reason
-        reason = f"/ {self.lr_factor}, so that lr * weight_decay stays as it was"
+        reason = f"divided by {self.lr_factor}, so that lr * weight_decay stays the same"
         return number(old, 1 / self.factor, self.factor), reason
 
     def missing(self, names: set[str]) -> Iterator[tuple[str, str, str]]:
-        """Returns what a launch with these flags needs beside them: flag, value and why."""
+        """Returns the flags that must be added to a launch: name, value and reason."""
         if "--optimizer" not in names:
             yield "--optimizer", self.optimizer, "Megatron's default is adam"
         if "--weight-decay" not in names and not {*OVER[1:]} <= names:
             new = number(_DEFAULT_WEIGHT_DECAY, 1 / self.factor, self.factor)
-            why = "so that lr * weight_decay stays as it was"
-            default = f"Megatron's default {_DEFAULT_WEIGHT_DECAY} / {self.factor}, {why}"
+            why = "so that lr * weight_decay stays the same"
+            default = f"Megatron's default {_DEFAULT_WEIGHT_DECAY} divided by {self.factor}, {why}"
             yield "--weight-decay", new, default
 
 
 def number(old: str, factor: Decimal, over: Decimal | None = None) -> str:
-    """Multiplies ``old`` by the factor (or divides it by ``over``, exactly); written as it was."""
+    """Returns ``old`` times the factor or, exactly, over ``over``, in the same notation."""
     value = Decimal(old)
     if not value.is_finite():
         raise InvalidOperation(old)
-    # Through the number that Megatron reads, for what the division does not end with.
+    # A number with too many digits is given as the float that Megatron reads.
     new = value / over if over else value * factor
     new = new.normalize()
     if len(new.as_tuple().digits) > 17:

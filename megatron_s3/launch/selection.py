@@ -12,21 +12,21 @@ from megatron_s3.launch.config_paths import name_of
 __all__ = ["add_config_arguments", "add_run_arguments", "array_tasks", "resolve", "run_dir_of"]
 
 
-#: What stands as it is in the name of a run of an array, beside letters, digits and ``_.-~``.
+#: Characters besides letters, digits and ``_.-~`` that are kept in the name of an array's run.
 _IN_A_NAME = "+,=:@"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds CONFIG, OVERLAY and --set, for every verb that takes a configuration."""
+    """Adds CONFIG, OVERLAY and --set to the parser of a verb."""
     parser.add_argument("config", help="a YAML file, or the name of a shipped one (gpt2-7b-s3)")
-    parser.add_argument("overlay", nargs="*", help="more files; the later ones win")
+    parser.add_argument("overlay", nargs="*", help="more files; later ones override earlier ones")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="sets",
-        help="override an argument of Megatron's, dataset, or launch.NAME; may be repeated",
+        help="override an argument of Megatron, dataset, or launch.NAME; may be repeated",
     )
 
 
@@ -35,33 +35,36 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
-        help="where everything is written (default: $RUN_DIR, else runs/NAME)",
+        help="folder for all files of the run (default: $RUN_DIR, else runs/NAME)",
     )
     parser.add_argument(
         "--task",
         type=int,
         metavar="K",
-        help="the K-th run, from 0, of a configuration with an array (default: "
-        "$SLURM_ARRAY_TASK_ID)",
+        help=(
+            "start the K-th run, from 0, of a configuration with an array (default: "
+            "$SLURM_ARRAY_TASK_ID)"
+        ),
     )
 
 
 def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Returns the configuration and run directory that are meant, those of the array's task.
+    """Returns the configuration and the run directory, for an array those of the task.
 
     Args:
-        args: of :func:`add_config_arguments` and :func:`add_run_arguments`.
+        args: parsed arguments of :func:`add_config_arguments` and :func:`add_run_arguments`.
 
     Raises:
-        ConfigError: the files cannot be read, or no run of the array is chosen.
+        ConfigError: the files cannot be read, or no run of an array is selected.
     """
     config = load([args.config, *args.overlay], args.sets)
     if not config.array:
-        # $SLURM_ARRAY_TASK_ID alone says nothing: jobs that follow one another can be an array too.
+        # $SLURM_ARRAY_TASK_ID alone is not enough: a chain of jobs can be a job array too.
         if args.task is not None:
             raise ConfigError(
-                f"--task {args.task}: {config.name} is one run, since no file gives an array; "
-                "leave --task out, or add what differs between the runs (--set array.seed=[1,2])"
+                f"--task {args.task}: {config.name} is a single run, since no file sets an array; "
+                "leave --task out, or add the values that differ between the runs (--set "
+                "array.seed=[1,2])"
             )
         return config, run_dir_of(args)
     tasks = array_tasks(config)
@@ -70,11 +73,11 @@ def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
         task = int(os.environ["SLURM_ARRAY_TASK_ID"])
     if task is None:
         raise ConfigError(
-            f"{config.name} is an array of {len(tasks)} runs ({', '.join(tasks)}): submit it "
-            "with --slurm, or run one of them with --task K"
+            f"{config.name} is an array of {len(tasks)} runs ({', '.join(tasks)}); submit it with "
+            "--slurm, or start one of them with --task K"
         )
     if not 0 <= task < len(tasks):
-        raise ConfigError(f"--task {task}: the array has the runs 0 to {len(tasks) - 1}")
+        raise ConfigError(f"--task {task}: the array has runs 0 to {len(tasks) - 1}")
     name, sets = list(tasks.items())[task]
     return load([args.config, *args.overlay], [*args.sets, *sets]), run_dir_of(args) / name
 
@@ -86,13 +89,12 @@ def run_dir_of(args: argparse.Namespace) -> Path:
 
 
 def array_tasks(config: Config) -> dict[str, list[str]]:
-    """Returns the runs of an array, name -> overrides: all combinations of its values.
+    """Returns the runs of an array, name -> overrides, for all combinations of its values.
 
-    A name is that of one folder in the run's own: what a path would take for more is written as in
-    URLs.
+    A name is a single folder in the run's folder; other characters are written as in URLs.
 
     Raises:
-        ConfigError: two runs would have one folder, or a name is longer than a folder's may be.
+        ConfigError: two runs would have the same folder, or a name is too long for a folder.
     """
     tasks: dict[str, list[str]] = {}
     for values in itertools.product(*config.array.values()):
@@ -100,11 +102,11 @@ def array_tasks(config: Config) -> dict[str, list[str]]:
         name = "-".join(quote(f"{key}-{value}", safe=_IN_A_NAME) for key, value in pairs)
         where = ", ".join(str(config.origins[f"array.{key}"]) for key in config.array)
         if name in tasks:
-            raise ConfigError(f"{where}: the array has the run {name} twice; remove one")
+            raise ConfigError(f"{where}: the array has the run {name} twice; remove one of them")
         if len(name) > 255:
             raise ConfigError(
-                f"{where}: the folder of a run of the array would be called {name}, and a file "
-                "system takes names of at most 255 bytes: give shorter values, or each run a file"
+                f"{where}: the folder of a run of the array would be named {name}, and file names "
+                "may have at most 255 bytes; use shorter values, or a file for each run"
             )
         tasks[name] = [f"{key}={value}" for key, value in pairs]
     return tasks

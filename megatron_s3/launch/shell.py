@@ -1,7 +1,6 @@
 """A shell script as a tree.
 
-Each character keeps the place where it stands in the text, so that what a program finds out about
-a script's commands can be changed there.
+Each character keeps its place in the text, so that a caller can change the text of a command there.
 """
 
 from collections.abc import Sequence
@@ -31,10 +30,10 @@ UNKNOWN = "\0"
 
 
 class ShellError(MegatronS3Error, ValueError):
-    """The text is not shell, or not of the kind that is read here.
+    """Raised if the text is not shell, or uses syntax that is not supported here.
 
     Args:
-        place: where in the text.
+        place: position in the text.
     """
 
     def __init__(self, what: str, place: int) -> None:
@@ -47,10 +46,10 @@ class Char(NamedTuple):
 
     Attributes:
         c: the character; UNKNOWN for text that is known only when the script runs.
-        start: where it stands in the text.
-        end: one past it.
-        via: the places, from the innermost to the outermost, at which expansions brought it here.
-        name: of UNKNOWN, what stands in the text.
+        start: its position in the text.
+        end: the position after it.
+        via: the places, from the innermost to the outermost, of the expansions that produced it.
+        name: for UNKNOWN, the source text.
     """
 
     c: str
@@ -62,7 +61,7 @@ class Char(NamedTuple):
 
 @dataclass
 class Literal:
-    """Characters as they stand."""
+    """Literal characters."""
 
     chars: list[Char]
     quoted: bool
@@ -73,13 +72,13 @@ class Variable:
     """``$NAME`` or ``${NAME...}``.
 
     Attributes:
-        name: of the variable, ``@`` or a number.
-        index: ``@``, ``*``, a number, or what else stands in brackets.
-        operator: what follows the name: ``-``, ``:-``, ``=``, ``:=``, ``+``, ``:+``; ``?`` for all
-            others.
+        name: name of the variable, ``@`` or a number.
+        index: ``@``, ``*``, a number, or other text in brackets.
+        operator: the operator behind the name: ``-``, ``:-``, ``=``, ``:=``, ``+``, ``:+``; ``?``
+            for all others.
         rest: the word behind the operator.
-        at: the first character of the whole.
-        span: its place.
+        at: the first character.
+        span: its place in the text.
     """
 
     name: str
@@ -93,11 +92,11 @@ class Variable:
 
 @dataclass
 class Substitution:
-    """``$(...)``, `` `...` ``, ``$((...))``, ``<(...)``: known only when it runs.
+    """``$(...)``, `` `...` ``, ``$((...))``, ``<(...)``, whose result is known only when it runs.
 
     Attributes:
-        body: the commands in it, if there are any.
-        text: what stands there.
+        body: the commands in it, if any.
+        text: the source text.
     """
 
     body: "Node | None"
@@ -118,9 +117,9 @@ class Assignment:
     """``NAME=VALUE``, ``NAME+=VALUE``, ``NAME=(VALUES)``.
 
     Attributes:
-        name: of the variable.
-        append: whether the value comes behind what the variable holds.
-        value: what follows ``=``; empty if that is in parentheses.
+        name: name of the variable.
+        append: whether the value is appended to the variable's value.
+        value: the text after ``=``; empty if it is in parentheses.
         array: whether the variable is an array.
         items: the words in parentheses; None if there are no parentheses.
     """
@@ -137,8 +136,8 @@ class HereDocument:
     """A text that a command reads (``<<``, ``<<<``).
 
     Attributes:
-        chars: the text; empty where the script ends before it.
-        raw: whether it is taken as it stands.
+        chars: the text; empty if the script ends before it.
+        raw: whether it is taken literally.
     """
 
     chars: list[Char] = field(default_factory=list)
@@ -150,16 +149,16 @@ class Node:
     """A command, or a construct of commands.
 
     Attributes:
-        kind: ``command``, ``sequence`` (one after the other), ``pipeline``, ``maybe`` (behind && or
+        kind: ``command``, ``sequence`` (one after the other), ``pipeline``, ``maybe`` (after && or
             ||), ``if`` (children: conditions and bodies in turn, then else), ``loop``, ``for``,
             ``case``, ``function``, ``group`` or ``subshell``.
         children: the nodes inside.
-        name: of a function or of the variable of a for; of an if's condition, its text if it
-            depends on variables alone; of a case's body, its pattern.
-        words: of a command or a for.
-        assignments: before a command, or of export and its like.
-        here: texts that a command reads.
-        redirected: whether its output goes into a file.
+        name: name of a function or of the variable of a for; for the condition of an if, its text
+            if it depends on variables alone; for the body of a case, its pattern.
+        words: words of a command or a for.
+        assignments: assignments before a command, or of export and similar commands.
+        here: here-documents that a command reads.
+        redirected: whether its output is written to a file.
         at: place of its first character.
     """
 
@@ -179,5 +178,5 @@ def characters(text: str) -> list[Char]:
 
 
 def value(chars: Sequence[Char]) -> str:
-    """Returns the characters as a string; UNKNOWN stands where it is not known."""
+    """Returns the characters as a string, with UNKNOWN for unknown text."""
     return "".join(char.c for char in chars)

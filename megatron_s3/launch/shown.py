@@ -1,4 +1,4 @@
-"""A launch in its own process, with progress on standard output and a log of its output."""
+"""A launch in its own process, with progress on standard output and its output in a log."""
 
 import functools
 import os

@@ -1,7 +1,7 @@
-"""Submits a configuration: sbatch's options from it, and the job's body from scripts/.
+"""Submission of a configuration: sbatch's options, and the job's script from scripts/.
 
-What was checked here, chosen or written down is what the job runs, whenever it starts and however
-often: it gets a copy of the configuration, and a copy of its body that holds the settings.
+A job runs exactly what was checked and chosen when it was submitted, whenever and however often it
+starts: it gets a copy of the configuration, and a copy of the script that holds the settings.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from megatron_s3.launch.redact import is_secret, redact_word
 
 __all__ = ["SlurmError", "command", "submit"]
 
-#: What the body takes from its environment (see its head).
+#: Variables that the script reads from its environment (see its head).
 _SETTINGS = (
     "CONTAINER",
     "MOUNTS",
@@ -33,11 +33,11 @@ _SETTINGS = (
 
 
 class SlurmError(MegatronS3Error):
-    """The job could not be submitted; the message says why."""
+    """Raised if the job cannot be submitted; the message says why."""
 
 
 def body() -> Path:
-    """Returns the job's script, as it came with the package."""
+    """Returns the job's script in this package."""
     return shipped().parent / "scripts" / "pretrain.sbatch"
 
 
@@ -45,8 +45,9 @@ def command(config: Config, words: list[str], run_dir: Path, tasks: int) -> list
     """Returns the sbatch command line.
 
     Args:
-        config: gives nodes, time and further options of sbatch, which win over those set here.
-        words: what ``megatron-s3 launch`` takes on the nodes: files and overrides.
+        config: the source of nodes, time and further options of sbatch, which override those set
+            here.
+        words: arguments of ``megatron-s3 launch`` on the nodes: files and overrides.
         run_dir: where the job writes.
         tasks: number of runs in the array, or 0 for a single job.
     """
@@ -78,13 +79,13 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
     """Submits a configuration that has been checked.
 
     Args:
-        config: of all runs of an array.
+        config: the configuration of all runs of an array.
         run_dir: where the job writes.
         tasks: number of runs in the array, or 0 for a single job.
-        dry_run: print the command, and do nothing.
+        dry_run: whether to print the command and do nothing else.
 
     Raises:
-        SlurmError: there is no sbatch, it refused, or a credential would not reach the job.
+        SlurmError: sbatch is not installed or fails, or a credential would not reach the job.
         OSError: the run's folder cannot be written.
     """
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
@@ -94,26 +95,26 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
     settings = _settings(run_dir)
     secrets = _secrets(config)
     given = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
-    print(" ".join([*given, shown]), flush=True)  # before sbatch's own line
+    print(" ".join([*given, shown]), flush=True)  # before sbatch's output
     if dry_run:
         return 0
     if not shutil.which("sbatch"):
-        raise SlurmError("there is no sbatch on this machine: submit from a login node")
+        raise SlurmError("sbatch is not installed on this machine; submit from a login node")
     copy.parent.mkdir(parents=True)
     private.write(copy, f"{COPY}\n{config.yaml(whole=True)}")
     private.write(run_dir / body().name, _script(config, settings))
     private.append(run_dir / "submitted.txt", shown + "\n")
-    # Of another job, where this is called in one.
+    # Variables of another job, if this runs inside one.
     foreign = ("MASTER_ADDR", "MASTER_PORT") if "SLURM_JOB_ID" in os.environ else ()
     environment = {name: value for name, value in os.environ.items() if name not in foreign}
     run = subprocess.run(line, env=environment | settings | secrets)
     if run.returncode:
-        raise SlurmError(f"sbatch refused it (status {run.returncode}); what it says is above")
+        raise SlurmError(f"sbatch failed with status {run.returncode}; its message is above")
     return 0
 
 
 def _settings(run_dir: Path) -> dict[str, str]:
-    """Returns the variables that the body needs, as they are here."""
+    """Returns the script's variables and their values here."""
     settings = {"RUN_DIR": str(run_dir.absolute())}
     settings |= {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
     if not settings.get("CONTAINER"):
@@ -122,8 +123,8 @@ def _settings(run_dir: Path) -> dict[str, str]:
             os.access(f"{settings['VENV']}/bin/{p}", os.X_OK) for p in ("python", "python3")
         ):
             raise SlurmError(
-                f"VENV={settings['VENV']} holds no bin/python: name the virtual environment of the "
-                "job, or leave VENV unset for the one that runs this"
+                f"VENV={settings['VENV']} has no bin/python; set VENV to the virtual environment "
+                "of the job, or unset it to use the current one"
             )
     if os.environ.get("PYTHONPATH") and "CONTAINER" not in settings:
         settings["PYTHONPATH"] = os.environ["PYTHONPATH"]
@@ -131,7 +132,7 @@ def _settings(run_dir: Path) -> dict[str, str]:
 
 
 def _secrets(config: Config) -> dict[str, str]:
-    """Returns the ranks' credentials, which reach the job as variables and by no file."""
+    """Returns the ranks' credentials, which reach the job only as environment variables."""
     environment = config.launch.environment
     secrets = {name: value for name, value in environment.items() if is_secret(name, value)}
     export = config.launch.sbatch.get("export") or os.environ.get("SBATCH_EXPORT") or "ALL"
@@ -139,15 +140,16 @@ def _secrets(config: Config) -> dict[str, str]:
     lost = [name for name in secrets if name not in passed and "ALL" not in map(str.upper, passed)]
     if lost:
         raise SlurmError(
-            f"{', '.join(lost)}: credentials are not written into the job's files, and "
-            f"--export={redact_word(export)} keeps them from the job; add them to it, separated by "
-            "commas (launch.sbatch.export, or SBATCH_EXPORT), or let the node set them"
+            f"{', '.join(lost)}: credentials are not written to the job's files, and "
+            f"--export={redact_word(export)} does not pass them to the job; add their names to "
+            "it, separated by commas (launch.sbatch.export, or SBATCH_EXPORT), or set them on "
+            "the nodes"
         )
     return secrets
 
 
 def _script(config: Config, settings: dict[str, str]) -> str:
-    """Returns the body with the settings in it, and without the options that are not wanted."""
+    """Returns the script with the settings in it, and without unwanted options."""
     text = body().read_text(encoding="utf-8")
     for name, value in config.launch.sbatch.items():
         if value is None:
@@ -157,5 +159,5 @@ def _script(config: Config, settings: dict[str, str]) -> str:
     begin = "\nset -euo pipefail\n"
     assert text.count(begin) == 1
     given = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
-    head = "\n# What was chosen where the job was submitted; it wins over the environment.\n"
+    head = "\n# Settings from the submission; they override the environment.\n"
     return text.replace(begin, head + given + begin)

@@ -1,10 +1,10 @@
-"""Ends the ranks with a checkpoint when a scheduler, timeout(1) or a terminal asks for an end.
+"""Ends the ranks with a checkpoint when a scheduler, timeout(1) or a terminal sends a signal.
 
-The launcher alone has to have the signal, but many send it to the process group, or to every
-process of a job. Torchrun therefore runs in a session of its own and, as its ranks do, ignores the
-signals that nobody there waits for; the launcher sends each rank the one at which Megatron saves
-and ends. Torchrun itself is left alone, since it would kill the ranks after 30 seconds; so it does
-where SIGTERM is sent to every process.
+Only the launcher needs the signal, but many tools send it to the process group or to every process
+of a job. Torchrun therefore runs in a session of its own, and torchrun and its ranks ignore signals
+for which they have no handler. The launcher sends each rank the signal at which Megatron saves and
+ends. It sends none to torchrun, which would kill the ranks after 30 seconds; torchrun does so if
+SIGTERM is sent to every process.
 """
 
 import functools
@@ -21,10 +21,11 @@ from megatron_s3.log import say
 
 __all__ = ["FOR_THE_LAUNCHER", "SIGNALS", "StopRequest", "exit_signal"]
 
-#: What nothing but the launcher waits for; it would end any other process.
+#: Signals that only the launcher handles; they would end any other process.
 FOR_THE_LAUNCHER = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
-#: What asks for an end: of SLURM, PBS, LSF and Grid Engine, of a terminal, of a session's end.
+#: Signals that ask for an end: from SLURM, PBS, LSF and Grid Engine, from a terminal, and at the
+#: end of a session.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *FOR_THE_LAUNCHER)
 
 
@@ -32,14 +33,13 @@ def exit_signal(config: Config) -> signal.Signals:
     """Returns the signal at which the ranks of a configuration save a checkpoint and end.
 
     Raises:
-        ConfigError: there is none, so that every end before the last iteration would lose work.
+        ConfigError: there is none, so a stop before the last iteration would lose work.
     """
     given = config.arguments
     if given.get("exit_signal_handler") is not True:
         raise ConfigError(
-            f"{config.name}: exit_signal_handler is not on, and without it no signal makes the "
-            "ranks save before they end (a time limit, scancel, Ctrl-C); --set "
-            "exit_signal_handler=true"
+            f"{config.name}: exit_signal_handler is off, so the ranks would not save at a time "
+            "limit, scancel or Ctrl-C; --set exit_signal_handler=true"
         )
     if "exit_signal_handler_for_training" in given:
         raise ConfigError(
@@ -51,23 +51,23 @@ def exit_signal(config: Config) -> signal.Signals:
     if number is None or number in (signal.SIGKILL, signal.SIGSTOP):
         raise ConfigError(
             f"{config.where('exit_signal')}: exit_signal must be a signal that a process can "
-            f"catch, as SIGTERM, not {name!r}"
+            f"catch, such as SIGTERM, not {name!r}"
         )
     return number
 
 
 class StopRequest:
-    """Takes :data:`SIGNALS`, from before the ranks start (checks take seconds) until they ended.
+    """Handles :data:`SIGNALS`, from before the ranks start until they have ended.
 
-    SIGINT and SIGHUP stay ignored if they were (nohup, background jobs). SIGINT ends the launcher
-    itself as long as it has no ranks, and a second one kills them.
+    SIGINT and SIGHUP stay ignored if they were ignored before (nohup, background jobs). SIGINT ends
+    the launcher itself while it has no ranks; a second SIGINT kills the ranks.
 
     Args:
-        number: the signal that is sent to the ranks.
+        number: the signal for the ranks.
 
     Attributes:
-        asked_by: name of the first signal that came, if any.
-        killed: whether the ranks were not left to save.
+        asked_by: name of the first signal received, if any.
+        killed: whether the ranks were killed before they could save.
     """
 
     def __init__(self, number: signal.Signals = signal.SIGTERM) -> None:
@@ -93,13 +93,13 @@ class StopRequest:
         os.close(self._write)
 
     def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Starts torchrun; asks its ranks to end as soon as they can if a signal has come already.
+        """Starts torchrun; if a signal has arrived already, the ranks are stopped at once.
 
         Args:
-            command: to run.
-            environment: all of it.
+            command: the command.
+            environment: its complete environment.
         """
-        # Nothing here runs threads that hold a lock which the child would need.
+        # No thread of this process holds a lock that the child would need.
         self._process = subprocess.Popen(
             command,
             env=environment,
@@ -115,14 +115,14 @@ class StopRequest:
             raise KeyboardInterrupt
         if number == signal.SIGINT and process is not None and self.asked_by:
             self.killed = True
-            process.kill()  # and the kernel its ranks
+            process.kill()  # and the kernel ends its ranks
         elif not self.asked_by:
             self.asked_by = signal.Signals(number).name
-            os.write(self._write, b"!")  # a handler may interrupt whoever holds a lock
+            os.write(self._write, b"!")  # a handler may interrupt the holder of a lock
 
     def _serve(self) -> None:
         if os.read(self._read, 1):
-            say(f"{self.asked_by}: the ranks are asked to save and end")
+            say(f"{self.asked_by} received: the ranks save a checkpoint and end")
             self._running.wait()
             assert self._process is not None  # set before _running
             _stop_ranks(self._process, self.number)
@@ -136,7 +136,7 @@ def _in_child(parent: int) -> None:
 
 
 def _stop_ranks(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Sends each rank one signal, as soon as it is ready to take it."""
+    """Sends each rank one signal, as soon as the rank can handle it."""
     told: set[int] = set()
     while process.poll() is None:
         for pid in _ranks(process.pid) - told:
@@ -147,7 +147,7 @@ def _stop_ranks(process: subprocess.Popen[bytes], number: signal.Signals) -> Non
 
 
 def _ranks(agent: int) -> set[int]:
-    """Returns the processes that torchrun started."""
+    """Returns the processes that torchrun has started."""
     try:
         return set(map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split()))
     except OSError:
@@ -155,7 +155,7 @@ def _ranks(agent: int) -> set[int]:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Returns whether a process has a handler for the signal; without one it would just die."""
+    """Returns whether a process has a handler for the signal; without one it would die."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

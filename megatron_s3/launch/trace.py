@@ -1,7 +1,7 @@
-"""The commands that a shell script starts, on every way through it, without running any of it.
+"""The commands that a shell script starts on every path through it; none is executed.
 
-Branches are taken and not taken, loops run once, functions are followed into.  A word of a command
-is given as its characters after expansion, each with the places that it came from.
+Branches are both taken and not taken, loops run once, and functions are followed. A word of a
+command is given as its characters after expansion, each with the places that it came from.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ class Command:
     """A command that is started.
 
     Attributes:
-        words: after expansion.
-        place: where it stands.
-        scripts: the indices of words that hold commands, which are followed too.
+        words: its words after expansion.
+        place: its place in the text.
+        scripts: indices of words that hold commands, which are followed too.
     """
 
     words: tuple[Argument, ...]
@@ -42,7 +42,7 @@ class Command:
 
     @property
     def prints(self) -> bool:
-        """Returns whether it writes its words out, and starts nothing."""
+        """Whether it only prints its words."""
         return value(self.words[0]).rpartition("/")[2] in _PRINTS
 
 
@@ -51,8 +51,8 @@ class Trace:
     """The actions of a script.
 
     Attributes:
-        commands: what it starts, in the order of its text, on each way through it.
-        ends: what is known at each of its ends.
+        commands: the commands that it starts on each path, in the order of the text.
+        ends: the state at each of its ends.
     """
 
     commands: tuple[Command, ...]
@@ -64,12 +64,12 @@ def trace(text: str, watched: Callable[[str], object], names: frozenset[str]) ->
 
     Args:
         text: the script.
-        watched: of a variable's value, what has to be told apart; ways through the script that
-            differ in nothing else count as one where there are many.
-        names: variables whose whole values have to be told apart.
+        watched: a function of a variable's value; if there are many paths, those for which it gives
+            equal results count as one.
+        names: variables whose whole values are distinguished.
 
     Raises:
-        ShellError: the text cannot be read, or has too many ways through it.
+        ShellError: the text cannot be read, or there are too many paths through it.
     """
     tracer = _Tracer(watched, names)
     ends = tracer.run(grammar.parse(shell.characters(text)), [State()])
@@ -90,14 +90,14 @@ class _Tracer(Expansion):
     # Constructs.
 
     def run(self, node: Node, states: list[State]) -> list[State]:
-        """Returns the states after a node; a way that ends inside (exit) is not among them."""
+        """Returns the states after a node; paths that end inside it (exit) are not included."""
         if not states:
             return []
         follow: Callable[[Node, list[State]], list[State]] = getattr(self, f"_{node.kind}")
         return self.fewer(follow(node, states), node)
 
     def fewer(self, states: list[State], node: Node) -> list[State]:
-        """Leaves out states that are alike; what these have not in common becomes undecided."""
+        """Merges states that are alike; conditions on which they differ become undecided."""
         looks = (
             self._looks if len(states) > _STATES // 8 else lambda state: replace(state, decided={})
         )
@@ -112,7 +112,7 @@ class _Tracer(Expansion):
             else:
                 unique.append((look, state))
         if len(unique) > _STATES:
-            raise ShellError("there are too many ways through the script", node.at)
+            raise ShellError("there are too many paths through the script", node.at)
         return [state for _, state in unique]
 
     def _looks(self, state: State) -> object:
@@ -238,7 +238,7 @@ class _Tracer(Expansion):
         else:
             found = (self.join(given.value, state),)
             if given.append and old:
-                # To an array's first element, as the shell does it.
+                # An assignment to the first element of an array, as in the shell.
                 return state.put(
                     given.name, (old[0] + found[0], *old[1:]), given.name in state.arrays
                 )
@@ -294,7 +294,7 @@ class _Tracer(Expansion):
                 self._inner(body, child, node)
 
     def _inner(self, text: Sequence[Char], state: State, node: Node) -> None:
-        """Follows a script inside a word or a here-document, which a program runs."""
+        """Follows a script inside a word or a here-document that a program runs."""
         exits = len(self.exits)
         self._script(text, replace(state, parameters=None), node, "in this text")
         del self.exits[exits:]

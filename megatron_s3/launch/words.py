@@ -24,24 +24,24 @@ OPERATORS = ("&&", "||", ";;&", ";;", ";&", "|&", "&>>", "&>", "&", "|", ";", "(
 
 
 class Words:
-    """Reads the words of a script, from the place ``at`` on.
+    """Reads the words of a script, from the position ``at`` on.
 
-    What stands in a word may be commands again: whoever extends this reads those.
+    A word may contain commands; subclasses read them.
     """
 
     def __init__(self, chars: Sequence[Char]) -> None:
         self.chars = list(chars)
         self.text = value(chars)
         self.at = 0
-        self.waiting: list[tuple[str, bool, HereDocument]] = []  # the end, tabs, where to
+        self.waiting: list[tuple[str, bool, HereDocument]] = []  # end, tabs, target
 
     def error(self, what: str) -> ShellError:
-        """Returns an error at the place where the reading is."""
+        """Returns an error at the current position."""
         place = self.chars[min(self.at, len(self.chars) - 1)].start if self.chars else 0
         return ShellError(what, place)
 
     def sequence(self, ends: Sequence[str]) -> Node:
-        """Reads the commands up to one of the words or operators ``ends``, which is left."""
+        """Reads the commands up to one of the words or operators ``ends``, and leaves that."""
         raise NotImplementedError
 
     def script(self) -> Node:
@@ -54,7 +54,7 @@ class Words:
     # Tokens.
 
     def blank(self) -> None:
-        """Goes on behind blanks, continued lines and comments."""
+        """Skips blanks, continued lines and comments."""
         while self.at < len(self.text):
             if self.text[self.at] in _BLANK:
                 self.at += 1
@@ -69,7 +69,7 @@ class Words:
                 return
 
     def peek(self) -> str:
-        """Returns the operator or reserved word that is next; "" for another word or the end."""
+        """Returns the next operator or reserved word; "" for another word or the end."""
         self.blank()
         for operator in OPERATORS:
             if self.text.startswith(operator, self.at):
@@ -79,16 +79,16 @@ class Words:
         return found[0] if found and ends else ""
 
     def take(self, token: str) -> None:
-        """Goes on behind an operator or a reserved word, which has to be there."""
+        """Consumes an operator or a reserved word, which must be there."""
         if self.peek() != token:
             what = self.peek() or self.text[self.at : self.at + 10] or "the end"
-            raise self.error(f"{what!r} where {token!r} has to be")
+            raise self.error(f"{what!r} where {token!r} is expected")
         self.at += len(token)
         if token == "\n":
             self.here_documents()
 
     def newlines(self) -> None:
-        """Goes on behind empty lines."""
+        """Skips empty lines."""
         while self.peek() == "\n":
             self.take("\n")
 
@@ -110,7 +110,7 @@ class Words:
         return self.parts(lambda c: c in META)
 
     def parts(self, ends: Callable[[str], bool]) -> Word:
-        """Reads a word up to a character at which it ends."""
+        """Reads a word up to a character that ends it."""
         parts: Word = []
         while self.at < len(self.text):
             c = self.text[self.at]
@@ -126,7 +126,7 @@ class Words:
             elif c == "'":
                 end = self.text.find("'", self.at + 1)
                 if end < 0:
-                    raise self.error("a quote without its end")
+                    raise self.error("a quote is not closed")
                 parts.append(Literal(self.chars[self.at + 1 : end], True))
                 self.at = end + 1
             elif c == "$" and self.text.startswith("$'", self.at):
@@ -142,7 +142,7 @@ class Words:
         return parts
 
     def literal(self, parts: Word, quoted: bool) -> None:
-        """Reads a character that stands for itself."""
+        """Reads a literal character."""
         char = self.chars[self.at]
         last = parts[-1] if parts else None
         if isinstance(last, Literal) and last.quoted == quoted and last.chars:
@@ -160,7 +160,7 @@ class Words:
         while not self.text.startswith("'", self.at):
             if self.at >= len(self.text):
                 self.at = start
-                raise self.error("a quote without its end")
+                raise self.error("a quote is not closed")
             char = self.chars[self.at]
             if char.c == "\\" and self.at + 1 < len(self.text):
                 self.at += 1
@@ -172,7 +172,7 @@ class Words:
         return Literal(chars, True)
 
     def double_quoted(self, end: str | None) -> Word:
-        """Reads up to the character ``end``, which is left, or to the end of the text if None."""
+        """Reads up to the character ``end``, or to the end of the text if None."""
         parts: Word = []
         start = self.at
         while end is None or not self.text.startswith(end, self.at):
@@ -180,7 +180,7 @@ class Words:
                 if end is None:
                     break
                 self.at = start
-                raise self.error("a quote without its end")
+                raise self.error("a quote is not closed")
             c, following = self.text[self.at], self.text[self.at + 1 : self.at + 2]
             if c == "\\" and following == "\n":
                 self.at += 2
@@ -196,14 +196,14 @@ class Words:
         return parts
 
     def expansion(self, quoted: bool) -> Literal | Variable | Substitution:
-        """Reads what ``$`` or a backtick begins."""
+        """Reads an expansion that begins with ``$`` or a backtick."""
         at = self.chars[self.at]
         if at.c == "`":
             end = self.at + 1
             while end < len(self.text) and self.text[end] != "`":
                 end += 2 if self.text[end] == "\\" else 1
             if end >= len(self.text):
-                raise self.error("a ` without its end")
+                raise self.error("a backtick is not closed")
             start, self.at = self.at, end + 1
             body = type(self)(self.chars[start + 1 : end]).script()
             return self.substituted(body, start, quoted)
@@ -243,7 +243,7 @@ class Words:
         while not self.text.startswith("}", self.at):
             if self.at >= len(self.text):
                 self.at = start
-                raise self.error("a ${ without its end")
+                raise self.error("${ is not closed")
             if quoted:
                 part = self.at
                 rest += self.quoted_rest()
@@ -256,7 +256,7 @@ class Words:
         return Variable(name, index, operator, rest or None, quoted, at, span)
 
     def quoted_rest(self) -> Word:
-        """Reads up to ``}`` in ``"${NAME:-"``, and takes quotes away."""
+        """Reads up to ``}`` in ``"${NAME:-"``, and removes quotes."""
         parts: Word = []
         while self.at < len(self.text) and self.text[self.at] != "}":
             if self.text[self.at] == '"':
@@ -270,7 +270,7 @@ class Words:
         return parts
 
     def arithmetic(self, quoted: bool) -> Substitution:
-        """Reads ``$((...))``, whose value is not known."""
+        """Reads ``$((...))``, whose value is unknown."""
         start = self.at
         self.at += 1
         depth = 0
@@ -282,7 +282,7 @@ class Words:
                 break
         if depth:
             self.at = start
-            raise self.error("a $(( without its end")
+            raise self.error("$(( is not closed")
         return self.substituted(None, start, quoted)
 
     def substitution(self, quoted: bool) -> Substitution:
@@ -296,6 +296,6 @@ class Words:
         return self.substituted(body, start, quoted)
 
     def substituted(self, body: Node | None, start: int, quoted: bool) -> Substitution:
-        """Returns a substitution that has been read, from ``start`` on."""
+        """Returns a substitution that was read, starting at ``start``."""
         at, text = self.chars[start], self.text[start : self.at]
         return Substitution(body, text, quoted, at, (at.start, self.chars[self.at - 1].end))

@@ -68,7 +68,15 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         super().__init_subclass__(**others)
         found = hyperparameters_of(cls.__init__)
         if found is not None and "__init__" in vars(cls):
-            cls.description = replace(cls.description, hyperparameters=found)
+            momentum, names = cls.description.momentum, [h.name for h in found]
+            if momentum is not None and momentum not in names:
+                raise TypeError(
+                    f"{cls.__qualname__}: its description says momentum={momentum!r}, but its "
+                    f"hyperparameters are {', '.join(names)}"
+                )
+            if momentum == MOMENTUM:  # schedulers find it by its own name
+                momentum = None
+            cls.description = replace(cls.description, hyperparameters=found, momentum=momentum)
 
     def __init__(
         self,

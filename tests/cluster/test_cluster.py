@@ -34,7 +34,7 @@ def test_array_and_chain(cluster, short: list[str], tmp_path: Path) -> None:
         assert job.wait_for_end() == "COMPLETED", job.log
     assert chain[0].said[-1] == "finished at checkpoint 4"
     assert len(chain[0].attempts[0]) == 3
-    assert "trained to iteration 4 of 4 already" in chain[1].log
+    assert "training is already finished: iteration 4 of 4" in chain[1].log
     assert "attempt 1 on" in chain[1].said[0] and chain[1].said[0].endswith("checkpoint 4")
     assert not chain[1].attempts[0]
 
@@ -132,7 +132,7 @@ def test_preflight_names_the_nodes_without_gpus(cluster, tmp_path: Path) -> None
     words = [*TWO_NODES, "--set", "plugin_device=cuda"]
     job = cluster.submit(tmp_path / "run", *words, options="--nodes=2")
     assert job.wait_for_end() == "FAILED"
-    what = "has 0 GPUs, and the configuration wants 1 (launch.nproc_per_node)"
+    what = "has 0 GPUs, and the configuration needs 1 (launch.nproc_per_node)"
     assert job.said[1:3] == [f"node1: {what}", f"node2: {what}"]
     assert not job.attempts[0]
 

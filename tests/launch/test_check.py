@@ -30,8 +30,11 @@ REPOSITORY = Path(__file__).parents[2]
             "configs/layouts/gpt2-7b/8gpu.yaml:9: 1 nodes x 8 ranks = 8 ranks do not divide by "
             "tensor 3 x pipeline 1 x context 1 = 3",
         ),
-        (["micro_batch_size=1.5"], "micro_batch_size must be a whole number from 1, not '1.5'"),
-        (["micro_batch_size=null"], "micro_batch_size is given by no file"),
+        (
+            ["micro_batch_size=1.5"],
+            "micro_batch_size must be a whole number of at least 1, not '1.5'",
+        ),
+        (["micro_batch_size=null"], "no file sets micro_batch_size"),
     ],
 )
 def test_what_does_not_divide_is_refused(sets, message):
@@ -81,7 +84,7 @@ def test_megatron_is_asked_and_its_refusals_name_the_lines():
         "s3_p=0.5": "--set s3_p=0.5: s3_p must be in [1, inf), not 0.5",
         "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=8": "CUDA_DEVICE_MAX_CONNECTIONS=8 (--set "
         "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=8)",
-        "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=null": "Megatron refuses it: Using "
+        "launch.environment.CUDA_DEVICE_MAX_CONNECTIONS=null": "Megatron rejects it: Using "
         "tensor model parallelism",
         "min_lr=1": "assert args.min_lr <= args.lr",
         "lr_decay_style=WSD": "wsd_decay_steps is not None",
@@ -135,23 +138,23 @@ def test_megatron_is_asked_in_the_environment_of_the_ranks():
     [
         (
             ["train_iters=100"],
-            "configs/base.yaml:7: lr_warmup_iters 5000 leaves nothing of train_iters 100 (--set "
-            "train_iters=100) for the learning rate to fall in; take a shorter warmup (--set "
-            "lr_warmup_iters=10)",
+            "configs/base.yaml:7: lr_warmup_iters 5000 is not shorter than train_iters 100 (--set "
+            "train_iters=100), so the learning rate has no time to decay; use a shorter warmup "
+            "(--set lr_warmup_iters=10)",
         ),
-        (["lr_decay_iters=5000"], "leaves nothing of lr_decay_iters 5000 (--set"),
+        (["lr_decay_iters=5000"], "is not shorter than lr_decay_iters 5000 (--set"),
         (
             ["lr_warmup_iters=null", "lr_warmup_fraction=1.0"],
-            "--set lr_warmup_fraction=1.0: lr_warmup_fraction 1.0 leaves nothing of train_iters",
+            "--set lr_warmup_fraction=1.0: lr_warmup_fraction 1.0 is not shorter than train_iters",
         ),
         (
             [
                 *("train_iters=null", "lr_warmup_iters=null"),
                 *("train_samples=1000", "lr_warmup_samples=1000"),
             ],
-            "lr_warmup_samples 1000 leaves nothing of train_samples 1000",
+            "lr_warmup_samples 1000 is not shorter than train_samples 1000",
         ),
-        (["lr_warmup_iters=-1"], "lr_warmup_iters must be a whole number from 0, not '-1'"),
+        (["lr_warmup_iters=-1"], "lr_warmup_iters must be a whole number of at least 0, not '-1'"),
     ],
 )
 def test_a_warmup_as_long_as_the_schedule_is_refused(sets, message):
@@ -182,9 +185,9 @@ def test_missing_gpus_are_counted(monkeypatch):
     with pytest.raises(ConfigError) as error:
         check.refuse_missing_gpus(config)
     assert re.sub(r"(yaml):\d+", r"\1:LINE", str(error.value)) == (
-        "this node has 4 GPUs for torch, and the configuration wants 8 (launch.nproc_per_node, "
+        "torch finds 4 GPUs on this node, and the configuration needs 8 (launch.nproc_per_node, "
         "configs/layouts/gpt2-7b/8gpu.yaml:LINE; plugin_device cuda, configs/base.yaml:LINE); "
-        "plugin_device=cpu trains without"
+        "set plugin_device=cpu to train without GPUs"
     )
     check.refuse_missing_gpus(load(["gpt2-7b-s3"], ["launch.nproc_per_node=4"]))
     check.refuse_missing_gpus(load(["tiny-s3"]))

@@ -68,17 +68,17 @@ def test_the_rule_for_weight_decay_follows_the_rate(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("arguments: {lr: 1\n", "not YAML"),
+        ("arguments: {lr: 1\n", "not valid YAML"),
         ("- lr", "run.yaml:1: the file must be a mapping"),
-        ("arguments:\n  lr: 1\n  lr: 2\n", "run.yaml:3: lr was given in line 2 already"),
+        ("arguments:\n  lr: 1\n  lr: 2\n", "run.yaml:3: lr is already set in line 2"),
         ("argument:\n  lr: 1\n", "run.yaml:1: unknown key 'argument'; did you mean arguments?"),
         ("arguments:\n  lr: {a: 1}\n", "run.yaml:2: lr must be a value or a list, not a mapping"),
         ("launch:\n  node: 2\n", "run.yaml:2: unknown launch setting 'node'; did you mean nodes?"),
-        ("launch:\n  nodes: 0\n", "run.yaml:2: launch.nodes must be a whole number from 1"),
+        ("launch:\n  nodes: 0\n", "run.yaml:2: launch.nodes must be a whole number of at least 1"),
         ("derived:\n  min_lr_over_lr: 0.1\n", "run.yaml:2: min_lr_over_lr needs arguments.lr"),
         ("arguments: {lr: x}\nderived: {min_lr_over_lr: 1}", "run.yaml:1: lr must be a number"),
         ("extends: nowhere.yaml\n", "run.yaml:1: extends: nowhere.yaml: no such file"),
-        ("extends: run.yaml\n", "extends itself by way of run.yaml"),
+        ("extends: run.yaml\n", "extends itself through run.yaml"),
     ],
 )
 def test_errors_name_file_line_and_reason(tmp_path, text, message):
@@ -88,12 +88,12 @@ def test_errors_name_file_line_and_reason(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("lr", "--set lr: write KEY=VALUE"),
+        ("lr", "--set lr: must have the form KEY=VALUE"),
         ("lanch.nodes=2", "unknown section 'lanch'"),
         ("launch.nodes=two", "--set launch.nodes=two: launch.nodes must be a whole number"),
-        ("launch.sbatch=x", "write launch.sbatch.NAME=VALUE"),
+        ("launch.sbatch=x", "must have the form launch.sbatch.NAME=VALUE"),
         ("lr={a: 1}", "lr must be a value or a list"),
-        ("lr=[1", "is not a YAML value"),
+        ("lr=[1", "not a valid YAML value"),
     ],
 )
 def test_overrides_are_checked_too(word, message):
@@ -101,7 +101,7 @@ def test_overrides_are_checked_too(word, message):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    assert "near: gpt2-7b-s3" in refusal(["gpt2-7b-s4"])
+    assert "similar names: gpt2-7b-s3" in refusal(["gpt2-7b-s4"])
 
 
 SHIPPED = sorted(
@@ -184,7 +184,7 @@ def test_another_optimizer_leaves_out_what_was_the_other_ones(tmp_path, capsys):
     assert config.arguments["ademamix_alpha"] == "2"
     assert config.arguments["ademamix_beta1"] == "0.8"
     said = capsys.readouterr().err
-    assert "--set optimizer=ademamix: optimizer ademamix takes the place of s3" in said
+    assert "--set optimizer=ademamix: optimizer ademamix replaces s3" in said
     assert "s3_beta (configs/tiny-s3.yaml:7)" in said
     both = load(["tiny-s3"], ["s3_p=2", "optimizer=ademamix"])  # which the check refuses
     assert both.arguments["s3_p"] == "2" and "s3_beta" not in both.arguments

@@ -23,7 +23,7 @@ def test_every_configuration_is_accepted(release: str) -> None:
     )
     print(run.stdout)
     assert run.returncode == 0, run.stderr
-    assert f"megatron-core {release}: {len(names())} accepted, 0 refused" in run.stdout
+    assert f"megatron-core {release}: {len(names())} accepted, 0 rejected" in run.stdout
     rows = {line.split()[0]: line.split() for line in run.stdout.splitlines()}
     assert rows["gpt2-345m-paper-s3"][1] == "64,109,568"
     assert rows["quickstart/s3"][1:4] == ["by", "its", "dataset"]  # whose vocabulary it takes

@@ -62,7 +62,7 @@ def test_a_run_keeps_everything_in_its_folder(tmp_path):
 
 
 def test_without_data_nothing_starts(tmp_path):
-    with pytest.raises(ConfigError, match="nothing to train on; --set dataset=PREFIX"):
+    with pytest.raises(ConfigError, match="no data to train on; set dataset=PREFIX"):
         commands.megatron_words(load(["gpt2-7b-s3"]), tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_an_array_has_a_run_for_each_combination(tmp_path):
     assert config.arguments["weight_decay"] == "0.01"
     with pytest.raises(ConfigError, match="an array of 4 runs"):
         selection.resolve(arguments(*words))
-    with pytest.raises(ConfigError, match="--task 4: the array has the runs 0 to 3"):
+    with pytest.raises(ConfigError, match="--task 4: the array has runs 0 to 3"):
         selection.resolve(arguments(*words, "--task", "4"))
 
 
@@ -249,18 +249,18 @@ def test_another_jobs_meeting_place_is_not_taken_along(submit, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "environment", "why"),
     [
-        (["gpt2-7b-s3"], {}, "nothing to train on"),
+        (["gpt2-7b-s3"], {}, "no data to train on"),
         (["tiny-s3", "--set", "dataset=/no/such"], {}, "--set dataset=/no/such: dataset: /no/such"),
         (
             ["tiny-s3", "--set", "array.global_batch_size=[8, 7]"],
             {},
             "global_batch_size 7 does not",
         ),
-        (["tiny-s3"], {"VENV": "/no/such"}, "VENV=/no/such holds no bin/python"),
+        (["tiny-s3"], {"VENV": "/no/such"}, "VENV=/no/such has no bin/python"),
         (
             ["tiny-s3", "--set", "launch.environment.WANDB_API_KEY=hush"],
             {"SBATCH_EXPORT": "NONE"},
-            "WANDB_API_KEY: credentials are not written into the job's files, and --export=NONE",
+            "WANDB_API_KEY: credentials are not written to the job's files, and --export=NONE",
         ),
         (
             ["tiny-s3", "--set", "data_path=https://me:hush@host/x"],
@@ -394,13 +394,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     stopped = progress(load(["tiny-s3"]), tmp_path).saved
     assert 0 < stopped < 100
     said = log.read_text()
-    assert said.index("SIGTERM: the ranks are asked") < said.index("2 ranks on 1 nodes")
-    assert f"stopped at iteration {stopped} of 100 (asked to by SIGTERM)" in said
+    assert said.index("SIGTERM received: the ranks save") < said.index("2 ranks on 1 nodes")
+    assert f"stopped at iteration {stopped} of 100 (SIGTERM received)" in said
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stdout[-4000:]
     assert f"resuming from iteration {stopped}" in again.stdout
     assert min(Run(0, again.stdout).column("lm loss")) == stopped + 1
     assert progress(load(["tiny-s3"]), tmp_path).saved == 100
     third = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "trained to iteration 100 of 100 already; nothing to do" in third.stdout
+    assert "training is already finished: iteration 100 of 100" in third.stdout
     assert third.returncode == 0

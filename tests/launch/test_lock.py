@@ -99,8 +99,8 @@ def test_the_second_is_told_who_holds_the_folder(tmp_path):
         lock.hold([tmp_path / "x" / ".."]).__enter__()
     assert re.fullmatch(
         rf"{tmp_path} is in use by another launch: process {os.getpid()} on {os.uname().nodename}, "
-        r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d; wait until it has ended, stop it, or "
-        rf"name another folder\. If that machine is gone for good, remove {tmp_path}/lock",
+        r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d; wait until it ends, stop it, or "
+        rf"use another folder\. If its machine is gone for good, remove {tmp_path}/lock",
         str(refused.value),
     )
     with lock.hold([tmp_path]):  # it was given back, and with the record of who held it
@@ -190,8 +190,8 @@ def test_ranks_that_live_on_keep_the_folder(tmp_path):
         writer.communicate()
     assert str(refused.value) == (
         f"{tmp_path} is in use: its last launch (process 1 on {left['host']}, since "
-        f"{left['since']}) has ended, but not the ranks that it started: processes {writer.pid} of "
-        f"this machine; end them. If their machine is gone for good, remove {tmp_path}/lock"
+        f"{left['since']}) has ended, but its ranks have not: processes {writer.pid} on this "
+        f"machine; end them. If their machine is gone for good, remove {tmp_path}/lock"
     )
     with lock.hold([tmp_path]):
         pass
@@ -288,7 +288,7 @@ def test_a_rank_whose_folder_was_taken_ends(tmp_path, monkeypatch):
     monkeypatch.setenv(lock.VARIABLE, json.dumps([os.getppid(), str(path)]))
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(lock.InUse, match="another launch has taken the folder"):
+        with pytest.raises(lock.InUse, match="another launch has locked the folder"):
             lock.join()
 
 

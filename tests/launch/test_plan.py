@@ -98,7 +98,7 @@ def test_the_fullest_stage_and_the_time_are_named():
     lines = text(made).splitlines()
     assert "a rank of pipeline stage 1 of 0-3, the fullest" in lines
     assert any(line.split() == "total, stage 0 7.680 kB".split() for line in lines)
-    assert any("Megatron's formula knows no mixtures of experts" in line for line in lines)
+    assert any("Megatron's formula does not cover mixtures of experts" in line for line in lines)
     record = json.loads(json.dumps(as_json(made)))
     assert record["bytes_a_rank"] == 16000 and record["tokens"] == 32 * 64 * 1000
     assert record["days"] == pytest.approx(2000 / 86400)
@@ -123,7 +123,7 @@ def test_a_signal_that_comes_too_late_is_warned_of():
 def test_the_seconds_of_the_signal(given, seconds):
     config = load(["tiny-s3"], [f"launch.sbatch.signal={given}"] if given else [])
     if seconds is None:
-        with pytest.raises(ConfigError, match=r"signal=.*: signal must be as .*@180, not"):
+        with pytest.raises(ConfigError, match=r"signal=.*: signal must have the form .*@180, not"):
             _signal(config)
         return
     assert _signal(config) == seconds
@@ -164,7 +164,7 @@ def test_what_checkpoints_take_beside_the_step():
         ),
         (["--gpus", "7"], "1 nodes x 7 ranks = 7 ranks do not divide by tensor 2"),
         (["--set", "rampup_batch_size=[1, 1, 9]"], "rampup_batch_size cannot be planned"),
-        (["--json", "no/such/folder/plan.json"], "there is no folder no/such/folder"),
+        (["--json", "no/such/folder/plan.json"], "the folder no/such/folder does not exist"),
     ],
 )
 def test_refusals(words, message, capsys):
@@ -184,7 +184,7 @@ def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsy
     monkeypatch.setattr(job, "completed", fails)
     assert main(["tiny-s3"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "[megatron_s3] asking Megatron for the sizes; importing it takes a while",
+        "[megatron_s3] computing the sizes with Megatron; the import takes a few seconds",
         "error: tiny-s3: cannot be planned: Megatron does not build this model without a GPU: "
         "TypeError: unexpected keyword argument 'k_channels'",
     ]
@@ -193,7 +193,7 @@ def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsy
 def test_the_vocabulary_is_the_datasets_where_it_is(monkeypatch):
     config = load(["gpt2-7b-s3"], ["dataset=far/away"])
     words, source = _vocabulary(config)
-    assert words == [] and source.endswith("; dataset far/away is not here")
+    assert words == [] and source.endswith("; dataset far/away does not exist here")
     monkeypatch.setattr(data, "megatron_arguments", lambda prefix: ["--tokenizer-type", "X"])
     monkeypatch.setattr(data, "load", lambda prefix: {"tokenizer": {"vocab_size": 1234}})
     words, source = _vocabulary(config)
@@ -226,7 +226,7 @@ def test_gpt2_7b(tmp_path, gpus, tensor, batch):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stderr == (
-        "[megatron_s3] asking Megatron for the sizes; importing it takes a while\n"
+        "[megatron_s3] computing the sizes with Megatron; the import takes a few seconds\n"
     )
     found = json.loads(out.read_text())
     hidden, layers = 4096, 32

@@ -59,7 +59,9 @@ def nodes(tmp_path: Path):
 def test_good_nodes(nodes, tmp_path: Path) -> None:
     statuses, lines = nodes()
     assert statuses == [0, 0]
-    assert len(lines) == 1 and lines[0].startswith("preflight: 2 nodes, on CPUs: all well"), lines
+    assert len(lines) == 1 and lines[0].startswith(
+        "preflight: 2 nodes, on CPUs: all checks passed"
+    ), lines
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -73,7 +75,7 @@ def test_missing_gpus_on_all(nodes) -> None:
     statuses, lines = nodes("--set", "plugin_device=cuda")
     assert statuses == [1, 1]
     assert lines == [
-        f"preflight: {name}: has 0 GPUs, and the configuration wants 2 (launch.nproc_per_node)"
+        f"preflight: {name}: has 0 GPUs, and the configuration needs 2 (launch.nproc_per_node)"
         for name in "ab"
     ]
 
@@ -81,7 +83,7 @@ def test_missing_gpus_on_all(nodes) -> None:
 def test_no_room(nodes) -> None:
     statuses, lines = nodes("--min-free", "1e9")
     assert statuses == [1, 1]
-    assert len(lines) == 2 and all("and 1e+09 are asked for" in line for line in lines)
+    assert len(lines) == 2 and all("and MIN_FREE_GIB asks for 1e+09" in line for line in lines)
 
 
 def test_another_disk(nodes, tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_wrong_arithmetic(nodes) -> None:
 
     statuses, lines = nodes(break_it=wrong)
     assert statuses == [1, 1]
-    assert lines == ["preflight: b: cpu multiplies wrongly"]
+    assert lines == ["preflight: b: cpu gives a wrong product of matrices"]
 
 
 def test_dead_network_is_the_node_s_that_reaches_none(nodes) -> None:
@@ -124,7 +126,7 @@ def test_dead_network_is_the_node_s_that_reaches_none(nodes) -> None:
     statuses, lines = nodes(names="a,b,c", started=3, timeout=8, break_it=deaf)
     assert statuses == [1, 1, 1]
     assert lines[0] == "preflight: c: no all-reduce with any other node"
-    assert "preflight:   c: no all-reduce with gloo: division by zero" in lines[1:]
+    assert "preflight:   c: the all-reduce with gloo fails: division by zero" in lines[1:]
     assert all(line.startswith("preflight:   ") for line in lines[1:])
 
 
@@ -145,7 +147,7 @@ def test_gloo_is_tried_too_where_the_ranks_use_nccl(nodes) -> None:
 
     statuses, lines = nodes(break_it=two)
     assert statuses == [1, 1]
-    assert any("a: no all-reduce with no such backend: " in line for line in lines), lines
+    assert any("a: the all-reduce with no such backend fails: " in line for line in lines), lines
 
 
 def test_finished_run_is_not_looked_at(nodes, tmp_path: Path) -> None:
@@ -154,7 +156,9 @@ def test_finished_run_is_not_looked_at(nodes, tmp_path: Path) -> None:
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("30")
     statuses, lines = nodes(names="a,b,c", timeout=8)
     assert statuses == [0, 0]
-    assert lines == ["preflight: trained to iteration 30 already, so no node is looked at"]
+    assert lines == [
+        "preflight: training is already finished (iteration 30); the nodes are not checked"
+    ]
 
 
 @pytest.mark.parametrize("nodes", range(2, 9))

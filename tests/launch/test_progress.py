@@ -41,13 +41,19 @@ def test_the_end(sets, last, tmp_path):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["train_iters=null"], "neither train_iters nor train_samples says how long to train"),
-        (["train_iters=abc"], "--set train_iters=abc: train_iters must be a whole number from 1"),
+        (["train_iters=null"], "no file sets train_iters or train_samples"),
+        (
+            ["train_iters=abc"],
+            "--set train_iters=abc: train_iters must be a whole number of at least 1",
+        ),
         (
             ["train_iters=null", "train_samples=80", "rampup_batch_size=[2, 2, 8]"],
-            "with rampup_batch_size, train_samples does not say at which iteration",
+            "with rampup_batch_size, train_samples does not determine the last iteration",
         ),
-        (["save=msc://bucket/run"], "save is msc://bucket/run, where the launcher cannot see"),
+        (
+            ["save=msc://bucket/run"],
+            "save is msc://bucket/run, and the launcher can read only folders",
+        ),
     ],
 )
 def test_what_cannot_be_known_is_refused(sets, message, tmp_path):
@@ -84,7 +90,7 @@ def test_what_a_save_left(tmp_path):
     assert newest() is None
     tracker.write_text("20")
     assert f"{tracker} names iteration 20, and there is no" in refused(newest)
-    assert refused(newest).endswith("write one of those that are there into it: 10")
+    assert refused(newest).endswith("write the number of one of these iterations into it: 10")
     tracker.write_text("1\x000")
     assert f"{tracker} names '1\\x000' instead of an iteration" in refused(newest)
     tracker.unlink()
@@ -92,8 +98,8 @@ def test_what_a_save_left(tmp_path):
     (folder / "iter_0000015/metadata.json").write_text("{}")
     # What the ranks would refuse is refused before they are started.
     assert refused(newest) == (
-        f"{tracker} is missing, and there are complete checkpoints beside it; write one of those "
-        "that are there into it: 10, 15"
+        f"{tracker} is missing, and there are complete checkpoints beside it; write the "
+        "number of one of these iterations into it: 10, 15"
     )
     config = load(["tiny-s3"], ["non_persistent_ckpt_type=global"])
     tracker.write_text("10")
@@ -117,7 +123,7 @@ def test_load_of_another_folder_is_for_the_start(tmp_path):
     ("sets", "message"),
     [
         (["finetune=true"], "pretrained_checkpoint=DIR and leave finetune out"),
-        (["finetune=true", "load={run}/checkpoints"], "--set finetune=true: finetune would be"),
+        (["finetune=true", "load={run}/checkpoints"], "--set finetune=true: finetune would apply"),
         (["ckpt_step=20"], "write the iteration into {run}/checkpoints/latest_checkpointed"),
         (["no_load_optim=true"], "start once from there in another folder: --run-dir NEW, load="),
         (["no_load_rng=true"], "start once from there in another folder"),
@@ -139,19 +145,19 @@ def test_a_finished_run_of_another_configuration_is_not_this_one(tmp_path, capsy
     provenance.record(tmp_path, load(["tiny-s3"]), [])
     words = ["tiny-s3", "--run-dir", str(tmp_path)]
     assert launch.main([*words, "--set", "lr=0.003", "--set", "launch.time=1:00"]) == 0
-    assert "trained to iteration 30 of 30 already; nothing to do" in capsys.readouterr().out
+    assert "training is already finished: iteration 30 of 30" in capsys.readouterr().out
     assert launch.main([*words, "--set", "train_iters=20", "--set", "s3_grad_bound=10"]) == 2
     assert capsys.readouterr().err == (
-        f"error: training in {tmp_path} is finished, with another configuration than this: "
-        "train_iters: 30 -> 20, s3_grad_bound: not given -> 10; take another --run-dir for another "
+        f"error: training in {tmp_path} is finished, with another configuration: "
+        "train_iters: 30 -> 20, s3_grad_bound: not given -> 10; use another --run-dir for another "
         "run\n"
     )
     (tmp_path / "config.yaml").write_text("arguments:\n  lr: [")
     assert launch.main(words) == 2
-    assert "what was trained cannot be read" in capsys.readouterr().err
+    assert "its configuration cannot be read" in capsys.readouterr().err
     (tmp_path / "config.yaml").unlink()
     assert launch.main(words) == 0
-    assert f"(with which configuration {tmp_path} does not say)" in capsys.readouterr().out
+    assert f"({tmp_path} does not record with which configuration)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_a_signal_to_the_process_group_saves(name, launcher, tmp_path):
     os.killpg(process.pid, signal.Signals[name])
     said = process.communicate()[0].splitlines()
     assert said == [
-        f"[megatron_s3] {name}: the ranks are asked to save and end",
+        f"[megatron_s3] {name} received: the ranks save a checkpoint and end",
         f"{name} False 0",
     ]
     assert len(list(tmp_path.glob("*.saved"))) == 2 and not living(tmp_path)
@@ -131,7 +131,7 @@ def test_a_signal_to_every_process_saves(name, launcher, tmp_path):
 def test_a_second_interrupt_kills(launcher, tmp_path):
     process = launcher(stubborn="1")
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline().startswith("[megatron_s3] SIGINT: the ranks are asked")
+    assert process.stdout.readline().startswith("[megatron_s3] SIGINT received: the ranks save")
     process.send_signal(signal.SIGINT)
     assert process.communicate()[0] == "SIGINT True -9\n"
     until(lambda: not living(tmp_path))
@@ -160,9 +160,15 @@ def test_an_interrupt_before_there_are_ranks_ends_the_launcher():
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["exit_signal_handler=false"], "tiny-s3: exit_signal_handler is not on, and without it"),
+        (
+            ["exit_signal_handler=false"],
+            "tiny-s3: exit_signal_handler is off, so the ranks would not save",
+        ),
         (["exit_signal_handler_for_training=true"], "before exit_signal_handler can save"),
-        (["exit_signal=SIGKILL"], "must be a signal that a process can catch, as SIGTERM, not"),
+        (
+            ["exit_signal=SIGKILL"],
+            "must be a signal that a process can catch, such as SIGTERM, not",
+        ),
         (["exit_signal=TERM"], "--set exit_signal=TERM: exit_signal must be a signal"),
     ],
 )

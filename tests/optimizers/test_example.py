@@ -4,14 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
 from pytorch_optimizer import AdEMAMix as Published
+from typing_extensions import Unpack
 
 from megatron_s3.kernels import cpu
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer, register
+from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
 from megatron_s3.optimizers.description import Description
+from megatron_s3.rules.signsgd import signsgd_update
 from tests.harness.trainer import REPOSITORY, assert_bitwise_equal, tensors, train
 
 EXAMPLE = Path(__file__).parent / "example"
@@ -65,6 +69,40 @@ def test_its_gpu_kernel_gives_the_portable_bits() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_hyperparameter_named_momentum_is_what_schedulers_set() -> None:
+    def optimizer(momentum: str | None) -> type[ElementwiseOptimizer]:
+        class Signum(ElementwiseOptimizer):
+            description = Description(
+                "signum", "Signum", ("exp_avg",), 1.0, signsgd_update, momentum=momentum
+            )
+
+            @arguments
+            def __init__(
+                self,
+                params: Params,
+                lr: Rate = 1e-3,
+                *,
+                momentum: Annotated[float, About("coefficient of the average", 0, 1)] = 0.95,
+                **options: Unpack[Options],
+            ) -> None: ...
+
+        return Signum
+
+    for named in ("momentum", None):
+        param = torch.nn.Parameter(torch.ones(3))
+        found = optimizer(named)([param], lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CyclicLR(
+            found, 1e-3, 1e-2, step_size_up=4, base_momentum=0.5, max_momentum=0.9
+        )
+        param.grad = torch.ones(3)
+        found.step()
+        assert found.param_groups[0]["momentum"] == 0.9
+        schedule.step()
+        assert found.param_groups[0]["momentum"] == pytest.approx(0.8)
+    with pytest.raises(TypeError, match="momentum='beta', but its hyperparameters are momentum"):
+        optimizer("beta")
 
 
 def test_a_name_is_given_once(ademamix) -> None:

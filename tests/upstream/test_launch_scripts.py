@@ -20,8 +20,8 @@ def test_launches_are_compared_with_what_they_have_to_become(tmp_path: Path) -> 
     )
     assert run.returncode == 1, run.stderr
     assert run.stdout.splitlines()[:3] == [
-        "refused  examples/refused.sh: --lr $1 is no number here: write the number out, or set it "
-        "in the script",
+        "refused  examples/refused.sh: --lr $1 is not a number in this text; write a number, or "
+        "set the variable in the script",
         "right    examples/right.sh (launches: 1)",
         "WRONG    examples/silent.sh: nothing was started",
     ]

@@ -38,6 +38,8 @@ def build(
         model: another one; the same on every rank.
         ddp: further fields of DistributedDataParallelConfig.
         **settings: attributes of OptimizerConfig, those of the plugin's flags included.
+            ``plugin_log_grad_norm`` is False here, as in the trainer; None gives a library's
+            default.
 
     Returns:
         The model and the optimizer.
@@ -54,6 +56,7 @@ def build(
         params_dtype=dtype,
         use_distributed_optimizer=sharded,
     )
+    settings = {"plugin_log_grad_norm": False} | settings
     for key, value in settings.items():  # some of which its constructor allows to Adam alone
         setattr(config, key, value)
     chosen = {} if overrides is None else {"config_overrides": overrides}

@@ -1,7 +1,6 @@
 """Two data-parallel ranks: Megatron's own DistributedOptimizer around S3, without the trainer."""
 
 import argparse
-import math
 import pathlib
 import tempfile
 
@@ -87,7 +86,7 @@ def test_steps_are_the_references(dtype):
         before = frozen.clone()
         for seed in range(5):
             success, norm, _ = step(model, optimizer, seed)
-            assert success and 0 < norm < math.inf and isinstance(norm, float)
+            assert success and norm == 0.0 and isinstance(norm, float)
             grads = {}
             for rank in range(2):  # what DDP averages
                 torch.manual_seed(100 * seed + rank)

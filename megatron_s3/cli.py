@@ -37,6 +37,10 @@ VERBS = {
         "megatron_s3.checkpoints.evaluate",
         "evaluate exported models on the paper's five tasks",
     ),
+    "hook": (
+        "megatron_s3.autoregister",
+        "let MEGATRON_S3=1 register the plugin in programs that nobody edits",
+    ),
 }
 
 #: Verbs that import PyTorch for seconds before they read their arguments.

@@ -34,7 +34,7 @@ FOR_ALL = {"errors", "folders", "log", "renamed", "version"}
 KNOW_MEGATRON = {"bridge", "pretrain_gpt"}
 
 #: What a training, a verb, the quickstart or a job's script starts.
-STARTED = ("", "pretrain_gpt", "__main__", "cli", "quickstart", "launch.preflight")
+STARTED = ("", "pretrain_gpt", "__main__", "cli", "quickstart", "launch.preflight", "verl_plugin")
 
 
 @cache

@@ -17,6 +17,9 @@ class _Adam(str):
 
     asked: str
 
+    def __repr__(self) -> str:
+        return repr(self.asked)  # Megatron logs the configuration while it builds
+
 
 @contextlib.contextmanager
 def as_adam(holder: Any) -> Iterator[None]:

@@ -1,0 +1,98 @@
+"""The program in megatron_s3/mcore/README.md, as it stands there, and wrong checkpoints for it."""
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.harness.trainer import assert_bitwise_equal, forks, tensors
+
+PAGE = Path(__file__).parents[2] / "megatron_s3/mcore/README.md"
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+    (text,) = [block for block in blocks if "sys.argv" in block]
+    path = tmp_path_factory.mktemp("program") / "train.py"
+    path.write_text(text)
+    return path
+
+
+def run(program: Path, *argv: str | Path, ranks: int = RANKS, fails: bool = False) -> str:
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        words = [str(word) for word in argv]
+        status = forks(None, True).run(words, ranks, log.name, program=str(program))
+        said = log.read()
+    assert (status != 0) is fails, said[-4000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def first(program, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("first") / "first"
+    said = run(program, "4", folder)
+    assert len(re.findall(r"^step \d: loss 4\.\d+, gradient norm \d\.\d+$", said, re.M)) == 4
+    assert "optimizer='s3'" in said or "optimizer='" not in said  # Megatron's log of its settings
+    return folder
+
+
+def test_it_resumes_bitwise_and_reshards(program, first, tmp_path):
+    run(program, "8", tmp_path / "through")
+    assert "checksums verified" in run(program, "8", tmp_path / "resumed", first)
+    saved = tensors(tmp_path / "through", None)
+    assert any("exp_pnorm" in name for name in saved)
+    assert_bitwise_equal(saved, tensors(tmp_path / "resumed", None))
+    for ranks in (1, 3):
+        again = tmp_path / f"of {ranks}"
+        run(program, "4", again, first, ranks=ranks)  # saves what it has loaded
+        assert_bitwise_equal(tensors(first, None), tensors(again, None))
+
+
+@pytest.fixture
+def damaged(first, tmp_path) -> Path:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in first.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_flipped_bit_is_refused_before_anything_is_loaded(program, damaged, tmp_path):
+    file = max(damaged.glob("*.distcp"), key=lambda each: each.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = run(program, "8", tmp_path / "out", damaged, fails=True)
+    assert f"ValueError: {file}" in said and "Nothing was loaded" in said
+    assert "step 5" not in said
+    unchecked = program.with_name("unchecked.py")
+    text = program.read_text()
+    unchecked.write_text(text.replace('"s3",', '"s3", plugin_no_verify_checkpoint=True,'))
+    assert unchecked.read_text() != text
+    assert "step 5" in run(unchecked, "8", tmp_path / "out", damaged)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loads", "said"),
+    [
+        ('"adam"', '"s3"', "was saved by one of Megatron's own optimizers, whose state means noth"),
+        ('"s3"', '"adam"', r"was saved by S3 \(SoftSignSGD\), whose state means nothing to one of"),
+        ('"nadam"', '"adamw"', "was saved by NAdam"),
+        ('"s3", s3_p=2.0', '"s3"', "was saved with p=2.0; its state means nothing with p=3"),
+    ],
+    ids=["adam into s3", "s3 into adam", "of the same states", "p"],
+)
+def test_another_optimizers_state_is_refused_by_name(program, saved, loads, said, tmp_path):
+    """Before anything is loaded, on all ranks."""
+    text = program.read_text().replace('"s3", lr=6e-3, s3_p=3.0', "OPTIMIZER, lr=6e-3")
+    writing, reading = program.with_name("writing.py"), program.with_name("reading.py")
+    writing.write_text(text.replace("OPTIMIZER", saved))
+    reading.write_text(text.replace("OPTIMIZER", loads))
+    one = tmp_path / "one"
+    run(writing, "1", one)
+    output = run(reading, "2", tmp_path / "two", one, fails=True)
+    assert len(re.findall(f"ValueError: {re.escape(str(one))} {said}", output)) == RANKS
+    assert "step 2" not in output

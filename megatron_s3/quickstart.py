@@ -306,7 +306,8 @@ def _table(
             f"{name} checkpoints".ljust(20) + str(out / name.lower() / "checkpoints"),
             f"{name} TensorBoard".ljust(20) + str(out / name.lower() / "tensorboard"),
         ]
-    return "\n".join([*lines, "picture".ljust(20) + str(picture)])
+    lines += ["picture".ljust(20) + str(picture), "report".ljust(20) + f"megatron-s3 report {out}"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: megatron-s3 report runs/s3 runs/adamw",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help=(
-        "folders of runs that were trained with --plugin-log-updates or --plugin-metrics, or "
-        "folders that scripts/reproduce.sh has written; give runs of several lengths to compare "
-        "the steps to equal loss"))  # fmt: skip
+        "folders of runs that were trained with --plugin-log-updates or --plugin-metrics, folders "
+        "of several such runs (runs/quickstart, an array), or folders that scripts/reproduce.sh "
+        "has written; give runs of several lengths to compare steps to equal loss"))  # fmt: skip
     parser.add_argument(
         "--output",
         type=Path,
@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --output {args.output}: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.output / 'report.html'}: {len(tables)} tables, {len(shown)} pictures")
+    count = "1 picture" if len(shown) == 1 else f"{len(shown)} pictures"
+    print(f"wrote {args.output / 'report.html'}: {len(tables)} tables, {count}")
     return 0
 
 

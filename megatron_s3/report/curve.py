@@ -188,14 +188,13 @@ def figure(
             "S3's bound",
             (0.99, 1),
             xycoords=("axes fraction", "data"),
-            xytext=(0, -3),
+            xytext=(0, 2),
             textcoords="offset points",
             ha="right",
-            va="top",
             fontsize=8,
         )
         panels[2].set_ylabel("largest\n|update|")
-        panels[2].set_ylim(0, 1.1 * max(1, panels[2].dataLim.ymax))
+        panels[2].set_ylim(0, 1.3 * max(1, panels[2].dataLim.ymax))
     for panel in panels:
         panel.grid(color="0.9")
         panel.set_axisbelow(True)

@@ -147,7 +147,8 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
     """Returns the suites that ``scripts/reproduce.sh`` wrote, and one suite of all other runs.
 
     Args:
-        paths: folders of suites or of runs (``runs/NAME`` for ``megatron-s3 launch``), or logs.
+        paths: folders of suites, of runs (``runs/NAME`` for ``megatron-s3 launch``), or of several
+            runs (those of an array or of the quickstart), or logs.
 
     Raises:
         RunError: there is no log, a log without a first record, or one that is damaged.
@@ -162,23 +163,37 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
                 json.loads(described.read_text()).get("megatron", []) if described.exists() else []
             )
             suites.append(Suite(path.resolve().name, runs, tuple(words)))
-        elif (path / "run.json").exists():
+        elif _is_experiment(path):
             alone.append(_experiment(path))
         else:
-            alone.append(_run(path))
+            alone += map(_run, _runs_in(path))
     if alone:
         suites.append(Suite("runs", _told_apart(alone)))
     return suites
 
 
+def _log(folder: Path) -> Path | None:
+    """Returns the log of a run; None if there is none."""
+    places = (folder, folder / runlog.NAME, folder / "tensorboard" / runlog.NAME)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Returns a run's folder itself, or the runs that are folders in it."""
+    if _log(folder) is None and folder.is_dir():
+        found = sorted(each for each in folder.iterdir() if each.is_dir() and _log(each))
+        return found or [folder]
+    return [folder]
+
+
 def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the records of a run, and a warning for each line that is cut off."""
-    places = (folder, folder / runlog.NAME, folder / "tensorboard" / runlog.NAME)
-    path = next((place for place in places if place.is_file()), None)
+    path = _log(folder)
     if path is None:
         raise RunError(
-            f"{folder}: has no {runlog.NAME}; train with --tensorboard-dir and "
-            "--plugin-log-updates, or with --plugin-metrics for an optimizer of Megatron"
+            f"{folder}: neither it nor a folder in it has a {runlog.NAME}; train with "
+            "--tensorboard-dir and --plugin-log-updates, or with --plugin-metrics for an optimizer "
+            "of Megatron"
         )
     damage = _cut_off(path)
     records = runlog.read(path)
@@ -215,6 +230,15 @@ def _cut_off(path: Path) -> list[str]:
                 f"{path}, line {number}: damaged: not a record of a run; remove the line"
             )
     return cut
+
+
+def _is_experiment(folder: Path) -> bool:
+    """Returns whether ``scripts/reproduce.sh`` made a run; the quickstart has a run.json too."""
+    record = folder / "run.json"
+    try:
+        return record.exists() and "plan" not in json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # damaged, which is reported when it is read
 
 
 def _experiment(folder: Path) -> Trained:

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 
+from megatron_s3.report.styles import styles
 from scripts.acceptance.environment import installed
 from scripts.acceptance.rows import Writer
 
@@ -132,7 +133,8 @@ def shares_figure(found: dict[str, dict[str, float]], device: str):
     drawn = Figure(figsize=(9, 1.4 + 0.3 * len(bars)), dpi=120, layout="constrained")
     FigureCanvasAgg(drawn)
     axes = drawn.subplots()
-    axes.barh(range(len(bars)), [share for _, share in bars], color="#004488", edgecolor="k")
+    colour = styles(["S3"])[0].colour
+    axes.barh(range(len(bars)), [share for _, share in bars], color=colour, edgecolor="k")
     for row, (_, share) in enumerate(bars):
         axes.text(share + 0.01, row, f"{share:.2f}", va="center", fontsize=8)
     axes.axvline(LEAST_SHARE, color="k", linestyle=":", linewidth=1)

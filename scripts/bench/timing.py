@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_s3.report.styles import style
 from tests.harness.tables import columns
 
 if TYPE_CHECKING:
@@ -181,24 +182,22 @@ def table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-# Told apart on paper without colour: by shade and by hatching.
-_BARS = {
-    "adamw": {"color": "#BBBBBB", "hatch": ""},
-    "kernel": {"color": "#004488", "hatch": ""},
-    "portable": {"color": "#FFFFFF", "hatch": "////"},
-    "other": {"color": "#88AACC", "hatch": "...."},
+#: For each kind of timing: the optimizer with whose style the legend shows it, and its name there.
+_LEGEND = {
+    "adamw": ("AdamW", "torch's AdamW: norm, clip, step, copy"),
+    "kernel": ("S3", "S3, kernel: one pass"),
+    "portable": ("S3", "S3, PyTorch operations"),
+    "other": ("", "the plugin's other optimizers: norm, clip, one pass"),
 }
-_NAMES = {"adamw": "AdamW: norm, clip, step, copy", "kernel": "S3, kernel: one pass"}
-_NAMES["portable"] = "S3, portable: torch operations"
-_NAMES["other"] = "the plugin's others: norm, clip, one pass"
 _LIMIT = 1.6  # of the axis: what is slower is cut off and its number written
 
 
 def figure(comparisons: Sequence[Comparison], title: str) -> "Figure":
     """Bars of the ratio to AdamW's whole phase, one panel for each comparison.
 
-    A bar's line is the interquartile range, the diamond what its bytes would take at the bandwidth
-    of the copy.
+    A bar has the colour and hatch of its optimizer in all pictures, and is white for the PyTorch
+    operations, so that bars are told apart in grey too.  A bar's line is the interquartile range,
+    the diamond what its bytes would take at the bandwidth of the copy.
 
     Args:
         comparisons: at least one.
@@ -219,10 +218,10 @@ def figure(comparisons: Sequence[Comparison], title: str) -> "Figure":
     for panel, comparison in zip(panels[:, 0], comparisons, strict=True):
         _draw(panel, comparison)
     panels[-1, 0].set_xlabel("time / time of AdamW's whole phase, same rounds (smaller is faster)")
-    kinds = [k for k in _BARS if any(t.kind == k for c in comparisons for t in c.timings)]
     handles: list = [
-        Patch(facecolor=_BARS[k]["color"], hatch=_BARS[k]["hatch"], edgecolor="k", label=_NAMES[k])
-        for k in kinds
+        Patch(**_look(optimizer, kind), edgecolor="k", label=name)
+        for kind, (optimizer, name) in _LEGEND.items()
+        if any(t.kind == kind for c in comparisons for t in c.timings)
     ]
     handles.append(Line2D([], [], **_FLOOR, label="its bytes at the bandwidth of a copy"))
     drawn.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
@@ -233,12 +232,27 @@ def figure(comparisons: Sequence[Comparison], title: str) -> "Figure":
 _FLOOR = {"marker": "D", "linestyle": "", "color": "white", "markeredgecolor": "k", "markersize": 6}
 
 
+def _look(label: str, kind: str) -> dict[str, str]:
+    """Returns a bar's colour and hatch.
+
+    Args:
+        label: begins with the optimizer's name; the bar is empty if it names none.
+        kind: see :class:`Timing`.
+    """
+    if kind == "portable":
+        return {"facecolor": "white", "hatch": "////"}
+    own = style(label)
+    if own is None:
+        return {"facecolor": "none", "hatch": ""}
+    return {"facecolor": own.colour, "hatch": own.hatch}
+
+
 def _draw(panel, comparison: Comparison) -> None:
     timings = [t for t in comparison.timings if t.kind != "phase"]
     for row, t in enumerate(timings):
         ratio = comparison.ratio(t)
         shown = min(ratio.median, _LIMIT)
-        panel.barh(row, shown, height=0.7, edgecolor="k", linewidth=0.8, **_BARS[t.kind])
+        panel.barh(row, shown, height=0.7, edgecolor="k", linewidth=0.8, **_look(t.label, t.kind))
         end = shown
         if ratio.median < _LIMIT:
             end = min(ratio.q3, _LIMIT)

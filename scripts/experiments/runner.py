@@ -16,7 +16,7 @@ from megatron_s3.launch import lock
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 from scripts.experiments import toy
-from scripts.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan
+from scripts.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan, waiting
 from tests.harness import forks
 from tests.harness.models import LOCAL, SHAPE
 
@@ -40,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _alike(args)
     chosen = [name for name in args.only if name != "toy"]
     if args.config is not None and "burst" in chosen:
-        print("left out: burst: a launch has no trainer that makes a gradient too large")
+        why = "burst needs the small suite's trainer, which can enlarge a gradient; a launch cannot"
+        if args.only == ["burst"]:
+            print(f"error: {why}; leave out --config", file=sys.stderr)
+            return 2
+        print(f"left out: {why}")
         chosen.remove("burst")
     if args.config is None:
         data.build(
@@ -50,11 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=True,
         )
     if args.dry_run:
-        runs = plan(results(args.out), chosen, args.of)
-        for run in runs:
-            command = _words(run, args) if args.config is None else _command(run, args)
-            print(f"{run.key}: {shlex.join(command)}")
-        print(f"{len(runs)} runs are known; results decide on the others")
+        _show_plan(args, chosen)
         return 0
     try:
         with lock.hold([args.out]) as args.held:
@@ -62,6 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except lock.InUse as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _show_plan(args: argparse.Namespace, chosen: list[str]) -> None:
+    """Prints the known runs with their commands, and what the others wait for."""
+    found = results(args.out)
+    runs = plan(found, chosen, args.of)
+    for run in runs:
+        command = _words(run, args) if args.config is None else _command(run, args)
+        print(f"{run.key}: {shlex.join(command)}")
+    if "toy" in args.only:
+        print(f"toy: Figure 1's problem, computed by this command into {args.out / 'toy.json'}")
+    print(f"{len(runs)} runs are known")
+    for line in waiting(found, chosen, args.of):
+        print(line)
 
 
 def _suite(args: argparse.Namespace, chosen: list[str]) -> int:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["EXPERIMENTS", "Run", "best_rate", "plan"]
+__all__ = ["EXPERIMENTS", "Run", "best_rate", "plan", "waiting"]
 
 SEEDS = (1234, 2345, 3456)
 #: Between the rates of a search.
@@ -67,6 +67,12 @@ BURSTS = {
     "NAdam": (_NADAM, "NAdam"),
 }
 EXPERIMENTS = (*SEARCHES, "grid", "large rates", "burst")
+#: The optimizers at whose best learning rates an experiment runs, and its number of runs.
+NEEDS: dict[str, tuple[tuple[str, ...], int]] = {
+    "grid": (("S3",), len(GRID)),
+    "large rates": (LARGE["of"], len(LARGE["of"]) * len(LARGE["factors"])),
+    "burst": (tuple(dict.fromkeys(of for _, of in BURSTS.values())), 2 * len(BURSTS)),
+}
 
 
 @dataclass(frozen=True)
@@ -124,14 +130,13 @@ def plan(
             result of another is left out.
     """
     found = []
-    needed = set(only)
-    if needed & {"grid", "large rates", "burst"}:
-        needed.add("optimizers")
     for experiment, of in SEARCHES.items():
-        if experiment in needed:
-            for label in of:
-                if labels is None or label in labels:
-                    found += _search(experiment, label, results)
+        for label in of:
+            needed = experiment == "optimizers" and any(
+                label in NEEDS[e][0] for e in only if e in NEEDS
+            )
+            if (experiment in only or needed) and (labels is None or label in labels):
+                found += _search(experiment, label, results)
     s3 = best_rate("S3", results)
     if "grid" in only and s3:
         for p, beta in GRID:
@@ -143,6 +148,39 @@ def plan(
     if "burst" in only:
         found += _bursts(results)
     return found
+
+
+def waiting(
+    results: Mapping[str, float],
+    only: Sequence[str] = EXPERIMENTS,
+    labels: Sequence[str] | None = None,
+) -> list[str]:
+    """Returns a line for each experiment whose runs are not all known yet, with what they wait for.
+
+    Args:
+        results: final validation loss by :attr:`Run.key`.
+        only: experiments.
+        labels: of :data:`SEARCHES`, those that are searched; None for all.
+    """
+    lines = []
+    for experiment in only:
+        if experiment in NEEDS:
+            of, runs = NEEDS[experiment]
+            open_ = [each for each in of if best_rate(each, results) is None]
+            never = [each for each in open_ if labels is not None and each not in labels]
+            if open_:
+                why = f"the best learning rate of {', '.join(open_)} is known"
+                more = f" (--of leaves out {', '.join(never)})" if never else ""
+                lines.append(f"{experiment}: up to {runs} runs, planned when {why}{more}")
+        else:
+            of = tuple(each for each in SEARCHES[experiment] if labels is None or each in labels)
+            open_ = [each for each in of if best_rate(each, results, experiment) is None]
+            if open_:
+                lines.append(
+                    f"{experiment}: more learning rates and {len(SEEDS) - 1} more seeds of each of "
+                    f"{len(open_)} rows, planned when the losses of these runs are known"
+                )
+    return lines
 
 
 def _large_rates(results: Mapping[str, float]) -> Iterator[Run]:

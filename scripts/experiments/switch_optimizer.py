@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_s3 import data
 from megatron_s3.checkpoints import convert, rates
+from megatron_s3.report.styles import styles
 from scripts.experiments import model
 from tests.harness import trainer
 from tests.harness.runs import Run
@@ -124,12 +125,15 @@ def draw(before: dict, after: dict, args: argparse.Namespace) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     late = {int(i): v for i, v in before.items() if int(i) >= args.at - 100}
-    axes.plot(late.keys(), late.values(), color="#222222", linewidth=1, label="AdamW")
-    colours = ("#DDAA33", "#004488", "#BB5566", "#66CCEE", "#EE99AA")
-    for (name, losses), colour in zip(after.items(), colours, strict=True):
-        means = [*losses.values()]
-        means = [statistics.mean(means[max(0, n - 4) : n + 1]) for n in range(len(means))]
-        axes.plot([int(i) for i in losses], means, color=colour, linewidth=1.2, label=name)
+    adamw, s3 = styles(["AdamW", "S3"])
+    _curve(axes, late, adamw.colour, "-", "AdamW")
+    for name, losses in after.items():
+        if name.startswith("AdamW"):
+            colour, line = adamw.colour, adamw.line
+        else:  # the lower learning rate is lighter
+            colour = s3.colour if "10 x" in name else "#7799BB"
+            line = "-" if "state" in name else (0, (2, 1))
+        _curve(axes, {int(i): v for i, v in losses.items()}, colour, line, name)
     axes.axvline(args.at, color="#888888", linewidth=0.8, linestyle=":")
     axes.set(
         xlabel="iteration",
@@ -138,6 +142,12 @@ def draw(before: dict, after: dict, args: argparse.Namespace) -> None:
     )
     axes.legend(frameon=False)
     figure.savefig(args.out / "switch_optimizer.png", dpi=120)
+
+
+def _curve(axes, losses: dict[int, float], colour: str, line, label: str) -> None:
+    values = [*losses.values()]
+    means = [statistics.mean(values[max(0, n - 4) : n + 1]) for n in range(len(values))]
+    axes.plot([*losses], means, color=colour, linestyle=line, linewidth=1.2, label=label)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,23 @@ def named(tables: list[compare.Table], words: str) -> compare.Table:
     return next(table for table in tables if words in table.title)
 
 
+def test_the_runs_in_a_folder(tmp_path) -> None:
+    """As the quickstart and arrays leave them; the quickstart has a run.json of its own."""
+    for name in ("s3", "adamw"):
+        folder = write(tmp_path / "quickstart" / name, name, 0.1, 1, 2.0)
+        (folder / "run.json").write_text('{"plan": {}, "finished": true}')
+    (tmp_path / "quickstart" / "data").mkdir()
+    (runs,) = load([tmp_path / "quickstart"])
+    assert [run.label for run in runs.runs] == ["adamw", "s3"]
+    (alone,) = load([tmp_path / "quickstart" / "s3"])
+    assert [run.label for run in alone.runs] == ["s3"]
+    (tmp_path / "quickstart" / "s3" / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run.json: not a run of scripts/reproduce.sh"):
+        load([tmp_path / "quickstart" / "s3"])
+    with pytest.raises(RunError, match=r"data: neither it nor a folder in it has a metrics.jsonl"):
+        load([tmp_path / "quickstart" / "data"])
+
+
 def test_final_losses_and_their_differences_seed_by_seed(tmp_path) -> None:
     table = named(compare.tables(load([suite(tmp_path / "a")])), "final validation loss")
     s3 = row(table, "S3")

@@ -71,7 +71,26 @@ def test_what_diverges_is_no_best() -> None:
 
 def test_only_some_and_what_they_need() -> None:
     assert {r.experiment for r in plan({}, ["ablations"])} == {"ablations"}
-    assert {r.experiment for r in plan({}, ["burst"])} == {"optimizers"}
+    needed = plan({}, ["burst"])
+    assert {r.experiment for r in needed} == {"optimizers"}
+    assert {r.label for r in needed} == {"S3", "AdamW", "NAdam"}
+    assert {r.label for r in plan({}, ["grid"])} == {"S3"}
+
+
+def test_the_numbers_of_runs_that_wait() -> None:
+    runs, results = everything(lambda r: abs(r.lr - 0.006))
+    assert suite.waiting(results) == []
+    for experiment, (of, count) in suite.NEEDS.items():
+        assert len([r for r in runs if r.experiment == experiment]) == count
+        (line,) = suite.waiting({}, [experiment])
+        assert line == (
+            f"{experiment}: up to {count} runs, planned when the best learning rate of "
+            f"{', '.join(of)} is known"
+        )
+    (line,) = suite.waiting({}, ["burst"], ["S3"])
+    assert line.endswith("(--of leaves out AdamW, NAdam)")
+    (line,) = suite.waiting({}, ["recipes"])
+    assert line.startswith("recipes: more learning rates and 2 more seeds of each of 7 rows")
 
 
 def test_only_some_labels() -> None:
@@ -117,6 +136,15 @@ def test_the_gradient_is_the_losses() -> None:
     assert x.grad.tolist() == pytest.approx(toy.gradient(1.5, 0.7), rel=1e-14)
 
 
+def test_a_launch_has_no_bursts(tmp_path, capsys) -> None:
+    words = ["--config", "tiny-s3", "--out", str(tmp_path), "--dry-run"]
+    assert runner.main(["--only", "burst", *words]) == 2
+    assert "error: burst needs the small suite's trainer" in capsys.readouterr().err
+    assert runner.main(["--only", "burst", "toy", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "left out: burst needs" in shown and "toy: Figure 1's problem" in shown
+
+
 @pytest.mark.parametrize("words", [["--iters", "5"], ["--jobs", "0"], ["--slurm"], ["--of", "S4"]])
 def test_bad_arguments_are_refused(words: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
@@ -129,8 +157,11 @@ def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path, monkeypatch, caps
     monkeypatch.setattr(runner.data, "megatron_arguments", lambda prefix: [])
     words = ["--only", "burst", "--out", str(tmp_path), "--dry-run"]
     assert runner.main([*words, "--", "--hidden-size", "128"]) == 0
-    assert "--hidden-size 64" in (shown := capsys.readouterr().out)
-    assert all(line.endswith("--hidden-size 128") for line in shown.splitlines()[:-1])
+    shown = capsys.readouterr().out
+    assert "--hidden-size 64" in shown
+    *runs, count, waiting = shown.splitlines()
+    assert all(line.endswith("--hidden-size 128") for line in runs)
+    assert count == f"{len(runs)} runs are known" and waiting.startswith("burst: up to 12 runs")
     with pytest.raises(SystemExit, match="another --out"):
         runner.main(words)
 

@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 import textwrap
-import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from megatron_s3 import autoregister, cli
 

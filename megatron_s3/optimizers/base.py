@@ -22,6 +22,7 @@ from megatron_s3.optimizers.counts import Counts
 from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description, plain
 from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.loading import Loading
+from megatron_s3.optimizers.movable import MovableState
 from megatron_s3.optimizers.step import Step
 
 __all__ = ["ElementwiseOptimizer"]
@@ -30,7 +31,7 @@ __all__ = ["ElementwiseOptimizer"]
 MOMENTUM = "momentum"
 
 
-class ElementwiseOptimizer(torch.optim.Optimizer):
+class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose update of an element depends on that element alone.
 
     A subclass defines its :attr:`description` and its constructor's arguments.  State tensors have

@@ -24,6 +24,7 @@ from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.movable import MovableState
 from megatron_s3.optimizers.step import Step
+from megatron_s3.optimizers.torch_keywords import translated
 
 __all__ = ["ElementwiseOptimizer"]
 
@@ -55,12 +56,14 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         fused: None uses the device's kernel if it can run, and else torch operations; True raises
             an error if the kernel cannot run; False always uses torch operations.
         state_dtype: the dtype of all states, or a dict of dtypes by name (float32 for the rest).
-        **hyperparameters: the description's hyperparameters; the rest have their defaults.
+        **hyperparameters: the description's hyperparameters; the rest have their defaults.  Neutral
+            keywords of torch.optim.AdamW (``foreach=None``, ``maximize=False``) and ``betas`` are
+            taken too, see :mod:`megatron_s3.optimizers.torch_keywords`.
 
     Raises:
         TypeError: a hyperparameter is unknown.
-        ValueError: a hyperparameter is out of range (here or in a group), or a parameter is
-            complex.
+        ValueError: a hyperparameter is out of range (here or in a group), a keyword of torch's asks
+            for what the optimizer does not do, or a parameter is complex.
     """
 
     description: ClassVar[Description]
@@ -100,6 +103,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         #: The settings that a trainer makes.
         self.host = Host()
         self.state_dtypes = self._state_dtypes(state_dtype)
+        hyperparameters = translated(self.description, hyperparameters)
         values = {h.name: h.default for h in self.description.hyperparameters}
         if unknown := sorted(set(hyperparameters) - set(values)):
             raise TypeError(
@@ -176,6 +180,8 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does; raises ValueError and adds nothing if a value is invalid."""
+        if isinstance(param_group, dict):
+            param_group = translated(self.description, param_group)
         named = isinstance(param_group, dict) and MOMENTUM in param_group
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -21,7 +21,7 @@ esac
 
 ensure_venv quickstart,test
 
-# The other supported releases, each in its folder, for the compatibility tests.
+# Other packages, each in its folder: the other supported releases, for the compatibility tests.
 if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
   for release in 0.17.1 0.18.2; do
     target=.venv/megatron-core/$release
@@ -32,6 +32,16 @@ if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
       --target "$target.part" "megatron-core==$release"
     mv "$target.part" "$target"
   done
+  # Megatron-Bridge, with what the tests of it need beside the packages that are there.
+  bridge=.venv/megatron-bridge/0.6.2
+  if [ ! -d "$bridge" ]; then
+    echo "installing megatron-bridge 0.6.2 into $bridge"
+    rm -rf "$bridge.part"
+    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --target "$bridge.part" \
+      megatron-bridge==0.6.2 omegaconf==2.4.0 hydra-core==1.3.8 antlr4-python3-runtime==4.9.3 &&
+      mv "$bridge.part" "$bridge" ||
+      echo "megatron-bridge cannot be installed here; its tests will be skipped"
+  fi
 fi
 
 echo "ruff"

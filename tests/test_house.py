@@ -25,16 +25,21 @@ KNOWS = {
     "data": {"storage", "mcore"},
     "launch": {"optimizers", "storage", "mcore", "data"},
     "checkpoints": {"optimizers", "storage", "mcore", "data", "report"},
+    "bridge": {"optimizers", "telemetry", "mcore"},
 }
 
 #: What every room may know.
-FOR_ALL = {"errors", "folders", "log", "renamed", "version"}
+FOR_ALL = {"errors", "folders", "log", "paper", "renamed", "version"}
 
-#: Where Megatron is imported, beside mcore.
+#: Where Megatron is imported, beside mcore: what extends a class of Megatron-Bridge's has to
+#: import it, and Megatron with it.
 KNOW_MEGATRON = {"bridge", "pretrain_gpt"}
 
-#: What a training, a verb, the quickstart or a job's script starts.
-STARTED = ("", "pretrain_gpt", "__main__", "cli", "quickstart", "launch.preflight", "verl_plugin")
+#: What a training, a verb, the quickstart, a job's script or a program of a framework's starts.
+STARTED = (
+    *("", "pretrain_gpt", "__main__", "cli", "quickstart", "launch.preflight"),
+    *("bridge", "verl_plugin"),
+)
 
 
 @cache

@@ -20,16 +20,12 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from megatron_s3.launch.edits import Edits, WrongEdit, compare, line
-from megatron_s3.launch.launches import FLAGS, Launch, LaunchError, find, shown, unused
-from megatron_s3.launch.rules import OVER, TIMES, Rules, number
+from megatron_s3.launch.launches import Launch, LaunchError, find, shown, unused
 from megatron_s3.launch.shell import UNKNOWN, ShellError, value
 from megatron_s3.launch.trace import Trace, trace
+from megatron_s3.paper import FLAGS, LR_FACTOR, OVER, TIMES, Rules, number
 
 __all__ = ["LaunchError", "Translation", "main", "translate"]
-
-#: S3's learning rate divided by AdamW's in the paper, for runs from the beginning. A checkpoint of
-#: a running training is converted with another factor (megatron_s3.checkpoints.transfer).
-LR_FACTOR = "10"
 
 _ADAM = ("adam", "adamw")
 _STATES = ("--exp-avg-dtype", "--exp-avg-sq-dtype")

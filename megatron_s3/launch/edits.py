@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from megatron_s3.errors import MegatronS3Error
 from megatron_s3.launch.launches import Flag, Launch, LaunchError, find, place, shown
-from megatron_s3.launch.rules import Rules
 from megatron_s3.launch.shell import Char, value
 from megatron_s3.launch.trace import Command, Trace
+from megatron_s3.paper import Rules
 
 __all__ = ["Edits", "WrongEdit", "compare", "line"]
 

@@ -10,15 +10,9 @@ from megatron_s3.launch import grammar, shell
 from megatron_s3.launch.expansion import State
 from megatron_s3.launch.shell import UNKNOWN, Argument, Char, value
 from megatron_s3.launch.trace import Command, Trace
+from megatron_s3.paper import FLAGS
 
 __all__ = ["Flag", "Launch", "LaunchError", "find", "place", "shown"]
-
-#: Megatron's flags by which a launch is recognized; all have a value.
-FLAGS = (
-    "--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr", "--lr-warmup-init",
-    "--weight-decay", "--start-weight-decay", "--end-weight-decay", "--adam-beta1",
-    "--adam-beta2", "--adam-eps", "--optimizer", "--clip-grad",
-)  # fmt: skip
 
 _PYTHON = re.compile(r"(.*/)?(python[\d.]*|pypy3?)")
 _TORCHRUN = re.compile(r"(.*/)?(torchrun|debugpy-run)")

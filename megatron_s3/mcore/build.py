@@ -25,7 +25,7 @@ from megatron_s3.mcore.arguments import (
 )
 from megatron_s3.mcore.chained import ElementwiseChainedOptimizer
 from megatron_s3.mcore.configuration import WITHOUT_FUSED_ADAM, settle, settle_precision
-from megatron_s3.mcore.coverage import check, collected
+from megatron_s3.mcore.coverage import check, collected, parts_of
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
 from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
@@ -98,6 +98,7 @@ def get_megatron_optimizer(
         for_adam["lr"] = no_rate
     with collected() as found, as_adam(config), replaced(config, for_adam):
         built = original(config, *args, **kwargs)
+    found = found or parts_of(built)  # where Megatron's functions are not wrapped
     check(found, built, chunks, asked)
     stepping = [part.optimizer for part in found if part.optimizer.optimizer is not None]
     for part in stepping:

@@ -13,10 +13,22 @@ from megatron_s3.mcore.arguments.flags import SWITCHES, Default
 from megatron_s3.mcore.arguments.mask import as_adam, replaced
 from megatron_s3.mcore.arguments.names import destination
 from megatron_s3.mcore.arguments.readers import hyperparameters
-from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.renamed import RENAMED
 
-__all__ = ["WITHOUT_FUSED_ADAM", "add_fields", "post_init", "settle", "settle_precision"]
+__all__ = [
+    "WITHOUT_FUSED_ADAM",
+    "Field",
+    "add_fields",
+    "hyperparameter_fields",
+    "post_init",
+    "settle",
+    "settle_precision",
+    "switch_fields",
+]
+
+#: The name of a field of a configuration, its type, and its default.
+Field = tuple[str, Any, Any]
 
 #: What Megatron's configuration refuses without Transformer Engine's FusedAdam, and has instead.
 WITHOUT_FUSED_ADAM = {
@@ -57,13 +69,23 @@ def add_fields(cls: type) -> None:
         _decorate(each)
 
 
-def _fields() -> Iterator[tuple[str, Any, Any]]:
-    for cls in OPTIMIZERS.values():
-        for h in cls.description.hyperparameters:
-            kind = bool if h.is_switch else Optional[float] if h.default is None else float  # noqa: UP045  # read by frameworks
-            yield destination(cls.description, h), kind, h.default
+def hyperparameter_fields(cls: type[ElementwiseOptimizer]) -> Iterator[Field]:
+    """Yields the field of each hyperparameter of an optimizer."""
+    for h in cls.description.hyperparameters:
+        kind = bool if h.is_switch else Optional[float] if h.default is None else float  # noqa: UP045  # read by frameworks
+        yield destination(cls.description, h), kind, h.default
+
+
+def switch_fields() -> Iterator[Field]:
+    """Yields the field of each switch that all of the plugin's optimizers have."""
     for name, _ in SWITCHES:
         yield name, bool, name in _ON
+
+
+def _fields() -> Iterator[Field]:
+    for cls in OPTIMIZERS.values():
+        yield from hyperparameter_fields(cls)
+    yield from switch_fields()
 
 
 def _subclasses(cls: type[Any]) -> list[type[Any]]:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from torch import Tensor
 
 from megatron_s3.log import say
+from megatron_s3.mcore.arguments import in_megatron_fsdp
 from megatron_s3.mcore.overrides import described
 
-__all__ = ["Part", "build_part", "check", "collected"]
+__all__ = ["Part", "build_part", "check", "collected", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Part:
         optimizer: what was built.
         groups: the model's parameters of each group, which the optimizer may have replaced by main
             parameters or shards since then.
-        settings: the values of each group beside its parameters, as they were before building.
+        settings: the values of each group beside its parameters; None where this rank does not
+            know them.
     """
 
     optimizer: MegatronOptimizer
     groups: list[list[Tensor]]
-    settings: list[dict[str, Any]]
+    settings: list[dict[str, Any] | None]
 
 
 _building: ContextVar[list[Part] | None] = ContextVar("building", default=None)
@@ -60,12 +63,53 @@ def build_part(
 ) -> Any:
     """Wraps Megatron's building of one optimizer of param groups: takes note of it."""
     groups = [list(group["params"]) for group in param_groups]
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in param_groups]
+    settings = [_settings(group) for group in param_groups]
     built = original(config, model_chunks, param_groups, *rest, **kwargs)
     parts = _building.get()
     if parts is not None and isinstance(built, MegatronOptimizer):
         parts.append(Part(built, groups, settings))
     return built
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any] | None:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def parts_of(built: MegatronOptimizer) -> list[Part]:
+    """Returns the parts of what was built where :func:`build_part` could not take note of them.
+
+    That is where Megatron's functions are not wrapped.  A part then says itself which of the
+    model's parameters it steps.
+    """
+    parts = []
+    for part in getattr(built, "chained_optimizers", [built]):
+        if part.optimizer is not None:
+            settings = [_settings(group) for group in part.optimizer.param_groups]
+            parts.append(Part(part, [*_model_groups(part), _elsewhere(part)], [*settings, None]))
+    return parts
+
+
+def _model_groups(part: MegatronOptimizer) -> list[list[Tensor]]:
+    """Returns the model's parameters of each param group, of which this rank has elements."""
+    if _is_sharded(part):
+        kinds = (part.model_float16_groups, part.model_fp32_groups)
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        kinds = (part.float16_groups, part.fp32_from_fp32_groups)
+    else:
+        return [list(group["params"]) for group in part.optimizer.param_groups]
+    return [[*halves, *wholes] for halves, wholes in zip(*kinds, strict=True)]
+
+
+def _elsewhere(part: MegatronOptimizer) -> list[Tensor]:
+    """Returns the model's parameters that other ranks step; they are in some group there."""
+    if not _is_sharded(part):
+        return []
+    here = {id(param) for group in _model_groups(part) for param in group}
+    return [p for buffer in part.buffers for p in buffer.params if id(p) not in here]
+
+
+def _is_sharded(part: MegatronOptimizer) -> bool:
+    return isinstance(part, DistributedOptimizer) and not in_megatron_fsdp(part)
 
 
 def check(
@@ -156,8 +200,9 @@ def _ignored(
         for name, param in named:
             if not key.matches(param, name):
                 continue
+            known = settings[id(param)]
             for setting, value in override.items():
-                if settings[id(param)].get(setting) != value:
+                if known is not None and known.get(setting) != value:
                     return (
                         f"{described(key)} sets {setting}={value!r}, but Megatron built the "
                         f"optimizer of {name} without it: config_overrides do not reach this kind "

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tests.harness.forks import Forks
 from tests.harness.releases import INSTALLED, unpacked
 from tests.harness.trainer import forks
 
@@ -29,7 +30,11 @@ __all__ = ["on_ranks"]
 
 
 def on_ranks(
-    ranks: int = 1, release: str = INSTALLED, *, megatron: bool = True
+    ranks: int = 1,
+    release: str = INSTALLED,
+    *,
+    megatron: bool = True,
+    started: Callable[[], Forks] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Makes a test run on so many gloo ranks, with Megatron's parallel state initialized.
 
@@ -40,6 +45,7 @@ def on_ranks(
         ranks: number of processes, 8 at most.
         release: of Megatron-Core, one of :data:`tests.harness.releases.RELEASES`.
         megatron: False for ranks of torch's alone, in which the plugin is not registered.
+        started: returns another process to fork from.
     """
 
     def decorate(test: Callable) -> Callable:
@@ -51,7 +57,8 @@ def on_ranks(
             packed = base64.b64encode(pickle.dumps(arguments)).decode()
             argv = [inspect.getfile(test), test.__name__, packed, str(int(megatron))]
             with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-                status = forks(folder, megatron).run(argv, count, log.name, program=__name__)
+                process = started() if started else forks(folder, megatron)
+                status = process.run(argv, count, log.name, program=__name__)
                 assert status == 0, log.read()[-8000:]
 
         return run

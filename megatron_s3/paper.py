@@ -1,14 +1,21 @@
-"""The paper's rules for the flags of an AdamW launch."""
+"""The paper's rules for the settings of an AdamW run, by the names of Megatron's flags."""
 
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 
-__all__ = ["OVER", "TIMES", "Rules", "number"]
+__all__ = ["FLAGS", "LR_FACTOR", "OVER", "TIMES", "Rules", "number"]
+
+#: S3's learning rate divided by AdamW's in the paper, for runs from the beginning. A checkpoint of
+#: a running training is converted with another factor (megatron_s3.checkpoints.transfer).
+LR_FACTOR = "10"
 
 TIMES = ("--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr", "--lr-warmup-init")
 OVER = ("--weight-decay", "--start-weight-decay", "--end-weight-decay")
 _DEFAULT_WEIGHT_DECAY = "0.01"  # Megatron's
 _ADAMS = ("--adam-beta1", "--adam-beta2", "--adam-eps")
+
+#: Megatron's flags that the rules know, and by which a launch is recognized; all have a value.
+FLAGS = (*TIMES, *OVER, *_ADAMS, "--optimizer", "--clip-grad")
 
 
 class Rules:

@@ -29,6 +29,7 @@ from megatron_s3.mcore.checkpoint import read
 from megatron_s3.optimizers.description import Description, Hyperparameter
 from megatron_s3.storage import checksums
 from megatron_s3.storage.layout import TRACKER, iteration_of
+from megatron_s3.storage.newest import RELEASE
 from megatron_s3.version import __version__
 
 __all__ = ["convert", "main"]
@@ -46,8 +47,9 @@ def convert(
     """Writes ``output``, a folder for ``--load``, atomically; the input is only read.
 
     Args:
-        checkpoint: the folder of ``--save``, or of one iteration in it.
-        output: the folder to make.
+        checkpoint: the folder of ``--save``, or of one iteration in it; or the folder of
+            ``dist_checkpointing.save``, where a program without Megatron's trainer called it.
+        output: the folder to make, which holds what the input's does.
         to: ``adam``, or an optimizer whose description defines the conversion from AdamW.
         iteration: the iteration to convert; the last one saved if None.
         lr_factor: the ratio of the other optimizer's learning rate to AdamW's; the default of its
@@ -67,7 +69,7 @@ def convert(
     if not output.absolute().parent.is_dir():
         raise ConvertError(f"{output.parent}: no such folder; make it first")
     found = read.find(checkpoint, iteration)
-    if iteration_of(found) is None:
+    if found.name == RELEASE:
         raise ConvertError(
             f"{found} is a release, from which Megatron loads the weights alone: it loads into any "
             "optimizer without a conversion"
@@ -86,14 +88,18 @@ def convert(
         unverified = part / "unverified" / source.folder.name  # where no program looks for one
         counts = rewriting.write(source, unverified, values, say_here)
         rewriting.verify(source, unverified, values)
-        unverified.rename(part / source.folder.name)
-        unverified.parent.rmdir()
         seconds = time.monotonic() - began
         record = _record(source, values, counts, seconds)
-        (part / "convert.json").write_text(json.dumps(record, indent=2) + "\n")
-        (part / TRACKER).write_text(str(iteration_of(source.folder)))
-        checksums.sync(part)
-        part.rename(output)
+        made = part
+        if iteration_of(source.folder) is None:  # a program without Megatron's trainer saved it
+            made = unverified
+        else:
+            unverified.rename(part / source.folder.name)
+            unverified.parent.rmdir()
+            (part / TRACKER).write_text(str(iteration_of(source.folder)))
+        (made / "convert.json").write_text(json.dumps(record, indent=2) + "\n")
+        checksums.sync(made)
+        made.rename(output)
         checksums.sync(output.absolute().parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -113,23 +119,7 @@ def _check_room(source: Source, folder: Path) -> None:
 def _record(
     source: Source, settings: Settings, counts: Counter[str], seconds: float
 ) -> dict[str, Any]:
-    new = [groups.convert(found, settings) for found in source.parsed.values()]
-    before, after = (
-        next(args for found in objects for args in groups.arguments(found))
-        for objects in (source.parsed.values(), new)
-    )
-    names = ("optimizer", "lr", "min_lr", "weight_decay", "clip_grad")
-    changed = {name: (getattr(before, name), getattr(after, name)) for name in names}
-    flags = [f"--optimizer {after.optimizer} --lr {after.lr} --min-lr {after.min_lr}"]
-    flags.append(f"--weight-decay {after.weight_decay} --clip-grad {after.clip_grad:g}")
-    if settings.back:  # those by which the state was converted
-        flags.append("--adam-beta1 {:g} --adam-beta2 {:g}".format(*settings.betas))
-    description = settings.description
-    flags += [
-        f"{flag(description, h)} {settings.hyperparameters[h.name]:g}"
-        for h in _numbers(description)
-        if not settings.back and settings.hyperparameters[h.name] != h.default
-    ]
+    changed, resume_with = _changes(source, settings)
     renamed = {name: change.name for name, change in settings.states.items()}
     said = [
         f"{counts[name]:,} elements of {name} were converted to {new}"
@@ -163,9 +153,45 @@ def _record(
         "nonfinite": counts["nonfinite"],
         "bytes": size,
         "seconds": seconds,
-        "flags": " ".join(flags),
+        "flags": resume_with,
         "megatron_s3": __version__,
     }
+
+
+def _changes(source: Source, settings: Settings) -> tuple[dict[str, tuple[Any, Any]], str]:
+    """Returns the settings that changed, and what to resume with: flags, or a configuration."""
+    objects = [*source.parsed.values()]
+    new = [groups.convert(found, settings) for found in objects]
+    before, after = (
+        next((args for each in held for args in groups.arguments(each)), None)
+        for held in (objects, new)
+    )
+    description = settings.description
+    own = {
+        h: settings.hyperparameters[h.name]
+        for h in _numbers(description)
+        if not settings.back and settings.hyperparameters[h.name] != h.default
+    }
+    beta1, beta2 = settings.betas
+    if before is not None and after is not None:
+        names = ("optimizer", "lr", "min_lr", "weight_decay", "clip_grad")
+        changed = {name: (getattr(before, name), getattr(after, name)) for name in names}
+        flags = [f"--optimizer {after.optimizer} --lr {after.lr} --min-lr {after.min_lr}"]
+        flags.append(f"--weight-decay {after.weight_decay} --clip-grad {after.clip_grad:g}")
+        if settings.back:  # those by which the state was converted
+            flags.append(f"--adam-beta1 {beta1:g} --adam-beta2 {beta2:g}")
+        flags += [f"{flag(description, h)} {value:g}" for h, value in own.items()]
+        return changed, " ".join(flags)
+    one, other = (
+        next(group for each in held for group in groups.find(each)) for held in (objects, new)
+    )
+    changed = {n: (one[n], other[n]) for n in ("max_lr", "min_lr", "weight_decay") if n in other}
+    fields = {"optimizer": settings.to, "lr": other.get("max_lr"), "min_lr": other.get("min_lr")}
+    fields |= {"weight_decay": other.get("weight_decay"), "clip_grad": settings.clip_grad}
+    if settings.back:
+        fields |= {"adam_beta1": beta1, "adam_beta2": beta2}
+    fields |= {destination(description, h): value for h, value in own.items()}
+    return changed, f"OptimizerConfig({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
 
 
 def _numbers(description: Description) -> list[Hyperparameter]:
@@ -190,7 +216,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "checkpoint",
         metavar="INPUT",
-        help="folder of --save, or of one iteration in it; format torch_dist, any layout",
+        help="folder of --save, or of one iteration in it, or of dist_checkpointing.save; format "
+        "torch_dist, any layout",
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder to make, for --load")
     known = transfer.convertible()
@@ -257,7 +284,8 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"wrote {args.output}; resume with --load {args.output} {record['flags']}")
+    with_load = "" if record["iteration"] is None else f"--load {args.output} "
+    print(f"wrote {args.output}; resume with {with_load}{record['flags']}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The direction of a conversion and its settings, read from the checkpoint."""
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from megatron_s3.optimizers.description import Description
 __all__ = ["settings"]
 
 
+#: Defaults of Megatron's OptimizerConfig, to which a state is converted back.
+_MEGATRONS_BETAS = (0.9, 0.999)
+
 _ADAMS = (ADAM, AdamW.description.name)
 
 
@@ -21,15 +25,18 @@ def settings(
     to: str,
     lr_factor: float | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
+    sharded: bool = True,
 ) -> Settings:
     """Returns the settings of a conversion, read from the objects of a checkpoint.
 
     Args:
-        objects: the param groups and arguments, as the checkpoint holds them.
+        objects: the param groups and arguments, as the checkpoint holds them.  Programs without
+            Megatron's trainer save no arguments.
         to: the target, :data:`ADAM` or one of :func:`convertible`.
         lr_factor: the ratio of the other optimizer's learning rate to AdamW's; the default of its
             description if None.
         hyperparameters: hyperparameters of the target that differ from its defaults.
+        sharded: whether the state is of the distributed optimizer, if no arguments say so.
 
     Raises:
         TransferError: the state is of an optimizer that cannot be converted, or its param groups
@@ -39,10 +46,7 @@ def settings(
     found = [group for held in objects for group in groups.find(held)]
     args = next((a for held in objects for a in groups.arguments(held)), None)
     if args is None:
-        raise TransferError(
-            "it holds no arguments of the run, which Megatron's trainer saves: convert a "
-            "checkpoint that Megatron's trainer wrote"
-        )
+        args = _from_groups(found, sharded)
     if getattr(args, "no_save_optim", False) or not found:
         raise TransferError(
             "it holds no optimizer state (--no-save-optim): its weights load into any optimizer "
@@ -75,6 +79,19 @@ def settings(
         lr_factor=default if lr_factor is None else lr_factor,
         hyperparameters=values,
         sharded=args.use_distributed_optimizer,
+    )
+
+
+def _from_groups(found: list[dict[str, Any]], sharded: bool) -> argparse.Namespace:
+    """Returns what is read here of a run's arguments, as its param groups have it."""
+    first = found[0] if found else {}
+    beta1, beta2 = _MEGATRONS_BETAS
+    return argparse.Namespace(
+        optimizer=first.get("algorithm", ADAM),
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_eps=first.get("eps", 1e-8),
+        use_distributed_optimizer=sharded,
     )
 
 

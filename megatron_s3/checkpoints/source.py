@@ -1,6 +1,7 @@
 """The input of a conversion: its index, its archives and the objects to change."""
 
 import io
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ class Source:
         place = self.place(index)
         return Archive(self.folder / place.relative_path, place.offset, place.length)
 
+    @property
+    def names(self) -> Collection[str]:
+        """Returns the names of the tensors and objects."""
+        names: Collection[str] = self.index.state_dict_metadata.keys()
+        return names
+
     def _check_states(self) -> None:
         shapes: dict[str, dict[str, Any]] = {}
         for name, entry in self.index.state_dict_metadata.items():
@@ -111,7 +118,11 @@ class Source:
             ConvertError: the checkpoint cannot be converted with them.
         """
         try:
-            found = direction.settings([*self.parsed.values()], to, lr_factor, hyperparameters)
+            # Unsharded, the names of main parameters are others.
+            sharded = any(transfer.state_of(name) == "param" for name in self.names)
+            found = direction.settings(
+                [*self.parsed.values()], to, lr_factor, hyperparameters, sharded
+            )
         except ValueError as error:
             raise ConvertError(f"{self.folder}: {error}") from error
         if self.states != set(found.states):

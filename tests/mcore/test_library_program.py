@@ -5,7 +5,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_s3.checkpoints import convert
+from megatron_s3.checkpoints.errors import ConvertError
+from megatron_s3.rules.roots import square_root
 from tests.harness.trainer import assert_bitwise_equal, forks, tensors
 
 PAGE = Path(__file__).parents[2] / "megatron_s3/mcore/README.md"
@@ -51,6 +55,48 @@ def test_it_resumes_bitwise_and_reshards(program, first, tmp_path):
         assert_bitwise_equal(tensors(first, None), tensors(again, None))
 
 
+def optimized_by(program: Path, optimizer: str) -> Path:
+    """Writes the program with other arguments of the optimizer."""
+    text = program.read_text()
+    written = text.replace('"s3", lr=6e-3, s3_p=3.0', f"{optimizer}, lr=6e-3")
+    assert written != text
+    path = program.with_name(f"{len(list(program.parent.iterdir()))}.py")
+    path.write_text(written)
+    return path
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_adamws_checkpoint_is_converted_resumed_and_converted_back(program, sharded, tmp_path):
+    """In the folder that the program has chosen, without a tracker file and arguments of a run."""
+    adam, s3 = (optimized_by(program, f'"{name}", weight_decay=0.03') for name in ("adam", "s3"))
+    if not sharded:
+        for path in (adam, s3):
+            path.write_text(
+                path.read_text().replace(
+                    "distributed_optimizer=True", "distributed_optimizer=False"
+                )
+            )
+    first, as_s3, back = (tmp_path / name for name in ("first", "s3", "back"))
+    run(adam, "4", first)
+    record = convert.convert(first, as_s3, "s3")
+    assert (record["iteration"], record["step"]) == (None, 4)
+    assert record["flags"].startswith("OptimizerConfig(optimizer='s3', lr=0.018")
+    assert {path.name for path in as_s3.iterdir()} >= {"metadata.json", ".metadata", "convert.json"}
+    old, new = tensors(first, None), tensors(as_s3, None)
+    for name, tensor in new.items():
+        if "exp_pnorm" in name:
+            v = old[name.replace("exp_pnorm", "exp_avg_sq")]
+            assert torch.equal(tensor, square_root(v / (1 - 0.999**4))), name
+    said = run(s3, "8", tmp_path / "on", as_s3)
+    assert "step 8" in said and "step 4" not in said and "checksums verified" in said
+    convert.convert(as_s3, back, "adam", lr_factor=3.0)
+    assert "step 8" in run(adam, "8", tmp_path / "again", back)
+    for name, tensor in tensors(back, None).items():
+        torch.testing.assert_close(tensor, old[name], rtol=1e-5, atol=0)
+    with pytest.raises(ConvertError, match="of --optimizer s3 already"):
+        convert.convert(as_s3, tmp_path / "none", "s3")
+
+
 @pytest.fixture
 def damaged(first, tmp_path) -> Path:
     folder = tmp_path / "damaged"
@@ -87,10 +133,7 @@ def test_a_flipped_bit_is_refused_before_anything_is_loaded(program, damaged, tm
 )
 def test_another_optimizers_state_is_refused_by_name(program, saved, loads, said, tmp_path):
     """Before anything is loaded, on all ranks."""
-    text = program.read_text().replace('"s3", lr=6e-3, s3_p=3.0', "OPTIMIZER, lr=6e-3")
-    writing, reading = program.with_name("writing.py"), program.with_name("reading.py")
-    writing.write_text(text.replace("OPTIMIZER", saved))
-    reading.write_text(text.replace("OPTIMIZER", loads))
+    writing, reading = optimized_by(program, saved), optimized_by(program, loads)
     one = tmp_path / "one"
     run(writing, "1", one)
     output = run(reading, "2", tmp_path / "two", one, fails=True)

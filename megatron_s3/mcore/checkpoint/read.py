@@ -37,7 +37,8 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
     """Returns the folder of one iteration, ``iter_XXXXXXX``, or of a release, ``release``.
 
     Args:
-        folder: what ``--save`` named, or a folder of one iteration in it.
+        folder: what ``--save`` named, or a folder of one iteration in it; or what a program gave to
+            ``dist_checkpointing.save``, whatever it is called.
         iteration: which; the last one saved if None.
 
     Raises:
@@ -48,6 +49,8 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the one of the run's --save")
     is_one = iteration_of(folder) is not None or folder.name == RELEASE
+    # A program that uses the library saves to a folder as it likes.
+    is_one = is_one or (folder / CONFIG).is_file()
     if is_one and not (folder / TRACKER).is_file():
         if iteration not in (None, iteration_of(folder)):
             raise CheckpointError(

@@ -129,9 +129,8 @@ class Counts:
 
     def begin(self, group: Mapping[str, Any], params: Iterable[Tensor]) -> None:
         """Starts counting at 0 for parameters that have no state."""
-        if group["step"]:
-            for param in params:
-                self._set(param, group, 0)
+        for param in params:
+            self._set(param, group, 0)
 
     def number(self, parts: Iterable[GroupUpdates]) -> None:
         """Numbers the updates of a step; a parameter may be updated several times."""

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from megatron_s3 import S3
 from megatron_s3.optimizers import OPTIMIZERS, AdamW, NAdam
+from megatron_s3.optimizers.counts import Counts, GroupUpdates, Update, Watched, is_empty, split
 from megatron_s3.optimizers.host import Host
 
 #: Optimizers whose rule reads the step.
@@ -181,3 +182,67 @@ def test_a_copy_that_an_older_version_wrote_is_read():
     read.__setstate__(state | {"master_params": True, "offload": None})
     assert read.host == Host(master_params=True)
     assert not hasattr(read, "master_params")
+
+
+def updates(group: dict[str, Any], *params: Parameter) -> GroupUpdates:
+    """Of a rule that reads the step; what a kernel is given of them is left out."""
+    operands: Any = None
+    return GroupUpdates(group, {}, True, [Update(p, p, operands, []) for p in params])
+
+
+def test_an_update_is_numbered_where_its_number_is_not_the_groups_step() -> None:
+    """A number splits the updates of a step, so that parameters that count alike have none."""
+    counts, (a, b) = Counts(), two()
+    group = {"params": [a, b], "step": 3}
+    counts.begin(group, [b])
+    part = updates(group, a, a, b)
+    counts.number([part])
+    assert [update.count for update in part.updates] == [None, 5, 1]
+    counts.advance([part])
+    assert group["step"] == 4 and [counts.of(param, group) for param in (a, b)] == [5, 1]
+
+
+def test_a_parameter_that_has_caught_up_counts_with_its_group_again() -> None:
+    counts, (a, b) = Counts(), two()
+    group = {"params": [a, b], "step": 3, "steps": [1, 3]}
+    counts.load([group])
+    assert "steps" not in group and counts.of(a, group) == 1
+    for expected in (3, 5):
+        part = updates(group, a, a, b)
+        counts.number([part])
+        counts.advance([part])
+        assert counts.of(a, group) == expected
+    assert not counts and group["step"] == 5
+
+
+def test_counts_that_are_kept_are_those_before_the_groups_step_is_set() -> None:
+    counts, (a, b) = Counts(), two()
+    group = {"params": [a, b], "step": 3}
+    counts.begin(group, [b])
+    counts.keep(group)
+    group["step"] = 9
+    assert [counts.of(param, group) for param in (a, b)] == [3, 0]
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [2], [1, 2], [1, 2, 3]])
+def test_a_step_that_is_cut_holds_each_update_once_and_in_order(cuts: list[int]) -> None:
+    params = [*two(), *two()]
+    parts = [updates({"step": 0}, *params[:3]), updates({"step": 0}, *params[3:])]
+    pieces = split(parts, cuts)
+    found = [[u.param for part in piece for u in part.updates] for piece in pieces]
+    ends = [*cuts, 4]
+    expected = [params[start:end] for start, end in zip([0, *cuts], ends, strict=True)]
+    assert [list(map(id, piece)) for piece in found] == [list(map(id, p)) for p in expected]
+
+
+def test_a_group_notices_that_its_step_is_read() -> None:
+    for read in (lambda group: group["step"], lambda group: group.get("step")):
+        group = Watched({"step": 3, "lr": 0.1})
+        assert (group["lr"], group.get("lr"), group.read) == (0.1, 0.1, False)
+        assert read(group) == 3 and group.read
+
+
+def test_a_parameter_that_is_not_made_yet_is_not_an_empty_one() -> None:
+    """Torch does not tell its size."""
+    assert not is_empty(torch.nn.UninitializedParameter())
+    assert is_empty(Parameter(torch.zeros(0))) and not is_empty(Parameter(torch.zeros(1)))

@@ -66,6 +66,15 @@ else
   run_pytest -q -n 2 --dist loadfile -m "not slow and not thorough and not cluster and not container"
   run_pytest -q -n 2 --dist loadfile -m "slow and not thorough and not cluster and not container" \
     --durations=10
-  run_pytest -q -m "cluster and not container and not thorough" --durations=5 -rs
-  run_pytest -q -m "container and not thorough" --durations=5 -rs
+  # Images are built while the cluster's tests wait for SLURM's clocks.
+  images=$(mktemp)
+  trap 'rm -f "$images"; kill "$building" 2>/dev/null || true' EXIT
+  run_pytest -q -m "container and not thorough" --durations=5 -rs >"$images" 2>&1 &
+  building=$!
+  status=0
+  run_pytest -q -m "cluster and not container and not thorough" --durations=5 -rs || status=$?
+  echo "waiting for the tests of images"
+  wait "$building" || status=$?
+  cat "$images"
+  exit "$status"
 fi

@@ -4,7 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ def check(
 
     Raises:
         ValueError: a trainable parameter is in no part or in two, a part is not stepped by what was
-            built, or an override is not in force.
+            built, an override is not in force, or a name in one matches nothing on any rank.
     """
     named = [
         (name, param)
@@ -141,7 +141,8 @@ def check(
     fault = (
         _uncounted(parts, named) or _unreached(parts, built) or _ignored(parts, named, overrides)
     )
-    matched = [any(key.matches(p, name) for name, p in named) for key in overrides]
+    keys = [(part, described(key)) for key in overrides for part in _alternatives(key)]
+    matched = [any(part.matches(p, name) for name, p in named) for part, _ in keys]
     found = [(fault, matched)]
     if torch.distributed.is_initialized():
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -149,9 +150,24 @@ def check(
         found = gathered
     if fault := fault or next((other for other, _ in found if other), None):
         raise ValueError(fault)
-    for key, *everywhere in zip(overrides, *(ranks for _, ranks in found), strict=True):
-        if not any(everywhere):
-            say(f"{described(key)} matches no parameter, so it changes nothing")
+    for (part, called), *everywhere in zip(keys, *(ranks for _, ranks in found), strict=True):
+        if any(everywhere):
+            continue
+        if part.attr or part.predicate or part.with_name_predicate:  # made for any model
+            say(f"{called} matches no parameter, so it changes nothing")
+        else:
+            raise ValueError(
+                f"{called}: no trainable parameter of the model has a name that matches "
+                f"{part.name!r}. Correct the pattern (names are those of named_parameters()), or "
+                "leave it out."
+            )
+
+
+def _alternatives(key: Any) -> list[Any]:
+    """Returns a key of names alone as one for each name, and any other as it is."""
+    names = (key.name,) if isinstance(key.name, str) else key.name
+    others = key.attr or key.predicate or key.with_name_predicate
+    return [key] if others or not names else [replace(key, name=name) for name in names]
 
 
 def _uncounted(parts: Sequence[Part], named: Sequence[tuple[str, Tensor]]) -> str | None:

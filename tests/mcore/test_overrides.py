@@ -150,16 +150,27 @@ def test_without_a_rate_there_is_none_to_multiply():
 
 
 @on_ranks(2)
-def test_a_pattern_that_matches_nothing_is_said():
+def test_a_name_that_matches_nothing_is_an_error_on_all_ranks():
+    """Alone, or as one of several."""
+    from megatron.core.optimizer import ParamKey
+
+    for key in (ParamKey(name="*2.weight"), ParamKey(name=("*0.weight", "*2.weight"))):
+        with pytest.raises(ValueError, match=r"config_overrides\[name=.*matches '\*2.weight'"):
+            build(overrides={key: {"p": 2.0}})
+
+
+@on_ranks(2)
+def test_a_predicate_that_matches_nothing_is_said():
+    """Megatron's own are made for any model."""
     import contextlib
     import io
 
+    from megatron.core.optimizer import ParamKey
+
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        build(overrides=override("*2.weight", p=2.0) | override(p=2.0))
+        build(overrides={ParamKey(attr="is_embedding_or_output_parameter"): {"p": 2.0}})
     lines = [line for line in said.getvalue().splitlines() if "matches no parameter" in line]
-    lines = [line.removeprefix("[megatron_s3] ") for line in lines]
-    right = ["config_overrides[name='*2.weight'] matches no parameter, so it changes nothing"]
-    assert lines == (right if torch.distributed.get_rank() == 0 else [])
+    assert len(lines) == (torch.distributed.get_rank() == 0)
 
 
 @on_ranks(2)

@@ -78,3 +78,38 @@ def test_a_vocabulary_that_would_be_padded_with_more_is_refused(now, then, advic
         with pytest.raises(ValueError, match=f"128 new ones|127 new ones.*{advice}") as caught:
             compare_vocabularies("there", here, there)
         assert advice in str(caught.value)
+
+
+@on_ranks()
+def test_what_may_differ_between_two_runs_is_said():
+    """A hyperparameter that does not fix the state's meaning, and the state's precision."""
+    import contextlib
+    import io
+
+    import torch
+
+    from megatron_s3.mcore.checkpoint.differences import compare_optimizers
+
+    def said(**then):
+        now = Namespace(optimizer="s3", s3_beta=0.95, use_precision_aware_optimizer=True)
+        now.exp_avg_dtype = now.exp_avg_sq_dtype = torch.float32
+        with contextlib.redirect_stdout(io.StringIO()) as lines:
+            compare_optimizers("there", now, Namespace(**vars(now) | then))
+        return lines.getvalue().splitlines()
+
+    assert said() == []
+    assert said(s3_beta=0.9) == [
+        "[megatron_s3] there was saved with beta=0.9; the run continues with beta=0.95"
+    ]
+    assert said(exp_avg_dtype=torch.bfloat16) == [
+        "[megatron_s3] there was saved with exp_avg in torch.bfloat16; "
+        "it is loaded into torch.float32"
+    ]
+
+
+@on_ranks()
+def test_megatrons_own_optimizers_are_megatrons_to_compare():
+    from megatron_s3.mcore.checkpoint.differences import compare_optimizers
+
+    compare_optimizers("there", Namespace(optimizer="adam"), Namespace(optimizer="sgd"))
+    compare_optimizers("there", Namespace(optimizer="adam"), Namespace(optimizer="adam"))

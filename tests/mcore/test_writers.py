@@ -1,9 +1,11 @@
 """Failed writes and dead writers of asynchronous checkpoints, with Megatron's own functions."""
 
+import functools
 import gc
 import io
 import os
 import signal
+from argparse import Namespace
 
 import pytest
 
@@ -56,3 +58,55 @@ def test_a_dead_writer_is_an_error(busy: bool) -> None:
                 caller.schedule_async_call(request)
     finally:
         caller.process = None  # or Megatron's destructor waits for it
+
+
+def failed(cause: Exception | None = None) -> Exception:
+    """An error whose traceback holds a local variable, ``held``."""
+    held = io.BytesIO()
+    try:
+        raise OSError(f"of the disk, with {held}") from cause
+    except OSError as error:
+        return error
+
+
+def held_by(error: BaseException) -> dict:
+    return error.__traceback__.tb_frame.f_locals
+
+
+@on_ranks(1)
+def test_what_failed_lets_go_of_all_that_its_causes_held() -> None:
+    """Of a cause, of the error in whose handling it came, and of those of each rank in torch's."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_s3.mcore.checkpoint.async_writers import clear_frames, write_preloaded_data
+
+    cause, context, of_a_rank = failed(), failed(), failed()
+    error = failed(cause)
+    cause.__context__ = context
+    whole = CheckpointException("write", {1: (of_a_rank, None)})
+    whole.__cause__, context.__cause__ = error, whole  # a cycle, too
+    every = (cause, context, of_a_rank, error)
+    assert all("held" in held_by(each) for each in every)
+    clear_frames(whole)
+    assert not any("held" in held_by(each) for each in every)
+    assert write_preloaded_data(lambda: None) is None  # what it returns to a queue
+
+
+class Caller:
+    """As much of Megatron's as is asked: its process has ended."""
+
+    def __init__(self, exitcode: int, *, answered: bool = False, read: bool = False) -> None:
+        self.process = Namespace(exitcode=exitcode)
+        self.cur_item = "read" if read else None
+        self._persistent_comp_q = Namespace(empty=lambda: not answered)
+
+
+@on_ranks(1)
+def test_a_writer_that_answered_before_it_ended_is_no_error() -> None:
+    from megatron_s3.mcore.checkpoint.async_writers import WriterDied, is_current_async_call_done
+
+    done = functools.partial(is_current_async_call_done, lambda caller, *rest: rest)
+    assert done(Caller(-9, answered=True), True, True) == (True, True)
+    assert done(Caller(-9, read=True), False, True) == (False, True)
+    with pytest.raises(WriterDied, match="ended with status 0, so the last checkpoint is not"):
+        done(Caller(0))

@@ -1,4 +1,4 @@
-"""Decisions that all ranks take alike because one of them found a reason."""
+"""Errors of one rank that are raised on all ranks."""
 
 import torch
 
@@ -6,11 +6,11 @@ __all__ = ["raise_first"]
 
 
 def raise_first(error: str | None, group: torch.distributed.ProcessGroup | None = None) -> None:
-    """Raises ValueError on all ranks with the error of the first that has one; else returns.
+    """Raises ValueError on all ranks with the error of the first rank that has one.
 
     Args:
-        error: this rank's; None: it has none.
-        group: the ranks that call this; all if None.
+        error: the error of this rank, None if it has none.
+        group: the ranks that call this function; all ranks if None.
     """
     if torch.distributed.is_initialized():
         errors: list[str | None] = [None] * torch.distributed.get_world_size(group)

@@ -1,4 +1,4 @@
-"""The announcement of the optimizer that was built: rank 0 logs once how it steps."""
+"""Log lines about the optimizer that was built, written once by rank 0."""
 
 import importlib
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def announce(
     config: Any,
     training: Training,
 ) -> None:
-    """Logs the optimizer with its settings, what it holds, and what runs its step: three lines."""
+    """Logs the optimizer with its settings, its parameters and state, and its step: three lines."""
     params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
     sharding = set(map(_sharding, parts))
     groups = [group for part in parts for group in part.optimizer.param_groups]
@@ -51,7 +51,7 @@ def announce(
     offloaded = ""
     if getattr(config, "optimizer_cpu_offload", False):
         count = sum(p.numel() for part in parts for p in part.optimizer.host.offload.params)
-        offloaded = f"; {count:,} of the parameters are kept and updated by the CPU"
+        offloaded = f"; the CPU keeps and updates {count:,} of the parameters"
         devices.add("cpu")
     paths = sorted(_path(cls, parts, device, config, training) for device in devices)
     clipping = f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping"
@@ -65,7 +65,7 @@ def announce(
 
 
 def _either(value: Any, found: Iterable[Any]) -> str:
-    """Returns the configuration's value and, where param groups have others, those."""
+    """Returns the configuration's value, and the values of param groups that have others."""
     others = [other for other in dict.fromkeys(found) if other != value]
     return " or ".join(map(str, [value, *others]))
 
@@ -87,7 +87,7 @@ def _path(
     config: Any,
     training: Training,
 ) -> str:
-    """Returns what runs the step on a device, as far as that depends on settings alone."""
+    """Returns what runs the step on a device, as far as settings determine it."""
     if switches(config)["plugin_no_fused"]:
         return f"torch operations on {device} (--plugin-no-fused)"
     description = cls.description
@@ -113,7 +113,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def say_path(parts: Iterable[MegatronOptimizer], training: Training) -> None:
-    """Logs what ran the first update if it is not what was announced."""
+    """Logs what ran the first update if it differs from the announcement."""
     optimizers = [part.optimizer for part in parts if part.optimizer is not None]
     paths = {optimizer.path for optimizer in optimizers if optimizer.path}
     training.updated = bool(paths)

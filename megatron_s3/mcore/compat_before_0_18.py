@@ -1,6 +1,6 @@
-"""Work-arounds for Megatron-Core before 0.18: delete this where no older release is supported.
+"""Work-arounds for Megatron-Core before 0.18, to be deleted with support for older releases.
 
-With it go the calls of its functions, and ``distributed.isend`` in the table of
+Also delete the calls of its functions, and ``distributed.isend`` in the table of
 :mod:`megatron_s3.mcore.cpu_device`.
 """
 
@@ -18,10 +18,10 @@ def takes_defaults(pretrain: Callable[..., Any]) -> bool:
 
 
 def check_megatron_fsdp(args: argparse.Namespace) -> None:
-    """Raises ValueError for what Megatron-FSDP cannot do; of validated arguments."""
+    """Raises ValueError if validated arguments ask for something that Megatron-FSDP cannot do."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    if not args.use_distributed_optimizer:  # which Megatron adds since then
+    if not args.use_distributed_optimizer:  # Megatron has this argument since then
         raise ValueError(
             "--use-megatron-fsdp needs --use-distributed-optimizer: without it this release of "
             "Megatron steps with gradients that are not the model's. Add it."

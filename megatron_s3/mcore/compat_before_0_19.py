@@ -1,9 +1,10 @@
-"""Work-arounds for Megatron-Core before 0.19: delete this where no older release is supported.
+"""Work-arounds for Megatron-Core before 0.19, to be deleted with support for older releases.
 
-With it go the row of :mod:`megatron_s3.mcore.seams` that names it, and a base of ``OnePass``.
-Before 0.19 upstream's checkpoint code holds the names of Adam's states as a constant in four
-methods, where it asks for ``optimizer_state_keys`` since then; and it asks for the gradients of the
-norm under another name.
+Also delete the row of :mod:`megatron_s3.mcore.seams` that names it, and a base of ``OnePass``.
+
+Before 0.19, four methods of Megatron's checkpoint code contain the names of Adam's states as
+constants, for which later releases use ``optimizer_state_keys``; and the gradients for the norm are
+read from a method of another name.
 """
 
 import functools
@@ -20,16 +21,16 @@ __all__ = ["METHODS", "MainGradsForNorm", "found", "methods_that_name", "needed"
 
 
 class MainGradsForNorm(MegatronOptimizer):  # type: ignore[misc]  # Megatron has no types
-    """Hands the gradients on to whoever asks for a norm that the step does not need."""
+    """Provides the gradients if a norm is computed that the step does not need."""
 
     def get_main_grads_for_grad_norm(self) -> list[Tensor]:
-        """Gives the main gradients, and calls upstream's."""
+        """Fills the main gradients, then calls Megatron's method."""
         self.give_main_grads()
         grads: list[Tensor] = super().get_main_grads_for_grad_norm()
         return grads
 
 
-#: The methods of DistributedOptimizer that hold the names.
+#: The methods of DistributedOptimizer that contain the names.
 METHODS = (
     "get_parameter_state_dp_zero",
     "load_parameter_state_from_dp_zero",
@@ -41,18 +42,18 @@ _ADAMS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def needed() -> bool:
-    """Returns whether the installed release holds the names."""
+    """Returns whether the installed release contains the names as constants."""
     return not hasattr(DistributedOptimizer, "optimizer_state_keys")
 
 
 def found(cls: type) -> set[str]:
-    """Returns the names of the methods of a class that hold Adam's."""
+    """Returns the names of the methods of a class that contain Adam's names."""
     functions = {name: value for name, value in vars(cls).items() if inspect.isfunction(value)}
     return {name for name, value in functions.items() if _ADAMS in value.__code__.co_consts}
 
 
 def methods_that_name(state: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
-    """Returns copies of the methods with these names of states, and nothing else changed."""
+    """Returns copies of the methods with other names of states; nothing else is changed."""
     return {name: _copy(vars(DistributedOptimizer)[name], ("param", *state)) for name in METHODS}
 
 

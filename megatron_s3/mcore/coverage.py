@@ -1,4 +1,4 @@
-"""Every optimizer that Megatron builds, counted: what it steps is every parameter, once."""
+"""Check that the optimizers that Megatron builds step every parameter exactly once."""
 
 import contextlib
 from collections import Counter
@@ -21,14 +21,13 @@ __all__ = ["Part", "build_part", "check", "collected", "parts_of"]
 
 @dataclass(frozen=True)
 class Part:
-    """An optimizer that Megatron built of param groups.
+    """An optimizer that Megatron built from param groups.
 
     Attributes:
-        optimizer: what was built.
-        groups: the model's parameters of each group, which the optimizer may have replaced by main
+        optimizer: the optimizer.
+        groups: the model's parameters of each group; the optimizer may have replaced them by main
             parameters or shards since then.
-        settings: the values of each group beside its parameters; None where this rank does not
-            know them.
+        settings: the other values of each group; None if this rank does not know them.
     """
 
     optimizer: MegatronOptimizer
@@ -41,7 +40,7 @@ _building: ContextVar[list[Part] | None] = ContextVar("building", default=None)
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[Part]]:
-    """Yields a list to which all parts are added that are built inside, however deep."""
+    """Yields a list that collects all parts that are built inside the ``with``."""
     parts: list[Part] = []
     outer = _building.get()
     token = _building.set(parts)
@@ -61,7 +60,7 @@ def build_part(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """Wraps Megatron's building of one optimizer of param groups: takes note of it."""
+    """Wraps the construction of one optimizer from param groups, and records it."""
     groups = [list(group["params"]) for group in param_groups]
     settings = [_settings(group) for group in param_groups]
     built = original(config, model_chunks, param_groups, *rest, **kwargs)
@@ -118,19 +117,19 @@ def check(
     model_chunks: Sequence[torch.nn.Module],
     overrides: Mapping[Any, Mapping[str, Any]],
 ) -> None:
-    """Compares what was built with the model and with what was asked of single parameters.
+    """Compares the optimizers with the model and with the settings of single parameters.
 
-    Collective over all ranks: an error of one is raised on all.
+    Collective over all ranks; an error of one rank is raised on all.
 
     Args:
-        parts: all that were built.
-        built: what the caller is given.
-        model_chunks: of this rank.
-        overrides: the ``config_overrides`` that Megatron's builder was given.
+        parts: all optimizers that were built.
+        built: the optimizer that the caller gets.
+        model_chunks: the model chunks of this rank.
+        overrides: the ``config_overrides`` passed to Megatron's builder.
 
     Raises:
-        ValueError: a trainable parameter is in no part or in two, a part is not stepped by what was
-            built, an override is not in force, or a name in one matches nothing on any rank.
+        ValueError: a trainable parameter is in no part or in two, a part is not stepped by the
+            built optimizer, an override has no effect, or its name matches nothing on any rank.
     """
     named = [
         (name, param)
@@ -182,9 +181,9 @@ def _uncounted(parts: Sequence[Part], named: Sequence[tuple[str, Tensor]]) -> st
         names = [name for name, param in named if min(count[id(param)], 2) == number]
         if names:
             return (
-                f"{what} {len(names)} of {len(named)} trainable parameters, the first {names[0]}: "
-                "each has to be stepped by one. Freeze it (requires_grad=False), or build the "
-                "optimizer of a model whose parameters Megatron knows one by one."
+                f"{what} {len(names)} of {len(named)} trainable parameters, the first {names[0]}; "
+                "each must be stepped by one optimizer. Freeze it (requires_grad=False), or "
+                "build the optimizer of a model whose parameters Megatron knows individually."
             )
     return None
 
@@ -195,7 +194,7 @@ def _unreached(parts: Sequence[Part], built: MegatronOptimizer) -> str | None:
         if any(reached[id(group)] != 1 for group in part.optimizer.param_groups):
             return (
                 f"a {type(part.optimizer).__name__} was built that the {type(built).__name__} "
-                "around it does not step once. Build the optimizer with Megatron's own "
+                "around it does not step exactly once. Build the optimizer with Megatron's own "
                 "get_megatron_optimizer."
             )
     return None
@@ -221,7 +220,7 @@ def _ignored(
                 if known is not None and known.get(setting) != value:
                     return (
                         f"{described(key)} sets {setting}={value!r}, but Megatron built the "
-                        f"optimizer of {name} without it: config_overrides do not reach this kind "
-                        "of model. Leave them out."
+                        f"optimizer of {name} without it, because config_overrides do not reach "
+                        "this type of model. Leave them out."
                     )
     return None

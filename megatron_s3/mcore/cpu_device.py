@@ -1,11 +1,12 @@
-"""Runs Megatron's own trainer on the CPU with gloo, for laptops, tests and first runs.
+"""Runs Megatron's trainer on the CPU with gloo, for laptops, tests and first runs.
 
-Megatron-LM names its device ``cuda`` throughout. ``use_cpu`` gives those names a meaning on a
-machine without a GPU, inside torch and for the whole process; Megatron itself is not touched. It
-has to run before Megatron is imported, which takes some of the names at import. Everything that is
-replaced is in the one table of ``_replacements``; ``_CudaIsCpu`` rewrites arguments, not names.
+Megatron-LM uses the device name ``cuda`` throughout. ``use_cpu`` gives this name a meaning on a
+machine without a GPU, inside torch and for the whole process; Megatron itself is not changed. It
+must run before Megatron is imported, because Megatron takes some of the names at import.
+``_replacements`` is the only table of replaced objects; ``_CudaIsCpu`` rewrites arguments, not
+names.
 
-Losses are those of the CPU's kernels, times say nothing about a GPU, and memory figures read 0.
+Losses are those of the CPU's kernels, times have no relation to a GPU's, and memory figures are 0.
 """
 
 import collections
@@ -20,12 +21,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-#: Of the process: what is replaced in torch is replaced for all of it, once.
+#: Per process: replacements in torch apply to the whole process and are made once.
 _active = False
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
-    """Stands for a call that has no meaning on the CPU."""
+    """Replaces calls that have no meaning on the CPU."""
 
 
 def _zero(*args: object, **kwargs: object) -> int:
@@ -37,7 +38,7 @@ def _context(*args: object, **kwargs: object) -> contextlib.AbstractContextManag
 
 
 class _Immediate:
-    """A CUDA stream or event where work is done when its call returns."""
+    """A CUDA stream or event on a device on which each call finishes its work."""
 
     device = _CPU
     cuda_stream = 0
@@ -61,15 +62,15 @@ class _Immediate:
     record = synchronize = wait = wait_event = wait_stream = _nothing
 
 
-# Compute capability 10 is the first for which Megatron asks nothing of CUDA_DEVICE_MAX_CONNECTIONS:
-# below it, tensor parallelism asserts that it is 1 and Megatron-FSDP that it is not.
+# Compute capability 10 is the first for which Megatron does not check CUDA_DEVICE_MAX_CONNECTIONS:
+# below it, tensor parallelism requires 1 and Megatron-FSDP another value.
 _PROPERTIES = types.SimpleNamespace(
     name="CPU", major=10, minor=0, total_memory=1 << 40, multi_processor_count=1
 )
 
 
 def _replacements() -> dict[str, object]:
-    """Returns all that is replaced in torch: its name below ``torch.`` and what it becomes."""
+    """Returns all replacements in torch, by name below ``torch.``."""
     generator = torch.default_generator
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     get_context = torch.multiprocessing.get_context
@@ -111,8 +112,8 @@ def _replacements() -> dict[str, object]:
         )
 
     return {
-        # A device for each process of this machine, number 0 to every one of them: nothing here
-        # tells them apart. An int, because Megatron-FSDP compares it.
+        # One device for each process, always number 0, because nothing here distinguishes them. An
+        # int, because Megatron-FSDP compares it.
         "cuda.is_available": lambda: True,
         "cuda.is_initialized": lambda: True,
         "cuda.init": _nothing,
@@ -128,11 +129,11 @@ def _replacements() -> dict[str, object]:
         "cuda.is_bf16_supported": lambda including_emulation=True: True,
         "cuda.utilization": _zero,
         "cuda.check_error": _nothing,
-        # Inside torch (data loader, optimizers) the CPU stays what it is.
+        # Inside torch (data loader, optimizers) the CPU keeps its name.
         "accelerator.is_available": lambda: False,
         "accelerator.current_accelerator": lambda check_available=False: None,
-        # Random numbers come from the CPU's generator, which torch.manual_seed has seeded when it
-        # calls manual_seed_all.
+        # Random numbers come from the CPU's generator, which torch.manual_seed has already seeded
+        # when it calls manual_seed_all.
         "cuda.default_generators": (generator,) * ranks,
         "cuda.manual_seed": generator.manual_seed,
         "cuda.random.manual_seed": generator.manual_seed,
@@ -142,10 +143,10 @@ def _replacements() -> dict[str, object]:
         "cuda.random.get_rng_state": get_rng_state,
         "cuda.set_rng_state": set_rng_state,
         "cuda.random.set_rng_state": set_rng_state,
-        # A data loader draws from the CPU's, which must not move CUDA's: tensor-parallel ranks
-        # without a loader share their dropout with those that have one.
+        # A data loader uses the CPU's generator, which must not advance CUDA's: tensor-parallel
+        # ranks without a loader need the same dropout as ranks with one.
         "utils.data.dataloader._BaseDataLoaderIter.__init__": start_loading,
-        # Work is done when its call returns.
+        # Each call finishes its work.
         "cuda.synchronize": _nothing,
         "cuda.Stream": _Immediate,
         "cuda.Event": _Immediate,
@@ -158,7 +159,7 @@ def _replacements() -> dict[str, object]:
         "cuda.nvtx.range_push": _nothing,
         "cuda.nvtx.range_pop": _nothing,
         "cuda.nvtx.mark": _nothing,
-        # No memory of a device to account for.
+        # There is no device memory to report.
         "cuda.empty_cache": _nothing,
         "cuda.reset_peak_memory_stats": _nothing,
         "cuda.memory_allocated": _zero,
@@ -175,17 +176,17 @@ def _replacements() -> dict[str, object]:
         "cuda.LongTensor": torch.LongTensor,
         "cuda.IntTensor": torch.IntTensor,
         "cuda.ByteTensor": torch.ByteTensor,
-        # Megatron makes lists of the split sizes only where their tensor is on a CUDA device
-        # (``moe_utils.maybe_move_tensor_to_cpu``); torch takes no tensors for them.
+        # Megatron converts the split sizes to lists only if their tensor is on a CUDA device
+        # (``moe_utils.maybe_move_tensor_to_cpu``), and torch accepts no tensors for them.
         "distributed.all_to_all_single": all_to_all_single,
-        # Gloo reads what it sends after the call. The interleaved pipeline schedule before 0.18
-        # frees it by then (``schedules.deallocate_output_tensor``); a view keeps it.
+        # Gloo reads the data after the call has returned. The interleaved pipeline schedule before
+        # 0.18 has freed them by then (``schedules.deallocate_output_tensor``); a view keeps them.
         "distributed.isend": isend,
         "distributed.distributed_c10d.isend": isend,
-        # Torch FSDP2 asks its mesh where parameters have to be, and compares.
+        # Torch FSDP2 compares the device of the parameters with that of its mesh.
         "distributed.device_mesh.DeviceMesh.from_group": staticmethod(from_group),
-        # Its checkpoint writer is a process of its own: spawned, to keep CUDA out of it; forked, it
-        # keeps what is replaced here.
+        # Its checkpoint writer is a separate process. Megatron spawns it to keep CUDA out of it;
+        # here it is forked, to keep the replacements.
         "multiprocessing.get_context": lambda method=None: get_context("fork"),
     }
 
@@ -210,12 +211,12 @@ class _CudaIsCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # DistributedOptimizer tells 16-bit parameters by "torch.cuda.HalfTensor" and the like.
+            # DistributedOptimizer recognizes 16-bit parameters by "torch.cuda.HalfTensor" and
+            # similar names.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         result = func(*args, **kwargs)
         if func is torch.Tensor.to and result is args[0] and kwargs.get("non_blocking"):
-            # From a device it would be a copy, and an asynchronous save counts on that: it writes
-            # while training goes on.
+            # A copy, as from a device: an asynchronous save writes it while training continues.
             return result.clone()
         return result
 
@@ -231,16 +232,16 @@ def _is_cuda(device: object) -> bool:
 def use_cpu() -> None:
     """Makes torch's ``cuda`` names mean the CPU, for the rest of the process.
 
-    Replaces what ``_replacements`` lists, enters a ``TorchFunctionMode`` in the calling thread,
-    which has to be the one that trains, and turns torch.compile off, which cannot see through
-    either. Call it before Megatron is imported. A second call does nothing.
+    Applies ``_replacements``, enters a ``TorchFunctionMode`` in the calling thread, which must be
+    the thread that trains, and disables torch.compile, which cannot handle either. Call it before
+    Megatron is imported. A second call does nothing.
     """
     global _active
     if _active:
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # Imported now, because it indexes the functions of torch. The stance is for what has been given
-    # to torch.compile already, where a hook inside Megatron calls this.
+    # Imported now, because it indexes the functions of torch. The stance is for functions that were
+    # passed to torch.compile before, if a hook inside Megatron calls this function.
     import torch._dynamo
 
     torch.compiler.set_stance("force_eager")
@@ -249,7 +250,7 @@ def use_cpu() -> None:
         owner, _, attribute = name.rpartition(".")
         setattr(operator.attrgetter(owner)(torch), attribute, replacement)
     _CudaIsCpu().__enter__()  # type: ignore[no-untyped-call]
-    # With one generator for both devices this is so, by design, on every use of dropout.
+    # With one generator for both devices this happens, by design, with each use of dropout.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -257,14 +258,14 @@ def use_cpu() -> None:
 
 
 def active() -> bool:
-    """Tells whether ``use_cpu`` has run in this process."""
+    """Returns whether ``use_cpu`` has run in this process."""
     return _active
 
 
 def select(device: str) -> str:
-    """Settles what Megatron trains on, and prepares torch for it.
+    """Chooses the device that Megatron trains on, and prepares torch for it.
 
-    Rank 0 (``RANK`` in the environment) prints one line when that is the CPU.
+    Rank 0 (``RANK`` in the environment) prints one line if this is the CPU.
 
     Args:
         device: "cuda", "cpu", or "auto": CUDA if torch sees a device, else the CPU.
@@ -273,8 +274,9 @@ def select(device: str) -> str:
         "cuda" or "cpu".
 
     Raises:
-        RuntimeError: ``device`` is "cuda" and there is none, or the process is on the CPU already.
-        ValueError: ``device`` is none of the three.
+        RuntimeError: ``device`` is "cuda" and there is no CUDA device, or the process uses the CPU
+            already.
+        ValueError: ``device`` is another word.
     """
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"--plugin-device {device}: expected auto, cuda or cpu")

@@ -1,4 +1,4 @@
-"""Megatron's indexed datasets: their format for those who write them, and their built helpers."""
+"""Megatron's indexed datasets: the format, and the compiled library that reads them."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ def indexed_dataset() -> ModuleType:
     """Returns Megatron's module that reads and writes indexed datasets.
 
     Raises:
-        ImportError: there is no Megatron, or it cannot be imported.
+        ImportError: Megatron is not installed, or cannot be imported.
     """
     with quiet():
         from megatron.core.datasets import indexed_dataset
@@ -24,10 +24,10 @@ def indexed_dataset() -> ModuleType:
 
 
 def compile_helpers(original: Callable[..., Any]) -> Any:
-    """Wraps the compilation of the library that reads datasets: keeps one that came built.
+    """Wraps the compilation of the library that reads datasets; keeps an existing library.
 
-    Megatron calls make, and ends the process where that fails: the wheels of 0.17 to 0.19 hold the
-    library, and no Makefile.
+    Megatron calls make and ends the process if make fails. The wheels of 0.17 to 0.19 contain the
+    library but no Makefile.
     """
     try:
         import megatron.core.datasets.helpers_cpp as built

@@ -20,13 +20,13 @@ __all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
 class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: ignore[misc]
     """DistributedOptimizer around an :class:`~megatron_s3.optimizers.ElementwiseOptimizer`.
 
-    Main parameters, shards, gradient reduction and parameter gathering are upstream's.  What is
-    saved of the optimizer is named by its description, so that no checkpoint of it can be taken
-    for Adam's.
+    Main parameters, shards, gradient reduction and parameter gathering are Megatron's. The names of
+    the saved state come from the optimizer's description, so its checkpoints cannot be mistaken for
+    Adam's.
 
     Under ``--use-precision-aware-optimizer`` the optimizer's parameters are shards of the model's,
-    and the fp32 ones are ``master_param`` in its state, which upstream leaves to Transformer
-    Engine's FusedAdam and knows by its methods.
+    and its state holds the fp32 ones as ``master_param``. Megatron leaves this to Transformer
+    Engine's FusedAdam and recognizes it by its methods.
     """
 
     shard_fp32_from_float16_groups: list[list[Tensor]]
@@ -34,23 +34,25 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
-        """Returns the sharded state tensors' names (read by Megatron-Core from 0.19 on)."""
+        """The names of the sharded state tensors (read by Megatron-Core from 0.19 on)."""
         return self.optimizer.description.state
 
     def _get_state_key_dtype(self, key: str) -> torch.dtype:
         return self.optimizer.state_dtypes.get(key, torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what does not depend on the data-parallel rank: param groups and loss scale.
+        """Returns the part that is equal on all data-parallel ranks: param groups and loss scale.
 
-        Upstream's reads torch AdamW's ``step`` from every parameter's state, which is not there.
+        Megatron's method reads torch AdamW's ``step`` from every parameter's state, which does not
+        exist here.
         """
         saved = self.optimizer.state_dict()
         if any("steps" in group for group in saved["param_groups"]):
             raise RuntimeError(
-                f"{self.optimizer.description.label}: some parameters of this rank had no gradient "
-                "in some steps, and so another number of updates, which sharded checkpoints of the "
-                "distributed optimizer do not hold. Give every parameter a gradient (of zeros)."
+                f"{self.optimizer.description.label}: some parameters of this rank had no "
+                "gradient in some steps, so their number of updates differs, and sharded "
+                "checkpoints of the distributed optimizer cannot store it. Give every parameter "
+                "a gradient (of zeros)."
             )
         groups = [{k: v for k, v in g.items() if k != "params"} for g in saved["param_groups"]]
         state_dict: dict[str, Any] = {"optimizer": {"param_groups": groups}}
@@ -59,38 +61,38 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Calls upstream's when there is state already: it would allocate Adam's names."""
+        """Calls Megatron's method when the state exists; it would allocate Adam's names."""
         self.optimizer.init_state()
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
-            state.pop("step", None)  # upstream's, where it loads without FusedAdam
+            state.pop("step", None)  # set by Megatron if it loads without FusedAdam
         self.name_main_params()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Calls upstream's when the main parameters that are the optimizer's state are there."""
+        """Calls Megatron's method after the main parameters in the optimizer's state exist."""
         if self._holds_master_params():
             self.optimizer.init_state()
             self.name_main_params()
         return super().prepare_grads()
 
     def offload_to_cpu(self) -> None:
-        """Calls upstream's for what the CPU does not keep anyway.
+        """Calls Megatron's method for tensors that the CPU does not already hold.
 
         Raises:
-            RuntimeError: a CUDA graph may hold the addresses of what would be moved.
+            RuntimeError: a CUDA graph may hold the addresses of tensors that would be moved.
         """
         if getattr(self.config, "optimizer_cuda_graph", False):
             raise RuntimeError(
-                "offload_to_cpu would move what the CUDA graph of optimizer_cuda_graph goes on "
-                "writing to. Leave one of the two out. Nothing was moved."
+                "offload_to_cpu would move tensors to which the CUDA graph of "
+                "optimizer_cuda_graph keeps writing. Leave one of the two out. Nothing was moved."
             )
         with self._without_the_cpus_states():
             super().offload_to_cpu()
         self.name_main_params()
 
     def restore_from_cpu(self) -> None:
-        """Calls upstream's; what the CPU keeps and updates stays there."""
+        """Calls Megatron's method; tensors that the CPU keeps and updates stay there."""
         with self._without_the_cpus_states():
             super().restore_from_cpu()
         self.name_main_params()
@@ -109,9 +111,9 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     def name_main_params(self) -> None:
         """Sets ``main_param`` of half-precision parameters to the optimizer's ``master_param``.
 
-        Upstream does so with main parameters of its own, for the norm of all parameters for
-        instance.  Before there is any, the attribute is missing on every rank, and the parameter
-        itself is taken.
+        Megatron does so with main parameters of its own, for the norm of all parameters for
+        example. Before the main parameters exist, the attribute is missing on every rank, and the
+        parameter itself is used.
         """
         if not self._holds_master_params():
             return
@@ -130,22 +132,22 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
             elif getattr(param, "main_param", None) is None and hasattr(
                 param, "main_param_sharded"
             ):
-                param.main_param = None  # of one that other ranks keep
+                param.main_param = None  # of a parameter that other ranks keep
                 if not made:
                     del param.main_param
 
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
         group, order = self.model_param_group_index_map[model_param]
         param = self.optimizer.param_groups[group]["params"][order]
-        # Whoever reads or fills a state before a step, in whatever format, finds it made.
+        # The state exists before any format reads or fills it, also before the first step.
         if not self.optimizer.state[param].keys() >= set(self.optimizer.description.state):
             self.optimizer.init_state()
-        # Others leave their own beside them: upstream a step, where it loads without FusedAdam.
+        # Megatron adds a step if it loads without FusedAdam.
         state = self.optimizer.state[param]
         states = {name: state[name] for name in self.optimizer.description.state}
         return {"param": state.get("master_param", param), **states}
 
-    @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd guards
+    @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd protects
     def _set_main_param_and_optimizer_states(
         self, model_param: Any, tensors: dict[str, Any]
     ) -> None:
@@ -155,10 +157,10 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
                 own.copy_(tensors[name])
 
     def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:
-        """Calls upstream's, also where the optimizer holds the main parameters.
+        """Calls Megatron's method, also if the optimizer holds the main parameters.
 
-        Upstream does nothing there, as FusedAdam makes them in its first step; ours are there when
-        state was asked for before.
+        Megatron does nothing in this case, because FusedAdam creates them in its first step; here
+        they exist as soon as the state was requested.
         """
         if not self._holds_master_params():
             super()._copy_model_params_to_main_params(*args, **kwargs)
@@ -169,11 +171,11 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
 
     @contextlib.contextmanager
     def _master_params_as_main_params(self) -> Iterator[None]:
-        """Makes this look as without ``--use-precision-aware-optimizer``, inside a ``with``."""
+        """Hides ``--use-precision-aware-optimizer`` from Megatron, inside a ``with``."""
         self.optimizer.init_state()
         kept = self.shard_fp32_from_float16_groups, self.shard_fp32_groups
         state = self.optimizer.state
-        # fp32 shards have one only in the CPU's memory (--optimizer-cpu-offload).
+        # fp32 shards have a master_param only in the CPU's memory (--optimizer-cpu-offload).
         self.shard_fp32_from_float16_groups, self.shard_fp32_groups = (
             [[state[shard].get("master_param", shard) for shard in group] for group in groups]
             for groups in (self.shard_float16_groups, self.shard_fp32_groups)
@@ -212,20 +214,21 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
             memory, first = memory.view(-1), inside.start - shard.start
             if place(model) != place(memory[first:]):
                 raise RuntimeError(
-                    f"the model's parameter of shape {tuple(model.shape)} has left the buffer that "
-                    "Megatron gathers parameters in, so that no update would reach it (model.to, "
-                    "or another assignment to its data). Move the buffers instead, by their "
-                    "offload_to_cpu and reload_from_cpu, or build DistributedDataParallel and the "
-                    "optimizer after the move. No parameter was changed."
+                    f"the model's parameter of shape {tuple(model.shape)} is no longer in the "
+                    "buffer in which Megatron gathers parameters, so no update would reach it "
+                    "(model.to, or another assignment to its data). Move the buffers instead, "
+                    "with their offload_to_cpu and reload_from_cpu, or build "
+                    "DistributedDataParallel and the optimizer after the move. No parameter was "
+                    "changed."
                 )
             memory = memory[inside.start : inside.end]
-            if place(own) == place(memory):  # of fp32 ones, and of those that are but an image
+            if place(own) == place(memory):  # of fp32 parameters, and of copies
                 continue
             if not self._holds_master_params():
                 found[own] = memory
                 continue
             if "master_param" not in self.optimizer.state[own] and own.dtype == torch.float32:
-                memory.copy_(own)  # it is the main parameter itself
+                memory.copy_(own)  # it is itself the main parameter
             own.data = memory
         return found
 
@@ -243,7 +246,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         return (buffer.grad_data for buffer in self.buffers)
 
     def _model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the model parameters that this rank has elements of, with the optimizer's."""
+        """Yields the model parameters with elements on this rank, with the optimizer's."""
         halves = self.shard_fp32_from_float16_groups
         if self._holds_master_params():
             halves = self.shard_float16_groups
@@ -260,7 +263,7 @@ def sharded_class(
     state: tuple[str, ...],
     base: type[ElementwiseDistributedOptimizer] = ElementwiseDistributedOptimizer,
 ) -> type[ElementwiseDistributedOptimizer]:
-    """Returns the class for an optimizer with these state tensors."""
+    """Returns the subclass for an optimizer with these state tensors."""
     older = compat_before_0_19.needed()
     methods = compat_before_0_19.methods_that_name(state) if older else {}
     return type(base.__name__, (base,), methods)

@@ -1,6 +1,6 @@
 """The GPT that :mod:`megatron_s3.pretrain_gpt` trains: dense or mixture-of-experts.
 
-Megatron is imported inside the functions, because ``register`` has to come first.
+Megatron is imported inside the functions, because ``register`` must come first.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from megatron_s3.mcore.refusal import Refused
 
 __all__ = ["model_provider", "refuse_other_models"]
 
-# Destinations of the arguments that Megatron-LM's own script acts upon and this one does not.
+# Destinations of arguments that Megatron-LM's own script supports and this one does not.
 _NOT_HERE = (
     "dataloader_inter_document_masking",
     "experimental_attention_variant",
@@ -31,16 +31,16 @@ _NOT_HERE = (
 
 
 def refuse_other_models(args: argparse.Namespace) -> None:
-    """Refuses Megatron's arguments where they ask for what only Megatron-LM's own script does.
+    """Rejects arguments that only Megatron-LM's own script supports.
 
     Raises:
-        Refused: naming them.
+        Refused: the message names them.
     """
     refused = [name for name in _NOT_HERE if getattr(args, name, None)]
     if refused:
         raise Refused(
-            f"megatron_s3.pretrain_gpt does not do {', '.join(refused)}: run Megatron-LM's own "
-            "pretrain_gpt.py with -m megatron_s3"
+            f"megatron_s3.pretrain_gpt does not support {', '.join(refused)}; run Megatron-LM's "
+            "own pretrain_gpt.py with -m megatron_s3"
         )
 
 
@@ -57,7 +57,7 @@ def model_provider(
         pre_process: whether the part begins with the embedding.
         post_process: whether it ends with the output layer and the loss.
         vp_stage: the virtual pipeline stage, if there are any.
-        config: a ``TransformerConfig``; made of the arguments if None.
+        config: a ``TransformerConfig``; made from the arguments if None.
         pg_collection: the process groups; the global ones if None.
 
     Raises:

@@ -15,36 +15,37 @@ from megatron_s3.mcore.one_pass import Place, is_plain, place, require_memory
 
 __all__ = ["ElementwiseFSDPOptimizer", "preprocess_fsdp_dtensor_state_dict"]
 
-#: What Megatron's functions for such checkpoints hold as a constant.
+#: The names that Megatron's functions for such checkpoints contain as a constant.
 ADAMS = ("exp_avg", "exp_avg_sq")
 
 
 class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
     """DistributedOptimizer as Megatron-FSDP uses it: a shell without buffers of its own.
 
-    The optimizer's parameters are Megatron-FSDP's main parameters, DTensors over the data-parallel
-    ranks (whole on every one with ``no_shard``), and gradients come as their ``grad``, or under
-    ``--use-precision-aware-optimizer``, in whatever dtype, as their ``decoupled_grad``.
+    The optimizer's parameters are Megatron-FSDP's main parameters: DTensors over the data-parallel
+    ranks (complete on each rank with ``no_shard``). Gradients are in their ``grad``, or under
+    ``--use-precision-aware-optimizer`` in ``decoupled_grad``, in any dtype.
     """
 
     def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False) -> dict[str, Any]:
-        """Calls upstream's; every rank names the state of every parameter, in the same order.
+        """Calls Megatron's method; each rank names the state of each parameter, in the same order.
 
-        Ranks exchange the places of all that they name, in order (which upstream itself sorts from
-        0.17 on).  Of a parameter that it holds no element of, a rank has no gradient, and so would
-        have no state to name, or would name it last.
+        Ranks exchange the places of all names, in order (Megatron sorts them from 0.17 on). A rank
+        that holds no element of a parameter has no gradient for it, and would otherwise not name
+        its state, or name it last.
         """
         self.optimizer.init_state()
         found: dict[str, Any] = super().sharded_param_state_fsdp_dtensor(is_loading)
         return found | {"state": dict(sorted(found["state"].items()))}
 
     def _init_optimizer_states_with_dummy_values(self) -> None:
-        self.optimizer.init_state()  # upstream steps, which decays the weights
+        self.optimizer.init_state()  # Megatron steps, which decays the weights
 
     def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: what Megatron-FSDP loads of a model are its main parameters.
+        """Does nothing, because Megatron-FSDP loads a model into its main parameters.
 
-        Upstream raises NotImplementedError: no half-precision model could be loaded alone.
+        Megatron's method raises NotImplementedError, so a half-precision model could not be loaded
+        alone.
         """
 
     def _places(self) -> tuple[Place, ...]:
@@ -57,7 +58,7 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
 
     @torch.no_grad()
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
-        """Returns where upstream's ``copy_main_weights_to_model_weights`` would copy to."""
+        """Returns the tensors to which Megatron's ``copy_main_weights_to_model_weights`` copies."""
         found = {}
         for params, group in self._weight_groups():
             mains, models = group.main_weight_buffer, group.model_weight_buffer
@@ -78,7 +79,7 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
         return None  # the parameters have them
 
     def _weight_groups(self) -> Iterator[tuple[dict[Tensor, Tensor], Any]]:
-        """Yields groups whose main parameters are apart, with the optimizer's by the model's."""
+        """Yields groups whose main parameters are separate tensors, by the model's parameters."""
         for chunk in self.model_chunks:
             buffer = chunk.param_and_grad_buffer
             params = {param.orig_param: param for _, param in buffer.optimizer_named_parameters}
@@ -90,12 +91,12 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
 def preprocess_fsdp_dtensor_state_dict(
     original: Callable[..., Any], args: Any, raw_state_dict: dict[str, Any], model: Any
 ) -> Any:
-    """Wraps the splitting of fused weights (SwiGLU's, Gated DeltaNet's, MLA's) and their states.
+    """Wraps the splitting of fused weights (of SwiGLU, Gated DeltaNet and MLA) and their states.
 
-    Upstream's functions for it have the names of Adam's states as literals, in every release.
+    Megatron's functions for it contain the names of Adam's states as literals, in all releases.
     """
     states = (raw_state_dict.get("optimizer") or {}).get("state") or {}
-    # What is of a parameter's shape: torch's AdamW has a step without dimensions beside it.
+    # States of a parameter's shape only: torch's AdamW also has a step without dimensions.
     names = dict.fromkeys(
         name
         for state in states.values()
@@ -108,7 +109,7 @@ def preprocess_fsdp_dtensor_state_dict(
 
 @contextlib.contextmanager
 def _splitting(names: tuple[str, ...]) -> Iterator[None]:
-    """Makes Megatron split states of these names, inside a ``with``."""
+    """Makes Megatron split states with these names, inside a ``with``."""
     kept = {
         function: function.__code__
         for function in vars(fsdp_dtensor_checkpoint).values()

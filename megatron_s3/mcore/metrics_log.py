@@ -1,4 +1,4 @@
-"""The log of a run that programs read: losses, rates, updates and spikes of each interval."""
+"""The log of a run for programs: losses, learning rates, updates and spikes of each interval."""
 
 import time
 from typing import Any
@@ -18,13 +18,13 @@ __all__ = ["MetricsLog", "writing_rank"]
 
 
 class MetricsLog:
-    """Writes ``metrics.jsonl`` and TensorBoard's scalars; an interval's losses stay on the device.
+    """Writes ``metrics.jsonl`` and TensorBoard's scalars; losses of an interval stay on the device.
 
     Args:
-        args: Megatron's.
-        iteration: the one before the first that is logged.
-        update_log: whose totals are written, if anyone's.
-        spikes: of the checkpoint that was loaded: a state of SpikeLog.
+        args: Megatron's arguments.
+        iteration: the iteration before the first that is logged.
+        update_log: the log whose totals are written; None if updates are not logged.
+        spikes: the state of SpikeLog in the checkpoint that was loaded.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class MetricsLog:
         self.update_log = update_log
         self.losses: list[Tensor] = []
         self.skipped = 0
-        self.timed = -1  # iterations since then; the first has begun before
+        self.timed = -1  # iterations since then; the first one began before
         self.begun = time.perf_counter()
         self.file = None
         if torch.distributed.get_rank() == writing_rank():
@@ -54,13 +54,13 @@ class MetricsLog:
     def evaluated(
         self, begun: float, kind: str | None, iteration: int, losses: dict[str, Any] | None
     ) -> None:
-        """Writes the loss of an evaluation, which is no time of training.
+        """Writes the loss of an evaluation, and leaves its time out of the training time.
 
         Args:
-            begun: when, by ``time.perf_counter``.
-            kind: valid or test; None of an evaluation that is not the trainer's.
-            iteration: after which.
-            losses: by their names.
+            begun: start of the evaluation, by ``time.perf_counter``.
+            kind: valid or test; None for an evaluation outside of the trainer.
+            iteration: the iteration after which it ran.
+            losses: losses by name.
         """
         self.begun += time.perf_counter() - begun
         if self.file is not None and kind is not None and losses and "lm loss" in losses:
@@ -68,7 +68,7 @@ class MetricsLog:
             self.file.write(kind, {"time": time.time(), "iteration": iteration, "loss": loss})
 
     def interval(self, args: Any, iteration: int, lr: float | None, grad_norm: Any) -> None:
-        """Writes a line, and TensorBoard's scalars."""
+        """Writes the line of an interval, and TensorBoard's scalars."""
         from megatron.training import get_tensorboard_writer, get_wandb_writer
 
         updates = None if self.update_log is None else self.update_log.take()
@@ -79,7 +79,7 @@ class MetricsLog:
         timed, self.timed = self.timed, 0
         if self.file is None:
             return
-        # An interval whose updates were all skipped has no loss.
+        # An interval in which all updates were skipped has no loss.
         loss = float(torch.stack(losses).mean()) if losses else None
         record = {
             "time": time.time(),
@@ -110,7 +110,7 @@ class MetricsLog:
 
 
 def writing_rank() -> int:
-    """Returns the rank that writes, as Megatron's own writers do: it has the loss."""
+    """Returns the rank that writes: the same as Megatron's writers, because it has the loss."""
     return torch.distributed.get_world_size() - 1
 
 
@@ -139,7 +139,7 @@ def _start(args: Any, iteration: int, update_log: UpdateLog | None) -> dict[str,
         "global_batch_size": args.global_batch_size,
         "seq_length": args.seq_length,
         "train_iters": args.train_iters,
-        # Of an iteration over all ranks, by Megatron's own count.
+        # FLOPs of an iteration over all ranks, as Megatron counts them.
         "flops": float(num_floating_point_operations(args, args.global_batch_size)),
         "version": __version__,
     }

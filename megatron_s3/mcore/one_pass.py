@@ -1,8 +1,8 @@
-"""One pass over memory: gradients are read, and model parameters written, where Megatron has them.
+"""The step in one pass over memory, which reads gradients and writes parameters in place.
 
-Upstream's step of half-precision models is three passes: gradients are copied to fp32 main
-gradients, the optimizer steps the main parameters, and those are copied to the model's.  Here the
-optimizer is given the tensors at both ends.
+Megatron's step of half-precision models makes three passes: it copies gradients to fp32 main
+gradients, the optimizer steps the main parameters, and it copies these to the model's. Here the
+optimizer gets the tensors at both ends.
 """
 
 import itertools
@@ -23,33 +23,33 @@ from megatron_s3.optimizers import ElementwiseOptimizer
 
 __all__ = ["ElementwiseFloat16Optimizer", "OnePass", "Place", "is_plain", "place", "require_memory"]
 
-#: A storage, an address in it and the storage's size.
+#: A storage, an address in it, and the size of the storage.
 Place = tuple[int, int, int]
 
 
 class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc]  # Megatron has no types
-    """Comes before one of Megatron's mixed-precision optimizers in a class's bases.
+    """Mixin that comes before one of Megatron's mixed-precision optimizers in a class's bases.
 
-    With ``fused=False`` in the optimizer, or where :meth:`_find_model_params` finds that a model
-    parameter is not a plain tensor, everything is done as upstream does it.
+    With ``fused=False`` in the optimizer, or if :meth:`_find_model_params` finds a model parameter
+    that is not a plain tensor, everything is done as in Megatron.
     """
 
     optimizer: ElementwiseOptimizer
 
-    #: Whether the step that is running writes the model's parameters.
+    #: Whether the running step writes the model's parameters.
     _writing = False
-    #: Whether the optimizer was last given Megatron's own gradients.
+    #: Whether the optimizer last got Megatron's own gradients.
     _grads_in_place = False
-    #: What :attr:`_found` depends on.
+    #: The values on which :attr:`_found` depends.
     _found_for: tuple[Place, ...] | None = None
     _found: dict[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Calls upstream's, after a look at where the model's parameters and gradients are by now.
+        """Calls Megatron's method after it has located the model's parameters and gradients.
 
         Raises:
-            RuntimeError: they have been moved to where a step does not reach the model.  No
+            RuntimeError: they were moved to a place where a step does not reach the model. No
                 parameter was changed.
         """
         self._locate()
@@ -59,7 +59,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc] 
         return overflowed
 
     def step_with_ready_grads(self) -> bool:
-        """Steps as upstream does, in one pass where that is possible."""
+        """Steps as Megatron does, in one pass if that is possible."""
         model_params = None if self.optimizer.fused is False else self._found
         self.optimizer.host.model_params = model_params or {}
         self._writing = model_params is not None
@@ -76,7 +76,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc] 
     def _copy_model_grads_to_main_grads(self) -> None:
         self._clear_decoupled_grads()
         pairs = None
-        # What unscales, clips, measures or counts gradients reads and writes ``.grad``, in fp32.
+        # Code that unscales, clips, measures or counts gradients uses ``.grad``, in fp32.
         config = self.config
         if not (
             self.optimizer.fused is False
@@ -86,7 +86,7 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc] 
             or config.log_num_zeros_in_grad
         ):
             pairs = self._find_grads()
-        # fp32 gradients are handed on without a copy by upstream, too.
+        # Megatron passes fp32 gradients without a copy, too.
         if pairs is None or all(grad is None or grad.dtype == torch.float32 for _, grad in pairs):
             super()._copy_model_grads_to_main_grads()
             return
@@ -96,19 +96,19 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc] 
             main_param.decoupled_grad = grad  # type: ignore[attr-defined]  # Megatron's name
 
     def get_grads_for_grad_norm(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Gives the main gradients, for a norm that a step may not need, and calls upstream's."""
+        """Fills the main gradients, in case a norm is needed, then calls Megatron's method."""
         self.give_main_grads()
         grads: list[Tensor] = super().get_grads_for_grad_norm(*args, **kwargs)
         return grads
 
     def give_main_grads(self) -> None:
-        """Copies the gradients to the main ones, where a step has not done so."""
+        """Copies the gradients to the main gradients, if a step has not done so."""
         if self._grads_in_place:
             self._clear_decoupled_grads()
             super()._copy_model_grads_to_main_grads()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Calls upstream's, and lets go of gradients that are Megatron's own buffers."""
+        """Calls Megatron's method, and drops references to gradients in Megatron's buffers."""
         super().zero_grad(set_to_none)
         self._clear_decoupled_grads()
 
@@ -119,39 +119,39 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc] 
             self._grads_in_place = False
 
     def _locate(self) -> None:
-        """Finds the model's parameters anew if one of them, or of the optimizer's, was moved."""
+        """Finds the model's parameters again if one of them, or of the optimizer's, was moved."""
         if self._places() != self._found_for:
             self._found = self._find_model_params()
-            self._found_for = self._places()  # after the search, which may put a shard back
+            self._found_for = self._places()  # after the search, which may move a shard back
 
     def _holds_master_params(self) -> bool:
-        """Returns whether the optimizer has the model's parameters, and the main ones as state."""
+        """Returns whether the optimizer has the model's parameters and main parameters as state."""
         return bool(self.optimizer.host.master_params)
 
     def _places(self) -> tuple[Place, ...]:
-        """Returns what changes when one of the tensors that a step writes to is moved."""
+        """Returns values that change when a tensor that a step writes is moved."""
         raise NotImplementedError
 
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
-        """Returns each main parameter's memory in the model; None where upstream's way is taken.
+        """Returns the model memory of each main parameter; None if Megatron's copies are used.
 
         Raises:
-            RuntimeError: there is no memory, or the model does not read it.
+            RuntimeError: the memory was freed, or the model does not read it.
         """
         raise NotImplementedError
 
     def _grad_memory(self) -> Iterable[Tensor]:
-        """Returns tensors in whose memory all of the model's gradients are."""
+        """Returns tensors whose memory holds all gradients of the model."""
         raise NotImplementedError
 
     def _find_grads(self) -> list[tuple[Tensor, Tensor | None]] | None:
-        """Returns main parameters and gradients as Megatron has them; None for upstream's way."""
+        """Returns main parameters and Megatron's gradients; None if Megatron's copies are used."""
         raise NotImplementedError
 
 
-# Megatron has no types.
+# Megatron is not typed.
 class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
-    """Megatron's optimizer of half-precision models without sharding, in one pass."""
+    """Megatron's unsharded optimizer of half-precision models, with a step in one pass."""
 
     def _places(self) -> tuple[Place, ...]:
         return tuple(place(param) for group in self.float16_groups for param in group)
@@ -187,7 +187,7 @@ def _grad(param: Tensor) -> Tensor | None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Returns whether its memory is its elements: no quantized, distributed or other kind."""
+    """Returns whether a tensor is plain: not quantized, distributed or a subclass."""
     return type(tensor.detach()) is Tensor and tensor.dtype in (
         torch.float32,
         torch.bfloat16,
@@ -196,10 +196,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def place(tensor: Tensor) -> Place:
-    """Returns where a tensor's elements (a DTensor's on this rank) are.
+    """Returns the place of a tensor's elements (for a DTensor, of those on this rank).
 
-    An address alone does not say it: a storage that is given up and grown again keeps its views,
-    and its old address may be another tensor's by then.
+    An address alone is not enough: a storage that is freed and allocated again keeps its views, and
+    its old address may belong to another tensor.
     """
     tensor = local(tensor)
     storage = tensor.untyped_storage()
@@ -207,18 +207,18 @@ def place(tensor: Tensor) -> Place:
 
 
 def require_memory(tensor: Tensor, what: str, remedy: str) -> None:
-    """Raises RuntimeError if the tensor's storage has been given up.
+    """Raises RuntimeError if the tensor's storage was freed.
 
     Args:
-        tensor: a plain or distributed one.
-        what: its elements are, of the model.
+        tensor: a plain or distributed tensor.
+        what: the kind of its elements, for the message.
         remedy: the method that allocates them again.
     """
     tensor = local(tensor)
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
         raise RuntimeError(
-            f"the model's {what} of shape {tuple(tensor.shape)} have no memory now: it was given "
-            f"up, as offloading does. Allocate it again ({remedy}) before the step. No parameter "
-            "was changed."
+            f"the model's {what} of shape {tuple(tensor.shape)} have no memory now, because it "
+            f"was freed, as offloading does. Allocate it again ({remedy}) before the step. No "
+            "parameter was changed."
         )

@@ -1,4 +1,4 @@
-"""Silence for Megatron's output."""
+"""Suppression of Megatron's output."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ __all__ = ["quiet"]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out Megatron's table of arguments and its warnings about optional packages."""
+    """Suppresses Megatron's table of arguments and its warnings about optional packages."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Settings of ``config_overrides`` for single parameters, in terms that Megatron hands on."""
+"""Settings of ``config_overrides`` for single parameters, translated for Megatron."""
 
 import dataclasses
 import math
@@ -14,35 +14,36 @@ from megatron_s3.optimizers.description import Hyperparameter
 
 __all__ = ["described", "take_own", "translated"]
 
-#: Fields that Megatron allows in an override where they say what the configuration says.
+#: Fields that Megatron allows in an override if they have the configuration's value.
 _SAME_FOR_ALL = ("optimizer", "overlap_param_gather_with_optimizer_step", "optimizer_cpu_offload")
 
-#: What Megatron's scheduler reads in a group.
+#: The keys of a group that Megatron's scheduler reads.
 _SCHEDULED = tuple(sorted(set(ParamGroupOverride.__annotations__) - set(_SAME_FOR_ALL)))
 
 
 def translated(
     overrides: Mapping[Any, Mapping[str, Any]], cls: type[ElementwiseOptimizer], config: Any
 ) -> dict[Any, dict[str, Any]]:
-    """Returns overrides of which Megatron's builder makes param groups with what was asked for.
+    """Returns overrides from which Megatron's builder makes the requested param groups.
 
-    An override may hold what Megatron's scheduler reads (``max_lr``, ``min_lr``, ``start_wd``,
-    ``end_wd``, ``wd_mult``), ``lr``, ``lr_mult``, ``weight_decay``, and the optimizer's own
-    hyperparameters, as ``beta`` or by their flag's destination as ``s3_beta``.  ``lr`` and
-    ``lr_mult`` become the rates between which the scheduler moves, in the configuration's
-    proportion, and ``weight_decay`` becomes the one it keeps; else it would overwrite them.
-    ``optimizer`` may be there if it is the configuration's.
+    An override may hold the keys that Megatron's scheduler reads (``max_lr``, ``min_lr``,
+    ``start_wd``, ``end_wd``, ``wd_mult``), ``lr``, ``lr_mult``, ``weight_decay``, and the
+    optimizer's own hyperparameters, as ``beta`` or as ``s3_beta``. ``lr`` and ``lr_mult`` become
+    the limits of the scheduler's learning rate, in the configuration's proportion, and
+    ``weight_decay`` becomes a constant decay; otherwise the scheduler would overwrite them.
+    ``optimizer`` is allowed if it is the configuration's.
 
     Args:
-        overrides: by ParamKey.
+        overrides: settings by ParamKey.
         cls: the optimizer that will step the groups.
-        config: OptimizerConfig.
+        config: Megatron's OptimizerConfig.
 
     Returns:
-        By the same keys; an own hyperparameter is under its destination (:func:`take_own`).
+        The overrides by the same keys; own hyperparameters are under their flag's destination
+        (:func:`take_own`).
 
     Raises:
-        ValueError: an unknown name, a value that is not allowed, or another optimizer.
+        ValueError: a name is unknown, a value is not allowed, or another optimizer is named.
     """
     return {key: _translated(key, override, cls, config) for key, override in overrides.items()}
 
@@ -61,7 +62,7 @@ def _translated(
             same = getattr(config, name, None)
             if value != same:
                 raise ValueError(
-                    f"{called}, and the configuration {name}={same!r}: one setting is in force for "
+                    f"{called}, and the configuration {name}={same!r}; this setting applies to "
                     f"all parameters. Leave {name} out of the override, or set it in the "
                     "configuration."
                 )
@@ -69,7 +70,9 @@ def _translated(
             _check(own[name].check, value, called)
             at = destination(description, own[name])
             if result.get(at, value) != value:
-                raise ValueError(f"{called} and {own[name].name} to another value. Leave one out.")
+                raise ValueError(
+                    f"{called} and {own[name].name} to another value. Leave one of them out."
+                )
             result[at] = value
         elif name in (*_SCHEDULED, "lr", "lr_mult", "weight_decay"):
             _check(_check_number, value, called)
@@ -77,9 +80,9 @@ def _translated(
         else:
             known = sorted({h.name for h in own.values()})
             raise ValueError(
-                f"{called}, which nothing would read. For single parameters "
-                f"{description.label} has {', '.join(known)}, and Megatron lr, lr_mult, "
-                f"weight_decay, {', '.join(_SCHEDULED)}."
+                f"{called}, which is never read. For single parameters, {description.label} has "
+                f"{', '.join(known)}, and Megatron has lr, lr_mult, weight_decay, "
+                f"{', '.join(_SCHEDULED)}."
             )
     if "lr" in result or "lr_mult" in result:
         _set_rates(key, result, config)
@@ -107,13 +110,13 @@ def _set_rates(key: Any, result: dict[str, Any], config: Any) -> None:
 
 
 def take_own(group: dict[str, Any], cls: type[ElementwiseOptimizer]) -> dict[str, Any]:
-    """Returns a param group with the optimizer's hyperparameters under their names."""
+    """Returns a param group in which the optimizer's hyperparameters have their own names."""
     names = {destination(cls.description, h): h.name for h in cls.description.hyperparameters}
     return {names.get(name, name): value for name, value in group.items()}
 
 
 def described(key: Any) -> str:
-    """Returns how an override is called in messages, by what its ParamKey matches."""
+    """Returns the name of an override in messages, from its ParamKey."""
     parts = [f"{f.name}={getattr(key, f.name)!r}" for f in dataclasses.fields(key)]
     parts = [part for part in parts if not part.endswith("=()")]
     return f"config_overrides[{', '.join(parts)}]"
@@ -129,4 +132,4 @@ def _check(check: Any, value: Any, called: str) -> None:
 def _check_number(value: Any) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value < math.inf:
-        raise ValueError("a finite number is needed that is not negative")
+        raise ValueError("it must be a finite number of at least 0")

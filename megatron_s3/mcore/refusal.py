@@ -1,4 +1,4 @@
-"""Arguments that a training is refused with: one line instead of every rank's traceback."""
+"""Errors about arguments: one line instead of a traceback from every rank."""
 
 import contextlib
 import os
@@ -11,20 +11,20 @@ from megatron_s3.errors import MegatronS3Error
 __all__ = ["Refused", "in_one_line"]
 
 
-#: Seconds that other ranks leave rank 0, which may be slower, to say why.
+#: Seconds that other ranks wait for rank 0, which may be slower, to print the reason.
 _PATIENCE = 60.0
 
 
 class Refused(MegatronS3Error, ValueError):
-    """The plugin does not train with these arguments; says which, why, and what to do."""
+    """Raised if the plugin cannot train with the arguments; says which, why and what to do."""
 
 
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """Ends the process with status 2 where arguments are refused, after a line of rank 0's.
+    """Ends the process with status 2 if arguments are rejected, after a line from rank 0.
 
-    Every rank has the same arguments, and refuses them alike. The first rank that ends has the
-    others killed, so that it must not be one that is silent.
+    All ranks have the same arguments and reject them alike. When the first rank ends, the others
+    are killed, so a silent rank must not be the first.
     """
     try:
         yield

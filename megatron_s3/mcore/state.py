@@ -1,4 +1,4 @@
-"""The one object that holds what the plugin keeps of a training."""
+"""The state that the plugin keeps of a training, in one object."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ __all__ = ["Training", "running", "start"]
 
 @dataclass
 class Training:
-    """The state that the plugin keeps of a training beside Megatron's own; its optimizer holds it.
+    """The plugin's state of a training; its optimizer holds this object.
 
     Attributes:
-        optimizer: returns the plugin's, as long as someone uses it; None of Megatron's own.
-        update_log: what counts its updates, if they are logged.
-        metrics: the log of the run, from its first iteration on, if there is one.
-        spikes: of the checkpoint that was loaded: a state of SpikeLog.
-        evaluating: the text (valid or test) and the iteration of the evaluation under way.
-        said: the paths of an update that rank 0 has said.
-        unlike: the model's parameters whose main parameters, as loaded last, are not the weights.
-        updated: whether there has been an update.
+        optimizer: a weak reference to the plugin's optimizer; returns None with Megatron's own.
+        update_log: counts the updates, if they are logged.
+        metrics: the log of the run from its first iteration on, if there is one.
+        spikes: the state of SpikeLog in the checkpoint that was loaded.
+        evaluating: the text (valid or test) and the iteration of the running evaluation.
+        said: the paths of an update that rank 0 has logged.
+        unlike: parameters whose main parameters, as last loaded, differ from the weights.
+        updated: whether there was an update.
     """
 
     optimizer: Callable[[], Any] = lambda: None
@@ -37,8 +37,8 @@ class Training:
     updated: bool = False
 
 
-#: Of this process, as Megatron's own arguments and writers are: its log, its evaluation and its
-#: reading of a checkpoint name neither the model nor the optimizer that they are of.
+#: Per process, like Megatron's own arguments and writers: Megatron's log, evaluation and checkpoint
+#: reading do not name their model or optimizer.
 _running = Training()
 
 
@@ -48,6 +48,6 @@ def running() -> Training:
 
 
 def start(training: Training) -> None:
-    """Makes a training the one that runs."""
+    """Makes a training the running one."""
     global _running
     _running = training

@@ -1,4 +1,4 @@
-"""Wrappers around what Megatron's trainer logs, evaluates and saves: its log, and one beside it."""
+"""Wrappers of the trainer's logging, evaluation and saving, which also write the plugin's log."""
 
 import time
 from collections.abc import Callable
@@ -24,14 +24,14 @@ __all__ = [
 
 
 def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
-    """Wraps Megatron's saving, which every rank calls: the spikes so far go with the arguments.
+    """Wraps Megatron's saving, called on every rank; adds the spikes to the saved arguments.
 
-    Those are in a checkpoint of every format, and are one rank's, which need not be the one that
-    has them.
+    The arguments are in a checkpoint of every format. They come from one rank, which may be another
+    than the one that has the spikes.
     """
     from megatron.training import checkpointing
 
-    args = checkpointing.get_args()  # what `original` calls, and puts into the checkpoint
+    args = checkpointing.get_args()  # `original` calls it, and puts the result into the checkpoint
     if switches(args)["plugin_metrics"]:
         training = running()
         state = [training.spikes]
@@ -43,12 +43,12 @@ def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **
 
 
 def resume(saved: Any) -> None:
-    """Takes the spikes so far from the arguments in a checkpoint, if they are there."""
+    """Restores the spikes from the arguments in a checkpoint, if they are there."""
     running().spikes = getattr(saved, "s3_spikes", None)
 
 
 def set_tensorboard_writer(original: Callable[..., Any], args: Any) -> Any:
-    """Wraps the opening of TensorBoard's log: no disk that takes nothing of it ends a training."""
+    """Wraps the opening of TensorBoard's log; an error of its disk does not end the training."""
     from megatron.training import global_vars
 
     name = f"TensorBoard's log in {args.tensorboard_dir}"
@@ -76,9 +76,9 @@ def training_log(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """Wraps Megatron's log of an iteration, which is called on every rank.
+    """Wraps Megatron's log of an iteration, called on every rank.
 
-    A gradient norm that was not computed is left out: the optimizer's step says 0.0 of it.
+    A gradient norm that was not computed is left out (the optimizer's step returns 0.0 for it).
     """
     from megatron.training import get_args
 
@@ -103,14 +103,14 @@ def training_log(
 
 
 def _say_nonfinite(loss_dict: dict[str, Tensor], iteration: int) -> None:
-    """Prints that a loss is not finite, which Megatron's own log leaves out without a word."""
+    """Prints that a loss is not finite; Megatron's own log leaves such a loss out."""
     if torch.distributed.get_rank() != writing_rank():
         return
     for name, loss in loss_dict.items():
         if not loss.isfinite().all():
             print(
                 f"[megatron_s3] {name} of iteration {iteration} is not finite, and parameters may "
-                "hold NaN: resume from a checkpoint of before, without "
+                "hold NaN; resume from an earlier checkpoint, without "
                 "--no-check-for-nan-in-loss-and-grad",
                 flush=True,
             )
@@ -126,7 +126,7 @@ def evaluate_and_print_results(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """Wraps an evaluation: tells :func:`evaluate` of which iteration and text it is."""
+    """Wraps an evaluation, and passes its iteration and text to :func:`evaluate`."""
     training = running()
     training.evaluating = ("test" if "on test set" in prefix else "valid", iteration)
     try:
@@ -138,7 +138,7 @@ def evaluate_and_print_results(
 
 
 def evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps the evaluation of one text: writes its loss."""
+    """Wraps the evaluation of one text, and writes its loss."""
     begun = time.perf_counter()
     result = original(*args, **kwargs)
     training = running()

@@ -1,8 +1,8 @@
 """Repairs torch's AdamW in DistributedOptimizer, for machines without Transformer Engine and Apex.
 
-torch keeps ``step`` as a tensor beside each parameter's averages, TE and Apex as a number in the
-group.  Upstream's checkpoint code minds the difference in some places and not in others, so that
-AdamW cannot resume there in a fresh process.  With TE or Apex the wrappers only hand on.
+torch keeps ``step`` as a tensor next to each parameter's averages, TE and Apex as a number in the
+group. Megatron's checkpoint code handles the difference in some places only, so AdamW cannot resume
+in a new process. With TE or Apex the wrappers only call Megatron's functions.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,11 @@ __all__ = [
 
 
 def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
-    """Wraps ``state_dict``, which reads every parameter's step: creates the state before a step.
+    """Wraps ``state_dict``, which reads every parameter's step; creates the state before that.
 
-    torch creates it in the first step; a fresh process that loads, or saves at once, has none.  A
-    rank of which no parameter has an element never has one: it says 0, and rank 0's is saved.
+    torch creates the state in the first step; a new process that loads, or saves at once, has none.
+    A rank that holds no element of any parameter never has one: it returns 0, and rank 0's value is
+    saved.
     """
     if not _needs_repair(optimizer) or optimizer.optimizer.state:
         return original(optimizer)
@@ -43,9 +44,9 @@ def state_dict(original: Callable[..., Any], optimizer: Any) -> Any:
 def get_main_param_and_optimizer_states(
     original: Callable[..., Any], optimizer: Any, model_param: Any
 ) -> dict[str, Any]:
-    """Wraps the reading of one parameter's state: creates it before a step, as :func:`state_dict`.
+    """Wraps the reading of a parameter's state; creates the state before, as :func:`state_dict`.
 
-    Under fp16, whose first steps may all be skipped, a checkpoint is saved before there is any.
+    Under fp16 all first steps may be skipped, so a checkpoint may be saved before there is a state.
     """
     if _needs_repair(optimizer) and not optimizer.optimizer.state:
         _make_state(optimizer)
@@ -60,9 +61,9 @@ def _make_state(optimizer: Any) -> None:
 
 
 def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[str, Any]) -> Any:
-    """Wraps ``load_state_dict``, which gives all parameters one step tensor that each counts.
+    """Wraps ``load_state_dict``, which gives all parameters the same step tensor, counted by each.
 
-    For every optimizer each param group gets back its own values
+    With every optimizer, each param group gets back its own values
     (:func:`megatron_s3.mcore.checkpoint.param_groups.load_state_dict`).
     """
     result = param_groups.load_state_dict(original, optimizer, saved)
@@ -75,11 +76,11 @@ def load_state_dict(original: Callable[..., Any], optimizer: Any, saved: dict[st
 def set_main_param_and_optimizer_states(
     original: Callable[..., Any], optimizer: Any, model_param: Any, tensors: dict[str, Any]
 ) -> Any:
-    """Wraps the filling of one parameter's state, which asks for every tensor that it holds.
+    """Wraps the filling of a parameter's state, which requires every tensor that it holds.
 
-    The step came with the groups and is there already; what stands beside the sharded tensors is
-    the step of the template that they were loaded into (dp_reshardable), or nothing.  In fp32 the
-    main parameters are views of the model's, which autograd guards.
+    The step comes with the groups and is already there. Next to the sharded tensors there is the
+    step of the template into which they were loaded (dp_reshardable), or nothing. In fp32, main
+    parameters are views of the model's, which autograd protects.
     """
     if _needs_repair(optimizer):
         group, order = optimizer.model_param_group_index_map[model_param]

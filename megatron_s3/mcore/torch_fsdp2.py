@@ -10,14 +10,14 @@ __all__ = ["optim_param_to_id_map", "restore_step"]
 
 
 def optim_param_to_id_map(original: Callable[..., Any], optim_params_iter: Any) -> Any:
-    """Wraps the map from parameters to their numbers, whose keys are the ids of local tensors."""
+    """Wraps the map from parameters to their numbers; its keys become the ids of local tensors."""
     return original(getattr(param, "_local_tensor", param) for param in optim_params_iter)
 
 
 def restore_step(saved: dict[str, Any]) -> None:
-    """Takes the number of steps from a checkpoint whose tensors Megatron loads where they are.
+    """Restores the number of steps from a checkpoint whose tensors Megatron loads in place.
 
-    Under torch FSDP2, in the format torch_dist, an optimizer is given nothing else to load.
+    Under torch FSDP2, in the format torch_dist, Megatron passes nothing else to the optimizer.
 
     Args:
         saved: the checkpoint's state dict.
@@ -27,7 +27,7 @@ def restore_step(saved: dict[str, Any]) -> None:
         return
     optimizer = saved["optimizer"]
     groups = optimizer.get("optimizer", optimizer)["param_groups"]
-    step = max(group["step"] for group in groups)  # all of one run's are equal
+    step = max(group["step"] for group in groups)  # all are equal in a run
     for part in built.chained_optimizers:
         if part.optimizer is not None:
             for group in part.optimizer.param_groups:

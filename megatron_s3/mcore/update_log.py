@@ -1,7 +1,7 @@
-"""Counts a trainer's updates, by kind of parameter and layer, for the whole model.
+"""Statistics of a trainer's updates, by parameter type and layer, for the whole model.
 
-Nothing is exchanged or read back but at the iterations that Megatron logs; there, two all-reduces
-of a few kilobytes: of all sums, and of all maxima.
+Data are exchanged and read back only at the iterations that Megatron logs, by two all-reduces of a
+few kilobytes: of all sums, and of all maxima.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,17 +25,17 @@ __all__ = ["UpdateLog"]
 
 
 class UpdateLog:
-    """Counts the updates of a trainer's optimizers, every parameter of the model once.
+    """Counts the updates of a trainer's optimizers; each parameter of the model counts once.
 
-    A parameter that several ranks update alike (replicated over data- or tensor-parallel ranks,
-    tied between pipeline stages) is counted by one of them.
+    If several ranks update a parameter alike (replicated over data- or tensor-parallel ranks, or
+    tied between pipeline stages), one of them counts it.
 
     Args:
-        parts: Megatron's optimizers of this rank, with the plugin's in them.
-        model_chunks: of this rank.
+        parts: Megatron's optimizers of this rank, which contain the plugin's.
+        model_chunks: the model chunks of this rank.
 
     Attributes:
-        layout: of the rows.
+        layout: the layout of the rows.
         steps: updates since the last :meth:`take`.
     """
 
@@ -46,7 +46,7 @@ class UpdateLog:
         self.steps = 0
         self._optimizers = [part.optimizer for part in parts]
         device = torch.cuda.current_device()
-        # One set of rows for each param group, which has its own learning rate.
+        # One set of rows for each param group, since each has its own learning rate.
         groups = max(1, len(self._groups()))
         self._statistics = Statistics(device, groups * self.layout.rows)
         self._squared_rates = [0.0] * groups
@@ -67,17 +67,17 @@ class UpdateLog:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def rates(self) -> list[float]:
-        """Returns the learning rate of each param group now."""
+        """Returns the current learning rate of each param group."""
         return [float(group["lr"] or 0.0) for group in self._groups()]
 
     def count(self, rates: Sequence[float]) -> None:
-        """Counts an update that was made with these :meth:`rates`."""
+        """Counts an update made with these :meth:`rates`."""
         self.steps += 1
         for i, rate in enumerate(rates):
             self._squared_rates[i] += rate**2
 
     def bound(self) -> float | None:
-        """Returns what no group's updates exceed; None where one has no bound."""
+        """Returns the bound on the updates of all groups; None if one has no bound."""
         bounds = [
             optimizer.description.bound(
                 **{h.name: group[h.name] for h in optimizer.description.hyperparameters}
@@ -91,7 +91,7 @@ class UpdateLog:
         """Returns the interval's :func:`~megatron_s3.telemetry.updates.summary`; collective."""
         by_group = self._statistics.values.view(-1, self.layout.rows, len(FIELDS))
         largest = by_group[:, :, LARGEST].amax(0)
-        # The square of each group's learning rate, by its mean over the interval.
+        # The square of each group's learning rate, by the mean over the interval.
         mean_squares = by_group.new_tensor(self._squared_rates) / max(1, self.steps)
         squares = by_group[:, :, FIELDS.index("sum_sq_update")]
         moved = (squares * mean_squares[:, None]).sum(0)
@@ -119,7 +119,7 @@ def _rows(layout: Layout, model_chunks: Iterable[torch.nn.Module]) -> dict[Tenso
     rows: dict[Tensor, int] = {}
     for chunk in model_chunks:
         model = _unwrapped(chunk)
-        # Layers know their number in the whole model; what they are made of is told it as well.
+        # Layers know their number in the whole model; it is passed on to their submodules.
         numbers = {
             name: module.layer_number - 1
             for name, module in model.named_modules()
@@ -133,7 +133,7 @@ def _rows(layout: Layout, model_chunks: Iterable[torch.nn.Module]) -> dict[Tenso
 
 
 def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the plugin's optimizer's parameters, with the model's that each is (a part) of."""
+    """Yields the plugin's parameters, with the model parameter to which each belongs."""
     models: Sequence[Iterable[Tensor]]
     mains: Sequence[Iterable[Tensor]]
     if isinstance(part, DistributedOptimizer) and not in_megatron_fsdp(part):
@@ -152,14 +152,14 @@ def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _counts(part: MegatronOptimizer, param: Tensor) -> bool:
-    """Returns whether this rank is the one that counts what it updates of a parameter."""
+    """Returns whether this rank counts its updates of a parameter."""
     if not param_is_not_shared(param):
         return False
     if not tensor_parallel.param_is_not_tensor_parallel_duplicate(param):
         return False
-    if isinstance(param, DTensor):  # of Megatron-FSDP or torch FSDP2
+    if isinstance(param, DTensor):  # a parameter of Megatron-FSDP or torch FSDP2
         coordinate = param.device_mesh.get_coordinate()
-        assert coordinate is not None  # this rank has a part of it
+        assert coordinate is not None  # this rank has a part of the parameter
         places = zip(param.placements, coordinate, strict=True)
         return all(placement.is_shard() or rank == 0 for placement, rank in places)
     if isinstance(part, DistributedOptimizer):

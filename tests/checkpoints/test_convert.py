@@ -320,7 +320,7 @@ def test_a_release_is_found_and_has_nothing_to_convert(tmp_path: Path) -> None:
         released, tmp_path / "out", "--to", "s3", "--iteration", "100"
     )
     released.rename(given / "other")
-    assert "names a release, and there is no" in error(given, tmp_path / "out", "--to", "s3")
+    assert "names a release, but" in error(given, tmp_path / "out", "--to", "s3")
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def test_the_step_follows_the_models_memory():
     part.prepare_grads()
     assert part._found is first
     bucket.param_data = bucket.param_data.clone()
-    with pytest.raises(RuntimeError, match="has left the buffer"):
+    with pytest.raises(RuntimeError, match="is no longer in the buffer"):
         part.prepare_grads()
     for param, (start, end, _) in part.buffers[0].param_index_map.items():
         param.data = bucket.param_data[start:end].view(param.shape)

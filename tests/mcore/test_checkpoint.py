@@ -48,8 +48,7 @@ def test_newer_iterations_are_named_where_there_are_some(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert read(load, flags()) == (3, None)
     assert (
-        "names it; newer iterations are complete: 6 (choose one with --ckpt-step)\n"
-        in said.getvalue()
+        "names; newer iterations are complete: 6 (choose one with --ckpt-step)\n" in said.getvalue()
     )
 
 

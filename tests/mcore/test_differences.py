@@ -34,7 +34,7 @@ def test_each_rate_that_differs_is_refused_or_said(name):
         compare_rates("there", now, saved)
     for decides, words in (
         ("override_opt_param_scheduler", f"the run continues with {flag} 0.5"),
-        ("use_checkpoint_opt_param_scheduler", f"the run keeps instead of {flag} 0.5"),
+        ("use_checkpoint_opt_param_scheduler", f"the run uses these values instead of {flag} 0.5"),
     ):
         with contextlib.redirect_stdout(io.StringIO()) as said:
             compare_rates("there", Namespace(**vars(now), **{decides: True}), saved)

@@ -123,14 +123,14 @@ def test_mup_starts_from_the_optimizers_own_eps():
 REFUSED = [
     ({"optimizer": "adam"}, r"name='\*1.weight'\] sets optimizer='adam', and the .*='s3'"),
     ({"optimizer_cpu_offload": True}, "sets optimizer_cpu_offload=True"),
-    ({"s3_bta": 0.5}, r"s3_bta=0.5, which nothing would read.* has beta, beta2, .*, and Megatron"),
-    ({"eps": 1e-6}, "sets eps=1e-06, which nothing"),
+    ({"s3_bta": 0.5}, r"s3_bta=0.5, which is never read.* has beta, beta2, .*, and Megatron"),
+    ({"eps": 1e-6}, "sets eps=1e-06, which is never read"),
     ({"betas": (0.9, 0.95)}, "sets betas"),
-    ({"amsgrad": False}, "sets amsgrad=False, which nothing"),
+    ({"amsgrad": False}, "sets amsgrad=False, which is never read"),
     ({"is_expert_parallel": True}, "sets is_expert_parallel"),
     ({"s3_beta": 1.5}, r"sets s3_beta=1.5: .*must be in \[0, 1\)"),
     ({"beta": 0.5, "s3_beta": 0.6}, "to another value"),
-    ({"weight_decay": -1.0}, "sets weight_decay=-1.0: a finite number"),
+    ({"weight_decay": -1.0}, "sets weight_decay=-1.0: it must be a finite number"),
     ({"lr": math.inf}, "sets lr=inf"),
     ({"max_lr": None}, "sets max_lr=None"),
 ]

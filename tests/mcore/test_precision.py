@@ -93,7 +93,7 @@ def test_checkpoints_convert(form: list[str], tmp_path: Path) -> None:
     saved, loaded = tensors(wide), tensors(narrow / "torch_dist")
     said = [line for line in run.said if "was saved with" in line]
     assert [line.partition("was saved with ")[2] for line in said] == [
-        f"{name} in torch.float32; it is loaded into torch.bfloat16"
+        f"{name} in torch.float32; it is loaded as torch.bfloat16"
         for name in ("exp_avg", "exp_pnorm")
     ]
     for name in ("exp_avg", "exp_pnorm"):
@@ -107,9 +107,7 @@ def test_checkpoints_convert(form: list[str], tmp_path: Path) -> None:
     assert all(torch.equal(main[key], loaded[key]) for key in main)
 
     again = train(*load, narrow / "torch_dist", *AND_SAVE_AT_ONCE, back, ranks=2)
-    assert any(
-        "exp_avg in torch.bfloat16; it is loaded into torch.float32" in s for s in again.said
-    )
+    assert any("exp_avg in torch.bfloat16; it is loaded as torch.float32" in s for s in again.said)
     widened = tensors(back / "torch_dist")
     for key in loaded:
         assert torch.equal(loaded[key].float(), widened[key].float()), key

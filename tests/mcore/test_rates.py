@@ -57,7 +57,7 @@ def test_other_rates_are_no_other_groups(case, release):
 @on_ranks(1)
 def test_groups_that_only_their_rates_tell_apart_have_to_be_in_proportion(other):
     optimizer, resumed = rates("s3", "sharded", 0.5, 1.0), rates("s3", "sharded", 0.2, other)
-    with pytest.raises(ValueError, match="which is which cannot be told"):
+    with pytest.raises(ValueError, match="they cannot be matched"):
         resumed.load_state_dict(optimizer.state_dict())
 
 

@@ -35,7 +35,7 @@ def test_other_errors_are_no_refusals():
             "--optimizer s3 --use-precision-aware-optimizer",
             "error: --use-precision-aware-optimizer needs --use-distributed-optimizer",
         ),
-        ("--optimizer s3 --spec a b", "error: megatron_s3.pretrain_gpt does not do spec"),
+        ("--optimizer s3 --spec a b", "error: megatron_s3.pretrain_gpt does not support spec"),
     ],
 )
 def test_the_trainer(flags, message):

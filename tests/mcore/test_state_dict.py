@@ -35,7 +35,7 @@ def test_steps_that_differ_between_parameters_are_not_saved_as_one():
         param.grad = torch.ones_like(param)
     params[0].grad = None
     torch_optimizer.step()
-    with pytest.raises(RuntimeError, match=r"another number of updates.*Give every parameter a"):
+    with pytest.raises(RuntimeError, match=r"number of updates differs.*Give every parameter a"):
         part.state_dict()
 
 

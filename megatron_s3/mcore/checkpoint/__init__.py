@@ -1,1 +1,1 @@
-"""Megatron's checkpoints: what is loaded into what, decided before anything is; whole saves."""
+"""Megatron's checkpoints: complete saves, and checks before anything is loaded."""

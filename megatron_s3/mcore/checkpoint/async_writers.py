@@ -21,14 +21,14 @@ __all__ = [
 
 
 class WriterDied(MegatronS3Error, RuntimeError):
-    """The process that writes asynchronous checkpoints has ended."""
+    """Raised if the process that writes asynchronous checkpoints has ended."""
 
 
 def write_preloaded_data(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps the writing of one file: what has failed holds on to nothing that was written.
+    """Wraps the writing of one file; a failed write keeps no reference to the data.
 
     Returns:
-        What Megatron's function returns: the number of the file and its results or the exception.
+        The result of Megatron's function: the number of the file and its results or the exception.
     """
     output = original(*args, **kwargs)
     if output is not None and isinstance(output[1], BaseException):
@@ -37,10 +37,10 @@ def write_preloaded_data(original: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 def clear_frames(error: BaseException) -> None:
-    """Lets go of the local variables in an exception's traceback, and of those of its causes.
+    """Clears the local variables in an exception's traceback, and in those of its causes.
 
-    One of them is a view of an ``io.BytesIO``. Where the garbage collector frees both in one
-    cycle, CPython reads memory that is gone, and the process dies of SIGSEGV (seen in 3.12.1).
+    One of them is a view of an ``io.BytesIO``. If the garbage collector frees both in one cycle,
+    CPython reads freed memory, and the process dies of SIGSEGV (seen in 3.12.1).
     """
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
@@ -56,7 +56,7 @@ def clear_frames(error: BaseException) -> None:
 
 
 def schedule_async_call(original: Callable[..., Any], caller: Any, async_req: Any) -> Any:
-    """Wraps the start of an asynchronous save: its writer must be alive.
+    """Wraps the start of an asynchronous save; its writer must be alive.
 
     Raises:
         WriterDied: it is not.
@@ -69,13 +69,13 @@ def schedule_async_call(original: Callable[..., Any], caller: Any, async_req: An
 def is_current_async_call_done(
     original: Callable[..., Any], caller: Any, blocking: bool = False, no_dist: bool = False
 ) -> Any:
-    """Wraps the question whether an asynchronous save has ended: a dead writer is an error.
+    """Wraps the check whether an asynchronous save has ended; a dead writer is an error.
 
     Raises:
-        WriterDied: the writer ended before it had written what it was given.
+        WriterDied: the writer ended before it had written everything.
     """
     while caller.process is not None and caller.cur_item is None:
-        status = caller.process.exitcode  # asked first: a writer answers before it ends
+        status = caller.process.exitcode  # checked first: a writer answers before it ends
         if not caller._persistent_comp_q.empty():
             break
         if status is not None:
@@ -89,8 +89,8 @@ def is_current_async_call_done(
 def _died(status: int) -> WriterDied:
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return WriterDied(
-        f"the process that writes asynchronous checkpoints {how}, so the last checkpoint is not "
-        "complete. The kernel sends signal 9 when the host's memory runs out: an asynchronous save "
-        "holds a copy of the rank's state. Start the run again; it goes on from the newest "
+        f"the process that writes asynchronous checkpoints {how}, so the last checkpoint is "
+        "incomplete. The kernel sends signal 9 when the host's memory runs out: an asynchronous "
+        "save holds a copy of the rank's state. Start the run again; it resumes from the newest "
         "complete checkpoint."
     )

@@ -1,4 +1,4 @@
-"""Choice of the iteration that is read: once, for all that Megatron reads of it."""
+"""Choice of the iteration to read, made once for everything that Megatron reads."""
 
 import contextlib
 import dataclasses
@@ -17,13 +17,13 @@ __all__ = ["Choice", "choose", "chosen", "complete_ones", "instead"]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The iteration that is read.
+    """The iteration to read.
 
     Attributes:
-        folder: of it; None where Megatron's own checks are all (``--non-persistent-ckpt-type
+        folder: its folder; None if only Megatron's own checks apply (``--non-persistent-ckpt-type
             local``, object stores).
-        iteration: its number, None of a release.
-        persistent: whether it is under ``--load``.
+        iteration: its number; None for a release.
+        persistent: whether it is in the folder of ``--load``.
     """
 
     folder: Path | None
@@ -33,9 +33,9 @@ class Choice:
 
 @contextlib.contextmanager
 def chosen(load_dir: str | None, args: Any, context: Any) -> Iterator[Choice | None]:
-    """Makes Megatron read the iteration that is yielded, or say that it starts from nothing.
+    """Makes Megatron read the iteration that is yielded, or report that it starts without one.
 
-    So it does where this is entered once more, inside.
+    Nested uses read the same iteration.
     """
     if load_dir is None or "://" in str(load_dir):
         yield None
@@ -43,7 +43,7 @@ def chosen(load_dir: str | None, args: Any, context: Any) -> Iterator[Choice | N
     choice, error = None, None
     kind = getattr(args, "non_persistent_ckpt_type", None)
     try:
-        # First, because its ranks talk to each other.
+        # First, because its ranks communicate.
         local = _local_iteration(context) if kind == "local" else -1
         choice = choose(Path(load_dir), args, local)
     except Unclear as caught:
@@ -63,21 +63,21 @@ def chosen(load_dir: str | None, args: Any, context: Any) -> Iterator[Choice | N
 
 
 def _local_iteration(context: Any) -> int:
-    """Asks all ranks for the newest of ``--non-persistent-ckpt-type local``, -1 without any."""
+    """Returns the newest iteration of ``--non-persistent-ckpt-type local``; -1 if none."""
     manager = (context or {}).get("local_checkpoint_manager")
     return -1 if manager is None else manager.find_latest()
 
 
 def choose(load_dir: Path, args: Any, local: int = -1) -> Choice | None:
-    """Returns the iteration to read, as Megatron chooses; what --ckpt-step names before all.
+    """Returns the iteration to read, chosen as Megatron does; --ckpt-step has priority.
 
     Args:
-        load_dir: of ``--load``.
-        args: Megatron's.
-        local: the newest one of ``--non-persistent-ckpt-type local``, or -1.
+        load_dir: the folder of ``--load``.
+        args: Megatron's arguments.
+        local: the newest iteration of ``--non-persistent-ckpt-type local``, or -1.
 
     Raises:
-        Unclear: a tracker file is damaged, or what is named is not there.
+        Unclear: a tracker file is damaged, or the iteration that it names does not exist.
     """
     step = getattr(args, "ckpt_step", None)
     elsewhere = Path(
@@ -110,7 +110,7 @@ def _persistent(load_dir: Path, args: Any) -> Choice | None:
     tracker = load_dir / TRACKER
     if not tracker.is_file():
         say_once(
-            f"iteration {found} is loaded: {tracker} is missing, and no other iteration is complete"
+            f"loading iteration {found}: {tracker} is missing, and no other iteration is complete"
         )
     elif os.environ.get("RANK", "0") == "0":
         _say_newer(load_dir, found, args)
@@ -125,26 +125,26 @@ def _there(load_dir: Path, iteration: int, source: str) -> Choice:
 
 
 def _say_newer(load_dir: Path, found: int, args: Any) -> None:
-    """Names newer iterations: of a job killed before the tracker file, or an edited one's."""
+    """Logs newer iterations, of a job killed before the tracker file or of an edited one."""
     if newer := [str(i) for i in complete_ones(load_dir, args) if i > found]:
         say_once(
-            f"iteration {found} is loaded, as {load_dir / TRACKER} names it; newer iterations are "
+            f"loading iteration {found}, which {load_dir / TRACKER} names; newer iterations are "
             f"complete: {', '.join(newer)} (choose one with --ckpt-step)"
         )
 
 
 def complete_ones(load_dir: Path, args: Any) -> list[int]:
-    """Returns the iterations of which a save in the arguments' format has ended, in order."""
+    """Returns the iterations whose save in the arguments' format has ended, in order."""
     return complete(load_dir, config=has_config(getattr(args, "ckpt_format", None)))
 
 
 def instead(load_dir: Path, args: Any, but: Path | None = None) -> str:
-    """Returns what to do, for the end of an error.
+    """Returns the remedy for the end of an error message.
 
     Args:
-        load_dir: of ``--load``.
-        args: Megatron's.
-        but: the folder of an iteration that is of no use.
+        load_dir: the folder of ``--load``.
+        args: Megatron's arguments.
+        but: the folder of an iteration that cannot be used.
     """
     others = (i for i in complete_ones(load_dir, args) if folder_of(load_dir, i) != but)
     there = ", ".join(map(str, others))

@@ -1,4 +1,4 @@
-"""Differences of a checkpoint's run from this one: refused before it is loaded, or said."""
+"""Differences between a checkpoint's run and this one: errors or log lines."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ __all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies"]
 
 
 def compare_vocabularies(load_dir: str, args: Any, saved: Any) -> None:
-    """Compares the lengths of the embeddings, which Megatron pads with rows of its own.
+    """Compares the padded sizes of the vocabulary, which Megatron pads with additional rows.
 
     Raises:
-        ValueError: it would, and say nothing.
+        ValueError: they differ, so the new rows would be untrained.
     """
     now, then = (getattr(each, "padded_vocab_size", None) for each in (args, saved))
     multiples = [
         getattr(each, "make_vocab_size_divisible_by", 128)
         * getattr(each, "tensor_model_parallel_size", 1)
         for each in (args, saved)
-    ]  # where these are equal it is another tokenizer's
+    ]  # if these are equal, the tokenizer differs
     if now and then and now > then and multiples[0] != multiples[1]:
         ranks = args.tensor_model_parallel_size
         advice = f"a --tensor-model-parallel-size that divides {then}"
@@ -31,18 +31,19 @@ def compare_vocabularies(load_dir: str, args: Any, saved: Any) -> None:
         raise ValueError(
             f"{load_dir} holds a vocabulary padded to {then} tokens, and this run pads it to "
             f"{now}: the {now - then} new ones are untrained, and each takes part in the loss. "
-            f"Nothing was loaded. Give {advice}."
+            f"Nothing was loaded. Use {advice}."
         )
 
 
 def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
-    """Compares the rates and decays, which Megatron does after all is read.
+    """Compares learning rates and weight decays before loading; Megatron compares them after it.
 
     Raises:
-        ValueError: they differ, and nothing says which are to be in force.
+        ValueError: they differ, and no flag says which of them to use.
     """
     names = ["lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"]
-    if getattr(args, "weight_decay_incr_style", "constant") != "constant":  # else they are that
+    # With a constant weight decay these two have its value.
+    if getattr(args, "weight_decay_incr_style", "constant") != "constant":
         names += ["start_weight_decay", "end_weight_decay"]
     differing = [
         (f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name))
@@ -56,25 +57,24 @@ def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
     if getattr(args, "override_opt_param_scheduler", False):
         say_once(f"{load_dir} was saved with {then}; the run continues with {now}")
     elif getattr(args, "use_checkpoint_opt_param_scheduler", False):
-        say_once(f"{load_dir} was saved with {then}, which the run keeps instead of {now}")
+        say_once(f"{load_dir} was saved with {then}; the run uses these values instead of {now}")
     else:
         raise ValueError(
-            f"{load_dir} was saved with {then}, and this run has {now}. Nothing was loaded. Give "
-            "the same, or say which is to be in force: this run's with "
-            "--override-opt_param-scheduler, or the checkpoint's with "
-            "--use-checkpoint-opt_param-scheduler."
+            f"{load_dir} was saved with {then}, and this run has {now}. Nothing was loaded. Use "
+            "the same values, or choose this run's with --override-opt_param-scheduler, or the "
+            "checkpoint's with --use-checkpoint-opt_param-scheduler."
         )
 
 
 def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
-    """Compares whose state the checkpoint has, and the hyperparameters of it.
+    """Compares the optimizer and its hyperparameters with those of the checkpoint.
 
     Raises:
-        ValueError: the state means nothing to the running optimizer.
+        ValueError: the running optimizer cannot use the state.
     """
     running, written = (getattr(each, "optimizer", "adam") for each in (args, saved))
     if running not in OPTIMIZERS and written not in OPTIMIZERS:
-        return  # Megatron's own optimizers: Megatron's own checks
+        return  # Megatron's own optimizers have Megatron's own checks
     if getattr(saved, "no_save_optim", False):
         return
     labels, now, then = {"optimizer": "--optimizer"}, {}, {}
@@ -98,5 +98,5 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
     for name in now:
         if now[name] != then[name]:
             say_once(
-                f"{load_dir} was saved with {name} in {then[name]}; it is loaded into {now[name]}"
+                f"{load_dir} was saved with {name} in {then[name]}; it is loaded as {now[name]}"
             )

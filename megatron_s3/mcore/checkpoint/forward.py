@@ -1,6 +1,7 @@
-"""Runs Megatron's own forward on a checkpoint, in fp32 on the CPU.
+"""Runs Megatron's own forward pass on a checkpoint, in fp32 on the CPU.
 
-In a process of its own, since Megatron needs torch's ``cuda`` names replaced for good there.
+This runs in a separate process, because Megatron on the CPU replaces torch's ``cuda`` names
+permanently.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from megatron_s3.mcore.checkpoint.read import CheckpointError, common
 
 __all__ = ["logits"]
 
-#: Whatever of a checkpoint's arguments says where and how fast it ran, and not what it computes, is
-#: set back to Megatron's default; so is all of ModelParallelConfig.
+#: Arguments of a checkpoint that determine where and how fast it ran, and not the result, are reset
+#: to Megatron's default, like all of ModelParallelConfig.
 _HOW_IT_RAN = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
@@ -49,7 +50,7 @@ _HOW_IT_RAN = (
     "use_transformer_engine_op_fuser",
 )
 
-#: And these are what one process without GPU kernels needs.
+#: Arguments that one process without GPU kernels needs.
 _HERE = {
     "apply_rope_fusion": False,
     "bf16": False,
@@ -65,7 +66,7 @@ _HERE = {
 
 
 def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns what Megatron's own GPTModel computes, with the layers that need no GPU.
+    """Returns the logits of Megatron's own GPTModel, with layers that need no GPU.
 
     Args:
         checkpoint: what :func:`find` returns.
@@ -75,7 +76,7 @@ def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
         (batch, sequence, padded vocabulary).
 
     Raises:
-        CheckpointError: Megatron could not; with the end of what it said.
+        CheckpointError: Megatron failed; the message has the end of its output.
     """
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch, "tokens.pt"), Path(scratch, "logits.pt")
@@ -91,8 +92,8 @@ def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
         )
         if child.returncode:
             raise CheckpointError(
-                f"{checkpoint}: Megatron's own forward on the CPU failed, so that nothing can be "
-                f"compared with it. The end of what it said:\n{child.stdout[-2000:]}"
+                f"{checkpoint}: Megatron's own forward pass on the CPU failed, so the export "
+                f"cannot be compared with it. The end of its output:\n{child.stdout[-2000:]}"
             )
         found: torch.Tensor = torch.load(result, weights_only=True)
         return found
@@ -109,7 +110,7 @@ def _megatron(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
 
     from megatron_s3.mcore.gpt import model_provider
 
-    # torch exports it without listing it.
+    # torch exports it, but not in __all__.
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -117,7 +118,7 @@ def _megatron(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
     held = common(checkpoint)
     set_args(_one_process(held["args"]))
     model: Any = model_provider().float().eval()
-    # The states of FP8 scaling, which are empty in what is no FP8 model.
+    # The states of FP8 scaling, which are empty in other models.
     wanted = {
         name: value
         for name, value in model.sharded_state_dict(metadata=held.get("content_metadata")).items()
@@ -148,7 +149,7 @@ def _one_process(saved: argparse.Namespace) -> argparse.Namespace:
     reset = {*_HOW_IT_RAN, *(field.name for field in fields(ModelParallelConfig))}
     values = defaults | {k: v for k, v in vars(saved).items() if k not in reset}
     values |= _HERE | {"attention_backend": AttnBackend.local}
-    for name in reset - values.keys():  # which validation derives, and the parser does not know
+    for name in reset - values.keys():  # derived by the validation; the parser does not know it
         values[name] = getattr(ModelParallelConfig, name, None)
     return argparse.Namespace(**values)
 

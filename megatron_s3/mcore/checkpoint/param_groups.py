@@ -1,4 +1,4 @@
-"""Param groups of a checkpoint, and which of this optimizer's is which of them."""
+"""Param groups of a checkpoint, matched with those of this optimizer."""
 
 import contextlib
 import functools
@@ -15,23 +15,24 @@ from megatron_s3.log import say_once
 
 __all__ = ["load_schedule", "load_state_dict", "pairs", "restore_scheduled"]
 
-#: What a schedule sets a group's rate and weight decay by; from 0.19 on some of the below.
+#: The keys from which a schedule sets a group's learning rate and weight decay; from 0.19 on
+#: Megatron compares some of them.
 _SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
 
-#: By which Megatron finds the saved group.
+#: The keys by which Megatron finds the saved group.
 _KNOWN_BY: tuple[str, ...] = optimizer.param_group_identifier_keys
 
-#: In both while a checkpoint is loaded, in place of the above.
+#: In both groups while a checkpoint is loaded, instead of the keys above.
 _MARK = "megatron_s3_group"
 
 
 def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, Any]) -> Any:
-    """Wraps ``load_state_dict`` of a Megatron optimizer: each group gets back its own values.
+    """Wraps ``load_state_dict`` of a Megatron optimizer; each group gets back its own values.
 
-    Megatron finds the saved group by some of its values; what else may differ between groups
-    (``weight_decay``, ``eps``, before 0.19 the rates) it does not compare, so that all groups that
-    agree in those it does would be given the values of one.  And what a schedule goes by is not
-    what a group is known by: a run may go on with other rates, which are this run's, except with
+    Megatron finds the saved group by some of its values. It does not compare others that may differ
+    between groups (``weight_decay``, ``eps``, before 0.19 the learning rates), so all groups that
+    agree in the compared values would get the values of one. The values of a schedule do not
+    identify a group: a run may resume with other learning rates, and then uses its own, except with
     ``--use-checkpoint-opt_param-scheduler``.
     """
     holder = next((saved[k] for k in ("optimizer", "optimizer_state_dict") if k in saved), saved)
@@ -49,10 +50,10 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
 
 
 def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, Any]) -> Any:
-    """Wraps ``load_state_dict`` of OptimizerParamScheduler: the first step decays as it says.
+    """Wraps ``load_state_dict`` of OptimizerParamScheduler; the first step has the right decay.
 
-    Megatron sets the groups before it has taken over the weight decay, so that the first step after
-    ``--use-checkpoint-opt_param-scheduler`` has this run's.
+    Megatron sets the groups before it has loaded the weight decay, so the first step after
+    ``--use-checkpoint-opt_param-scheduler`` would use this run's.
     """
     result = original(schedule, saved)
     schedule.step(increment=0)
@@ -60,7 +61,7 @@ def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, 
 
 
 def _from_checkpoint() -> bool:
-    """Returns whether the trainer was told that the checkpoint's schedule is in force."""
+    """Returns whether the trainer uses the checkpoint's schedule."""
     if importlib.util.find_spec("megatron.training") is None:
         return False
     from megatron.training import global_vars
@@ -70,7 +71,7 @@ def _from_checkpoint() -> bool:
 
 
 def restore_scheduled(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Does what :func:`load_state_dict` does of rates, where Megatron loads no param groups."""
+    """Restores learning rates as :func:`load_state_dict`, if Megatron loads no param groups."""
     if _from_checkpoint():
         found = pairs(current, saved) or _known(current, saved)
         for group, place in zip(current, found, strict=True):
@@ -78,7 +79,7 @@ def restore_scheduled(current: list[dict[str, Any]], saved: list[dict[str, Any]]
 
 
 def _known(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[int]:
-    """Returns where each of the current groups is the only one of its kind."""
+    """Returns the places of current groups that are the only one of their kind."""
     places = {_values(group, _KNOWN_BY): place for place, group in enumerate(saved)}
     return [places[_values(group, _KNOWN_BY)] for group in current]
 
@@ -105,7 +106,7 @@ def _load(
 
 @contextlib.contextmanager
 def _marked(inner: torch.optim.Optimizer) -> Iterator[None]:
-    """Makes Megatron know the groups by their mark, which is their number."""
+    """Makes Megatron identify the groups by a mark, which is their number."""
     for mark, group in enumerate(inner.param_groups):
         group[_MARK] = mark
     for module in (optimizer, distrib_optimizer):
@@ -115,23 +116,23 @@ def _marked(inner: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for module in (optimizer, distrib_optimizer):
             module.param_group_identifier_keys = _KNOWN_BY
-        # Where a part of the parameters is offloaded, Adam's is several.
+        # If a part of the parameters is offloaded, Adam's optimizer consists of several.
         for each in (inner, *getattr(inner, "sub_optimizers", ())):
             for group in each.param_groups:
                 group.pop(_MARK, None)
 
 
 def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[int] | None:
-    """Returns the place of each current group's counterpart among the saved ones.
+    """Returns the place of each current group's counterpart among the saved groups.
 
-    Groups that agree in what Megatron compares are told apart by every value that was kept: such
-    that the current ones hold as often as the saved ones. What is the same then is taken in order.
+    Groups that agree in the values that Megatron compares are matched by all other saved values
+    that current and saved groups hold equally often. Groups with equal values are matched in order.
 
     Returns:
-        None where Megatron's own comparison decides, or finds no counterpart, which it says itself.
+        None if Megatron's own comparison decides, or finds no counterpart, which Megatron reports.
 
     Raises:
-        ValueError: groups that Megatron takes for one another cannot be told apart.
+        ValueError: groups that Megatron does not distinguish cannot be matched.
     """
     alike = functools.partial(_alike, current, saved)
     needed = alike(_KNOWN_BY)
@@ -168,7 +169,7 @@ def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[in
 def _alike(
     current: list[dict[str, Any]], saved: list[dict[str, Any]], names: Iterable[str]
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns places of current and of saved groups with the same values, by rising rates."""
+    """Returns places of current and of saved groups with equal values, by rising learning rates."""
     classes: dict[Any, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for which, groups in enumerate((current, saved)):
         for place in sorted(range(len(groups)), key=lambda i: _scheduled(groups[i])):
@@ -181,7 +182,7 @@ def _scheduled(group: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _in_proportion(groups: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
-    """Returns whether all highest rates have been multiplied by the same number."""
+    """Returns whether all highest learning rates were multiplied by the same number."""
     rates = [(_scheduled(now)[0], _scheduled(then)[0]) for now, then in groups]
     (now, then), *others = rates
     return all(math.isclose(now * b, a * then, rel_tol=1e-9) for a, b in others)
@@ -212,7 +213,7 @@ def _ambiguous(
 
     return (
         f"the checkpoint has {len(theirs)} param groups ({differing([saved[i] for i in theirs])}) "
-        f"for {len(own)} of this optimizer ({differing([current[i] for i in own])}), and which is "
-        "which cannot be told. Resume with the config_overrides that it was saved with, or load "
-        "the model's weights alone."
+        f"for {len(own)} of this optimizer ({differing([current[i] for i in own])}), and they "
+        "cannot be matched. Resume with the config_overrides of the saved run, or load the "
+        "model's weights alone."
     )

@@ -1,7 +1,7 @@
 """Reads the model, the arguments and the objects out of a checkpoint, without training.
 
-The ``torch_dist`` format holds whole tensors whatever the layout was that saved them.  Reading
-unpickles what the checkpoint holds, as Megatron does: read only what you trust.
+The ``torch_dist`` format holds whole tensors, whatever the layout of the run was. Reading unpickles
+objects of the checkpoint, as Megatron does: read only checkpoints that you trust.
 """
 
 import argparse
@@ -30,59 +30,59 @@ __all__ = ["CheckpointError", "arguments", "common", "find", "load_object", "ten
 
 
 class CheckpointError(MegatronS3Error, ValueError):
-    """A checkpoint cannot be read; the message names the folder, the reason and what to do."""
+    """Raised if a checkpoint cannot be read; the message names folder, reason and remedy."""
 
 
 def find(folder: str | Path, iteration: int | None = None) -> Path:
     """Returns the folder of one iteration, ``iter_XXXXXXX``, or of a release, ``release``.
 
     Args:
-        folder: what ``--save`` named, or a folder of one iteration in it; or what a program gave to
-            ``dist_checkpointing.save``, whatever it is called.
-        iteration: which; the last one saved if None.
+        folder: the folder of ``--save``, or the folder of one iteration in it; or the folder that a
+            program passed to ``dist_checkpointing.save``, with any name.
+        iteration: the iteration; the last one saved if None.
 
     Raises:
-        CheckpointError: there is none, it is not complete or damaged,
-            or not in the format ``torch_dist``.
+        CheckpointError: there is none, it is incomplete or damaged, or it is not in the format
+            ``torch_dist``.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give the one of the run's --save")
+        raise CheckpointError(f"{folder}: no such folder; name the folder of the run's --save")
     is_one = iteration_of(folder) is not None or folder.name == RELEASE
-    # A program that uses the library saves to a folder as it likes.
+    # A program that uses the library may save to a folder of any name.
     is_one = is_one or (folder / CONFIG).is_file()
     if is_one and not (folder / TRACKER).is_file():
         if iteration not in (None, iteration_of(folder)):
             raise CheckpointError(
-                f"{folder} is another iteration than --iteration {iteration}: leave the flag out, "
-                f"or give {folder.parent}"
+                f"{folder} is another iteration than --iteration {iteration}; leave the flag out, "
+                f"or use {folder.parent}"
             )
         found = folder
     else:
         found = folder_of(folder, _newest(folder) if iteration is None else iteration)
         if not found.is_dir():
-            what = f"{folder / TRACKER} names a release, and there is no {found}"
+            what = f"{folder / TRACKER} names a release, but {found} does not exist"
             if iteration is not None:
                 what = f"{folder}: no iteration {iteration}; {_there(folder)}"
             raise CheckpointError(what)
     if is_of_format_torch(found):
         raise CheckpointError(
-            f"{found} is in the format --ckpt-format torch, which only the layout that saved it "
-            "reads. Run its training command once more, in that layout, with "
-            f"--load {found.parent} --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, "
-            "and give FOLDER/torch_dist."
+            f"{found} is in the format --ckpt-format torch, which only the layout of its run can "
+            "read. Run its training command once more, in that layout, with --load "
+            f"{found.parent} --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, and use "
+            "FOLDER/torch_dist."
         )
     if not (found / CONFIG).is_file() or not list(found.glob("*.distcp")):
         raise CheckpointError(
             f"{found} is not a complete checkpoint of the format --ckpt-format torch_dist "
-            "(metadata.json and *.distcp): choose another iteration, or save in that format"
+            "(metadata.json and *.distcp); choose another iteration, or save in that format"
         )
     _check_files(found)
     return found
 
 
 def _newest(folder: Path) -> int | None:
-    """Returns the iteration to read where none is asked for; None: a release."""
+    """Returns the iteration to read if none is given; None for a release."""
     try:
         found = newest(folder)
         what = f"{folder}: {TRACKER} names no iteration, so no save has finished"
@@ -90,7 +90,7 @@ def _newest(folder: Path) -> int | None:
         found, what = None, str(error)
     if found is None:
         raise CheckpointError(
-            f"{what}; {_there(folder)}. Choose one with --iteration, or give another folder."
+            f"{what}; {_there(folder)}. Choose one with --iteration, or use another folder."
         )
     return found if isinstance(found, int) else None
 
@@ -101,12 +101,12 @@ def _there(folder: Path) -> str:
 
 
 def threads() -> int:
-    """Returns how many read and write a checkpoint's files: one a processor, 8 at most."""
+    """Returns the number of threads for a checkpoint's files: one per processor, at most 8."""
     return min(8, len(os.sched_getaffinity(0)))
 
 
 def _check_files(checkpoint: Path) -> None:
-    """Checks that every file of the checkpoint is there, whole, and what was written."""
+    """Checks that every file of the checkpoint is complete and has its checksum."""
     try:
         checksums.check(checkpoint)
         verify = functools.partial(checksums.verify, checkpoint, of=threads())
@@ -117,20 +117,20 @@ def _check_files(checkpoint: Path) -> None:
 
 
 def arguments(checkpoint: Path) -> argparse.Namespace:
-    """Returns Megatron's arguments of the run that saved it.
+    """Returns Megatron's arguments of the run that saved a checkpoint.
 
     Args:
         checkpoint: what :func:`find` returns.
 
     Raises:
-        CheckpointError: it holds none, or another release than the installed one is needed.
+        CheckpointError: it holds none, or needs another release than the installed one.
     """
     args: argparse.Namespace = common(checkpoint)["args"]
     return args
 
 
 def common(checkpoint: Path) -> dict[str, Any]:
-    """Returns what of a checkpoint is no tensor, the arguments among it.
+    """Returns the objects of a checkpoint that are not tensors, including the arguments.
 
     Args:
         checkpoint: what :func:`find` returns.
@@ -145,21 +145,21 @@ def common(checkpoint: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint}: the installed megatron-core cannot read its arguments "
-            f"({type(error).__name__}: {error}). Use the release that saved it."
+            f"({type(error).__name__}: {error}). Use the release of the run."
         ) from error
     if "args" not in found:
         raise CheckpointError(
-            f"{checkpoint}: it holds no arguments of the run, so nothing tells what the model is. "
-            "Give a checkpoint that Megatron's trainer saved."
+            f"{checkpoint}: it holds no arguments of the run, which describe the model. Use a "
+            "checkpoint that Megatron's trainer saved."
         )
     return found
 
 
 def load_object(file: BinaryIO) -> Any:
-    """Returns an object of a checkpoint, if it is of types that Megatron itself saves.
+    """Returns an object of a checkpoint, if it has only types that Megatron itself saves.
 
     Raises:
-        ValueError: it is not, or is damaged; nothing of it has been run.
+        ValueError: it has other types or is damaged; none of its code was run.
     """
     from megatron.core.safe_globals import SAFE_GLOBALS
 
@@ -167,10 +167,10 @@ def load_object(file: BinaryIO) -> Any:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Returns the model's tensors, whole, by their names in the checkpoint; not the optimizer's.
+    """Returns the model's whole tensors by name in the checkpoint, without the optimizer's.
 
-    Layers are stacked, (layers, ...), under ``decoder.layers.``, or numbered there where Megatron
-    saved them one by one.
+    Layers are stacked, (layers, ...), under ``decoder.layers.``, or numbered there if Megatron
+    saved them separately.
 
     Args:
         checkpoint: what :func:`find` returns.

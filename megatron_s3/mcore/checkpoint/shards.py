@@ -1,7 +1,7 @@
-"""DistributedOptimizer's shards in a checkpoint: what the ranks hold, and no more.
+"""DistributedOptimizer's shards in a checkpoint: exactly the elements that the ranks hold.
 
-Megatron puts the parameters of a buffer into buckets, begins each parameter at a multiple of 64
-elements, and pads each bucket until it can be divided by the ranks.  The wrappers here are for any
+Megatron puts the parameters of a buffer into buckets, starts each parameter at a multiple of 64
+elements, and pads each bucket to a multiple of the number of ranks. The wrappers here are for any
 optimizer, Adam too.
 """
 
@@ -30,8 +30,9 @@ def sharded_param_state_fully_reshardable(
 ) -> Any:
     """Wraps the cutting of gathered buffers into tensors of the parameters' shapes.
 
-    The buffers are gathered without the padding of buckets, and up to 0.19.2 are cut at places that
-    count it.  Releases that make up for it do so by a parameter's bucket, which is the first here.
+    The buffers are gathered without the padding of buckets, but up to 0.19.2 they are cut at
+    positions that include it. Later releases correct this by a parameter's bucket, which is the
+    first here.
     """
     with _counted_without_padding(optimizer.buffers):
         return original(optimizer, *args, **kwargs)
@@ -39,7 +40,7 @@ def sharded_param_state_fully_reshardable(
 
 @contextlib.contextmanager
 def _counted_without_padding(buffers: Iterable[Any]) -> Iterator[None]:
-    """Makes the parameters' places in the buffers those of buckets without padding."""
+    """Sets the parameters' positions in the buffers to those without padding of buckets."""
     kept = [(buffer, buffer.param_index_map) for buffer in buffers]
     try:
         for buffer, places in kept:
@@ -58,10 +59,10 @@ def _counted_without_padding(buffers: Iterable[Any]) -> Iterator[None]:
 
 
 def get_parameter_state_dp_reshardable(original: Callable[..., Any], optimizer: Any) -> Any:
-    """Wraps the listing of what a rank holds of each bucket: adds the gaps between parameters.
+    """Wraps the list of a rank's elements of each bucket; adds the gaps between parameters.
 
-    Upstream adds them later, of memory as it finds it, and up to the end of a rank's shard, which
-    may lie in the padding.  A shard that is nothing but padding it takes for an error.
+    Megatron adds them later, with undefined memory and up to the end of a rank's shard, which may
+    be in the padding. It treats a shard that is only padding as an error.
     """
     state = original(optimizer)
     rank, ranks = optimizer.data_parallel_group.rank(), optimizer.data_parallel_group.size()
@@ -81,10 +82,10 @@ def get_parameter_state_dp_reshardable(original: Callable[..., Any], optimizer: 
 def sharded_param_state_dp_reshardable(
     original: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Wraps what is written of :func:`get_parameter_state_dp_reshardable`.
+    """Wraps the writing of :func:`get_parameter_state_dp_reshardable`.
 
-    A bucket of which nothing is written would be missing in the list that is loaded: its buckets
-    are numbered instead, which is how they are looked up.
+    A bucket without data would be missing in the list that is loaded, so its buckets are numbered,
+    which is how they are looked up.
     """
     state = original(optimizer, *args, **kwargs)
     for number in range(len(optimizer.buffers)):
@@ -95,7 +96,7 @@ def sharded_param_state_dp_reshardable(
 
 
 def _like(optimizer: Any) -> dict[str, Any]:
-    """Returns tensors of an optimizer's names and dtypes, where this rank holds none."""
+    """Returns tensors with an optimizer's names and dtypes, if this rank holds none."""
     names = getattr(optimizer, "optimizer_state_keys", ("exp_avg", "exp_avg_sq"))
     dtype_of = getattr(optimizer, "_get_state_key_dtype", lambda name: torch.float32)
     device = optimizer.buffers[0].grad_data.device
@@ -106,7 +107,7 @@ def _like(optimizer: Any) -> dict[str, Any]:
 def _without_gaps(
     held: list[dict[str, Any]], end: int, like: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the parts of a shard and zeros between them, to ``end``, which may be below 0."""
+    """Returns the parts of a shard and zeros between them, up to ``end``, which may be below 0."""
 
     def zeros(start: int, stop: int) -> dict[str, Any]:
         tensors = {k: v for k, v in like.items() if isinstance(v, Tensor) and v.dim()}
@@ -121,17 +122,18 @@ def _without_gaps(
         at = part["gbuf_local_end"]
     if at < end:
         parts.append(zeros(at, end))
-    # An entry that nothing is written of, because upstream refuses to have none.
+    # An entry without data, because Megatron rejects an empty list.
     return parts or [{"gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True}]
 
 
 def note_unlike(optimizer: Any, model_param: Parameter, tensors: dict[str, Any]) -> None:
-    """Remembers a parameter for :func:`unlike_weights`, before its main parameter is loaded.
+    """Records a parameter for :func:`unlike_weights`, before its main parameter is loaded.
 
     Args:
-        optimizer: DistributedOptimizer.
+        optimizer: a DistributedOptimizer.
         model_param: the model's parameter, whose weights are loaded.
-        tensors: what is loaded for this rank's shard of it; ``param`` is the main parameter.
+        tensors: the tensors that are loaded for this rank's shard of it; ``param`` is the main
+            parameter.
     """
     main = tensors.get("param")
     if not isinstance(main, Tensor) or not main.is_floating_point() or not is_plain(model_param):
@@ -141,14 +143,14 @@ def note_unlike(optimizer: Any, model_param: Parameter, tensors: dict[str, Any])
     main = main.detach().reshape(-1).to(weight)
     if main.numel() != weight.numel():
         return
-    # Above what any weight's precision rounds away, four bits of it included.
+    # More than the rounding of any weight precision, including 4 bits.
     differ = (main - weight).abs() > torch.maximum(main.abs(), weight.abs()) / 4 + 1e-6
     if 2 * int(differ.sum()) > weight.numel():
         running().unlike.append(model_param)
 
 
 def unlike_weights(model: Iterable[torch.nn.Module]) -> list[str]:
-    """Returns names of parameters whose main parameters, as loaded last, are not the weights.
+    """Returns names of parameters whose main parameters, as last loaded, differ from the weights.
 
     More than half of their elements differ by more than rounding explains.
 

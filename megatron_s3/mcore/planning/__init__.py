@@ -1,1 +1,1 @@
-"""Jobs that are not running: what Megatron says of their arguments, and what a rank would hold."""
+"""Jobs that are not running: Megatron's checks of their arguments, and the memory of a rank."""

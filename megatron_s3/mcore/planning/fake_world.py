@@ -1,7 +1,7 @@
-"""One rank of a job of any size, in this process alone, for Megatron to build its part in.
+"""One rank of a job of any size, simulated in this process, in which Megatron builds its part.
 
-torch's fake process group has as many ranks as it is told, and tensors on the device "meta" have
-shape, dtype and storage of a size, but no memory. After its use the process is one for the CPU
+torch's fake process group has any number of ranks, and tensors on the device "meta" have shape,
+dtype and storage size, but no memory. Afterwards the process can be used for the CPU only
 (:mod:`megatron_s3.mcore.cpu_device`).
 """
 
@@ -21,11 +21,11 @@ from megatron_s3.mcore.output import quiet
 
 __all__ = ["rank_of"]
 
-#: Settings that the model is built with here: neither number, shape nor dtype of a parameter
-#: depends on them, and the CPU has no kernels for others.
+#: Settings with which the model is built here. Numbers, shapes and dtypes of parameters do not
+#: depend on them, and the CPU has no kernels for other values.
 _HERE = {
     **CPU_DEFAULTS,
-    "context_parallel_size": 1,  # divides activations; process groups are made before
+    "context_parallel_size": 1,  # divides activations; process groups are created before
     "moe_grouped_gemm": False,
     "perform_initialization": False,
     "sequence_parallel": False,  # divides activations
@@ -35,24 +35,24 @@ _HERE = {
 
 @contextlib.contextmanager
 def rank_of(args: argparse.Namespace, rank: int) -> Iterator[int]:
-    """Makes this process a rank of a job as Megatron sees it, whose tensors have no memory.
+    """Makes this process a rank of a job for Megatron, with tensors without memory.
 
     Args:
-        args: Megatron's, validated; the rank gets a copy.
-        rank: which.
+        args: Megatron's validated arguments; the rank gets a copy.
+        rank: number of the rank.
 
     Yields:
-        Its pipeline stage.
+        The rank's pipeline stage.
 
     Raises:
-        RuntimeError: a process group is there already.
+        RuntimeError: there is a process group already.
     """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.training import global_vars, initialize
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if torch.distributed.is_initialized():
-        raise RuntimeError("a process group is there already: plan in a process of its own")
+        raise RuntimeError("there is a process group already; plan in a separate process")
     cpu_device.use_cpu()
     own = copy.copy(args)
     own.rank = rank
@@ -78,7 +78,7 @@ def rank_of(args: argparse.Namespace, rank: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _as_all() -> Iterator[None]:
-    """Has every rank say what this one says: Megatron compares their parameter groups."""
+    """Makes all ranks report what this one reports; Megatron compares their parameter groups."""
 
     def all_gather_object(gathered: list[Any], said: Any, group: Any = None) -> None:
         gathered[:] = [said] * len(gathered)
@@ -88,7 +88,7 @@ def _as_all() -> Iterator[None]:
 
 
 class _NoMemory(TorchFunctionMode):
-    """Puts every tensor on the device "meta", wherever it was asked for, under a GPU's type."""
+    """Puts every tensor on the device "meta", whatever device was requested, with a GPU's type."""
 
     def __torch_function__(
         self,
@@ -109,7 +109,7 @@ class _NoMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-#: What ``Tensor.type()`` says on a GPU: DistributedOptimizer tells parameters by it.
+#: The result of ``Tensor.type()`` on a GPU, by which DistributedOptimizer recognizes parameters.
 _GPU_TYPES = {
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
     torch.float16: "torch.cuda.HalfTensor",

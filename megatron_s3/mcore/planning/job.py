@@ -20,7 +20,7 @@ from megatron_s3.optimizers import OPTIMIZERS
 
 __all__ = ["build", "completed", "flops", "needs_norm", "plan", "plan_rank"]
 
-#: Arguments whose memory is not known here: destination, flag, reason.
+#: Arguments whose memory cannot be planned: destination, flag, reason.
 _UNSUPPORTED = (
     ("use_megatron_fsdp", "--use-megatron-fsdp", "Megatron-FSDP shards in another way"),
     ("use_torch_fsdp2", "--use-torch-fsdp2", "torch FSDP2 shards in another way"),
@@ -31,17 +31,17 @@ _UNSUPPORTED = (
 
 
 def plan(args: argparse.Namespace) -> Sizes:
-    """Builds a rank of every pipeline stage of a job, each in a made-up world.
+    """Builds a rank of each pipeline stage of a job, each in a simulated world.
 
-    From here on the process is one for the CPU (:mod:`megatron_s3.mcore.cpu_device`).
+    Afterwards the process can be used for the CPU only (:mod:`megatron_s3.mcore.cpu_device`).
 
     Args:
         args: Megatron's, validated (:func:`megatron_s3.mcore.planning.parse.parse`) and
             :func:`completed`.
 
     Raises:
-        ValueError: naming the flag whose memory is not known here.
-        RuntimeError: a process group is there already.
+        ValueError: the memory of a flag cannot be planned; the message names it.
+        RuntimeError: there is a process group already.
     """
     ranks_apart = args.world_size // args.pipeline_model_parallel_size
     if args.use_tp_pp_dp_mapping:
@@ -50,7 +50,7 @@ def plan(args: argparse.Namespace) -> Sizes:
         _rank(args, stage * ranks_apart) for stage in range(args.pipeline_model_parallel_size)
     ]
     if [rank.stage for rank, _, _ in stages] != list(range(len(stages))):
-        raise AssertionError("Megatron orders its ranks in another way than is known here")
+        raise AssertionError("Megatron orders its ranks differently than expected here")
     return Sizes(
         parameters=sum(elements for _, elements, _ in stages),
         embeddings=sum(embedded for _, _, embedded in stages),
@@ -59,12 +59,12 @@ def plan(args: argparse.Namespace) -> Sizes:
 
 
 def plan_rank(args: argparse.Namespace, rank: int) -> Rank:
-    """Builds, as :func:`plan`, one rank of the job, whichever."""
+    """Builds, as :func:`plan`, one rank of the job."""
     return _rank(args, rank)[0]
 
 
 def completed(args: argparse.Namespace) -> argparse.Namespace:
-    """Returns validated arguments with what Megatron sets later: the padded vocabulary.
+    """Returns validated arguments with the padded vocabulary, which Megatron sets later.
 
     Raises:
         ValueError: the size of the vocabulary is not given.
@@ -77,7 +77,8 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     elif args.padded_vocab_size is None:
         if args.vocab_size is None:
             raise ValueError(
-                "--vocab-size is not given, and no tokenizer is loaded for a plan: name its size"
+                "--vocab-size is not given, and a plan loads no tokenizer; set the size of the "
+                "vocabulary"
             )
         args.padded_vocab_size = build_tokenizer.vocab_size_with_padding(args.vocab_size, args)
     return args
@@ -91,19 +92,19 @@ def flops(args: argparse.Namespace) -> float:
 
 
 def needs_norm(args: argparse.Namespace) -> bool:
-    """Returns whether each step computes the gradients' norm; Megatron's own optimizers do."""
+    """Returns whether each step computes the gradient norm; Megatron's own optimizers do."""
     return args.optimizer not in OPTIMIZERS or needs_grad_norm(args)
 
 
 def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:
-    """Returns a rank, the elements that its stage adds to the model, those of embeddings."""
+    """Returns a rank, and the elements and embedding elements that its stage adds to the model."""
     for name, flag, reason in _UNSUPPORTED:
         if getattr(args, name, False):
             raise ValueError(f"{flag} cannot be planned: {reason}. Leave it out")
     if getattr(args, "num_distributed_optimizer_instances", 1) > 1:
         raise ValueError(
-            "--num-distributed-optimizer-instances above 1 cannot be planned: what its instances "
-            "exchange is not counted. Leave it out"
+            "--num-distributed-optimizer-instances above 1 cannot be planned: the communication "
+            "between instances is not counted. Leave it out"
         )
     if getattr(args, "use_precision_aware_optimizer", False) and args.optimizer not in OPTIMIZERS:
         raise ValueError(
@@ -115,7 +116,7 @@ def _rank(args: argparse.Namespace, rank: int) -> tuple[Rank, int, int]:
         model, optimizer = build()
         for part in built(optimizer):
             part.init_state_fn(part.optimizer, part.config)
-            # fp32 has no main gradients to copy to, and prepares by pointing at the buffers.
+            # fp32 has no main gradients to copy to; Megatron only sets pointers to the buffers.
             getattr(part, "_copy_model_grads_to_main_grads", part.prepare_grads)()
         return measure(model, optimizer, stage), *_elements(model)
 
@@ -132,7 +133,7 @@ def build() -> tuple[list[torch.nn.Module], Any]:
     model = training.get_model(provider, ModelType.encoder_or_decoder)
     made = training.get_megatron_optimizer_config(args)
     config, overrides = made if isinstance(made, tuple) else (made, None)
-    config.plugin_log_updates = False  # a few kilobytes, and collectives that nobody would join
+    config.plugin_log_updates = False  # a few kilobytes, and collectives without other members
     more = {"config_overrides": overrides} if isinstance(made, tuple) else {}
     optimizer = training.get_megatron_optimizer(
         config, model, use_gloo_process_groups=args.use_gloo_process_groups, **more
@@ -146,7 +147,7 @@ def _provide(provider: Any, made: Any, /, *args: Any, **kwargs: Any) -> torch.nn
 
 
 def _elements(model: Iterable[torch.nn.Module]) -> tuple[int, int]:
-    """Returns elements that this stage adds to the whole model, and those of embeddings."""
+    """Returns the elements that this stage adds to the whole model, and those of embeddings."""
     from megatron.core import parallel_state
 
     whole = embedded = 0

@@ -1,7 +1,7 @@
-"""Memory of one rank of a job, counted as Megatron has allocated it, or by its formulas.
+"""Memory of one rank of a job, counted in Megatron's allocations, or by its formulas.
 
-:func:`measure` counts tensors without memory as it counts real ones, so that padding, buckets,
-shards and dtypes are not computed by formulas of ours.
+:func:`measure` counts tensors without memory like real ones, so that padding, buckets, shards and
+dtypes come from Megatron's code.
 """
 
 import argparse
@@ -19,11 +19,11 @@ class Buffer:
     """One contiguous gradient buffer of Megatron's.
 
     Attributes:
-        elements: with padding.
-        unpadded: elements that belong to parameters.
-        buckets: number of pieces that are communicated one by one.
-        param_bytes: of the parameters, as all-gathered; 0 without the distributed optimizer.
-        grad_bytes: of the buffer, as reduced.
+        elements: number of elements with padding.
+        unpadded: number of elements that belong to parameters.
+        buckets: number of pieces that are communicated separately.
+        param_bytes: bytes of the all-gathered parameters; 0 without the distributed optimizer.
+        grad_bytes: bytes of the reduced buffer.
         ranks: size of the group that reduces it.
         largest: elements of its largest bucket, with padding.
     """
@@ -42,13 +42,13 @@ class Rank:
     """The memory that one rank keeps from step to step, in bytes.
 
     Attributes:
-        stage: its pipeline stage.
+        stage: pipeline stage of the rank.
         parameters: elements of its part of the model.
         updated: elements that its optimizer updates (the shard, under the distributed optimizer).
-        weights: the model's parameters, padding included.
-        gradients: Megatron's gradient buffers, padding included.
+        weights: the model's parameters, including padding.
+        gradients: Megatron's gradient buffers, including padding.
         main_parameters: the optimizer's own copies of parameters, or its state's.
-        states: of the optimizer, by name; scalars (torch AdamW's ``step``) are left out.
+        states: the optimizer's states by name; scalars (torch AdamW's ``step``) are left out.
         main_gradients: copies of gradients that live from the step to the next ``zero_grad``.
         buffers: the gradient buffers, one for each dtype and kind.
     """
@@ -64,33 +64,33 @@ class Rank:
     buffers: tuple[Buffer, ...]
 
     def traffic(self) -> tuple[float, float]:
-        """Returns bytes that an optimizer step reads and writes, each tensor that it needs once.
+        """Returns bytes that an optimizer step reads and writes, each tensor once.
 
-        That is what a fused step needs; one of several torch operations moves more.
+        A fused step needs these; a step of several torch operations moves more.
         """
         gradient = self.updated * self._gradient_bytes()
         states = sum(self.states.values())
         weights = self.updated * self.weights / sum(b.elements for b in self.buffers)
         if not self.main_parameters:  # the weights are the main parameters
             return gradient + weights + states, weights + states
-        # Copies of gradients are written, then read in their place.
+        # Copies of gradients are written, then read instead of the gradients.
         return (
             gradient + self.main_gradients + self.main_parameters + states,
             self.main_gradients + self.main_parameters + states + weights,
         )
 
     def norm_traffic(self) -> float:
-        """Returns the bytes read to compute the norm of the gradients, which clipping needs."""
+        """Returns the bytes read to compute the gradient norm, which clipping needs."""
         return self.main_gradients or self.updated * self._gradient_bytes()
 
     def _gradient_bytes(self) -> float:
         return self.gradients / sum(b.elements for b in self.buffers)
 
     def reduced_and_gathered(self) -> tuple[float, float]:
-        """Returns bytes a rank sends a step over rings: to reduce gradients, to gather parameters.
+        """Returns the bytes that a rank sends in a step over rings, for gradients and parameters.
 
-        Gradients are reduce-scattered under the distributed optimizer, and all-reduced, which is
-        twice as much, without it.
+        Gradients are reduce-scattered with the distributed optimizer, and otherwise all-reduced,
+        which sends twice as much.
         """
         reduced = gathered = 0.0
         for b in self.buffers:
@@ -101,19 +101,19 @@ class Rank:
 
     @property
     def total(self) -> int:
-        """Returns the sum of them all."""
+        """The sum of all."""
         kept = (self.weights, self.gradients, self.main_parameters, self.main_gradients)
         return sum(kept) + sum(self.states.values())
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The memory that saving and resuming take, of the fullest rank, in bytes.
+    """The memory that saving and resuming need on the fullest rank, in bytes.
 
     Attributes:
-        form: how torch_dist holds it, ``dp_reshardable`` or ``fully_reshardable``.
-        saving: host memory for a save, of the optimizer's part.
-        reading: of the optimizer's part, that a rank reads to resume.
+        form: the format in torch_dist, ``dp_reshardable`` or ``fully_reshardable``.
+        saving: host memory for a save, for the optimizer's part.
+        reading: bytes of the optimizer's part that a rank reads to resume.
     """
 
     form: str
@@ -138,11 +138,11 @@ class Sizes:
 
 
 def measure(model: Iterable[Any], optimizer: Any, stage: int = 0) -> Rank:
-    """Counts what a model in Megatron's DDP and its optimizer hold, each storage once.
+    """Counts the memory of a model in Megatron's DDP and its optimizer, each storage once.
 
     Args:
-        model: the chunks that this rank has.
-        optimizer: Megatron's, with its state allocated.
+        model: the model chunks of this rank.
+        optimizer: Megatron's optimizer, with its state allocated.
         stage: the rank's pipeline stage.
     """
     parts = built(optimizer)
@@ -187,13 +187,13 @@ def measure(model: Iterable[Any], optimizer: Any, stage: int = 0) -> Rank:
 
 
 def built(optimizer: Any) -> list[Any]:
-    """Returns the optimizers that a chained one is made of, those without parameters left out."""
+    """Returns the optimizers of a chained one, without those that have no parameters."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if part.optimizer is not None]
 
 
 def _bytes(tensors: Iterable[torch.Tensor | None], seen: set[int]) -> int:
-    """Returns bytes of the tensors' storages that are not in ``seen``, which they are put into."""
+    """Returns the bytes of the tensors' storages that are not in ``seen``, and adds them to it."""
     total = 0
     for tensor in tensors:
         if tensor is not None and tensor.untyped_storage()._cdata not in seen:
@@ -203,15 +203,15 @@ def _bytes(tensors: Iterable[torch.Tensor | None], seen: set[int]) -> int:
 
 
 def checkpoint(args: argparse.Namespace, rank: Rank, form: str | None = None) -> Checkpoint | None:
-    """Returns what saving and resuming take, by Megatron's code (``get_parameter_state_dp_zero``).
+    """Returns the memory of saving and resuming, as in ``get_parameter_state_dp_zero`` of Megatron.
 
     Args:
-        args: Megatron's, validated.
+        args: Megatron's validated arguments.
         rank: a rank of the job.
-        form: as in :class:`Checkpoint`; the arguments' if None.
+        form: as in :class:`Checkpoint`; that of the arguments if None.
 
     Returns:
-        None where the optimizer is not sharded, or the format is not torch_dist.
+        None if the optimizer is not sharded, or the format is not torch_dist.
     """
     if not args.use_distributed_optimizer or args.ckpt_format != "torch_dist":
         return None
@@ -220,8 +220,8 @@ def checkpoint(args: argparse.Namespace, rank: Rank, form: str | None = None) ->
     if form == "dp_reshardable":
         shard = (rank.main_parameters or 4 * rank.updated) + sum(rank.states.values())
         return Checkpoint(form, shard, shard)
-    # fp32, whatever the states are in: on every rank whole buffers without padding, and of one
-    # bucket what it sends of each tensor, what it gets of one, and that put together.
+    # fp32, whatever the dtype of the states is: on each rank whole buffers without padding, and for
+    # one bucket the tensor sent, the tensor received, and the tensor assembled from these.
     tensors = 1 + len(rank.states)
     whole = 4 * tensors * sum(b.unpadded for b in rank.buffers)
     bucket = max(4 * b.largest * (2 + tensors / b.ranks) for b in rank.buffers)
@@ -232,7 +232,7 @@ def checkpoint(args: argparse.Namespace, rank: Rank, form: str | None = None) ->
 
 
 def activations(args: argparse.Namespace) -> tuple[int, str]:
-    """Returns activations' bytes by Megatron's formula, and which; (0, why not) without one."""
+    """Returns activation bytes by Megatron's formula, and its name; (0, reason) without one."""
     from megatron.training import theoretical_memory_usage as formulas
 
     unknown = {

@@ -1,6 +1,6 @@
 """Megatron's own parser and validation, for jobs that are not running yet.
 
-Nothing here trains: a job for GPUs can be checked on a machine that has none.
+A job for GPUs can be checked on a machine without GPUs.
 """
 
 import argparse
@@ -21,19 +21,20 @@ from megatron_s3.mcore.output import quiet
 
 __all__ = ["parse", "parser", "prepare", "release"]
 
-#: What validation asks of a device, where there is none: an H100's (compute capability 9.0).
+#: The device properties that the validation reads, if there is no device: those of an H100 (compute
+#: capability 9.0).
 _STANDIN = types.SimpleNamespace(
     name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
 )
 
 
 def prepare(words: Sequence[str]) -> None:
-    """Registers the plugin for jobs of the device that ``words`` name.
+    """Registers the plugin for a job on the device that ``words`` name.
 
     Raises:
         RuntimeError: this process was prepared for the CPU, and the job is for GPUs.
         SeamMoved: the installed Megatron is none that the plugin knows.
-        ImportError: there is no Megatron.
+        ImportError: Megatron is not installed.
     """
     if _device(words) == "cpu":
         cpu_device.use_cpu()
@@ -49,18 +50,18 @@ def release() -> str:
     """Returns the version of the Megatron that is installed."""
     from megatron.core.package_info import __version__
 
-    # What follows a "+" is the commit of whatever repository the environment lies in.
+    # The text after a "+" is the commit of any repository that contains the environment.
     return str(__version__).partition("+")[0]
 
 
 def _device(words: Sequence[str]) -> str:
-    """Returns the device that the job is for, cpu or cuda."""
+    """Returns the device of the job, cpu or cuda."""
     words = list(words)
     return words[words.index("--plugin-device") + 1] if "--plugin-device" in words else "cuda"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns Megatron's parser with the plugin's flags in it; :func:`prepare` first."""
+    """Returns Megatron's parser with the plugin's flags; call :func:`prepare` first."""
     from megatron.training import arguments
 
     with quiet():
@@ -71,16 +72,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
-    """Returns Megatron's arguments, validated, as rank 0 of ``world_size`` would see them.
+    """Returns Megatron's validated arguments, as on rank 0 of ``world_size``.
 
-    In this process's environment, where the ranks have that too.
+    The environment of this process is used, so it must be that of the ranks.
 
     Args:
-        words: the command line, without the program.
+        words: the command line without the program.
         world_size: number of ranks.
 
     Raises:
-        ValueError: Megatron or the plugin refuses them, with its words.
+        ValueError: Megatron or the plugin rejects them; the message is theirs.
     """
     prepare(words)
     from megatron.training import arguments
@@ -97,20 +98,20 @@ def parse(words: Sequence[str], world_size: int) -> argparse.Namespace:
         try:
             args: argparse.Namespace = arguments.parse_args()
             folder = args.tensorboard_dir
-            args.tensorboard_dir = folder or "."  # a launch has its own folders
+            args.tensorboard_dir = folder or "."  # a launch uses its own folders
             arguments.validate_args(args, {})
             args.tensorboard_dir = folder  # and nothing is written into this one
             _schedule(copy.copy(args))
-        except SystemExit as error:  # argparse's way
+        except SystemExit as error:  # raised by argparse
             lines = errors.getvalue().strip().splitlines() or [str(error)]
             raise ValueError(lines[-1].partition("error: ")[2] or lines[-1]) from None
-        except Exception as error:  # assertions, and whatever a release stumbles over
+        except Exception as error:  # assertions, and other errors of a release
             raise ValueError(_words_of(error)) from error
     return args
 
 
 def _schedule(args: argparse.Namespace) -> None:
-    """Makes the schedule of the learning rate, which has demands of its own."""
+    """Builds the schedule of the learning rate, which has checks of its own."""
     from megatron.training import training
 
     if args.skip_train or not (args.train_iters or args.train_samples):
@@ -120,7 +121,7 @@ def _schedule(args: argparse.Namespace) -> None:
 
 
 def _words_of(error: Exception) -> str:
-    """Returns what the error says; of a bare assertion, the condition that failed."""
+    """Returns the message of an error; for an assertion without one, the condition that failed."""
     if str(error) and not isinstance(error, KeyError):
         return " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -274,3 +274,30 @@ def test_the_places_of_every_buffer_are_put_back():
             found = buffer.param_index_map
             assert found == {"one": (0, 100, 0), "two": (100, 132, 0), "three": (132, 140, 0)}
     assert all(buffer.param_index_map is places for buffer in buffers)
+
+
+@on_ranks(1)
+def test_main_parameters_that_are_not_the_weights_are_noted():
+    """More than half of the elements, by more than rounding to few bits explains."""
+    from megatron_s3.mcore.state import running
+
+    whole = torch.nn.Parameter(torch.tensor([9.0, 1.0, 2.0, 0.0, 4.0, 9.0]))
+    model = torch.nn.Module()
+    model.weight = whole
+    place = {"param": Namespace(start=1, end=5)}  # this rank's
+    optimizer = Namespace(_get_model_param_range_map=lambda param: place)
+
+    def noted(*main: float, dtype: torch.dtype = torch.float32, param=whole) -> list[str]:
+        shards.note_unlike(optimizer, param, {"param": torch.tensor(main).to(dtype)})
+        found = shards.unlike_weights([model])
+        assert running().unlike == []
+        return found
+
+    assert noted(1, 2, 0, 4) == noted(1.3, 1.6, 1e-7, 4.9) == []
+    assert noted(5, 5, 0, 4) == []  # half of them
+    assert noted(5, 5, 5, 4) == noted(1.4, 1.4, 1e-5, 4) == ["weight"]
+    assert noted(5, 5, 5, 4, param=torch.nn.Parameter(whole.detach().clone())) == ["a parameter"]
+    # What is compared otherwise, or by somebody else.
+    assert noted(5, 5, 5) == noted(5, 5, 5, 4, dtype=torch.int8) == []
+    shards.note_unlike(optimizer, whole, {"param": "of another kind"})
+    assert shards.unlike_weights([model]) == []

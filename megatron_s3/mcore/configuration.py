@@ -92,7 +92,8 @@ def _subclasses(cls: type[Any]) -> list[type[Any]]:
     found: dict[type[Any], None] = {}
     for each in cls.__subclasses__():
         if "__dataclass_fields__" in vars(each):
-            found |= dict.fromkeys([each, *_subclasses(each)])
+            found[each] = None
+        found |= dict.fromkeys(_subclasses(each))
     return list(found)
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_s3.mcore import compat_before_0_19
-from megatron_s3.mcore.checkpoint import shards
+from megatron_s3.mcore.checkpoint import param_groups, shards
 from megatron_s3.mcore.one_pass import OnePass, Place, is_plain, place, require_memory
 
 __all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
@@ -63,10 +64,27 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Calls Megatron's method when the state exists; it would allocate Adam's names."""
         self.optimizer.init_state()
-        super().load_state_dict(state_dict)
+        param_groups.load_state_dict(_upstreams("load_state_dict"), self, state_dict)
         for state in self.optimizer.state.values():
             state.pop("step", None)  # set by Megatron if it loads without FusedAdam
         self.name_main_params()
+
+    # What megatron-core saves is mended here too, so that it is right where nothing is wrapped.
+
+    def get_parameter_state_dp_reshardable(self) -> Any:
+        """Returns what this rank holds of each bucket, with zeros between parameters."""
+        upstreams = _upstreams("get_parameter_state_dp_reshardable")
+        return shards.get_parameter_state_dp_reshardable(upstreams, self)
+
+    def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what is saved and loaded of it, also of a rank whose share is padding alone."""
+        upstreams = _upstreams("sharded_param_state_dp_reshardable")
+        return shards.sharded_param_state_dp_reshardable(upstreams, self, *args, **kwargs)
+
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns tensors of the parameters' shapes, cut where the ranks hold them."""
+        upstreams = _upstreams("sharded_param_state_fully_reshardable")
+        return shards.sharded_param_state_fully_reshardable(upstreams, self, *args, **kwargs)
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -256,6 +274,12 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         ):
             for models, own in zip(all_models, all_own, strict=True):
                 yield from zip(models, own, strict=True)
+
+
+def _upstreams(name: str) -> Callable[..., Any]:
+    """Returns a method of DistributedOptimizer as Megatron has it, whether or not it is wrapped."""
+    method: Callable[..., Any] = inspect.unwrap(getattr(DistributedOptimizer, name))
+    return method
 
 
 @functools.cache

@@ -11,7 +11,6 @@ What stands in for what a machine without a GPU lacks is in :mod:`tests.bridge.s
   built, and without the makefile to build it with.
 """
 
-import logging
 import sys
 from typing import Any
 
@@ -23,7 +22,6 @@ __all__ = ["ITERATIONS", "recipe"]
 ITERATIONS = 6
 
 cpu_device.select("cpu")
-logging.disable(logging.WARNING)
 
 from megatron.core.datasets import utils  # noqa: E402  # imports torch.cuda's names
 
@@ -85,6 +83,7 @@ def main() -> None:
         bridge.use_s3(config)
     process_config_with_overrides(config, cli_overrides=overrides)
     pretrain(config, forward_step)
+    print("wrapped:", "megatron_s3.mcore.seams" in sys.modules)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,11 @@ def test_subclasses_made_before_and_after_have_the_fields():
             def __post_init__(self): pass
             def finalize(self): super().__post_init__()
 
+        class Plain(Deferred):
+            pass
+
         @dataclasses.dataclass(frozen=False, eq=False)
-        class Deeper(Deferred):
+        class Deeper(Plain):
             hidden: int = dataclasses.field(default=3, repr=False)
 
         before = len(dataclasses.fields(Deeper))

@@ -1,21 +1,26 @@
 """Wraps megatron-core's own loading, through which programs without Megatron's trainer pass."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_s3.mcore.all_ranks import raise_first
 from megatron_s3.mcore.arguments import switches
+from megatron_s3.mcore.checkpoint.read import load_object
 from megatron_s3.mcore.checkpoint.verification import verify_folder
 from megatron_s3.mcore.state import running
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT_WITH_STEPS
 from megatron_s3.optimizers.stamp import Stamp, settings
+from megatron_s3.storage.archive import Archive
+from megatron_s3.storage.index import read as read_index
 from megatron_s3.storage.layout import CONFIG
 
 __all__ = ["checked_already", "load"]
@@ -63,7 +68,8 @@ def load(
     error = None
     try:
         if asked := dict(_groups(sharded_state_dict)):
-            _compare(folder, asked, dict(_groups(_common(checkpoint_dir))))
+            saved = _groups({**_common(checkpoint_dir), **_objects(folder, asked)})
+            _compare(folder, asked, dict(saved))
     except ValueError as caught:
         error = str(caught)
     raise_first(error, group)
@@ -74,8 +80,26 @@ def _common(checkpoint_dir: Any) -> Any:
     return dist_checkpointing.load_common_state_dict(str(checkpoint_dir))
 
 
+def _objects(folder: Path, asked: Iterable[tuple[Any, ...]]) -> dict[str, Any]:
+    """Returns the saved objects that hold what is asked for, by their names in the checkpoint."""
+    names = {path[0] for path in asked if path}
+    found = {}
+    for place, entry in read_index(folder).storage_data.items():
+        if place.fqn in names and place.offset is None:
+            archive = Archive(folder / entry.relative_path, entry.offset, entry.length)
+            with contextlib.suppress(ValueError):  # Megatron says what it cannot read
+                found[place.fqn] = load_object(io.BytesIO(archive.read()))
+    return found
+
+
 def _groups(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yields every list of param groups in a state dict, with its keys from the outside in."""
+    """Yields every list of param groups in a state dict, with its keys from the outside in.
+
+    In an object of its own in the checkpoint, as the distributed optimizer's in the format
+    dp_reshardable, its keys begin with the object's name there, under which a list of it is saved.
+    """
+    if isinstance(value, ShardedObject):
+        value, path = value.data, (value.unique_key, 0)
     if isinstance(value, Mapping):
         for name, each in value.items():
             if name == "param_groups" and isinstance(each, list):

@@ -1,0 +1,129 @@
+"""Megatron-Bridge's own ``pretrain()`` with S3, on two CPU ranks.
+
+What stands in for what is not here is listed in :mod:`tests.bridge.program`.
+"""
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.bridge.ranks import process
+from tests.harness.runs import Run
+from tests.harness.tensors import assert_bitwise_equal, tensors
+
+pytestmark = pytest.mark.slow
+
+#: Parameters in several buckets, each of which ends in padding.
+BUCKETS = "ddp.bucket_size=5000"
+FORMATS = {
+    "dp_reshardable": [BUCKETS],
+    "fully_reshardable": [BUCKETS, "checkpoint.dist_ckpt_optim_fully_reshardable=true"],
+}
+
+
+def trained(folder: Path, how: str, *overrides: str, ranks: int = 2) -> Run:
+    """Trains, and saves iterations 3 and 6 in the folder."""
+    log = folder.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    status = process().run([how, folder, *overrides], ranks, log)
+    return Run(status, log.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Returns the folder of a training by its arguments, each trained once."""
+    folder = tmp_path_factory.mktemp("bridge")
+
+    @functools.cache
+    def train(how: str, *overrides: str) -> Path:
+        path = folder / f"{how}-{len(list(folder.iterdir()))}"
+        run = trained(path, how, *overrides)
+        assert run.returncode == 0, run.log[-6000:]
+        assert f"wrapped: {how == 'registered'}" in run.log
+        return path
+
+    return train
+
+
+@pytest.mark.parametrize("overrides", FORMATS.values(), ids=FORMATS)
+def test_it_trains_saves_and_resumes_bitwise(overrides, finished, tmp_path):
+    """Without a wrapper; with the plugin registered the bits are the same."""
+    whole = finished("s3", *overrides)
+    losses = Run(0, whole.with_suffix(".log").read_text()).column("lm loss")
+    assert len(losses) == 6 and float(losses[6]) < float(losses[1]) - 0.05
+    halves = [f"checkpoint.load={whole}", "checkpoint.ckpt_step=3"]
+    run = trained(tmp_path / "resumed", "s3", *overrides, *halves)
+    assert run.returncode == 0, run.log[-6000:]
+    assert run.column("lm loss") == {i: loss for i, loss in losses.items() if i > 3}
+    assert_bitwise_equal(tensors(tmp_path / "resumed"), tensors(whole))
+    registered = finished("registered", *overrides)
+    assert_bitwise_equal(tensors(registered), tensors(whole))
+    assert any(name.endswith("exp_pnorm") or ".exp_pnorm." in name for name in tensors(whole))
+
+
+def test_the_command_line_sets_hyperparameters_that_are_recorded(finished, tmp_path):
+    changed = finished("s3", BUCKETS, "optimizer.s3_p=2.0", "optimizer.s3_beta=0.9")
+    config = yaml.safe_load((changed / "iter_0000006/run_config.yaml").read_text())["optimizer"]
+    assert config["_target_"].endswith(".S3OptimizerConfig")
+    assert (config["s3_p"], config["s3_beta"], config["s3_nesterov"]) == (2.0, 0.9, True)
+    assert (config["clip_grad"], config["lr"], config["optimizer"]) == (0.0, 3e-3, "s3")
+    log = changed.with_suffix(".log").read_text()
+    assert "S3 (SoftSignSGD) with beta=0.9 p=2.0" in log
+    plain = finished("s3", *FORMATS["dp_reshardable"])
+    assert Run(0, log).losses != Run(0, plain.with_suffix(".log").read_text()).losses
+    for override, said in (
+        ("optimizer.s3_bta=0.9", "Could not override 'optimizer.s3_bta'"),
+        ("optimizer.s3_p=0.5", "s3_p must be in"),
+        ("optimizer.optimizer=adam", "it builds 's3' alone"),
+    ):
+        run = trained(tmp_path / "refused", "s3", override)
+        assert run.returncode != 0 and said in run.log and not run.trained
+
+
+def test_the_weight_decay_of_the_recipe_is_in_force(finished):
+    """Bridge's scheduler overwrites the optimizer's."""
+    log = finished("s3", *FORMATS["dp_reshardable"]).with_suffix(".log").read_text()
+    assert "scheduler.end_weight_decay 0.033 -> 0.0033" in log
+    assert "optimizer.lr 0.0003 -> 0.003" in log and "optimizer.clip_grad 1.0 -> 0.0" in log
+
+
+def test_without_the_distributed_optimizer_the_losses_are_the_same(finished):
+    off = ("use_distributed_optimizer=false", "overlap_param_gather=false")
+    whole = finished("s3", *(f"{part}.{each}" for part in ("ddp", "optimizer") for each in off))
+    sharded = finished("s3", *FORMATS["dp_reshardable"])
+    runs = [Run(0, each.with_suffix(".log").read_text()) for each in (whole, sharded)]
+    assert runs[0].column("lm loss") == runs[1].column("lm loss")
+    assert "not sharded" in runs[0].built and "sharded over 2" in runs[1].built
+
+
+def test_other_dtypes_of_states_need_no_transformer_engine(finished):
+    folder = finished(
+        "s3",
+        "optimizer.use_precision_aware_optimizer=true",
+        "optimizer.exp_avg_dtype=torch.bfloat16",
+        "optimizer.exp_avg_sq_dtype=torch.bfloat16",
+    )
+    assert "exp_avg bfloat16, exp_pnorm bfloat16" in folder.with_suffix(".log").read_text()
+
+
+def test_a_damaged_checkpoint_and_one_of_adam_are_refused_where_it_is_registered(
+    finished, tmp_path
+):
+    whole = finished("registered", *FORMATS["dp_reshardable"])
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole, damaged)
+    (data,) = (damaged / "iter_0000006").glob("__0_0.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    more = ["train.train_iters=8", BUCKETS]
+    for name, load, said in (
+        ("one", damaged, f"{data.name} is damaged"),
+        ("other", finished("adam", BUCKETS), "was saved by one of Megatron's own optimizers"),
+    ):
+        run = trained(tmp_path / name, "registered", f"checkpoint.load={load}", *more)
+        assert run.returncode != 0 and said in run.error
+        assert not run.trained and not (tmp_path / name).exists()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -22,12 +23,15 @@ EXAMPLE = Path(__file__).parent / "example"
 
 
 @pytest.fixture(scope="module")
-def ademamix() -> type[ElementwiseOptimizer]:
-    """The class, imported when it is asked for: importing registers it in this process."""
+def ademamix() -> Iterator[type[ElementwiseOptimizer]]:
+    """The class, which its import registers; no test of another file sees it registered."""
+    known = dict(OPTIMIZERS._classes)
     from tests.optimizers.example import ademamix_kernel  # noqa: F401 (gives the rule its kernel)
     from tests.optimizers.example.ademamix import AdEMAMix
 
-    return AdEMAMix
+    yield AdEMAMix
+    OPTIMIZERS._classes.clear()
+    OPTIMIZERS._classes.update(known)
 
 
 def steps(optimizer_of, count: int = 6, numel: int = 257) -> torch.nn.Parameter:

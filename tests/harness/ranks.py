@@ -81,7 +81,10 @@ def _main() -> None:
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module
     specification.loader.exec_module(module)
-    getattr(module, name).__wrapped__(**pickle.loads(base64.b64decode(arguments)))
+    try:
+        getattr(module, name).__wrapped__(**pickle.loads(base64.b64decode(arguments)))
+    except SystemExit as end:  # which would pass where its status is 0
+        raise RuntimeError(f"the test has ended its rank with status {end.code}") from end
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

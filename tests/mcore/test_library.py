@@ -12,9 +12,17 @@ def fails(case):
     raise RuntimeError(f"of case {case}")
 
 
+@on_ranks(1)
+def ends(status):
+    raise SystemExit(status)
+
+
 def test_a_failing_rank_fails_the_test():
     with pytest.raises(AssertionError, match="RuntimeError: of case 3"):
         fails(case=3)
+    for status in (None, 0, 3):
+        with pytest.raises(AssertionError, match=f"has ended its rank with status {status}"):
+            ends(status=status)
 
 
 @pytest.mark.parametrize("release", RELEASES)

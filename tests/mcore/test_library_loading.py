@@ -53,7 +53,7 @@ S3, NADAM = of("s3"), of("nadam")
         ({"optimizer": {"param_groups": []}}, {"optimizer": S3}),
         ({"optimizer": {"param_groups": ["of another kind"]}}, {"optimizer": S3}),
         ({"optimizer": of(None)}, {"optimizer": of(None, p=2.0)}),
-        ([S3, NADAM], [S3, NADAM]),
+        ({"parts": [S3, NADAM]}, {"parts": [S3, NADAM]}),
         ({"size": torch.Size([2, 3])}, {}),
     ],
 )

@@ -114,15 +114,17 @@ def _groups(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 def _compare(folder: Path, asked: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
     """Raises ValueError unless param groups were saved by the optimizers that ask for them."""
     for path, groups in asked.items():
-        if path not in saved or not groups or not saved[path]:
+        if path not in saved:
             continue  # Megatron says what is missing
         algorithms, others = ({g.get("algorithm") for g in each} for each in (groups, saved[path]))
         if len(algorithms) != 1 or len(others) != 1 or algorithms == others == {None}:
             continue  # Megatron's own optimizers: Megatron's own checks
         (now,), (then,) = algorithms, others
         cls = OPTIMIZERS.get(now or "")
-        own = {} if cls is None or then != now else settings(cls.description, groups[0])
-        theirs = {} if cls is None else settings(cls.description, saved[path][0])
+        own, theirs = (
+            {} if cls is None else settings(cls.description, each[0])
+            for each in (groups, saved[path])
+        )
         Stamp(_called(now), FORMAT_WITH_STEPS, own).check(
             Stamp(_called(then), saved[path][0].get("format", 1), theirs),
             source=str(folder),

@@ -85,14 +85,12 @@ def load_checkpoint(
             "--override-opt_param-scheduler, or the checkpoint's with "
             "--use-checkpoint-opt_param-scheduler."
         ) from None
-    _compare_with_weights(ddp_model, optimizer)
+    _compare_with_weights(ddp_model)
     return result
 
 
-def _compare_with_weights(model: Any, optimizer: Any) -> None:
+def _compare_with_weights(model: Any) -> None:
     """Raises ValueError on all ranks where one has loaded main parameters of other weights."""
-    if optimizer is None:
-        return
     unlike = shards.unlike_weights(model if isinstance(model, list) else [model])
     raise_first(
         f"the main parameters that were loaded of {unlike[0]} ({len(unlike)} in all on this rank) "

@@ -5,13 +5,14 @@ module, and finds Megatron's classes and stand-ins for the calls that need a GPU
 """
 
 import contextlib
+import dataclasses
 import types
 
 import pytest
 import torch
 
 from tests.harness.wheels import functions, source
-from tests.mcore.library import build, equal, inner, on_ranks, states, step
+from tests.mcore.library import build, equal, inner, on_ranks, states, step, wrap
 
 NAMES = ("offload_megatron_optimizer", "load_megatron_optimizer")
 NAMES += ("offload_megatron_copy_params", "load_megatron_copy_params")
@@ -83,6 +84,46 @@ def test_the_whole_state_is_moved_away_and_back_and_the_bits_stay(text, how):
         assert step(model, optimizer, seed)[0] and step(plain, right, seed)[0]
         assert equal(model.parameters(), plain.parameters())
         assert equal(states(optimizer), states(right))
+
+
+class Settings(dict):
+    """verl's configuration: keys that are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.fixture
+def verls_config() -> str:
+    return source("verl", "0.9.1", "verl/utils/megatron/optimizer.py")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@on_ranks(1)
+def test_verl_makes_the_configuration(verls_config, precision):
+    """fp16 asks for precision-aware states; a misspelled hyperparameter is an error."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    make = functions(
+        verls_config,
+        "init_megatron_optim_config",
+        torch=torch,
+        dataclasses=dataclasses,
+        OptimizerConfig=OptimizerConfig,
+        PrecisionType=None,
+        _MUON_ALGORITHMS=("muon",),
+        print_rank_0=lambda text: None,
+    )["init_megatron_optim_config"]
+    asked = Settings(optimizer="s3", lr=0.1, min_lr=0.0, clip_grad=0.0, weight_decay=0.0)
+    asked["override_optimizer_config"] = {"s3_p": 2.0}
+    flags = {"fp16": precision == "fp16", "bf16": precision == "bf16"}
+    config = make(asked, **flags)
+    assert (config.s3_p, config.clip_grad) == (2.0, 0.0)
+    optimizer = get_megatron_optimizer(config, [wrap(dtype=dtypes[precision])])
+    assert {group["p"] for group in inner(optimizer).param_groups} == {2.0}
+    asked["override_optimizer_config"] = {"s3_pp": 2.0}
+    with pytest.raises(TypeError, match="s3_pp"):
+        make(asked, **flags)
 
 
 @on_ranks(1)

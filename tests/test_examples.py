@@ -42,7 +42,12 @@ def _commands(text: str) -> list[str]:
 
 
 def _examples() -> list[str]:
-    found = [c for page in PAGES for c in _commands(page.read_text(encoding="utf-8"))]
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    found = [c for text in texts for c in _commands(text)]
+    # Files that a reader writes before, with an optimizer of their own; a test of the optimizers'
+    # packages does the same (tests/optimizers/test_example.py).
+    written = {name for text in texts for name in re.findall(r"^cat > (\S+) <<", text, re.M)}
+    found = [c for c in found if not written & set(c.split())]
     head = (REPOSITORY / "scripts/pretrain.sbatch").read_text().split("\n\n")[0]
     head = re.sub(r"^# ?", "", head, flags=re.MULTILINE).replace("\\\n", " ")
     found += [" ".join(line.split()) for line in head.splitlines() if line.startswith("    sbatch")]

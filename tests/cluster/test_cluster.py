@@ -93,7 +93,7 @@ def test_a_job_runs_what_was_submitted(cluster, tmp_path: Path) -> None:
     given = {"SBATCH_EXPORT": "NONE", "VENV": "", "PREFLIGHT": "0"}
     megatron_s3 = [sys.executable, "-m", "megatron_s3.cli"]
     refused = cluster.run(*megatron_s3, *words, check=False, **given)
-    assert "A_KEY: credentials are not written into the job's files" in refused
+    assert "A_KEY: credentials are not written to the job's files" in refused
     number = cluster.run(*megatron_s3, *words[:-2], **given).split()[-1]
     file.write_text("extends: tiny-s3\n")
     cluster.run("scontrol", "release", number)

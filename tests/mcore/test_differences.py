@@ -103,7 +103,7 @@ def test_what_may_differ_between_two_runs_is_said():
     ]
     assert said(exp_avg_dtype=torch.bfloat16) == [
         "[megatron_s3] there was saved with exp_avg in torch.bfloat16; "
-        "it is loaded into torch.float32"
+        "it is loaded as torch.float32"
     ]
 
 

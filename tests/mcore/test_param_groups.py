@@ -76,7 +76,7 @@ def test_megatron_decides_where_each_group_is_the_only_one_or_there_is_none():
 def test_groups_that_cannot_be_told_apart_are_refused(current, saved, counts):
     from megatron_s3.mcore.checkpoint.param_groups import pairs
 
-    with pytest.raises(ValueError, match=f"{counts}.*which is which cannot be told"):
+    with pytest.raises(ValueError, match=f"{counts}.*they cannot be matched"):
         pairs(current, saved)
 
 

@@ -108,5 +108,7 @@ def test_a_writer_that_answered_before_it_ended_is_no_error() -> None:
     done = functools.partial(is_current_async_call_done, lambda caller, *rest: rest)
     assert done(Caller(-9, answered=True), True, True) == (True, True)
     assert done(Caller(-9, read=True), False, True) == (False, True)
-    with pytest.raises(WriterDied, match="ended with status 0, so the last checkpoint is not"):
+    with pytest.raises(
+        WriterDied, match="ended with status 0, so the last checkpoint is incomplete"
+    ):
         done(Caller(0))

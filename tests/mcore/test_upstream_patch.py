@@ -1,4 +1,4 @@
-"""patches/upstream: S3 through a patched megatron-core, with nothing wrapped, and the same bits."""
+"""One program through register(), the hook, and a patched Megatron: the same bits."""
 
 import re
 import shutil
@@ -21,6 +21,13 @@ sys.path.insert(0, {tree!r})
 from megatron_s3.mcore import cpu_device
 cpu_device.select("cpu")
 {registration}
+"""
+
+#: What Python runs at the start of a process where the hook is installed.
+HOOK = """
+import os
+os.environ |= {"MEGATRON_S3": "1", "MEGATRON_S3_DEVICE": "cpu"}
+__import__("megatron_s3.autoregister").autoregister.start()
 """
 
 
@@ -50,7 +57,10 @@ def test_the_same_bits_and_resumed(tmp_path: Path) -> None:
     ).replace("s3_p=3.0, ", "clip_grad=0.0, ")
     plain += '\nassert not hasattr(get_megatron_optimizer, "__megatron_s3_seam__")\n'
     plain += f'assert dist_checkpointing.__file__.startswith("{tree}")\n'
-    for name, program in (("patched.py", plain), ("plugin.py", text)):
+    hooked = re.sub(r"^(import megatron_s3|megatron_s3\.register\(.*)$", "", text, flags=re.M)
+    assert "megatron_s3" not in hooked
+    programs = (("patched.py", plain), ("plugin.py", text), ("hooked.py", HOOK + hooked))
+    for name, program in programs:
         (tmp_path / name).write_text(program)
 
     def run(name: str, *argv: str | Path) -> None:
@@ -60,12 +70,14 @@ def test_the_same_bits_and_resumed(tmp_path: Path) -> None:
             status = ranks.run(words, 2, log.name, program=str(tmp_path / name))
             assert status == 0, log.read()[-4000:]
 
-    patched, first, resumed, plugin = (
-        tmp_path / name for name in ("patched", "first", "resumed", "plugin")
+    patched, first, resumed, plugin, hook = (
+        tmp_path / name for name in ("patched", "first", "resumed", "plugin", "hook")
     )
     run("patched.py", "8", patched)
     run("patched.py", "4", first)
     run("patched.py", "8", resumed, first)
     run("plugin.py", "8", plugin)
+    run("hooked.py", "8", hook)
+    assert_bitwise_equal(tensors(hook, None), tensors(plugin, None))
     assert_bitwise_equal(tensors(patched, None), tensors(plugin, None))
     assert_bitwise_equal(tensors(patched, None), tensors(resumed, None))

@@ -6,7 +6,13 @@ Bridge asks an optimizer configuration that has a method ``provide`` for its opt
 GPU or ``megatron_s3.register(device="cpu")`` before it.
 """
 
+from megatron_s3.bridge.callback import MetricsCallback
 from megatron_s3.bridge.configuration import S3OptimizerConfig
 from megatron_s3.bridge.recipes import distributed_s3_with_cosine_annealing, use_s3
 
-__all__ = ["S3OptimizerConfig", "distributed_s3_with_cosine_annealing", "use_s3"]
+__all__ = [
+    "MetricsCallback",
+    "S3OptimizerConfig",
+    "distributed_s3_with_cosine_annealing",
+    "use_s3",
+]

@@ -97,7 +97,8 @@ def configures(cls: type[ElementwiseOptimizer]) -> Callable[[Class], Class]:
         for name, (_, default) in defaults.items():
             setattr(config, name, default)
         config.builds = cls
-        return dataclasses.dataclass(config)
+        dataclasses.dataclass(config)
+        return config
 
     return decorate
 

@@ -1,6 +1,7 @@
 """The log of a run for programs: losses, learning rates, updates and spikes of each interval."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,16 +22,27 @@ class MetricsLog:
     """Writes ``metrics.jsonl`` and TensorBoard's scalars; losses of an interval stay on the device.
 
     Args:
-        args: Megatron's arguments.
+        args: Megatron's arguments, or an object with the same attributes.
         iteration: the iteration before the first that is logged.
         update_log: the log whose totals are written; None if updates are not logged.
         spikes: the state of SpikeLog in the checkpoint that was loaded.
+        writers: returns the writers of TensorBoard and of Weights & Biases, each or None; those of
+            Megatron's trainer by default.
+        flops: returns the floating-point operations of an iteration over all ranks, from ``args``;
+            as Megatron's trainer counts them by default.
     """
 
     def __init__(
-        self, args: Any, iteration: int, update_log: UpdateLog | None, spikes: dict[str, Any] | None
+        self,
+        args: Any,
+        iteration: int,
+        update_log: UpdateLog | None,
+        spikes: dict[str, Any] | None,
+        writers: Callable[[], tuple[Any, Any]] | None = None,
+        flops: Callable[[Any], float] | None = None,
     ) -> None:
         self.update_log = update_log
+        self.writers = writers or _trainers_writers
         self.losses: list[Tensor] = []
         self.skipped = 0
         self.timed = -1  # iterations since then; the first one began before
@@ -41,7 +53,7 @@ class MetricsLog:
             if spikes is not None:
                 self.spikes.load_state_dict(spikes)
             self.file = RunLog(args.tensorboard_dir or args.save)
-            self.file.write("start", _start(args, iteration, update_log))
+            self.file.write("start", _start(args, iteration, update_log, flops))
 
     def count(self, losses: dict[str, Tensor], skipped: bool) -> None:
         """Counts an iteration."""
@@ -69,8 +81,6 @@ class MetricsLog:
 
     def interval(self, args: Any, iteration: int, lr: float | None, grad_norm: Any) -> None:
         """Writes the line of an interval, and TensorBoard's scalars."""
-        from megatron.training import get_tensorboard_writer, get_wandb_writer
-
         updates = None if self.update_log is None else self.update_log.take()
         losses, self.losses = self.losses, []
         now = time.perf_counter()
@@ -79,6 +89,7 @@ class MetricsLog:
         timed, self.timed = self.timed, 0
         if self.file is None:
             return
+        tensorboard, wandb = self.writers()
         # An interval in which all updates were skipped has no loss.
         loss = float(torch.stack(losses).mean()) if losses else None
         record = {
@@ -97,16 +108,16 @@ class MetricsLog:
             bound = self.update_log.bound()
             if bound is not None:
                 scalars["update/bound"] = bound
-            if writer := get_tensorboard_writer():
+            if tensorboard:
                 for tag, value in scalars.items():
-                    writer.add_scalar(tag, value, iteration)
-            if wandb := get_wandb_writer():
+                    tensorboard.add_scalar(tag, value, iteration)
+            if wandb:
                 wandb.log(scalars, iteration)
         self.file.write("train", record)
         for spike in self.spikes.add(iteration, loss, updates) if loss is not None else ():
             self.file.write("spike", _finite(spike))
-        if writer := get_tensorboard_writer():
-            writer.add_scalar("spikes/count", self.spikes.count, iteration)
+        if tensorboard:
+            tensorboard.add_scalar("spikes/count", self.spikes.count, iteration)
 
 
 def writing_rank() -> int:
@@ -120,9 +131,24 @@ def _finite(values: Any) -> Any:
     return finite(values)
 
 
-def _start(args: Any, iteration: int, update_log: UpdateLog | None) -> dict[str, Any]:
+def _trainers_writers() -> tuple[Any, Any]:
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    return get_tensorboard_writer(), get_wandb_writer()
+
+
+def _trainers_flops(args: Any) -> float:
     from megatron.training.training import num_floating_point_operations
 
+    return float(num_floating_point_operations(args, args.global_batch_size))
+
+
+def _start(
+    args: Any,
+    iteration: int,
+    update_log: UpdateLog | None,
+    flops: Callable[[Any], float] | None,
+) -> dict[str, Any]:
     cls = OPTIMIZERS.get(args.optimizer)
     names = ("adam_beta1", "adam_beta2", "adam_eps") if args.optimizer == "adam" else ()
     own = hyperparameters(cls, args) if cls else {name: getattr(args, name) for name in names}
@@ -139,8 +165,7 @@ def _start(args: Any, iteration: int, update_log: UpdateLog | None) -> dict[str,
         "global_batch_size": args.global_batch_size,
         "seq_length": args.seq_length,
         "train_iters": args.train_iters,
-        # FLOPs of an iteration over all ranks, as Megatron counts them.
-        "flops": float(num_floating_point_operations(args, args.global_batch_size)),
+        "flops": (flops or _trainers_flops)(args),
         "version": __version__,
     }
 

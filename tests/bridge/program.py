@@ -82,7 +82,7 @@ def main() -> None:
     if how != "adam":
         bridge.use_s3(config)
     process_config_with_overrides(config, cli_overrides=overrides)
-    pretrain(config, forward_step)
+    pretrain(config, forward_step, callbacks=[bridge.MetricsCallback(updates=how != "adam")])
     print("wrapped:", "megatron_s3.mcore.seams" in sys.modules)
 
 

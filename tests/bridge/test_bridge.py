@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -171,3 +172,45 @@ def test_what_s3_cannot_train_is_refused_and_nothing_is_changed():
     with pytest.raises(TypeError, match="s3_bta"):
         use_s3(made, s3_bta=0.5)
     assert made.optimizer.optimizer == "adam" and made.optimizer.lr == 3e-4
+
+
+@in_bridge
+def test_the_callback_knows_the_spikes_of_earlier_launches(tmp_path):
+    """From the lines up to the iteration of the checkpoint, NaN and updates among them."""
+    from megatron_s3.bridge.callback import _spikes
+    from megatron_s3.telemetry.runlog import RunLog
+    from megatron_s3.telemetry.spike_log import SpikeLog
+
+    log, spikes = RunLog(tmp_path), SpikeLog()
+    for i in range(1, 61):
+        loss = math.nan if i == 50 else 9.0 if 45 < i < 53 else 4.0 - i / 100 + (i % 3) / 1000
+        size = {"mean_abs": 0.1 * (1 + (i > 44)) + i / 1e4, "max_abs": math.inf}
+        updates = {"all": size, "kinds": {"mlp": size}, "layers": {"0": size}}
+        spikes.add(i, loss, updates)
+        written = {"mean_abs": size["mean_abs"], "max_abs": "inf"}
+        lines = {"all": written, "kinds": {"mlp": written}, "layers": {"0": written}}
+        record = {"iteration": i, "loss": "nan" if i == 50 else loss, "updates": lines}
+        log.write("train", record)
+        if i == 51:
+            so_far = spikes.state_dict()
+    log.write("train", {"iteration": 61, "loss": None})
+    assert spikes.count == 1 and so_far["detector"]["open"] is not None
+    assert _spikes(tmp_path, 51) == so_far
+    assert _spikes(tmp_path, 61) == spikes.state_dict()
+    assert _spikes(tmp_path / "none", 61) is None
+
+
+@in_bridge
+def test_the_callback_refuses_what_it_cannot_log():
+    from types import SimpleNamespace
+
+    from megatron_s3.bridge import MetricsCallback
+    from tests.bridge.program import recipe
+
+    made = recipe(folder=None)
+    state = SimpleNamespace(cfg=made, train_state=SimpleNamespace(step=0, consumed_train_samples=0))
+    context = SimpleNamespace(state=state, optimizer=None, model=[])
+    with pytest.raises(ValueError, match="no folder to write"):
+        MetricsCallback().on_train_start(context)
+    with pytest.raises(ValueError, match="the recipe's is adam"):
+        MetricsCallback("runs", updates=True).on_train_start(context)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_s3.telemetry import runlog
 from tests.bridge.ranks import process
 from tests.harness.runs import Run
 from tests.harness.tensors import assert_bitwise_equal, tensors
@@ -127,3 +128,45 @@ def test_a_damaged_checkpoint_and_one_of_adam_are_refused_where_it_is_registered
         run = trained(tmp_path / name, "registered", f"checkpoint.load={load}", *more)
         assert run.returncode != 0 and said in run.error
         assert not run.trained and not (tmp_path / name).exists()
+
+
+def test_the_callback_logs_losses_updates_and_rates(finished):
+    whole = finished("s3", *FORMATS["dp_reshardable"])
+    printed = Run(0, whole.with_suffix(".log").read_text()).column("lm loss")
+    start, *records = runlog.read(whole)
+    assert (start["optimizer"], start["hyperparameters"]["p"]) == ("s3", 3.0)
+    assert start["flops"] > 0 and start["train_iters"] == 6 and start["bound"] == 1.0
+    assert [record["kind"] for record in records] == ["train"] * 6
+    assert [record["iteration"] for record in records] == list(range(1, 7))
+    assert [record["tokens"] for record in records] == [8 * 32 * i for i in range(1, 7)]
+    for record in records:
+        assert record["loss"] == pytest.approx(float(printed[record["iteration"]]), rel=1e-5)
+        assert 0 < record["updates"]["all"]["mean_abs"] <= record["updates"]["all"]["max_abs"] <= 1
+        assert record["grad_norm"] > 0 and len(record["updates"]["layers"]) == 2
+    numel = records[0]["updates"]["all"]["numel"]
+    weights = {n: t for n, t in tensors(whole).items() if not n.startswith("optimizer")}
+    assert numel == sum(tensor.numel() for tensor in weights.values())
+    assert max(record["lr"] for record in records) == pytest.approx(3e-3)
+
+
+def test_a_resumed_log_goes_on_where_the_checkpoint_is(finished, tmp_path):
+    """The lines of the first launch stay, and the detector of spikes has seen their losses."""
+    whole = finished("s3", *FORMATS["dp_reshardable"])
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    (resumed / runlog.NAME).write_bytes((whole / runlog.NAME).read_bytes())
+    load = [f"checkpoint.load={whole}", "checkpoint.ckpt_step=3"]
+    run = trained(resumed, "s3", *FORMATS["dp_reshardable"], *load)
+    assert run.returncode == 0, run.log[-6000:]
+    lines = [r for r in runlog.read(resumed) if r["kind"] == "train"]
+    assert [record["iteration"] for record in lines] == list(range(1, 7))
+    first = [r for r in runlog.read(whole) if r["kind"] == "train"]
+    for one, other in zip(lines, first, strict=True):
+        assert one["loss"] == other["loss"] and one["updates"] == other["updates"]
+
+
+def test_with_adam_it_logs_all_but_updates(finished):
+    adams = finished("adam", BUCKETS)
+    start, *records = runlog.read(adams)
+    assert start["optimizer"] == "adam" and len(records) == 6
+    assert all("updates" not in record and record["loss"] > 0 for record in records)

@@ -24,7 +24,7 @@ class Run:
         # In a forked rank:
         telemetry.time = Namespace(perf_counter=lambda: self.now, time=lambda: 0.0)
         metrics_log.time = telemetry.time
-        metrics_log._start = lambda args, iteration, update_log: {"iteration": iteration}
+        metrics_log._start = lambda args, iteration, *others: {"iteration": iteration}
 
     def iterate(self, iteration, loss, skipped=0):
         self.now += 1

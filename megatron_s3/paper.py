@@ -40,10 +40,7 @@ class Rules:
         if Decimal(old) == 0:
             return old, ""
         if name in TIMES:
-            reason = (
-                f"multiplied by {self.lr_factor}, S3's learning rate divided by AdamW's "
-                "(--lr-factor)"
-            )
+            reason = f"multiplied by {self.lr_factor}, S3's learning rate divided by AdamW's"
             return number(old, self.factor), reason
         reason = f"divided by {self.lr_factor}, so that lr * weight_decay stays the same"
         return number(old, 1 / self.factor, self.factor), reason

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_s3.checkpoints import convert
 from megatron_s3.telemetry import runlog
 from tests.bridge.ranks import process
 from tests.harness.runs import Run
@@ -170,3 +171,14 @@ def test_with_adam_it_logs_all_but_updates(finished):
     start, *records = runlog.read(adams)
     assert start["optimizer"] == "adam" and len(records) == 6
     assert all("updates" not in record and record["loss"] > 0 for record in records)
+
+
+def test_s3_goes_on_from_adams_converted_checkpoint(finished, tmp_path):
+    adams, converted = finished("adam", BUCKETS), tmp_path / "converted"
+    record = convert.convert(adams, converted, "s3", lr_factor=10.0)
+    assert record["iteration"] == 6
+    load = [f"checkpoint.load={converted}", "train.train_iters=8", "scheduler.lr_decay_iters=8"]
+    run = trained(tmp_path / "on", "registered", BUCKETS, *load)
+    assert run.returncode == 0, run.log[-6000:]
+    assert list(run.column("lm loss")) == [7, 8]
+    assert "checksums verified" in run.log

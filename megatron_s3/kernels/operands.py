@@ -74,8 +74,8 @@ def size_of(code: int) -> int:
     return _SIZES.get(code, -code)
 
 
-_PARAM = (torch.float32,)
 _GRAD = (torch.float32, torch.bfloat16, torch.float16)
+_PARAM = _GRAD
 _STATE = (torch.float32, torch.bfloat16)
 
 

@@ -113,6 +113,7 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
         "VARIANT": chosen.form.variant,
         "STATES": states,
         "BF16": (1 << states) - 1 if chosen.state == "bf16" else 0,
+        "PARAM": tl.float32,
         "GRAD": types[chosen.grad],
         "MODEL": types[chosen.model],
         "HAS_MODEL": chosen.model is not None,

@@ -118,7 +118,9 @@ def check_rule(rule: Callable[..., Tensor], given: list[Operands], **options: An
     expected = [copied(o) for o in given]
     gpu.step(rule, given, **options)
     # In float32, and rounded here.
-    full = [Operands(o.param, o.grad, tuple(t.float() for t in o.state), None) for o in expected]
+    full = [
+        Operands(o.param.float(), o.grad, tuple(t.float() for t in o.state), None) for o in expected
+    ]
     portable.step(rule, full, **options)
     for ours, theirs in zip(given, full, strict=True):
         pairs = [(ours.param, theirs.param), *zip(ours.state, theirs.state, strict=True)]
@@ -173,6 +175,14 @@ def test_only_what_is_aligned_takes_the_loop_of_full_chunks() -> None:
 def test_dtypes(grad: torch.dtype, states: Any, model: torch.dtype | None) -> None:
     """In both loops."""
     check([operands(chunk() + 1000, grad=grad, states=states, model=model)])
+
+
+@pytest.mark.parametrize("param", [BF16, F16], ids=str)
+@pytest.mark.parametrize("grad", [F32, BF16], ids=str)
+def test_half_precision_parameters(param: torch.dtype, grad: torch.dtype) -> None:
+    """In both loops: the step is computed in float32 and rounded once."""
+    o = operands(chunk() + 1000, grad=grad)
+    check([replace(o, param=o.param.to(param))])
 
 
 def test_extreme_magnitudes_and_non_finite_gradients() -> None:

@@ -88,6 +88,9 @@ def test_dtypes(name: str) -> None:
         for state in (FP32, BF16):
             for model in (None, FP32, BF16, FP16):
                 check(case, [make(case, 333, grad=grad, state=state, model_param=model)])
+        for param in (BF16, FP16):
+            o = make(case, 333, grad=grad)
+            check(case, [replace(o, param=o.param.to(param))])
 
 
 number = st.floats(width=32)

@@ -50,7 +50,7 @@ struct Array {
 struct Operands {
   Array grad;
   int64_t count;
-  Array param, model_param, state[4];  // param is FLOAT32; a rule has its first STATES states
+  Array param, model_param, state[4];  // a rule has its first STATES states
 };
 
 // Begins every rule's Scalars.
@@ -270,9 +270,9 @@ __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, i
     Rule::update(u, state, g, s);
 #pragma GCC unroll 4
     for (int j = 0; j < Rule::STATES; ++j) store(o.state[j], i, state[j]);
-    EACH x[k] = read<Float>(o.param.data + (i + k * WIDTH) * 4);
+    load(x, o.param, i);
     EACH x[k] = x[k] * s.decay - s.lr * u[k];
-    EACH write(o.param.data + (i + k * WIDTH) * 4, x[k]);
+    store(o.param, i, x);
     if (o.model_param.dtype != NONE) store(o.model_param, i, x);
     if (statistics) {
       float update[BLOCK], grad[BLOCK], param[BLOCK];

@@ -163,7 +163,7 @@ def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[Operands]]:
     for o in operands:
         if o.param.numel():
             model = None if o.model_param is None else o.model_param.dtype
-            key = (o.grad.dtype, model, *(state.dtype for state in o.state))
+            key = (o.param.dtype, o.grad.dtype, model, *(state.dtype for state in o.state))
             groups.setdefault(key, []).append(o)
     return groups
 
@@ -183,7 +183,7 @@ def _launch(
     types: dict[torch.dtype | None, Any] = {
         torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
     }  # fmt: skip
-    grad, model, *states = dtypes
+    param, grad, model, *states = dtypes
     gpu_kernel.step_kernel[(plan.programs,)](
         plan.table,
         plan.chunks,
@@ -196,6 +196,7 @@ def _launch(
         VARIANT=given.variant,
         STATES=given.states,
         BF16=sum((dtype == torch.bfloat16) << i for i, dtype in enumerate(states)),
+        PARAM=types[param],
         GRAD=types[grad],
         MODEL=types.get(model, tl.float32),
         HAS_MODEL=model is not None,

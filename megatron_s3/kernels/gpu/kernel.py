@@ -116,7 +116,8 @@ def step_kernel(
     VARIANT: tl.constexpr,
     STATES: tl.constexpr,  # their number
     BF16: tl.constexpr,  # bit i: state i is bfloat16, and not float32
-    GRAD: tl.constexpr,  # dtypes
+    PARAM: tl.constexpr,  # dtypes
+    GRAD: tl.constexpr,
     MODEL: tl.constexpr,
     HAS_MODEL: tl.constexpr,
     RATES_ON_DEVICE: tl.constexpr,
@@ -128,7 +129,7 @@ def step_kernel(
     program = tl.program_id(0)
     row = table + tl.load(chunks + 2 * program).to(tl.int64) * 9  # ROW
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    x_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
+    x_ptr = tl.load(row).to(tl.pointer_type(PARAM))
     grad_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))
     model_ptr = tl.load(row + 2).to(tl.pointer_type(MODEL))
     count = tl.load(row + 3)

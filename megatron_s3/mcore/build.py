@@ -1,4 +1,4 @@
-"""The optimizer that Megatron's trainer gets: built as Adam, then given another update rule."""
+"""Builds the optimizer: Megatron builds it as Adam, then the plugin replaces the update rule."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,11 +41,11 @@ __all__ = [
 
 
 def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> Any:
-    """Wraps the step from arguments to configuration: carries the optimizer's own flags over."""
+    """Wraps the making of the configuration from arguments: copies the plugin's flags into it."""
     cls = OPTIMIZERS.get(args.optimizer)
     if cls is None:
         return original(args)
-    # Before 0.18 it raises on a name it does not know.
+    # Before 0.18 Megatron raises an error for names that it does not know.
     with as_adam(args), replaced(args, WITHOUT_FUSED_ADAM) as asked:
         result = original(args)
     config = result[0] if isinstance(result, tuple) else result
@@ -53,7 +53,7 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
     own = {destination(cls.description, h) for h in cls.description.hyperparameters}
     for name, value in {**asked, **{n: getattr(args, n) for n in own}, **switches(args)}.items():
         setattr(config, name, value)
-    # From which --use-mup derives the one of hidden layers, as it does Adam's.
+    # --use-mup derives the eps of hidden layers from this field.
     config.adam_eps = hyperparameters(cls, config).get("eps", config.adam_eps)
     return result
 
@@ -61,24 +61,25 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
 def get_megatron_optimizer(
     original: Callable[..., MegatronOptimizer], config: Any, *args: Any, **kwargs: Any
 ) -> MegatronOptimizer:
-    """Wraps Megatron's builder: every part of what it built as Adam gets the asked-for rule.
+    """Wraps Megatron's builder: replaces each Adam that it built by the chosen optimizer.
 
-    The exchange comes after the building, so that parameter groups, main parameters, shards and
-    loss scaling are Megatron's own in every release; Adam has allocated nothing by then. What
-    Megatron built may be one chain of parts or hold several (``MimoModel``).
+    The plugin replaces them after Megatron has built everything, so that param groups, main
+    parameters, shards and loss scaling are Megatron's own in every release. Adam has not allocated
+    any state at that point. The result may be one chain of optimizers or contain several
+    (``MimoModel``).
 
-    Hyperparameters are fields of ``config`` named as the flags' destinations (``s3_beta``).
-    ``config_overrides`` may set them for single
-    parameters (:func:`megatron_s3.mcore.overrides.translated`).
+    Hyperparameters are fields of ``config`` with the names of the flags' destinations
+    (``s3_beta``). ``config_overrides`` may set them for single parameters
+    (:func:`megatron_s3.mcore.overrides.translated`).
 
     Raises:
-        ValueError: before training, on all ranks: an override that would not be in force, or a
-            trainable parameter that is not stepped by one optimizer.
+        ValueError: an override would have no effect, or not exactly one optimizer updates a
+            trainable parameter. All ranks raise it before training.
     """
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
         return original(config, *args, **kwargs)
-    settle(config)  # again: a program may have set attributes since it was made
+    settle(config)  # again, because a program may have set attributes since
     call = dict(zip(("model_chunks", "config_overrides"), args, strict=False)) | kwargs
     chunks = call["model_chunks"]
     check_config(config, getattr(chunks[0], "ddp_config", None), cls)
@@ -88,27 +89,29 @@ def get_megatron_optimizer(
     elif asked:
         kwargs["config_overrides"] = asked
     settle_precision(config)
-    # Or Adam is given FusedAdam's arguments, or is one on two devices.
+    # Otherwise Megatron passes arguments of FusedAdam to Adam, or builds its hybrid optimizer.
     for_adam: dict[str, Any] = {
         "use_precision_aware_optimizer": False,
         "optimizer_cpu_offload": False,
     }
-    no_rate = float("0")  # an object of its own
-    if config.lr is None:  # to be set in the groups later; torch's AdamW takes numbers alone
+    no_rate = float("0")  # a distinct object, to recognize it below
+    if config.lr is None:  # set in the groups later; torch's AdamW requires a number
         for_adam["lr"] = no_rate
     with collected() as found, as_adam(config), replaced(config, for_adam):
         built = original(config, *args, **kwargs)
-    found = found or parts_of(built)  # where Megatron's functions are not wrapped
+    found = found or parts_of(built)  # if Megatron's functions are not wrapped
     check(found, built, chunks, asked)
     stepping = [part.optimizer for part in found if part.optimizer.optimizer is not None]
     for part in stepping:
         if isinstance(part.optimizer, ElementwiseOptimizer):
-            continue  # by a builder around Megatron's, which has called this one
+            continue  # another wrapper of the builder has called this function already
         for group in part.optimizer.param_groups:
             group.update({name: None for name, value in group.items() if value is no_rate})
         _exchange(part, cls, config)
     log_updates = switches(config)["plugin_log_updates"]
-    if any(built is part.optimizer for part in found):  # a release that returns it as it is
+    if any(
+        built is part.optimizer for part in found
+    ):  # some releases do not chain a single optimizer
         built = ChainedOptimizer([built])
     training = state.Training()
     if isinstance(built, ChainedOptimizer):
@@ -127,7 +130,7 @@ def get_megatron_optimizer(
 
 def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: Any) -> None:
     adam = part.optimizer
-    # What Adam added to its groups (betas, eps, ...) would read as settings of the new optimizer.
+    # The values that Adam added to its groups (betas, eps) would be settings of the new optimizer.
     adams_own = set(adam.defaults) - {"lr", "weight_decay"}
     groups = [
         overrides.take_own({k: v for k, v in group.items() if k not in adams_own}, cls)
@@ -139,17 +142,17 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         groups,
         lr=config.lr,
         weight_decay=config.weight_decay,
-        # A graph of another path would not follow the learning rate.
+        # Only the kernel reads the learning rate from the device when a graph is replayed.
         fused=False if switches(config)["plugin_no_fused"] else (True if in_graph else None),
         state_dtype=state_dtypes(cls, config),
         **hyperparameters(cls, config),
     )
-    in_fsdp = in_megatron_fsdp(part)  # which holds main parameters whatever the optimizer is
+    in_fsdp = in_megatron_fsdp(part)  # it keeps the main parameters itself
     masters = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not in_fsdp
-    # Its path is said by rank 0 alone.
+    # Only rank 0 logs which implementation is used.
     optimizer.host = Host(master_params=masters, keep_hyperparameters=True, log_path=False)
-    # fp32 shards are views of parameters, which torch refuses to new optimizers; as upstream does,
-    # they are put in afterwards.
+    # torch.optim rejects fp32 shards, which are views of parameters, in a constructor; so they are
+    # assigned afterwards, as Megatron does.
     for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
         group["params"] = adams["params"]
     if getattr(config, "optimizer_cpu_offload", False):
@@ -160,7 +163,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
             pin_grads=config.pin_cpu_grads,
             pin_params=config.pin_cpu_params,
         )
-    # A checkpoint of a run that has not updated yet (fp16 skips its first steps) holds the state.
+    # A checkpoint must contain the state even before the first update (fp16 skips some steps).
     optimizer.register_state_dict_pre_hook(_init_state)
     if in_graph:
         _keep_lr_on_device(optimizer)
@@ -177,7 +180,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
 
 
 def _keep_lr_on_device(optimizer: torch.optim.Optimizer) -> None:
-    """Makes every group's lr a tensor: Megatron's scheduler fills it, and a CUDA graph reads it."""
+    """Makes each group's lr a tensor, which Megatron's scheduler fills and a CUDA graph reads."""
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], torch.Tensor):
             group["lr"] = torch.tensor(
@@ -186,12 +189,12 @@ def _keep_lr_on_device(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _with_lr_as_number(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Puts the lr into a checkpoint as it is without a CUDA graph."""
+    """Saves the lr as a number, as in a checkpoint of a run without a CUDA graph."""
     for group in state_dict["param_groups"]:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"] = group["lr"].item()
 
 
 def _init_state(optimizer: Any, config: Any = None) -> None:
-    """Makes the state: Megatron's ``init_state_fn``, and a hook of torch's."""
+    """Initializes the state; used as Megatron's ``init_state_fn`` and as a hook of torch."""
     optimizer.init_state()

@@ -1,4 +1,4 @@
-"""The whole optimizer of a trainer, with the parts that Megatron chains in it."""
+"""The optimizer of a trainer, with the optimizers that Megatron chains in it."""
 
 import weakref
 from collections.abc import Callable
@@ -16,50 +16,50 @@ __all__ = ["ElementwiseChainedOptimizer", "replay"]
 
 
 class ElementwiseChainedOptimizer(ChainedOptimizer):  # type: ignore[misc]  # Megatron has no types
-    """The whole optimizer of a trainer.
+    """The optimizer of a trainer.
 
-    Upstream's :meth:`step` computes the global gradient norm each time, also where neither clipping
-    nor a skip threshold needs it: 4 bytes a parameter, an all-reduce and a host synchronisation.
-    Here it computes it where something needs it (:func:`~megatron_s3.mcore.arguments.\
-needs_grad_norm`).
+    Megatron's :meth:`step` always computes the global gradient norm, even if neither clipping nor a
+    skip threshold needs it. This costs a read of 4 bytes per parameter, an all-reduce and a host
+    synchronization. This class computes the norm only if something needs it
+    (:func:`~megatron_s3.mcore.arguments.needs_grad_norm`).
     """
 
-    #: What the plugin keeps of the training that this is the optimizer of.
+    #: The plugin's record of the training to which this optimizer belongs.
     training: Training
 
-    #: Whether :meth:`step` is running and has no use for the norm.
+    #: Whether :meth:`step` is running and nothing needs the norm.
     _without_grad_norm = False
 
     @classmethod
     def adopt(cls, built: ChainedOptimizer, training: Training) -> None:
-        """Makes what Megatron built one of these, and the optimizer of a training."""
+        """Turns the optimizer that Megatron built into this class, and adds it to a training."""
         built.__class__ = cls
         built.training = training
         training.optimizer = weakref.ref(built)
 
     @property
     def update_log(self) -> UpdateLog | None:
-        """Returns what counts the updates, where they are logged."""
+        """Returns the counter of updates; None if updates are not logged."""
         return self.training.update_log
 
     def state_dict(self, is_loading: bool = False) -> Any:
-        """Calls upstream's, without what torch_dcp asks with; the state is there in either case."""
+        """Returns Megatron's state dict.  ``is_loading`` is not needed: the state always exists."""
         return super().state_dict()
 
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
-        """Returns the norm of the prepared gradients over all ranks, whoever asks for it."""
+        """Returns the gradient norm over all ranks; 0.0 in a :meth:`step` that does not need it."""
         return 0.0 if self._without_grad_norm else super().get_grad_norm()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Any, Any]:
-        """Steps as upstream does.
+        """Performs a step, as Megatron's method does.
 
         Returns:
-            Whether the parameters were updated; the gradient norm, 0.0 where it was not computed
-            (``config.plugin_log_grad_norm = True`` has it computed); the number of zeros, None
-            unless ``config.log_num_zeros_in_grad``. Both are None where a gradient overflowed, as
-            upstream's.
+            Whether the parameters were updated; the gradient norm, or 0.0 if it was not computed
+            (``config.plugin_log_grad_norm = True`` always computes it); and the number of zeros in
+            the gradients, or None without ``config.log_num_zeros_in_grad``. The last two are None
+            if a gradient overflowed.
         """
         self._without_grad_norm = not (self.chained_optimizers and needs_grad_norm(self.config))
         try:
@@ -72,7 +72,7 @@ needs_grad_norm`).
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """Steps as upstream does, and counts the step where updates are logged."""
+        """Performs a step on prepared gradients, and counts it if updates are logged."""
         log = self.update_log
         rates = None if log is None else log.rates()
         success: bool = super().step_with_ready_grads()
@@ -81,9 +81,13 @@ needs_grad_norm`).
         return success
 
     def _synchronize_steps(self) -> Any:
-        """Brings parts that had nothing to update in some step to the number of the others.
+        """Gives all param groups the same step count, even if some had nothing to update in a step.
 
-        Upstream fails there.  Each of their parameters keeps its own number of updates.
+        Megatron's method raises an error in this case.  Each parameter keeps its own number of
+        updates.
+
+        Returns:
+            The step count; None if there are no parameters.
         """
         parts = [part.optimizer for part in self.chained_optimizers if part.optimizer is not None]
         groups = [(part, group) for part in parts for group in part.param_groups]
@@ -98,9 +102,10 @@ needs_grad_norm`).
 
 
 def replay(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps a call that replays the optimizer's CUDA graph, without Python: counts the step.
+    """Wraps the call that replays the optimizer's CUDA graph: counts the step.
 
-    The call that captures runs the Python of the step that it then replays.
+    A replay runs no Python code, so the step does not count itself.  The call that captures the
+    graph does.
     """
     replays = wrapper.cuda_graph is not None
     result = original(wrapper, *args, **kwargs)

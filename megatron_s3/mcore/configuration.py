@@ -1,4 +1,4 @@
-"""Fields of the plugin in Megatron's OptimizerConfig: made, given their defaults, checked."""
+"""The plugin's fields of Megatron's OptimizerConfig: their definition, defaults and checks."""
 
 import copy
 import dataclasses
@@ -27,10 +27,10 @@ __all__ = [
     "switch_fields",
 ]
 
-#: The name of a field of a configuration, its type, and its default.
+#: The name, type and default of a field of a configuration.
 Field = tuple[str, Any, Any]
 
-#: What Megatron's configuration refuses without Transformer Engine's FusedAdam, and has instead.
+#: Fields that Megatron rejects without Transformer Engine's FusedAdam, and the values it accepts.
 WITHOUT_FUSED_ADAM = {
     "use_precision_aware_optimizer": False,
     "main_grads_dtype": torch.float32,
@@ -44,10 +44,10 @@ _ON = ("plugin_log_grad_norm",)
 
 
 def add_fields(cls: type) -> None:
-    """Makes each hyperparameter and switch of the plugin a keyword-only field of a dataclass.
+    """Adds a keyword-only field to a dataclass for each hyperparameter and switch of the plugin.
 
-    Its subclasses get them too, those that exist and those to come.  ``clip_grad`` is given a
-    default that :func:`settle` can tell from a given value.
+    Existing and later subclasses get the fields too.  The default of ``clip_grad`` is replaced by
+    an equal one that :func:`settle` can distinguish from a value given by the user.
 
     Args:
         cls: Megatron's OptimizerConfig.
@@ -98,7 +98,7 @@ def _subclasses(cls: type[Any]) -> list[type[Any]]:
 
 
 def _restore_fields(cls: Any) -> None:
-    """Puts back the field objects that ``dataclass`` has replaced by their defaults."""
+    """Restores the field objects, which ``dataclass`` has replaced by their defaults."""
     for name in inspect.get_annotations(cls):
         field = cls.__dataclass_fields__.get(name)
         if field is not None:
@@ -106,7 +106,10 @@ def _restore_fields(cls: Any) -> None:
 
 
 def _decorate(cls: Any) -> None:
-    """Applies ``dataclass`` once more, as it was; what it has generated would be left as it is."""
+    """Applies ``dataclass`` again with the same options.
+
+    The methods it generated before are deleted first, because it would not replace them.
+    """
     for name, value in list(vars(cls).items()):
         code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
         if code is not None and code.co_filename == "<string>":
@@ -116,10 +119,10 @@ def _decorate(cls: Any) -> None:
 
 
 def post_init(original: Callable[..., Any], config: Any) -> Any:
-    """Wraps the configuration's own checks: ours first, then Megatron's as it treats adam.
+    """Wraps the configuration's checks: the plugin's run first, then Megatron's as for adam.
 
     Raises:
-        ValueError: a value that is not allowed, or a hyperparameter of another optimizer.
+        ValueError: a value is not allowed, or a hyperparameter belongs to another optimizer.
     """
     settle(config)
     if config.optimizer not in OPTIMIZERS:
@@ -131,13 +134,13 @@ def post_init(original: Callable[..., Any], config: Any) -> Any:
 
 
 def settle(config: Any) -> None:
-    """Gives what was not given the optimizer's default, and checks the plugin's fields.
+    """Sets fields that were not given to the optimizer's defaults, and checks the plugin's fields.
 
     Raises:
-        ValueError: a value that is not allowed, a hyperparameter of another optimizer than the
-            configuration's, or an attribute that begins as a hyperparameter and is none.
+        ValueError: a value is not allowed, a hyperparameter belongs to another optimizer than the
+            configuration's, or an attribute has the prefix of a hyperparameter but is not one.
     """
-    # The trainer makes it while its arguments read adam.
+    # The trainer makes the configuration while ``args.optimizer`` reads "adam".
     name = getattr(config.optimizer, "asked", config.optimizer)
     chosen = OPTIMIZERS.get(name)
     if isinstance(config.clip_grad, Default):
@@ -149,7 +152,7 @@ def settle(config: Any) -> None:
             setattr(config, name, default)
     for cls in OPTIMIZERS.values():
         _check_own(config, cls, cls is chosen)
-    # From which --use-mup derives the one of hidden layers, as it does Adam's.
+    # --use-mup derives the eps of hidden layers from this field.
     own = {} if chosen is None else hyperparameters(chosen, config)
     if "eps" in own and config.adam_eps == _default(config, "adam_eps"):
         config.adam_eps = own["eps"]
@@ -188,18 +191,18 @@ def _default(config: Any, name: str) -> Any:
 
 
 def _is_megatrons(config: Any, name: str) -> bool:
-    """Returns whether a field was Megatron's before: ours alone are keyword-only."""
+    """Returns whether a field is Megatron's own; only the plugin's fields are keyword-only."""
     field = type(config).__dataclass_fields__.get(name)
     return field is not None and not field.kw_only
 
 
 def settle_precision(config: Any) -> None:
-    """Settles what Megatron reads of a precision-aware optimizer, as it would for FusedAdam."""
+    """Sets the fields that Megatron derives for a precision-aware optimizer, as for FusedAdam."""
     aware = getattr(config, "use_precision_aware_optimizer", False)
-    # Under other recipes Megatron keeps the main parameters, as without it.
+    # With other fp8 recipes Megatron keeps the main parameters itself.
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = aware and (
         getattr(config, "fp8_recipe", None) in (None, "delayed")
         or getattr(config, "optimizer_cpu_offload", False)
     )
     if aware:
-        config.store_param_remainders = False  # whole fp32 main parameters
+        config.store_param_remainders = False  # main parameters are kept in full fp32

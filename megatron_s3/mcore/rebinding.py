@@ -1,4 +1,4 @@
-"""Replacement of functions that modules have imported by name before they were wrapped."""
+"""Replaces functions that modules imported by name before the functions were wrapped."""
 
 import gc
 import sys
@@ -8,15 +8,15 @@ from typing import Any
 
 __all__ = ["Pair", "rebind", "unreached"]
 
-#: A function of Megatron's, and the wrapper that takes its place.
+#: A function of Megatron, and the wrapper that replaces it.
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def rebind(pairs: Sequence[Pair]) -> None:
-    """Puts each wrapper in the place of its function, in every module that has imported it.
+    """Replaces each function by its wrapper in every module that has imported the function.
 
-    Any module may have done ``from megatron... import function``: Megatron's own, another
-    framework's, the script that runs.
+    Any module may contain ``from megatron... import function``: Megatron's own modules, those of
+    another framework, or the running script.
     """
     wrappers = {id(function): wrapper for function, wrapper in pairs}
     for module in list(sys.modules.values()):
@@ -27,10 +27,10 @@ def rebind(pairs: Sequence[Pair]) -> None:
 
 
 def unreached(pairs: Sequence[Pair]) -> list[str]:
-    """Returns texts that name functions which something still holds, and what that is.
+    """Returns a text for each function to which references remain, with what holds them.
 
     Args:
-        pairs: those of :func:`rebind`, after it.
+        pairs: functions and wrappers that were given to :func:`rebind`.
     """
     texts = []
     for function, wrapper in pairs:

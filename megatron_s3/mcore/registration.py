@@ -9,14 +9,14 @@ from megatron_s3.mcore.arguments import DEVICES
 
 __all__ = ["DEVICE", "asked_device", "register"]
 
-#: The environment variable that chooses the device where no argument and no flag does.
+#: The environment variable that chooses the device if neither an argument nor a flag does.
 DEVICE = "MEGATRON_S3_DEVICE"
 
 
 def register(device: str | None = None) -> None:
-    """Does what :func:`megatron_s3.register` says.
+    """Implements :func:`megatron_s3.register`.
 
-    The device is chosen first: Megatron looks at torch.cuda while it is imported, long before it
+    The device is chosen first, because Megatron uses torch.cuda while it is imported, before it
     parses arguments.
     """
     device = device or asked_device()
@@ -28,16 +28,16 @@ def register(device: str | None = None) -> None:
 
 
 def asked_device() -> str | None:
-    """Returns what ``--plugin-device`` or the environment asks for; None if neither does.
+    """Returns the device given by ``--plugin-device`` or the environment; None if neither is set.
 
     Raises:
-        ValueError: the environment variable has another value than auto, cuda and cpu.
+        ValueError: the value of the environment variable is not auto, cuda or cpu.
     """
     asked = None
     for flag, value in itertools.pairwise([*sys.argv[1:], ""]):
         name, equals, own = flag.partition("=")
         value = own if equals else value
-        # argparse checks the value, later.
+        # argparse checks the value later.
         if name in ("--plugin-device", "--s3-device") and value in DEVICES:
             asked = value
     if asked is None and (asked := os.environ.get(DEVICE) or None) not in (None, *DEVICES):

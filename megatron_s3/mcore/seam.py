@@ -1,4 +1,4 @@
-"""Seams: things of Megatron's that are wrapped or replaced, and how they are checked."""
+"""Seams: the functions and classes of Megatron that the plugin patches, and their checks."""
 
 import ast
 import builtins
@@ -17,24 +17,24 @@ from megatron_s3.mcore.rebinding import Pair
 
 __all__ = ["CHECKED_RELEASES", "Builtin", "Extended", "Replaced", "Seam", "SeamMoved", "Wrapped"]
 
-#: Releases of Megatron-LM on which every seam was trained, saved and resumed through.
+#: Releases of Megatron-LM on which training, saving and resuming were tested with every seam.
 CHECKED_RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.0", "0.19.2", "main of 2026-08-22")
 
 MARK = "__megatron_s3_seam__"
 
 
 class SeamMoved(MegatronS3Error, RuntimeError):
-    """Something that the plugin wraps or replaces is missing, or is not as it is known."""
+    """Raised if something that the plugin patches is missing or differs from what is expected."""
 
 
 @dataclass(frozen=True)
 class Seam:
-    """Something of Megatron's that the plugin changes.
+    """A function, class or value of Megatron that the plugin changes.
 
     Attributes:
-        module: where it is defined.
-        name: its name there, ``Class.method`` for a method.
-        purpose: what the change does, and so what is missing without it.
+        module: the module that defines it.
+        name: its name in that module; ``Class.method`` for a method.
+        purpose: what the change does, as a phrase that begins with a verb.
     """
 
     module: str
@@ -42,23 +42,24 @@ class Seam:
     purpose: str
 
     def is_here(self, has_training: bool) -> bool:
-        """Returns whether the installed Megatron has to have it."""
+        """Returns whether the installed Megatron must contain it."""
         return has_training or not self.module.startswith("megatron.training")
 
     def check(self) -> None:
-        """Raises SeamMoved if it is missing, or is not as it is known."""
+        """Raises SeamMoved if it is missing or differs from what is expected."""
         raise NotImplementedError
 
     def install(self) -> Pair | None:
-        """Puts the change in place; once is enough.
+        """Makes the change.  Another call has no effect.
 
         Returns:
-            A function of a module, and what replaced it now, if other modules may hold it.
+            The original function and its wrapper, if other modules may have imported the function
+            by name; otherwise None.
         """
         return None
 
     def owner(self) -> Any:
-        """Returns the module or the class that holds it."""
+        """Returns the module or class in which it is defined."""
         try:
             path = self.name.split(".")[:-1]
             return functools.reduce(getattr, path, importlib.import_module(self.module))
@@ -66,18 +67,22 @@ class Seam:
             raise self.moved("is not there") from None
 
     def found(self) -> Any:
-        """Returns what stands under its name now."""
+        """Returns the present value of its name."""
         try:
             return getattr(self.owner(), self.name.rpartition(".")[2])
         except AttributeError:
             raise self.moved("is not there") from None
 
     def expected(self) -> str:
-        """Returns in words how it is known."""
+        """Returns a description of what is expected, for the error message."""
         raise NotImplementedError
 
     def moved(self, fault: str) -> SeamMoved:
-        """Returns the error that names it."""
+        """Returns the error to raise if the check fails.
+
+        Args:
+            fault: what is wrong, as a phrase that begins with a verb.
+        """
         try:
             release = "megatron-core " + importlib.metadata.version("megatron-core")
         except importlib.metadata.PackageNotFoundError:
@@ -91,12 +96,12 @@ class Seam:
 
 @dataclass(frozen=True)
 class Wrapped(Seam):
-    """A function of Megatron's that another is put around.
+    """A function of Megatron that the plugin wraps.
 
     Attributes:
-        parameters: the names its leading parameters must have.
-        wrapper: called with the original, then the call's own arguments.
-        optional: a release may lack the module, and so has nothing to wrap.
+        parameters: the names that its first parameters must have.
+        wrapper: called with the original function, followed by the arguments of the call.
+        optional: whether some releases lack the module; there, nothing is wrapped.
     """
 
     parameters: tuple[str, ...]
@@ -104,22 +109,22 @@ class Wrapped(Seam):
     optional: bool = False
 
     def is_here(self, has_training: bool) -> bool:
-        """Returns whether it has to be there; an optional one does if its module is there."""
+        """Returns whether Megatron must contain it; if optional, only where its module exists."""
         here = super().is_here(has_training)
         return here and (not self.optional or importlib.util.find_spec(self.module) is not None)
 
     def expected(self) -> str:
-        """Returns its parameters."""
+        """Returns the expected parameters."""
         return f"it to take ({', '.join((*self.parameters, '...'))})"
 
     def check(self) -> None:
-        """Raises SeamMoved if it is missing, or takes other parameters."""
+        """Raises SeamMoved if it is missing or takes other parameters."""
         parameters = tuple(inspect.signature(self.found()).parameters)
         if parameters[: len(self.parameters)] != self.parameters:
             raise self.moved(f"takes ({', '.join(parameters)})")
 
     def install(self) -> Pair | None:
-        """Wraps it where it is defined; does nothing where that was done."""
+        """Wraps it in the module or class that defines it, unless it is wrapped already."""
         owner, original = self.owner(), self.found()
         if hasattr(original, MARK):
             return None
@@ -131,21 +136,21 @@ class Wrapped(Seam):
         setattr(wrapped, MARK, self)
         static = isinstance(inspect.getattr_static(owner, original.__name__, None), staticmethod)
         setattr(owner, original.__name__, staticmethod(wrapped) if static else wrapped)
-        # A builtin is held everywhere, and wrapped for one module alone.
+        # A builtin is used everywhere, but is wrapped for one module only.
         is_own = isinstance(owner, ModuleType) and inspect.isfunction(original)
         return (original, wrapped) if is_own else None
 
 
 @dataclass(frozen=True)
 class Builtin(Wrapped):
-    """A builtin of Python's, wrapped as a name of the module of Megatron's that uses it."""
+    """A Python builtin, wrapped only for the module of Megatron that uses it."""
 
     def found(self) -> Any:
-        """Returns what the module uses under the name."""
+        """Returns the function that the module calls by this name."""
         return getattr(self.owner(), self.name, None) or getattr(builtins, self.name)
 
     def check(self) -> None:
-        """Raises SeamMoved if the module does not use it any more."""
+        """Raises SeamMoved if the module no longer uses it."""
         tree = ast.parse(inspect.getsource(self.owner()))
         if not any(isinstance(node, ast.Name) and node.id == self.name for node in ast.walk(tree)):
             raise self.moved("is not used")
@@ -154,39 +159,39 @@ class Builtin(Wrapped):
 
 @dataclass(frozen=True)
 class Extended(Seam):
-    """A dataclass of Megatron's that gets further fields.
+    """A dataclass of Megatron to which the plugin adds fields.
 
     Attributes:
-        extend: called with it; once is enough.
+        extend: adds the fields to the class; another call has no effect.
     """
 
     extend: Callable[[type], None]
 
     def expected(self) -> str:
-        """Returns what it is known by."""
+        """Returns what the class must be."""
         return "a dataclass with optimizer and clip_grad"
 
     def check(self) -> None:
-        """Raises SeamMoved if it is missing, or no such dataclass."""
+        """Raises SeamMoved if it is missing or is not such a dataclass."""
         cls = self.found()
         names = {each.name for each in fields(cls)} if is_dataclass(cls) else set()
         if not {"optimizer", "clip_grad"} <= names:
             raise self.moved("is another")
 
     def install(self) -> None:
-        """Adds the fields to it and to its subclasses."""
+        """Adds the fields to the class and its subclasses."""
         self.extend(self.found())
 
 
 @dataclass(frozen=True)
 class Replaced(Seam):
-    """A value, class or attribute of Megatron's that another takes the place of.
+    """A value, class or attribute of Megatron that the plugin replaces.
 
     Attributes:
         by: the function of this package that replaces it, ``module.function``.
-        shape: in words how it is known.
-        fits: called with what stands there now; whether that is as it is known.
-        needed: whether the installed release is one of those in which it is replaced.
+        shape: a description of what is expected, for the error message.
+        fits: returns whether the present value is as expected.
+        needed: returns whether the plugin replaces it in the installed release.
     """
 
     by: str
@@ -195,14 +200,14 @@ class Replaced(Seam):
     needed: Callable[[], bool] = lambda: True
 
     def is_here(self, has_training: bool) -> bool:
-        """Returns whether it has to be there, in a release in which it is replaced."""
+        """Returns whether Megatron must contain it, and the plugin replaces it in this release."""
         return super().is_here(has_training) and self.needed()
 
     def expected(self) -> str:
-        """Returns its shape."""
+        """Returns the description of what is expected."""
         return self.shape
 
     def check(self) -> None:
-        """Raises SeamMoved if it is missing, or is not as it is known."""
+        """Raises SeamMoved if it is missing or differs from what is expected."""
         if not self.fits(self.found()):
             raise self.moved("is another")

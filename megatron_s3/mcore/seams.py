@@ -1,7 +1,7 @@
-"""Everything of Megatron-LM's that the plugin wraps or replaces: the one list of seams.
+"""The list of seams: everything in Megatron-LM that the plugin wraps or replaces.
 
-With an ``--optimizer`` of Megatron's own each wrapper hands straight on, except where its row
-says otherwise.
+With one of Megatron's own optimizers a wrapper only calls the original function, unless its
+``purpose`` says "with every --optimizer".
 """
 
 import ast
@@ -40,13 +40,13 @@ __all__ = ["SEAMS", "Seam", "SeamMoved", "install"]
 
 
 def _with(*methods: str) -> dict[str, Any]:
-    """Returns what a class is known by whose objects become those of a class of the plugin's."""
+    """Returns the check of a class whose objects the plugin gives a subclass: its methods."""
     fits = lambda cls: all(callable(getattr(cls, name, None)) for name in methods)
     return {"shape": f"a class with {', '.join(methods)}", "fits": fits}
 
 
 def _reads(module: str, name: str) -> bool:
-    """Returns whether a function of the module's reads a global of that name."""
+    """Returns whether a function of the module reads the global of that name."""
     tree = ast.parse(inspect.getsource(importlib.import_module(module)))
     loads = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
     return any(node.id == name for node in loads)
@@ -66,159 +66,164 @@ SEAMS: tuple[Seam, ...] = (
     Wrapped(
         "megatron.training.arguments",
         "add_megatron_arguments",
-        "adds the optimizers to --optimizer, their flags and --plugin-device; on the CPU, gloo and "
-        "layers without GPU kernels as defaults",
+        "adds the plugin's optimizers to --optimizer, and the plugin's flags; for training on the "
+        "CPU it sets gloo and layers without GPU kernels as defaults",
         ("parser",),
         arguments.add_megatron_arguments,
     ),
     Wrapped(
         "megatron.training.arguments",
         "validate_args",
-        "checks the flags, refuses what is not supported, sets --clip-grad's default, and keeps "
-        "--use-distributed-optimizer, which Megatron turns off for all but adam and sgd",
+        "checks the flags, rejects unsupported ones with an error, sets the default of "
+        "--clip-grad, and keeps --use-distributed-optimizer on, which Megatron allows only with "
+        "adam and sgd",
         ("args", "defaults"),
         arguments.validate_args,
     ),
     Wrapped(
         "megatron.training.arguments",
         "_print_args",
-        "lets the printed arguments show the optimizer by its name",
+        "prints the name of the plugin's optimizer among the arguments",
         ("title", "args"),
         arguments.print_args,
     ),
     Wrapped(
         "megatron.training.training",
         "get_megatron_optimizer_config",
-        "carries the flags into the optimizer's configuration",
+        "copies the values of the plugin's flags into the optimizer's configuration",
         ("args",),
         build.get_megatron_optimizer_config,
     ),
     Extended(
         "megatron.core.optimizer.optimizer_config",
         "OptimizerConfig",
-        "gets a field for each hyperparameter and switch of the plugin",
+        "has a field for each hyperparameter and switch of the plugin",
         configuration.add_fields,
     ),
     Wrapped(
         "megatron.core.optimizer.optimizer_config",
         "OptimizerConfig.__post_init__",
-        "checks those fields, sets clip_grad's default, and allows use_precision_aware_optimizer "
-        "to the plugin's optimizers, which Megatron allows to adam alone",
+        "checks these fields, sets the default of clip_grad, and allows "
+        "use_precision_aware_optimizer with the plugin's optimizers, which Megatron allows only "
+        "with adam",
         ("self",),
         configuration.post_init,
     ),
     Wrapped(
         "megatron.core.optimizer",
         "get_megatron_optimizer",
-        "builds the optimizer over Megatron's main parameters, whole-model and sharded",
+        "builds the plugin's optimizer for Megatron's main parameters, whether or not they are "
+        "sharded",
         ("config", "model_chunks"),
         build.get_megatron_optimizer,
     ),
     Wrapped(
         "megatron.core.optimizer",
         "_get_megatron_optimizer_based_on_param_groups",
-        "counts every optimizer that Megatron builds there, however deep, so that each trainable "
-        "parameter is known to be stepped by one",
+        "collects every optimizer that Megatron builds, so that the plugin can check that exactly "
+        "one of them updates each trainable parameter",
         ("config", "model_chunks", "param_groups"),
         coverage.build_part,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.state_dict",
-        "with --optimizer adam too: lets torch's AdamW load and save before its first step under "
-        "the distributed optimizer, without Transformer Engine or Apex",
+        "allows a checkpoint to be loaded or saved before the first step of torch's AdamW, which "
+        "Megatron uses without Transformer Engine and Apex (with every --optimizer)",
         ("self",),
         torch_adamw.state_dict,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.load_state_dict",
-        "the same: keeps the resumed AdamW from counting a step once for each parameter; and gives "
-        "each param group back its own values, also where Megatron takes several for one another",
+        "prevents a resumed AdamW from counting a step once for each parameter, and restores each "
+        "param group's own values where Megatron confuses groups (with every --optimizer)",
         ("self", "state_dict"),
         torch_adamw.load_state_dict,
     ),
     Wrapped(
         "megatron.core.optimizer.optimizer",
         "Float16OptimizerWithFloat16Params.load_state_dict",
-        "with --optimizer adam too: the same for param groups",
+        "restores each param group's own values for fp16 and bf16 models (with every --optimizer)",
         ("self", "state_dict"),
         param_groups.load_state_dict,
     ),
     Wrapped(
         "megatron.core.optimizer.optimizer",
         "FP32Optimizer.load_state_dict",
-        "the same for models in fp32",
+        "restores each param group's own values for fp32 models (with every --optimizer)",
         ("self", "state_dict"),
         param_groups.load_state_dict,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer._get_main_param_and_optimizer_states",
-        "the same: a checkpoint of any format may be saved before the first update",
+        "allows a checkpoint of any format to be saved before the first update (with every "
+        "--optimizer)",
         ("self", "model_param"),
         torch_adamw.get_main_param_and_optimizer_states,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer._set_main_param_and_optimizer_states",
-        "the same, for the checkpoint formats that do not hold AdamW's step beside its averages; "
-        "and compares what is loaded as main parameters with the weights",
+        "loads AdamW's state from checkpoint formats that do not contain its step, and compares "
+        "the loaded main parameters with the weights (with every --optimizer)",
         ("self", "model_param", "tensors"),
         torch_adamw.set_main_param_and_optimizer_states,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
-        "with --optimizer adam too: saves what the ranks hold where buckets are padded, of which "
-        "Megatron up to 0.19.2 saves other elements (--dist-ckpt-optim-fully-reshardable)",
+        "saves the right elements where buckets are padded; Megatron up to 0.19.2 saves others "
+        "with --dist-ckpt-optim-fully-reshardable (with every --optimizer)",
         ("self", "model_sharded_state_dict", "is_loading"),
         shards.sharded_param_state_fully_reshardable,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.get_parameter_state_dp_reshardable",
-        "with --optimizer adam too: lets a rank save whose share of a bucket is padding alone; "
-        "zeros between parameters, where Megatron saves memory as it finds it",
+        "allows a rank to save if its shard of a bucket is only padding, and saves zeros between "
+        "parameters, where Megatron saves uninitialized memory (with every --optimizer)",
         ("self",),
         shards.get_parameter_state_dp_reshardable,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.sharded_param_state_dp_reshardable",
-        "the same: lets that rank load",
+        "allows a rank to load if its shard of a bucket is only padding (with every --optimizer)",
         ("self", "model_sharded_state_dict", "is_loading"),
         shards.sharded_param_state_dp_reshardable,
     ),
     Wrapped(
         "megatron.core.optimizer_param_scheduler",
         "OptimizerParamScheduler.load_state_dict",
-        "with --optimizer adam too: the first step after --use-checkpoint-opt_param-scheduler has "
-        "the checkpoint's weight decay",
+        "applies the checkpoint's weight decay from the first step on with "
+        "--use-checkpoint-opt_param-scheduler (with every --optimizer)",
         ("self", "state_dict"),
         param_groups.load_schedule,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.optimizer",
         "get_optim_param_to_id_map",
-        "with --optimizer adam too: finds a parameter of torch FSDP2's by its own local tensor, "
-        "where torch from 2.13 on gives a new one each time",
+        "identifies a parameter under torch FSDP2 by a local tensor that stays the same; torch "
+        "from 2.13 on returns a new one at each access (with every --optimizer)",
         ("optim_params_iter",),
         torch_fsdp2.optim_param_to_id_map,
     ),
     Wrapped(
         "megatron.training.global_vars",
         "_set_tensorboard_writer",
-        "with --optimizer adam too: goes on without TensorBoard's log where the disk does not take "
-        "it, and says so",
+        "continues without TensorBoard's log if it cannot be written, and logs this (with every "
+        "--optimizer)",
         ("args",),
         telemetry.set_tensorboard_writer,
     ),
     Wrapped(
         "megatron.training.training",
         "training_log",
-        "with --optimizer adam too: says that a loss is not finite, which Megatron's log leaves "
-        "out; with --plugin-log-updates or --plugin-metrics writes the log of each interval",
+        "logs that a loss is not finite, which Megatron's log omits, and with "
+        "--plugin-log-updates or --plugin-metrics writes the record of each logging interval "
+        "(with every --optimizer)",
         (
             *("loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale"),
             *("report_memory_flag", "skipped_iter", "grad_norm"),
@@ -228,91 +233,92 @@ SEAMS: tuple[Seam, ...] = (
     Wrapped(
         "megatron.training.training",
         "evaluate_and_print_results",
-        "with --plugin-log-updates or --plugin-metrics alone: the same for the log of evaluations",
+        "writes the record of each evaluation with --plugin-log-updates or --plugin-metrics",
         ("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
         telemetry.evaluate_and_print_results,
     ),
     Wrapped(
         "megatron.training.training",
         "evaluate",
-        "the same: the loss of an evaluation",
+        "keeps the loss of an evaluation for that record",
         ("forward_step_func",),
         telemetry.evaluate,
     ),
     Wrapped(
         "megatron.training.checkpointing",
         "_load_base_checkpoint",
-        "with --optimizer adam too: refuses a damaged checkpoint, and another optimizer's state, "
-        "before any of it is loaded",
+        "rejects a damaged checkpoint, or the state of another optimizer, with an error before "
+        "anything is loaded (with every --optimizer)",
         ("load_dir", "args"),
         loading.load_base_checkpoint,
     ),
     Wrapped(
         "megatron.training.checkpointing",
         "load_checkpoint",
-        "with --optimizer adam too: chooses the iteration once, for all that is read of it; a "
-        "checkpoint that cannot be read ends the run with status 1, where Megatron ends it with 0",
+        "chooses the iteration once for all files that are read, and ends the run with status 1 if "
+        "the checkpoint cannot be read, where Megatron exits with 0 (with every --optimizer)",
         ("ddp_model", "optimizer", "opt_param_scheduler"),
         loading.load_checkpoint,
     ),
     Wrapped(
         "megatron.training.checkpointing",
         "read_metadata",
-        "with --optimizer adam too: the optimizer's state is of the iteration that was chosen and "
-        "checked, where Megatron in the format torch reads the tracker file again",
+        "loads the optimizer state from the iteration that was chosen and verified; in the format "
+        "torch, Megatron reads the tracker file again (with every --optimizer)",
         ("tracker_filename",),
         loading.read_metadata,
     ),
     Wrapped(
         "megatron.training.checkpointing",
         "preprocess_fsdp_dtensor_state_dict",
-        "splits the states of fused weights under Megatron-FSDP by their names, for which Megatron "
-        "has Adam's",
+        "splits the states of fused weights under Megatron-FSDP by their own names, where Megatron "
+        "uses the names of Adam's states",
         ("args", "raw_state_dict", "model"),
         megatron_fsdp.preprocess_fsdp_dtensor_state_dict,
     ),
     Wrapped(
         "megatron.training.checkpointing",
         "save_checkpoint",
-        "with --optimizer adam too: says where and why a checkpoint could not be saved, and does "
-        "for torch_dcp and fsdp_dtensor what save does; with --plugin-metrics the spikes so far "
-        "are in it",
+        "reports where and why a checkpoint could not be saved, marks an overwritten iteration as "
+        "incomplete in the formats torch_dcp and fsdp_dtensor, and with --plugin-metrics saves the "
+        "spikes so far (with every --optimizer)",
         ("iteration", "model", "optimizer", "opt_param_scheduler"),
         saving.save_checkpoint,
     ),
     Wrapped(
         "megatron.training.async_utils",
         "maybe_finalize_async_save",
-        "with --optimizer adam too: says so of asynchronous saves",
+        "reports where and why an asynchronous save failed (with every --optimizer)",
         ("blocking",),
         saving.maybe_finalize_async_save,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
         "FileSystemWriterAsync.write_preloaded_data",
-        "with --optimizer adam too: a failed write does not kill the process that writes "
-        "asynchronous checkpoints",
+        "keeps the process that writes asynchronous checkpoints alive after a failed write (with "
+        "every --optimizer)",
         ("transform_list", "local_proc_idx", "write_bucket"),
         async_writers.write_preloaded_data,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "PersistentAsyncCaller.schedule_async_call",
-        "with --optimizer adam too: a save that would wait forever for a dead writer is an error",
+        "raises an error instead of waiting forever for a writer that has died (with every "
+        "--optimizer)",
         ("self", "async_req"),
         async_writers.schedule_async_call,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "PersistentAsyncCaller.is_current_async_call_done",
-        "with --optimizer adam too: a writer that died during a save is an error",
+        "raises an error if the writer died during a save (with every --optimizer)",
         ("self", "blocking", "no_dist"),
         async_writers.is_current_async_call_done,
     ),
     Wrapped(
         "megatron.core.optimizer.optimizer_cuda_graph",
         "OptimizerCudaGraphWrapper.__call__",
-        "counts the steps that a CUDA graph of the optimizer replays",
+        "counts the optimizer steps that a CUDA graph replays",
         ("self",),
         chained.replay,
         optional=True,
@@ -320,47 +326,47 @@ SEAMS: tuple[Seam, ...] = (
     Wrapped(
         "megatron.core.dist_checkpointing.serialization",
         "load",
-        "with --optimizer adam too: refuses a damaged checkpoint, and another optimizer's state, "
-        "where a program without Megatron's trainer loads it",
+        "rejects a damaged checkpoint, or the state of another optimizer, with an error in "
+        "programs that do not use Megatron's trainer (with every --optimizer)",
         ("sharded_state_dict", "checkpoint_dir"),
         library.load,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.serialization",
         "save",
-        "with --optimizer adam too: an iteration that is overwritten is no complete one meanwhile",
+        "marks an iteration as incomplete while it is overwritten (with every --optimizer)",
         ("sharded_state_dict", "checkpoint_dir"),
         saving.save,
     ),
     Wrapped(
         "megatron.core.dist_checkpointing.serialization",
         "save_config",
-        "with --optimizer adam too: writes checksums of the files that have none of their own",
+        "writes checksums of the files that do not contain their own (with every --optimizer)",
         ("config", "checkpoint_dir"),
         saving.save_config,
     ),
     Builtin(
         "megatron.core.msc_utils",
         "open",
-        "with --optimizer adam too: replaces latest_checkpointed_iteration.txt whole, so that no "
-        "kill and no full disk leaves it empty, and for torch_dcp and fsdp_dtensor does what "
-        "save_config does",
+        "replaces latest_checkpointed_iteration.txt atomically, so that neither a kill nor a full "
+        "disk leaves it empty, and writes the checksums in the formats torch_dcp and fsdp_dtensor "
+        "(with every --optimizer)",
         ("file", "mode"),
         saving.open_file,
     ),
     Wrapped(
         "megatron.core.datasets.utils",
         "compile_helpers",
-        "with --optimizer adam too: keeps the library that reads datasets where it came built and "
-        "there is nothing to make it with, which ends the process in the wheels of 0.17 to 0.19",
+        "uses the existing library that reads datasets if it cannot be built; Megatron exits then, "
+        "with the wheels of 0.17 to 0.19 (with every --optimizer)",
         (),
         datasets.compile_helpers,
     ),
     Replaced(
         "megatron.core.optimizer.optimizer",
         "MegatronOptimizer.__init__",
-        "steps by the plugin's optimizer and makes its state, in place of the Adam (``optimizer``, "
-        "``init_state_fn``) that Megatron built",
+        "uses the plugin's optimizer and initializes its state (``optimizer``, "
+        "``init_state_fn``), in place of the Adam that Megatron built",
         by="build._exchange",
         shape="it to take optimizer and init_state_fn",
         fits=_takes("optimizer", "init_state_fn"),
@@ -368,8 +374,8 @@ SEAMS: tuple[Seam, ...] = (
     Replaced(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer",
-        "names the sharded state in checkpoints, and steps in one pass (the object's class becomes "
-        "ElementwiseDistributedOptimizer, or ElementwiseFSDPOptimizer)",
+        "gives the sharded state its names in checkpoints, and steps in one pass (the object's "
+        "class becomes ElementwiseDistributedOptimizer or ElementwiseFSDPOptimizer)",
         by="build._exchange",
         **_with(
             *("prepare_grads", "step_with_ready_grads", "zero_grad", "state_dict"),
@@ -381,7 +387,8 @@ SEAMS: tuple[Seam, ...] = (
     Replaced(
         "megatron.core.optimizer.optimizer",
         "Float16OptimizerWithFloat16Params",
-        "steps in one pass without sharding (it becomes ElementwiseFloat16Optimizer)",
+        "steps in one pass without sharding (the object's class becomes "
+        "ElementwiseFloat16Optimizer)",
         by="build._exchange",
         **_with(
             *("prepare_grads", "step_with_ready_grads", "zero_grad"),
@@ -391,15 +398,16 @@ SEAMS: tuple[Seam, ...] = (
     Replaced(
         "megatron.core.optimizer.optimizer",
         "ChainedOptimizer",
-        "computes the gradient norm only where something needs it, counts the updates that are "
-        "logged, and says what path a step took (it becomes ElementwiseChainedOptimizer)",
+        "computes the gradient norm only if something needs it, counts the logged updates, and "
+        "logs which implementation a step used (the class becomes ElementwiseChainedOptimizer)",
         by="chained.ElementwiseChainedOptimizer.adopt",
         **_with("step", "step_with_ready_grads", "get_grad_norm", "_synchronize_steps"),
     ),
     Replaced(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer",
-        "before 0.19: has the states' names where four methods hold Adam's as a constant",
+        "uses the names of the optimizer's states in four methods that contain the names of "
+        "Adam's as constants, in releases before 0.19",
         by="compat_before_0_19._copy",
         shape=f"Adam's names in {', '.join(compat_before_0_19.METHODS)} alone",
         fits=lambda cls: compat_before_0_19.found(cls) == set(compat_before_0_19.METHODS),
@@ -408,8 +416,9 @@ SEAMS: tuple[Seam, ...] = (
     Replaced(
         "megatron.core.transformer.fsdp_dtensor_checkpoint",
         "handle_swiglu_in_state_dict",
-        "has the states' names while fused weights are split for Megatron-FSDP, where this and "
-        "other functions of the module hold Adam's as a constant",
+        "uses the names of the optimizer's states while it splits fused weights for "
+        "Megatron-FSDP; this and other functions of the module contain the names of Adam's as "
+        "constants",
         by="megatron_fsdp._splitting",
         shape="a function with Adam's two names as a constant",
         fits=lambda function: megatron_fsdp.ADAMS in function.__code__.co_consts,
@@ -418,8 +427,8 @@ SEAMS: tuple[Seam, ...] = (
         Replaced(
             module,
             "param_group_identifier_keys",
-            "with --optimizer adam too: lets each saved param group be found by its number where "
-            "Megatron takes several for one another, while a checkpoint is loaded",
+            "identifies each saved param group by its number while a checkpoint is loaded, where "
+            "Megatron confuses groups (with every --optimizer)",
             by="checkpoint.param_groups._marked",
             **_known_by(module),
         )
@@ -431,7 +440,7 @@ SEAMS: tuple[Seam, ...] = (
     Replaced(
         "megatron.training.global_vars",
         "_GLOBAL_TENSORBOARD_WRITER",
-        "with --optimizer adam too: goes on where the disk takes no more of TensorBoard's log",
+        "continues if TensorBoard's log can no longer be written (with every --optimizer)",
         by="telemetry.set_tensorboard_writer",
         shape="a global that get_tensorboard_writer returns",
         fits=lambda writer: _reads("megatron.training.global_vars", "_GLOBAL_TENSORBOARD_WRITER"),
@@ -439,7 +448,7 @@ SEAMS: tuple[Seam, ...] = (
     Replaced(
         "megatron.training.training",
         "get_args",
-        "checks the schedule of a job that is planned, and is not running here",
+        "checks the schedule of a planned job, which does not run in this process",
         by="planning.parse._schedule",
         shape="a function that get_optimizer_param_scheduler calls",
         fits=callable,
@@ -448,12 +457,12 @@ SEAMS: tuple[Seam, ...] = (
 
 
 def install() -> None:
-    """Checks every seam, then puts each in place.  Idempotent.
+    """Checks every seam, then installs all of them.  Another call has no effect.
 
-    Seams in ``megatron.training`` are left out where only megatron-core is installed.
+    Seams in ``megatron.training`` are skipped if only megatron-core is installed.
 
     Raises:
-        SeamMoved: a seam is not as expected; nothing is wrapped then.
+        SeamMoved: a seam differs from what is expected; then nothing is wrapped.
     """
     has_training = importlib.util.find_spec("megatron.training") is not None
     seams = [seam for seam in SEAMS if seam.is_here(has_training)]

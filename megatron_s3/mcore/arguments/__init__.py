@@ -1,8 +1,9 @@
-"""Flags: those of the plugin's optimizers, their validation, and what is refused with them.
+"""The plugin's flags, their validation, and the combinations that are rejected with an error.
 
-``flags`` adds them to Megatron's parser, ``validation`` is put around its validation and asks
-``checks``, ``readers`` say what arguments or an optimizer configuration ask for, ``mask`` lets
-Megatron take the optimizer for Adam, and ``names`` knows what everything is called.
+``flags`` adds the flags to Megatron's parser.  ``validation`` wraps Megatron's validation and calls
+``checks``.  ``readers`` return settings from arguments or an optimizer configuration.  ``mask``
+makes Megatron treat the optimizer as Adam.  ``names`` converts between flags, destinations and
+dtypes.
 """
 
 from megatron_s3.mcore.arguments.checks import check_config

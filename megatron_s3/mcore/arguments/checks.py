@@ -1,4 +1,4 @@
-"""Refusals of what cannot be kept, stepped or written as it is asked for, with the reasons."""
+"""Checks of flags: combinations that an optimizer does not support are rejected with an error."""
 
 import argparse
 from collections.abc import Container
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) -> None:
-    """Refuses what :func:`validate_args` does, for callers without a command line.
+    """Makes the checks of :func:`validate_args` for callers without a command line.
 
     Args:
         config: Megatron's OptimizerConfig.
@@ -40,7 +40,7 @@ def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) 
         cls: the optimizer.
 
     Raises:
-        ValueError: naming a field as the flag of the same name.
+        ValueError: a check fails.  The message names a field as the flag of the same name.
     """
     of_ddp = {} if ddp_config is None else vars(ddp_config)
     holder = argparse.Namespace(**of_ddp | vars(config))
@@ -49,14 +49,14 @@ def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) 
 
 
 def check_memory(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:
-    """Raises ValueError for what cannot be kept, or stepped, where and how it is asked for."""
+    """Raises ValueError if the states' dtypes, CPU offload or a CUDA graph are not supported."""
     _check_precision(args, cls)
     _check_offload(args, cls)
     check_cuda_graph(args, cls, anywhere)
 
 
 def _check_precision(args: Any, cls: type[ElementwiseOptimizer]) -> None:
-    """Raises ValueError for dtypes that the optimizer, or what is around it, cannot keep."""
+    """Raises ValueError for dtypes that the optimizer or Megatron does not support."""
     asked = {
         name: dtype_of(getattr(args, name, torch.float32))
         for name in ("main_grads_dtype", "main_params_dtype", *STATE_DTYPES)
@@ -110,7 +110,7 @@ def _check_precision(args: Any, cls: type[ElementwiseOptimizer]) -> None:
 
 
 def _check_offload(args: Any, cls: type[ElementwiseOptimizer]) -> None:
-    """Raises ValueError for what an optimizer that is partly in the CPU's memory cannot do."""
+    """Raises ValueError if a setting is not supported with ``--optimizer-cpu-offload``."""
     if not getattr(args, "optimizer_cpu_offload", False):
         return
     label = f"--optimizer {cls.description.name} with --optimizer-cpu-offload"
@@ -137,7 +137,7 @@ def _check_offload(args: Any, cls: type[ElementwiseOptimizer]) -> None:
 
 
 def check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:
-    """Raises ValueError for what a step that is replayed from a CUDA graph cannot do."""
+    """Raises ValueError if a setting is not supported with ``--optimizer-cuda-graph``."""
     if not getattr(args, "optimizer_cuda_graph", False):
         return
     why_not = None
@@ -168,14 +168,14 @@ def check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool 
 
 
 def check_megatron_fsdp(args: argparse.Namespace) -> None:
-    """Raises ValueError for what Megatron-FSDP cannot do, and says what it loses.
+    """Raises ValueError if Megatron-FSDP lacks something; logs if updates lose precision.
 
     Args:
-        args: Megatron's, validated.
+        args: Megatron's validated arguments.
     """
     compat_before_0_18.check_megatron_fsdp(args)
     dtype = getattr(args, "megatron_fsdp_main_params_dtype", torch.float32)
-    dtype = dtype or args.params_dtype  # None is auto
+    dtype = dtype or args.params_dtype  # None means "auto"
     if dtype != torch.float32:
         say(
             f"main parameters are kept in {dtype} (--megatron-fsdp-main-params-dtype): updates "
@@ -184,7 +184,7 @@ def check_megatron_fsdp(args: argparse.Namespace) -> None:
 
 
 def check_metrics(args: argparse.Namespace) -> None:
-    """Raises ValueError where a log is asked for and no folder to write it to."""
+    """Raises ValueError if a log is requested without a folder to write it to."""
     args.plugin_metrics = args.plugin_metrics or args.plugin_log_updates
     if args.plugin_metrics and not (args.tensorboard_dir or args.save):
         asked = "--plugin-log-updates" if args.plugin_log_updates else "--plugin-metrics"
@@ -195,7 +195,7 @@ def check_metrics(args: argparse.Namespace) -> None:
 
 
 def check_device(args: argparse.Namespace) -> None:
-    """Raises ValueError for a backend of GPUs on the CPU."""
+    """Raises ValueError if the backend needs GPUs and the job trains on the CPU."""
     if cpu_device.active() and args.distributed_backend != "gloo":
         raise ValueError(
             f"--distributed-backend {args.distributed_backend} needs GPUs, and this job trains on "
@@ -206,7 +206,13 @@ def check_device(args: argparse.Namespace) -> None:
 def refuse_flags_of(
     description: Description, args: argparse.Namespace, upstream: Container[str]
 ) -> None:
-    """Raises ValueError where a flag of another optimizer is given; ``upstream`` are Megatron's."""
+    """Raises ValueError if a flag of another optimizer is given.
+
+    Args:
+        description: the description of the other optimizer.
+        args: Megatron's arguments.
+        upstream: destinations of Megatron's own flags, which are not checked.
+    """
     for h in description.hyperparameters:
         name = destination(description, h)
         if name not in upstream and getattr(args, name, None) is not None:

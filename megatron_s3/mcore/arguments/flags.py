@@ -1,4 +1,4 @@
-"""The flags that the plugin adds to Megatron's parser, and the defaults that it changes there."""
+"""Adds the plugin's flags to Megatron's parser, and changes some of its defaults."""
 
 import argparse
 from collections.abc import Callable
@@ -16,19 +16,19 @@ __all__ = ["CPU_DEFAULTS", "DEVICES", "FOR_ALL", "SWITCHES", "Default", "add_meg
 DEVICES = ("auto", "cuda", "cpu")
 
 
-#: Other defaults of Megatron's flags where it trains on the CPU: its own name GPU kernels.
+#: Defaults of Megatron's flags for training on the CPU; Megatron's own select GPU kernels.
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
     "gradient_accumulation_fusion": False,
-    "gradient_reduce_div_fusion": False,  # gloo sums, and does no more
+    "gradient_reduce_div_fusion": False,  # gloo can only sum
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
 }
 
 
-#: Switches for all of the plugin's optimizers: destination, help.
+#: Switches of all the plugin's optimizers: destination and help text.
 SWITCHES = (
     (
         "plugin_log_grad_norm",
@@ -61,11 +61,11 @@ SWITCHES = (
 )
 
 
-#: Those that have an effect with Megatron's own optimizers too.
+#: Switches that also have an effect with Megatron's own optimizers.
 FOR_ALL = ("plugin_metrics", "plugin_no_verify_checkpoint")
 
 
-#: Flags of Megatron's own optimizers that have no effect under another one.
+#: Flags of Megatron's own optimizers that have no effect with the plugin's.
 _OF_OTHER_OPTIMIZERS = (
     *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
     "use_torch_optimizer_for_cpu_offload",
@@ -73,7 +73,7 @@ _OF_OTHER_OPTIMIZERS = (
 
 
 class _Renamed(argparse.Action):
-    """Takes a flag under its old name, and says once what it is called now."""
+    """Accepts a flag by its old name, and logs the new name once."""
 
     def __init__(self, option_strings: list[str], dest: str, **others: Any) -> None:
         others |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
@@ -91,16 +91,16 @@ class _Renamed(argparse.Action):
 
 
 class Default(float):
-    """A default value that can be told from the same number given by the user."""
+    """A default value that can be distinguished from the same number given by the user."""
 
 
 def add_megatron_arguments(
     original: Callable[..., Any], parser: argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
-    """Wraps Megatron's parser: adds choices for ``--optimizer``, and the plugin's own flags."""
+    """Wraps the making of Megatron's parser: adds the plugin's optimizers and flags."""
     parser = original(parser)
     known = parser._option_string_actions
-    # Of two of one name (Megatron's lion is a hybrid with Adam) the plugin's is taken, and said.
+    # If both have an optimizer of one name (lion), the plugin's is used, and this is logged.
     choices = known["--optimizer"].choices or ()
     known["--optimizer"].choices = list(dict.fromkeys((*choices, *OPTIMIZERS)))
     known["--clip-grad"].default = Default(known["--clip-grad"].default)
@@ -128,7 +128,7 @@ def add_megatron_arguments(
         description = cls.description
         group = parser.add_argument_group(description.label)
         for h in description.hyperparameters:
-            if flag(description, h) in known:  # Megatron has the same, with the same meaning
+            if flag(description, h) in known:  # Megatron's own flag has the same meaning
                 upstream.append(destination(description, h))
                 continue
             kind: dict[str, Any] = (
@@ -136,7 +136,7 @@ def add_megatron_arguments(
                 if h.is_switch
                 else {"type": float, "metavar": "X"}
             )
-            # None until validated, so that a flag can be seen to have been given.
+            # None until validation, to distinguish flags that were given from defaults.
             group.add_argument(
                 flag(description, h),
                 dest=destination(description, h),

@@ -1,7 +1,7 @@
-"""The name "adam", which Megatron sees where it validates and builds a plugin's optimizer.
+"""Shows the name "adam" to Megatron while it validates and builds an optimizer of the plugin.
 
-Megatron sends every name it does not treat as adam or sgd to its layer-wise optimizers, and turns
-the distributed optimizer off for them; what fits Adam fits any element-wise optimizer.
+Megatron treats every optimizer other than adam and sgd as a layer-wise one, and turns the
+distributed optimizer off for it.  What works for Adam works for any element-wise optimizer.
 """
 
 import argparse
@@ -13,17 +13,17 @@ __all__ = ["as_adam", "print_args", "replaced"]
 
 
 class _Adam(str):
-    """Is "adam" to whoever compares it, and knows the name that was asked for."""
+    """A string that equals "adam" and remembers the name of the chosen optimizer."""
 
     asked: str
 
     def __repr__(self) -> str:
-        return repr(self.asked)  # Megatron logs the configuration while it builds
+        return repr(self.asked)  # because Megatron logs the configuration while it builds
 
 
 @contextlib.contextmanager
 def as_adam(holder: Any) -> Iterator[None]:
-    """Makes ``holder.optimizer`` read "adam", inside a ``with``."""
+    """Makes ``holder.optimizer`` equal "adam" inside a ``with`` block."""
     name = holder.optimizer
     holder.optimizer = _Adam("adam")
     holder.optimizer.asked = name
@@ -35,7 +35,15 @@ def as_adam(holder: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(holder: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Gives ``holder`` these values of what it has, inside a ``with``; yields its own."""
+    """Replaces attributes of ``holder`` inside a ``with`` block.
+
+    Args:
+        holder: the object.
+        values: new values by name; names that the object lacks are skipped.
+
+    Yields:
+        The original values by name.
+    """
     own = {name: getattr(holder, name) for name in values if hasattr(holder, name)}
     for name in own:
         setattr(holder, name, values[name])
@@ -47,7 +55,7 @@ def replaced(holder: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def print_args(original: Callable[..., Any], title: str, args: argparse.Namespace) -> Any:
-    """Wraps Megatron's printing of its arguments, which happens behind the mask."""
+    """Wraps Megatron's printing of its arguments: shows the real name of the optimizer."""
     shown = argparse.Namespace(**vars(args))
     shown.optimizer = getattr(args.optimizer, "asked", args.optimizer)
     return original(title, shown)

@@ -1,4 +1,4 @@
-"""Names of flags, on the command line and in Megatron's arguments; and their dtypes."""
+"""Names of flags on the command line and in Megatron's arguments, and names of dtypes."""
 
 import torch
 
@@ -6,11 +6,11 @@ from megatron_s3.optimizers.description import Description, Hyperparameter
 
 __all__ = ["STATE_DTYPES", "destination", "dtype_name", "dtype_of", "flag", "flag_named"]
 
-#: Flags of ``--use-precision-aware-optimizer``: destination, in the order of an optimizer's states.
+#: Destinations of the flags for the states' dtypes, in the order of an optimizer's states.
 STATE_DTYPES = ("exp_avg_dtype", "exp_avg_sq_dtype")
 
 
-#: What Megatron's flags call the dtypes; its validation replaces the names.
+#: Names of dtypes in Megatron's flags; its validation replaces the names by dtypes.
 _DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -26,7 +26,7 @@ def flag(description: Description, hyperparameter: Hyperparameter) -> str:
 
 
 def destination(description: Description, hyperparameter: Hyperparameter) -> str:
-    """Returns its name in Megatron's arguments and optimizer configuration, such as ``s3_beta``."""
+    """Returns a hyperparameter's name in Megatron's arguments and configuration: ``s3_beta``."""
     return f"{description.name}_{hyperparameter.name}".replace("-", "_")
 
 
@@ -36,11 +36,11 @@ def flag_named(name: str) -> str:
 
 
 def dtype_of(value: str | torch.dtype) -> torch.dtype:
-    """Returns the dtype that Megatron's flags call so; a dtype is itself."""
-    # Another string stays what it is, so that whoever checks it can name it.
+    """Returns the dtype of that name in Megatron's flags; a dtype is returned unchanged."""
+    # An unknown string is returned unchanged, so that the check that rejects it can print it.
     return _DTYPES.get(value, value)  # type: ignore[arg-type]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns what Megatron's flags call a dtype."""
+    """Returns the name of a dtype in Megatron's flags."""
     return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))

@@ -1,4 +1,4 @@
-"""Readers of what Megatron's arguments, or its optimizer configuration, ask of an optimizer."""
+"""Reads an optimizer's settings from Megatron's arguments or optimizer configuration."""
 
 import math
 from typing import Any
@@ -22,7 +22,12 @@ __all__ = [
 
 
 def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, Any]:
-    """Returns an optimizer's, as ``holder`` has them at their flags' destinations, or defaults."""
+    """Returns an optimizer's hyperparameters by name.
+
+    Args:
+        cls: the optimizer.
+        holder: Megatron's arguments or optimizer configuration; what it lacks has its default.
+    """
     values = {}
     for h in cls.description.hyperparameters:
         value = getattr(holder, destination(cls.description, h), None)
@@ -41,10 +46,10 @@ def switches(holder: Any) -> dict[str, bool]:
 
 
 def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torch.dtype]:
-    """Returns the dtypes that arguments or a configuration ask for, by the states' names.
+    """Returns the dtypes of the states by name, from arguments or a configuration.
 
-    ``--exp-avg-dtype`` is the first state's and ``--exp-avg-sq-dtype`` the second's, whatever the
-    optimizer calls them; without ``--use-precision-aware-optimizer`` all are float32.
+    ``--exp-avg-dtype`` sets the dtype of the first state and ``--exp-avg-sq-dtype`` that of the
+    second, whatever their names are. Without ``--use-precision-aware-optimizer`` all are float32.
     """
     if not getattr(holder, "use_precision_aware_optimizer", False):
         return dict.fromkeys(cls.description.state, torch.float32)
@@ -53,7 +58,7 @@ def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torc
 
 
 def needs_grad_norm(holder: Any) -> bool:
-    """Returns whether clipping, a threshold or the log reads the gradients' norm each step."""
+    """Returns whether clipping, a skip threshold or the log needs the gradient norm each step."""
     return (
         holder.clip_grad > 0
         or math.isfinite(getattr(holder, "grad_norm_skip_threshold", math.inf))
@@ -62,12 +67,12 @@ def needs_grad_norm(holder: Any) -> bool:
 
 
 def in_megatron_fsdp(part: Any) -> bool:
-    """Returns whether one of Megatron's optimizers steps what Megatron-FSDP keeps."""
+    """Returns whether an optimizer of Megatron updates parameters of Megatron-FSDP."""
     return getattr(getattr(part, "ddp_config", None), "use_megatron_fsdp", False)
 
 
 def changes_by_step(cls: type[ElementwiseOptimizer], values: dict[str, Any]) -> bool:
-    """Returns whether the rule's arguments differ from step to step."""
+    """Returns whether the arguments of the update rule differ from step to step."""
     optimizer = cls([torch.zeros(1)], lr=0.0, **values)
     (group,) = optimizer.param_groups
     one, other = (optimizer.group_hyperparameters(group | {"step": t}) for t in (1, 100))

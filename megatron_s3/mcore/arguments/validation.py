@@ -1,4 +1,4 @@
-"""Wraps Megatron's validation of its arguments: the plugin's own comes first."""
+"""Wraps Megatron's validation of arguments: the plugin's checks run first."""
 
 import argparse
 from collections.abc import Callable
@@ -30,17 +30,17 @@ from megatron_s3.optimizers.description import FORMAT, Description
 
 __all__ = ["UNSUPPORTED", "validate_args"]
 
-#: Arguments that the plugin's optimizers do not support yet: destination, flag, reason.
+#: Arguments that the plugin's optimizers do not support: destination, flag, reason.
 UNSUPPORTED = (("yaml_cfg", "--yaml-cfg", "its flags are checked on the command line only"),)
 
 
 def validate_args(
     original: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any
 ) -> Any:
-    """Wraps Megatron's validation: ours first, then Megatron's as it treats adam.
+    """Wraps Megatron's validation: the plugin's checks run first, then Megatron's as for adam.
 
     Raises:
-        Refused: naming the flag, the reason and what to do.
+        Refused: a check of the plugin fails; the message names the flag, the reason and what to do.
     """
     theirs: list[ValueError] = []
 
@@ -105,7 +105,7 @@ def _validate(
 
 
 def _check_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
-    """Sets hyperparameters that were not given, and checks what is asked of the optimizer."""
+    """Sets hyperparameters that were not given to their defaults, and checks the arguments."""
     description = cls.description
     for h in description.hyperparameters:
         name = destination(description, h)

@@ -295,9 +295,39 @@ def test_main_parameters_that_are_not_the_weights_are_noted():
 
     assert noted(1, 2, 0, 4) == noted(1.3, 1.6, 1e-7, 4.9) == []
     assert noted(5, 5, 0, 4) == []  # half of them
+    assert noted(1e-7, 1e-7, 1e-7, 0, param=torch.nn.Parameter(torch.zeros(6))) == []
     assert noted(5, 5, 5, 4) == noted(1.4, 1.4, 1e-5, 4) == ["weight"]
     assert noted(5, 5, 5, 4, param=torch.nn.Parameter(whole.detach().clone())) == ["a parameter"]
     # What is compared otherwise, or by somebody else.
     assert noted(5, 5, 5) == noted(5, 5, 5, 4, dtype=torch.int8) == []
     shards.note_unlike(optimizer, whole, {"param": "of another kind"})
     assert shards.unlike_weights([model]) == []
+
+
+@on_ranks(1)
+def test_a_shard_that_is_a_gap_between_parameters_is_written_as_one():
+    """Of more ranks than a bucket has multiples of 64 elements."""
+    bucket = Namespace(grad_data=torch.zeros(128), numel_unpadded=100)
+    group = Namespace(rank=lambda: 1, size=lambda: 4)
+    buffers = [Namespace(buckets=[bucket], grad_data=bucket.grad_data)]
+    optimizer = Namespace(data_parallel_group=group, buffers=buffers)
+    state = shards.get_parameter_state_dp_reshardable(
+        lambda optimizer: {0: {"bf16": [[]]}}, optimizer
+    )
+    ((gap,),) = state[0]["bf16"]
+    expected = {"gbuf_local_start": 0, "gbuf_local_end": 32, "padding": True}
+    assert {name: value for name, value in gap.items() if name in expected} == expected
+    zeros = {name: value for name, value in gap.items() if name not in expected}
+    assert zeros.keys() == {"param", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(value, torch.zeros(32)) for value in zeros.values())
+
+
+@on_ranks(1)
+def test_gaps_hold_what_parameters_hold_element_by_element():
+    """And no step, which torch's AdamW has once for each parameter."""
+    part = {"param": torch.ones(3), "exp_avg": torch.ones(3), "step": torch.tensor(7.0)}
+    part |= {"gbuf_local_start": 2, "gbuf_local_end": 5}
+    before, same, after = shards._without_gaps([part], 9, part)
+    assert same is part and "step" not in before and "step" not in after
+    assert [each["exp_avg"].tolist() for each in (before, after)] == [[0.0] * 2, [0.0] * 4]
+    assert shards._without_gaps([part], 5, part)[-1] is part

@@ -33,6 +33,9 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     shard_fp32_from_float16_groups: list[list[Tensor]]
     shard_fp32_groups: list[list[Tensor]]
 
+    #: Whether all ranks have made their state, which a rank without elements cannot see in it.
+    _made = False
+
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
         """The names of the sharded state tensors (read by Megatron-Core from 0.19 on)."""
@@ -90,12 +93,12 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     def prepare_grads(self) -> bool:
         """Calls Megatron's method after the main parameters in the optimizer's state exist."""
         if self._holds_master_params():
-            self.optimizer.init_state()
+            self._make_state()
             self.name_main_params()
         return super().prepare_grads()
 
     def offload_to_cpu(self) -> None:
-        """Calls Megatron's method for tensors that the CPU does not already hold.
+        """Calls Megatron's method.
 
         Raises:
             RuntimeError: a CUDA graph may hold the addresses of tensors that would be moved.
@@ -105,8 +108,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
                 "offload_to_cpu would move tensors to which the CUDA graph of "
                 "optimizer_cuda_graph keeps writing. Leave one of the two out. Nothing was moved."
             )
-        with self._without_the_cpus_states():
-            super().offload_to_cpu()
+        super().offload_to_cpu()
         self.name_main_params()
 
     def restore_from_cpu(self) -> None:
@@ -126,6 +128,11 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         finally:
             state.update(kept)
 
+    def _make_state(self) -> None:
+        """Makes the state, where all ranks do so."""
+        self.optimizer.init_state()
+        self._made = True
+
     def name_main_params(self) -> None:
         """Sets ``main_param`` of half-precision parameters to the optimizer's ``master_param``.
 
@@ -143,13 +150,11 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
             )
             for model, shard in zip(models, shards, strict=True)
         }
-        made = not mains or None not in mains.values()
+        made = None not in mains.values() if mains else self._made
         for param in (param for buffer in self.buffers for param in buffer.params):
             if made and param in mains:
                 param.main_param = mains[param]
-            elif getattr(param, "main_param", None) is None and hasattr(
-                param, "main_param_sharded"
-            ):
+            elif hasattr(param, "main_param_sharded"):
                 param.main_param = None  # of a parameter that other ranks keep
                 if not made:
                     del param.main_param
@@ -190,7 +195,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     @contextlib.contextmanager
     def _master_params_as_main_params(self) -> Iterator[None]:
         """Hides ``--use-precision-aware-optimizer`` from Megatron, inside a ``with``."""
-        self.optimizer.init_state()
+        self._make_state()
         kept = self.shard_fp32_from_float16_groups, self.shard_fp32_groups
         state = self.optimizer.state
         # fp32 shards have a master_param only in the CPU's memory (--optimizer-cpu-offload).

@@ -245,6 +245,73 @@ def test_the_norm_of_all_parameters(release):
     assert {id(tensor) for tensor in owned} == {id(tensor) for tensor in masters}
 
 
+def named(model, optimizer) -> bool:
+    """Whether the main parameters that Megatron finds are the optimizer's, and not copies."""
+    masters = [state["master_param"] for state in inner(optimizer).state.values()]
+    return {id(p.main_param) for p in model.parameters()} == set(map(id, masters))
+
+
+@on_ranks(1)
+def test_main_parameters_are_found_where_they_are_by_now():
+    """Else what was moved away would stay on the device, and what was loaded would be missed."""
+    model, optimizer = built()
+    step(model, optimizer)
+    other_model, other = built()
+    (part,), (other_part,) = optimizer.chained_optimizers, other.chained_optimizers
+    other_part.load_state_dict(part.state_dict())
+    assert named(model, optimizer) and named(other_model, other)
+    old = states(optimizer)
+    torch.Tensor.cpu = torch.Tensor.cuda = lambda tensor: tensor.clone()
+    torch.Tensor.is_cuda = property(lambda tensor: True)
+    optimizer.offload_to_cpu()
+    del torch.Tensor.is_cuda
+    away = states(optimizer)
+    assert named(model, optimizer) and not set(map(id, old)) & set(map(id, away))
+    optimizer.restore_from_cpu()
+    back = states(optimizer)
+    assert named(model, optimizer) and not set(map(id, away)) & set(map(id, back))
+
+
+@on_ranks(1)
+def test_weights_that_are_taken_over_make_the_main_parameters_and_leave_the_rest():
+    """Before a step, with the optimizer's settings as they were, and nothing held twice."""
+    model, optimizer = built()
+    (part,) = optimizer.chained_optimizers
+    names = ("shard_fp32_from_float16_groups", "shard_fp32_groups")
+    kept = [getattr(part, name) for name in names]
+    with torch.no_grad():
+        next(model.parameters()).fill_(3.0)
+    optimizer.reload_model_params()
+    assert named(model, optimizer) and bool((next(model.parameters()).main_param == 3.0).all())
+    assert all(getattr(part, name) is old for name, old in zip(names, kept, strict=True))
+
+
+class Mixed(torch.nn.Module):
+    """A layer in half precision, and one parameter that stays in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(40, 30)
+        self.scale = torch.nn.Parameter(torch.full((300,), 2.0))
+
+    def bfloat16(self):
+        self.linear.bfloat16()
+        return self
+
+
+@pytest.mark.parametrize("release", RELEASES[1:])
+@on_ranks(2)
+def test_the_norm_is_right_for_parameters_of_one_rank_and_in_fp32(release):
+    for model in (lambda: torch.nn.Linear(3, 2, bias=False), Mixed):
+        norms = []
+        for how in ("sharded", "aware"):
+            torch.manual_seed(0)
+            trained, optimizer = built(how=how, model=model())
+            norms.append([norm(trained), step(trained, optimizer) and norm(trained)])
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6), (norms, model)
+        assert norms[0][0] != norms[0][1]
+
+
 REFUSED = {
     # what the error says: settings of build().
     "--optimizer-cpu-offload needs --use-precision-aware-optimizer": {

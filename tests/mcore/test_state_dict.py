@@ -22,6 +22,18 @@ def test_the_loss_scale_is_saved_and_taken_over():
     assert other.get_loss_scale().item() == 8.0
 
 
+@on_ranks(2)
+def test_groups_are_saved_without_what_one_rank_alone_knows():
+    model, optimizer = build()
+    step(model, optimizer)
+    (part,) = optimizer.chained_optimizers
+    groups = part.state_dict()["optimizer"]["param_groups"]
+    assert groups and all("algorithm" in group and "params" not in group for group in groups)
+    everyone = [None] * 2
+    torch.distributed.all_gather_object(everyone, groups)
+    assert everyone[0] == everyone[1]
+
+
 @on_ranks(1)
 def test_steps_that_differ_between_parameters_are_not_saved_as_one():
     model, optimizer = build("nadam")  # whose update takes the count

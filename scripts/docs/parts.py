@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 import tomllib
+import yaml
 
 from megatron_s3 import cli
 from megatron_s3.launch import configs
@@ -158,6 +159,18 @@ def support() -> str:
     return _table(["features that resume bitwise", *releases], rows)
 
 
+def ecosystem() -> str:
+    """Returns the table of ways of use and capabilities, and the command for each of its cells."""
+    recorded = yaml.safe_load((REPOSITORY / "scripts/docs/ecosystem.yaml").read_text())
+    shown: dict[str, int] = {}
+    rows = []
+    for way, tests in recorded["ways"].items():
+        cells = [f"test {shown.setdefault(t, len(shown) + 1)}" if t else "not run" for t in tests]
+        rows.append((way, *cells))
+    commands = "\n".join(f"{n}. `python -m pytest {test}`" for test, n in shown.items())
+    return _table(("way of use", *recorded["capabilities"]), rows) + "\n\n" + commands
+
+
 def versions() -> str:
     """Returns the table of versions: what the package requires and what is tested."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -194,7 +207,8 @@ def patched_functions() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): functools.cache(function)
     for function in (
-        flags, optimizers, switches, verbs, configurations, support, versions, patched_functions,
+        flags, optimizers, switches, verbs, configurations, support, ecosystem, versions,
+        patched_functions,
         troubleshooting, checkpoint_errors,
     )
 }  # fmt: skip

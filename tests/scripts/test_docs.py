@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.docs import pages, troubleshooting
 from scripts.docs.parts import PARTS
@@ -43,6 +44,15 @@ def test_a_stale_part_is_made_anew() -> None:
 def test_a_part_that_cannot_be_made_is_an_error(text) -> None:
     with pytest.raises(pages.PageError):
         pages.filled(text, {"numbers": lambda: ""})
+
+
+def test_each_cell_of_the_ecosystem_names_a_test() -> None:
+    recorded = yaml.safe_load((REPOSITORY / "scripts/docs/ecosystem.yaml").read_text())
+    for way, cells in recorded["ways"].items():
+        assert len(cells) == len(recorded["capabilities"]), way
+        for cell in filter(None, cells):
+            path, _, name = cell.partition("::")
+            assert f"\ndef {name}(" in (REPOSITORY / path).read_text(encoding="utf-8"), cell
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

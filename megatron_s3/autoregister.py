@@ -1,12 +1,13 @@
-"""Registration without a line of code: when a process imports Megatron, if its environment asks.
+"""Registers the plugin without a change of code, when a process imports Megatron.
 
-With ``MEGATRON_S3=1`` in the environment, :func:`start` puts a finder in front of Python's own.  It
-hands every import of ``megatron...`` on, and calls :func:`megatron_s3.register` when the outermost
-of them has ended, so that what a program then takes from Megatron's modules is the plugin's
-wrapper.  A process that never imports Megatron pays for the finder alone.
+With ``MEGATRON_S3=1`` in the environment, :func:`start` inserts a finder before Python's own.  The
+finder passes every import of ``megatron...`` on to the others, and calls
+:func:`megatron_s3.register` after the outermost import, so that the program then receives the
+plugin's wrappers from Megatron's modules.  In a process that never imports Megatron, the finder
+does nothing.
 
-``megatron-s3 hook install`` adds a file to the environment's packages that makes each Python
-process start this if the variable is set; verl starts it by its entry points.
+``megatron-s3 hook install`` adds a file to the environment's packages that calls :func:`start` in
+each Python process if the variable is set.  verl calls it through its entry points.
 """
 
 import argparse
@@ -25,26 +26,26 @@ from megatron_s3.log import say_here
 
 __all__ = ["VARIABLE", "HookError", "file", "main", "start"]
 
-#: The environment variable that asks for it.
+#: The environment variable that turns the registration on.
 VARIABLE = "MEGATRON_S3"
 
-#: What Python runs at the start of each process, in a file of this name.
+#: The file that the hook adds, and its line, which Python runs at the start of each process.
 _NAME = "megatron_s3_hook.pth"
 _LINE = (
     f"import os; os.environ.get({VARIABLE!r}, '0') != '0' and "
     "__import__('megatron_s3.autoregister').autoregister.start()\n"
 )
 
-#: With one of these the plugin has something to do.
+#: The plugin is registered when one of these modules has been imported.
 _ASKS = ("megatron.core.optimizer", "megatron.core.dist_checkpointing", "megatron.training")
 
 
 class HookError(MegatronS3Error, ValueError):
-    """The environment variable has a value that means nothing."""
+    """Raised if the environment variable is neither 0 nor 1."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds Megatron's modules as Python's own finders do, and watches them being imported."""
+    """Finds Megatron's modules with the other finders, and wraps the execution of each module."""
 
     def __init__(self) -> None:
         self._here = threading.local()
@@ -53,13 +54,13 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Returns what the other finders find, with a loader that is watched."""
+        """Returns the spec that the other finders find, with a wrapped loader."""
         if self._registered or name.partition(".")[0] != "megatron":
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
-                if spec.loader is not None:  # else it is a namespace
+                if spec.loader is not None:  # None for a namespace package
                     self._watch(spec.loader)
                 return spec
         return None
@@ -89,7 +90,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _select_device() -> None:
-    """Chooses the device if one is asked for: Megatron looks at torch.cuda while it is imported."""
+    """Chooses the device if one is given, because Megatron uses torch.cuda while it is imported."""
     from megatron_s3.mcore import cpu_device, registration
 
     device = registration.asked_device()
@@ -98,10 +99,9 @@ def _select_device() -> None:
 
 
 def start() -> None:
-    """Watches for Megatron in this process, if the environment asks for it; once is enough.
+    """Inserts the finder if the environment variable is set.  Another call has no effect.
 
-    Raises:
-        HookError: when Megatron is imported, if the variable is neither 0 nor 1.
+    If the variable is neither 0 nor 1, importing Megatron raises HookError.
     """
     asked = os.environ.get(VARIABLE, "0")
     if asked == "0" or any(isinstance(finder, _Finder | _Refusal) for finder in sys.meta_path):
@@ -110,12 +110,15 @@ def start() -> None:
 
 
 class _Refusal(importlib.abc.MetaPathFinder):
-    """Refuses Megatron's modules: at the start of a process Python would ignore an error."""
+    """Raises the error when Megatron is imported.
+
+    Python ignores errors of the hook at the start of a process, so it cannot be raised there.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> None:
-        """Raises HookError for Megatron."""
+        """Raises HookError for Megatron's modules."""
         if name.partition(".")[0] == "megatron":
             raise HookError(
                 f"{VARIABLE}={os.environ.get(VARIABLE)}: expected 1, which registers megatron_s3 "
@@ -124,7 +127,7 @@ class _Refusal(importlib.abc.MetaPathFinder):
 
 
 def file() -> Path:
-    """Returns the path of the file that starts this in each process of the environment."""
+    """Returns the path of the file that calls :func:`start` in each process."""
     return Path(sysconfig.get_path("purelib")) / _NAME
 
 

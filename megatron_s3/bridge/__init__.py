@@ -1,9 +1,9 @@
-"""S3 in Megatron-Bridge, by Bridge's own extension points; nothing of Megatron's is wrapped.
+"""S3 in Megatron-Bridge.  The package uses Bridge's extension points and patches nothing.
 
-Bridge asks an optimizer configuration that has a method ``provide`` for its optimizer
-(``configuration``).  ``recipes`` makes such configurations and turns a recipe's Adam into S3, and
-``callback`` logs updates, losses and spikes.  Importing this package imports Bridge, which needs a
-GPU or ``megatron_s3.register(device="cpu")`` before it.
+If an optimizer configuration has a method ``provide``, Bridge calls it to build the optimizer
+(``configuration``).  ``recipes`` makes such configurations, and turns a recipe with Adam into one
+with S3.  ``callback`` logs updates, losses and spikes.  Importing this package imports Bridge,
+which needs a GPU, or a call of ``megatron_s3.register(device="cpu")`` before the import.
 """
 
 from megatron_s3.bridge.callback import MetricsCallback

@@ -1,4 +1,4 @@
-"""Megatron-Bridge's optimizer configuration, extended by one that builds its optimizer itself."""
+"""Configurations for Megatron-Bridge that build an optimizer of the plugin."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,16 +17,16 @@ Class = TypeVar("Class", bound=type[Any])
 
 
 class ElementwiseOptimizerConfig(OptimizerConfig):  # type: ignore[misc]  # Bridge has no types
-    """Base class of the configurations that build one of the plugin's optimizers.
+    """Base class of the configurations that build an optimizer of the plugin.
 
     Attributes:
-        builds: the optimizer's class.
+        builds: the class of the optimizer.
     """
 
     builds: ClassVar[type[ElementwiseOptimizer]]
 
     def finalize(self) -> None:
-        """Checks the fields and derives others from them, as Bridge's own configuration does.
+        """Checks the fields and sets derived ones, as Bridge's own configuration does.
 
         Raises:
             ValueError: a hyperparameter has a value that is not allowed, or ``optimizer`` names
@@ -42,22 +42,22 @@ class ElementwiseOptimizerConfig(OptimizerConfig):  # type: ignore[misc]  # Brid
         use_gloo_process_groups: bool = True,
         pg_collection: Any = None,
     ) -> Any:
-        """Builds the optimizer; Bridge calls this in place of Megatron's own builder.
+        """Builds the optimizer.  Bridge calls this method instead of Megatron's builder.
 
-        The plugin need not be registered.  Where it is, the result is the same.
+        The plugin need not be registered; if it is, the result is the same.
 
         Args:
-            model_chunks: the model in Megatron's wrappers, or a list of its chunks.
-            config_overrides: other settings for single parameters, by ParamKey.
-            use_gloo_process_groups: whether Megatron may use process groups of gloo.
+            model_chunks: the model in Megatron's wrapper, or a list of its chunks.
+            config_overrides: settings for single parameters, by ParamKey.
+            use_gloo_process_groups: whether Megatron may use gloo process groups.
             pg_collection: the process groups; the global ones if None.
 
         Returns:
-            Megatron's optimizer, whose parts step by the plugin's.
+            Megatron's optimizer, which contains optimizers of the plugin.
 
         Raises:
-            ValueError: the configuration asks for what the optimizer cannot do; the message names
-                a field as Megatron's flag of the same name.
+            ValueError: the optimizer does not support a setting of the configuration; the message
+                names a field as Megatron's flag of the same name.
         """
         self._check_name()
         return build.get_megatron_optimizer(
@@ -81,8 +81,8 @@ class ElementwiseOptimizerConfig(OptimizerConfig):  # type: ignore[misc]  # Brid
 def configures(cls: type[ElementwiseOptimizer]) -> Callable[[Class], Class]:
     """Returns a decorator that makes a class the configuration of an optimizer.
 
-    The class becomes a dataclass.  It has a keyword-only field for each hyperparameter and switch
-    (``s3_beta``), and the optimizer's defaults for its name and for ``clip_grad``.
+    The class becomes a dataclass with a keyword-only field for each hyperparameter and switch
+    (``s3_beta``).  ``optimizer`` and ``clip_grad`` have the optimizer's name and default.
     """
 
     def decorate(config: Class) -> Class:
@@ -107,7 +107,7 @@ def configures(cls: type[ElementwiseOptimizer]) -> Callable[[Class], Class]:
 class S3OptimizerConfig(ElementwiseOptimizerConfig):
     """Megatron-Bridge's ``OptimizerConfig`` for S3.
 
-    It has all fields of Bridge's, and one for each of S3's hyperparameters: ``s3_beta``, ``s3_p``
-    and so on.  They are set by keyword, by YAML, and on Bridge's command line
-    (``optimizer.s3_p=2.0``), and ``run_config.yaml`` records them.  ``clip_grad`` is 0 by default.
+    It has all fields of Bridge's class, and one for each hyperparameter of S3 (``s3_beta``,
+    ``s3_p`` and so on).  You can set them by keyword, in YAML, and on Bridge's command line
+    (``optimizer.s3_p=2.0``).  ``run_config.yaml`` records them.  ``clip_grad`` is 0 by default.
     """

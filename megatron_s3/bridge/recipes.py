@@ -1,4 +1,4 @@
-"""Recipes of Megatron-Bridge with S3: configurations made anew, or of a recipe's Adam."""
+"""Recipes for Megatron-Bridge: makes S3's configuration, or turns a recipe with Adam into S3."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ __all__ = ["RecipeRefused", "distributed_s3_with_cosine_annealing", "use_s3"]
 
 
 class RecipeRefused(MegatronS3Error, ValueError):
-    """S3 cannot train a recipe; the message names the setting, the reason and what to do."""
+    """Raised if S3 cannot train a recipe; the message names setting, reason and what to do."""
 
 
 def distributed_s3_with_cosine_annealing(
@@ -36,22 +36,25 @@ def distributed_s3_with_cosine_annealing(
 ) -> tuple[S3OptimizerConfig, SchedulerConfig]:
     """Returns S3's configuration and its schedule.
 
-    It is the counterpart of Bridge's ``distributed_fused_adam_with_cosine_annealing``, at 10 times
-    its learning rate and a tenth of its ``weight_decay``.  The weight decay that is given is in
-    force: Bridge's scheduler overwrites the optimizer's by its own, and both are set here.
+    It is the counterpart of Bridge's ``distributed_fused_adam_with_cosine_annealing``, with 10
+    times its learning rate and a tenth of its ``weight_decay``.  ``weight_decay`` is set in the
+    optimizer and in the schedule, because Bridge's scheduler overwrites the optimizer's value.
 
     Args:
-        precision: ``"bf16-mixed"``, ``"16-mixed"``, or another of Bridge's names.
-        lr_warmup_iters: number of iterations in which the learning rate rises.
-        lr_decay_iters: number of iterations in which it falls; all of the training if None.
+        precision: ``"bf16-mixed"``, ``"16-mixed"``, or another name of a precision in Bridge.
+        lr_warmup_iters: number of iterations over which the learning rate increases.
+        lr_decay_iters: number of iterations over which it decays; the whole training if None.
         weight_decay: coefficient of the weight decay.
-        max_lr: the highest learning rate.
-        min_lr: the lowest; a tenth of ``max_lr`` if None.
+        max_lr: the maximum learning rate.
+        min_lr: the minimum learning rate; a tenth of ``max_lr`` if None.
         lr_decay_style: ``"cosine"``, ``"linear"``, ``"WSD"``, ...
         **settings: other fields of :class:`S3OptimizerConfig`, for instance ``s3_p=2.0``.
 
+    Returns:
+        The configurations of the optimizer and of the scheduler.
+
     Raises:
-        TypeError: a setting is no field.
+        TypeError: a setting is not a field.
     """
     optimizer = S3OptimizerConfig(
         lr=max_lr,
@@ -79,14 +82,15 @@ def distributed_s3_with_cosine_annealing(
 def use_s3(config: Any, lr_factor: float = float(LR_FACTOR), **settings: Any) -> Any:
     """Turns a recipe that trains with Adam into one that trains with S3.
 
-    The rules are those of ``megatron-s3 args``: learning rates times 10, weight decays divided by
-    10 so that lr * weight_decay stays as it was, no clipping, and none of Adam's betas and eps.
-    Each change is said in a line of output.
+    The rules are those of ``megatron-s3 args``: learning rates are multiplied by 10, weight decays
+    are divided by 10 so that lr * weight_decay stays constant, clipping is turned off, and Adam's
+    betas and eps are dropped.  Each change is logged in a line.
 
     Args:
-        config: the recipe, a ConfigContainer, in which ``optimizer`` and ``scheduler`` are
-            replaced.  Call this before overrides of the command line are applied; they are S3's.
-        lr_factor: S3's learning rate over Adam's.
+        config: the recipe, a ConfigContainer; its ``optimizer`` and ``scheduler`` are replaced.
+            Call this function before you apply overrides of the command line, which are then
+            settings of S3.
+        lr_factor: the ratio of S3's learning rate to Adam's.
         **settings: other fields of :class:`S3OptimizerConfig`, for instance ``s3_p=2.0``.
 
     Returns:
@@ -94,7 +98,7 @@ def use_s3(config: Any, lr_factor: float = float(LR_FACTOR), **settings: Any) ->
 
     Raises:
         RecipeRefused: S3 cannot train the recipe.  Nothing was changed.
-        TypeError: a setting is no field.  Nothing was changed.
+        TypeError: a setting is not a field.  Nothing was changed.
     """
     if not 0 < lr_factor < math.inf:
         raise RecipeRefused(f"lr_factor={lr_factor!r} is not a positive number. Give another one.")
@@ -156,7 +160,14 @@ def _check(config: Any) -> None:
 
 
 def _translated(part: str, old: Any, rules: Rules, changes: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the fields of a configuration that S3's has too, and adds a line for each change."""
+    """Yields names and new values of a configuration's fields.
+
+    Args:
+        part: the name of the configuration in the recipe, for the log.
+        old: the configuration.
+        rules: the rules by which values change.
+        changes: receives a line for each change.
+    """
     for field in dataclasses.fields(old):
         name, flag = field.name, flag_named(field.name)
         value = getattr(old, name)

@@ -1,4 +1,4 @@
-"""State that is moved between devices, or reset, from outside of the optimizer."""
+"""Methods with which other programs move or reset the state of an optimizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["MovableState"]
 
 
 class _Part:
-    """The optimizer as a part of itself, for loops over ``sub_optimizers``."""
+    """A view of the whole optimizer, as the only item of ``sub_optimizers``."""
 
     def __init__(self, whole: Any) -> None:
         self.state = whole.state
@@ -18,30 +18,30 @@ class _Part:
 
 
 class MovableState:
-    """Methods that move or reset the whole state of an optimizer, whatever its tensors are called.
+    """Methods that move or reset the whole state of an optimizer, independent of the states' names.
 
-    Frameworks for reinforcement learning keep the state in the CPU's memory while another program
-    uses the GPU.  The loops of verl and ms-swift know Adam's names alone, or, for an optimizer with
-    the attributes ``sub_optimizers``, ``inner_param_to_orig_param`` and ``state`` (Megatron's
-    HybridDeviceOptimizer has them), move every tensor, and call
-    ``_move_new_state_to_right_device()`` on the way back.  These attributes are here.
+    Frameworks for reinforcement learning keep the state in CPU memory while another program uses
+    the GPU.  verl and ms-swift move only states with the names of Adam's.  But if an optimizer has
+    the attributes ``sub_optimizers``, ``inner_param_to_orig_param`` and ``state``, as Megatron's
+    HybridDeviceOptimizer has, they move every tensor, and call
+    ``_move_new_state_to_right_device()`` to move them back.  This class provides these attributes.
     """
 
-    #: No parameter of a part stands for another one.
+    #: Empty, because ``param_groups`` contains the original parameters.
     inner_param_to_orig_param: Mapping[Tensor, Tensor] = {}
 
     @property
     def sub_optimizers(self: Any) -> list[_Part]:
-        """Returns one part, which has the optimizer's own state."""
+        """Returns a list of one item, which has the optimizer's own state and param groups."""
         return [_Part(self)]
 
     def move_state(self: Any, device: torch.device | str | None = None) -> None:
         """Moves every state tensor, ``master_param`` included.
 
-        Call it with no argument before the next step, which needs the states where it updates.
+        Call it without an argument before the next step, which needs the state on its device.
 
         Args:
-            device: where to; None moves each state to where a step needs it.
+            device: the target device; None moves each state to the device that a step needs.
         """
         for param, state in self.state.items():
             to = self.host.device_of(param) if device is None else device
@@ -54,9 +54,9 @@ class MovableState:
 
     @torch.no_grad()
     def reset_state(self: Any) -> None:
-        """Sets every state and every number of updates to 0, as they are before the first step.
+        """Sets all states and step counts to 0, as before the first step.
 
-        A ``master_param`` is a parameter and stays as it is.
+        ``master_param`` is a parameter and does not change.
         """
         for state in self.state.values():
             for name in self.description.state:

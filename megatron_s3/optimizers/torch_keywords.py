@@ -1,4 +1,4 @@
-"""Keywords of torch.optim's constructors that change nothing, or say the same in another way."""
+"""Translates the keywords of torch.optim's constructors into those of the plugin's optimizers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from megatron_s3.optimizers.description import Description
 
 __all__ = ["translated"]
 
-#: Keywords of torch.optim.AdamW, the values that are neutral, and why another one is refused.
+#: Keywords of torch.optim.AdamW, values without an effect, and why others are rejected.
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "foreach": ((None, False), "all tensors are updated together anyway"),
     "maximize": ((False,), "it minimizes; negate the loss"),
@@ -19,18 +19,19 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def translated(description: Description, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns keywords of a constructor, or of a param group, in the optimizer's own terms.
+    """Returns the keywords of a constructor or param group as keywords of the optimizer.
 
-    Programs written for torch.optim.AdamW pass ``foreach=None``, ``maximize=False`` and the like,
-    which are dropped here; ``betas`` become the optimizer's coefficients, and an ``eps`` of 0 is
-    dropped where there is none to set.
+    Programs written for torch.optim.AdamW pass ``foreach=None``, ``maximize=False`` and similar
+    keywords, which this function drops.  It converts ``betas`` to the optimizer's coefficients, and
+    drops an ``eps`` of 0 if the optimizer has no ``eps``.
 
     Args:
-        description: the optimizer's.
-        given: the keywords.
+        description: the description of the optimizer.
+        given: the keywords with their values.
 
     Raises:
-        ValueError: a keyword asks for what the optimizer does not do, or ``betas`` do not fit.
+        ValueError: the optimizer does not support a keyword, or the number of ``betas`` does not
+            match its coefficients.
     """
     names = [h.name for h in description.hyperparameters]
     result = dict(given)

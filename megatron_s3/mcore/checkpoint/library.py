@@ -1,4 +1,4 @@
-"""Wraps megatron-core's own loading, through which programs without Megatron's trainer pass."""
+"""Wraps the loading of megatron-core, which programs without Megatron's trainer call."""
 
 import contextlib
 import io
@@ -27,13 +27,13 @@ __all__ = ["checked_already", "load"]
 
 _ADVICE = "Nothing was loaded. Load another checkpoint, or write this one anew."
 
-#: Whether the trainer's wrapper has checked what is being loaded.
+#: Whether the wrapper of the trainer's loading has made the checks already.
 _checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
 @contextlib.contextmanager
 def checked_already() -> Iterator[None]:
-    """Lets :func:`load` check nothing, inside a ``with``."""
+    """Turns the checks of :func:`load` off inside a ``with`` block."""
     token = _checked.set(True)
     try:
         yield
@@ -50,13 +50,13 @@ def load(
 ) -> Any:
     """Wraps ``dist_checkpointing.load``: checks the files, and which optimizer saved the state.
 
-    The checks do what Megatron's trainer is given by :mod:`~megatron_s3.mcore.checkpoint.loading`.
-    They do not use megatron-core's manifest (``verify_integrity``), for which a checkpoint has to
-    be saved with it, and with which the first rank reads all files; here each rank reads its share.
+    The checks are those of :mod:`~megatron_s3.mcore.checkpoint.loading` for Megatron's trainer.
+    They do not use megatron-core's manifest (``verify_integrity``): it must have been written at
+    the save, and the first rank reads all files. Here each rank reads a part of the files.
 
     Raises:
-        ValueError: the files are damaged, or the optimizer's state is not that of the optimizer
-            that asks for it.  On all ranks alike, nothing was loaded.
+        ValueError: the files are damaged, or the optimizer state belongs to another optimizer than
+            the one that loads it.  All ranks raise it before anything is loaded.
     """
     folder = Path(checkpoint_dir)
     if _checked.get() or "://" in str(checkpoint_dir) or not (folder / CONFIG).is_file():
@@ -81,22 +81,23 @@ def _common(checkpoint_dir: Any) -> Any:
 
 
 def _objects(folder: Path, asked: Iterable[tuple[Any, ...]]) -> dict[str, Any]:
-    """Returns the saved objects that hold what is asked for, by their names in the checkpoint."""
+    """Returns the saved objects that contain the requested groups, by name in the checkpoint."""
     names = {path[0] for path in asked if path}
     found = {}
     for place, entry in read_index(folder).storage_data.items():
         if place.fqn in names and place.offset is None:
             archive = Archive(folder / entry.relative_path, entry.offset, entry.length)
-            with contextlib.suppress(ValueError):  # Megatron says what it cannot read
+            with contextlib.suppress(ValueError):  # Megatron reports what it cannot read
                 found[place.fqn] = load_object(io.BytesIO(archive.read()))
     return found
 
 
 def _groups(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yields every list of param groups in a state dict, with its keys from the outside in.
+    """Yields the path and the contents of every list of param groups in a state dict.
 
-    In an object of its own in the checkpoint, as the distributed optimizer's in the format
-    dp_reshardable, its keys begin with the object's name there, under which a list of it is saved.
+    The path consists of the keys from the outermost to the innermost.  If the list belongs to a
+    ShardedObject (the distributed optimizer in the format dp_reshardable), its path begins with the
+    object's name in the checkpoint and 0, because the object is saved in a list of that name.
     """
     if isinstance(value, ShardedObject):
         value, path = value.data, (value.unique_key, 0)
@@ -112,13 +113,13 @@ def _groups(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 
 
 def _compare(folder: Path, asked: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
-    """Raises ValueError unless param groups were saved by the optimizers that ask for them."""
+    """Raises ValueError if param groups were saved by another optimizer than the one loading."""
     for path, groups in asked.items():
         if path not in saved:
-            continue  # Megatron says what is missing
+            continue  # Megatron reports what is missing
         algorithms, others = ({g.get("algorithm") for g in each} for each in (groups, saved[path]))
         if len(algorithms) != 1 or len(others) != 1 or algorithms == others == {None}:
-            continue  # Megatron's own optimizers: Megatron's own checks
+            continue  # both are Megatron's own optimizers, which Megatron checks
         (now,), (then,) = algorithms, others
         cls = OPTIMIZERS.get(now or "")
         own, theirs = (

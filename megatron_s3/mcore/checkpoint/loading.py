@@ -1,4 +1,4 @@
-"""Wraps Megatron's loading: one iteration for all that is read, verified, and whose it is."""
+"""Wraps Megatron's loading: chooses the iteration once, verifies it, checks its optimizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +17,13 @@ __all__ = ["load_base_checkpoint", "load_checkpoint", "read_metadata"]
 def load_base_checkpoint(
     original: Callable[..., Any], load_dir: str | None, args: Any, *rest: Any, **kwargs: Any
 ) -> Any:
-    """Wraps Megatron's reading of a checkpoint: checks its files, and whose it is.
+    """Wraps Megatron's reading of a checkpoint: checks its files and which optimizer saved it.
 
-    Megatron reads the arguments that were saved first (``rank0``), and the tensors afterwards.
+    Megatron can call this twice: first for the saved arguments (``rank0``), then for the tensors.
 
     Raises:
-        ValueError: the files are damaged, or the optimizer's state is not that of the running
-            optimizer.  On all ranks alike, nothing was loaded.
+        ValueError: the files are damaged, or the optimizer state belongs to another optimizer than
+            the running one.  All ranks raise it before anything is loaded.
     """
     rank0 = kwargs.get("rank0", rest[0] if rest else False)
     context = kwargs.get("checkpointing_context", rest[2] if len(rest) > 2 else None)
@@ -49,21 +49,21 @@ def load_base_checkpoint(
 def load_checkpoint(
     original: Callable[..., Any], ddp_model: Any, optimizer: Any, *rest: Any, **kwargs: Any
 ) -> Any:
-    """Wraps Megatron's loading: chooses the iteration once, for all that is read of it.
+    """Wraps Megatron's loading: chooses the iteration once, for all files that are read.
 
-    And Megatron gives up with status 0 where it cannot read something.  A scheduler would take that
-    for the end of the training, and start what waits for it.
+    It also replaces Megatron's exit with status 0 by an error.  A scheduler would take that status
+    for the end of the training, and start dependent jobs.
 
     Raises:
-        ValueError: no iteration can be chosen.  Megatron gave up; not where
-            ``--exit-on-missing-checkpoint`` asks for that.  The optimizer's part of the checkpoint
-            is not of the model that is in it.
+        ValueError: no iteration can be chosen, Megatron could not read the checkpoint (unless it is
+            missing and ``--exit-on-missing-checkpoint`` is given), it was saved with another
+            schedule, or its main parameters do not belong to its weights.
     """
     from megatron.training import checkpointing
 
     args = checkpointing.get_args()
     load_dir = _load_dir(args, kwargs.get("load_arg", rest[1] if len(rest) > 1 else "load"))
-    running().unlike.clear()  # of a load that another program did
+    running().unlike.clear()  # left from an earlier load
     try:
         with chosen(load_dir, args, kwargs.get("checkpointing_context")):
             result = original(ddp_model, optimizer, *rest, **kwargs)
@@ -90,7 +90,7 @@ def load_checkpoint(
 
 
 def _compare_with_weights(model: Any) -> None:
-    """Raises ValueError on all ranks where one has loaded main parameters of other weights."""
+    """Raises ValueError on all ranks if one has main parameters that differ from its weights."""
     unlike = shards.unlike_weights(model if isinstance(model, list) else [model])
     raise_first(
         f"the main parameters that were loaded of {unlike[0]} ({len(unlike)} in all on this rank) "
@@ -104,10 +104,11 @@ def _compare_with_weights(model: Any) -> None:
 
 
 def _load_dir(args: Any, load_arg: str) -> str | None:
-    """Returns the folder that Megatron will load from.
+    """Returns the folder from which Megatron will load.
 
     Raises:
-        ValueError: ``--pretrained-checkpoint`` would pass over checkpoints of the run itself.
+        ValueError: Megatron would load ``--pretrained-checkpoint`` although the run's own folder
+            contains complete checkpoints.
     """
     from megatron.training import checkpointing
 
@@ -127,10 +128,13 @@ def _load_dir(args: Any, load_arg: str) -> str | None:
 
 
 def read_metadata(original: Callable[..., Any], tracker_filename: str) -> Any:
-    """Wraps the reading of a tracker file: the iteration that was chosen, where one was.
+    """Wraps the reading of a tracker file: returns the chosen iteration, if one was chosen.
 
-    Megatron reads the file again for the optimizer's state in the format torch, whatever
-    ``--ckpt-step`` says; and takes a file that says "release" for more than that.
+    In the format torch, Megatron reads the file again for the optimizer state and ignores
+    ``--ckpt-step``.
+
+    Returns:
+        The iteration, and whether the checkpoint is a release.
     """
     from megatron.training import global_vars
 

@@ -1,4 +1,4 @@
-"""Wraps Megatron's saving: whole checkpoints, with checksums, and an error that says why not."""
+"""Wraps Megatron's saving: writes checksums, and explains why a save failed."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class SaveFailed(MegatronS3Error, RuntimeError):
-    """A checkpoint could not be written; the message names the folder and the reason."""
+    """Raised if a checkpoint could not be written; the message names the folder and the reason."""
 
 
 def save(
@@ -39,9 +39,10 @@ def save(
     *rest: Any,
     **kw: Any,
 ) -> Any:
-    """Wraps Megatron's writing of an iteration: what it overwrites is complete no more.
+    """Wraps Megatron's writing of an iteration: marks an existing one as incomplete first.
 
-    Else a kill in the middle would leave new files under an old index that fits them.
+    Otherwise a kill during the save would leave new files with the old index and its checksums, and
+    the mixture could pass for a complete checkpoint.
     """
     if "://" not in str(checkpoint_dir):
         checksums.reopen(Path(checkpoint_dir))
@@ -49,7 +50,7 @@ def save(
 
 
 def save_config(original: Callable[..., Any], config: Any, checkpoint_dir: Any) -> Any:
-    """Wraps the last file of an iteration, which one rank writes: adds the small files' sums."""
+    """Wraps the writing of an iteration's last file, by one rank: writes checksums after it."""
     result = original(config, checkpoint_dir)
     if "://" not in str(checkpoint_dir):
         checksums.seal(Path(checkpoint_dir))
@@ -57,7 +58,7 @@ def save_config(original: Callable[..., Any], config: Any, checkpoint_dir: Any) 
 
 
 def open_file(original: Callable[..., Any], file: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Wraps ``open`` where Megatron writes the tracker file: whole, or as it was."""
+    """Wraps ``open`` where Megatron writes the tracker file: replaces the file atomically."""
     mode = rest[0] if rest else kwargs.get("mode", "r")
     if mode == "w" and os.path.basename(str(file)) == TRACKER:
         return _replaced(Path(file))
@@ -76,9 +77,10 @@ def _replaced(path: Path) -> Iterator[io.TextIOBase]:
 
 
 def _seal_named(save_dir: Path, named: str) -> None:
-    """Does what :func:`save_config` does, in formats without that file: a save has ended here.
+    """Writes the checksums as :func:`save_config` does, for formats without a ``metadata.json``.
 
-    The index of an asynchronous one has not been written any earlier.
+    Megatron writes the tracker file at the end of a save.  The index of an asynchronous save does
+    not exist before that.
     """
     folder = folder_of(save_dir, int(named) if named.isdecimal() else None)
     if (folder / INDEX).is_file() and not (folder / SEAL).is_file():
@@ -86,10 +88,10 @@ def _seal_named(save_dir: Path, named: str) -> None:
 
 
 def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
-    """Wraps Megatron's saving: an error says where and why; and what telemetry adds.
+    """Wraps Megatron's saving: adds the telemetry's state, and explains why a save failed.
 
     Raises:
-        SaveFailed: the disk did not take it.
+        SaveFailed: the folder cannot be written, for example because the disk is full.
     """
     if not (kwargs.get("non_persistent_ckpt") or kwargs.get("release")):
         _reopen(iteration)
@@ -98,9 +100,9 @@ def save_checkpoint(original: Callable[..., Any], iteration: int, *rest: Any, **
 
 
 def _reopen(iteration: int) -> None:
-    """Does what :func:`save` does, where Megatron calls torch's saving itself.
+    """Marks an iteration as incomplete, as :func:`save` does, in formats saved by torch directly.
 
-    Torch writes nothing before rank 0 has made the plan, and this is done before that.
+    Only rank 0 does this.  No rank of torch writes a file before rank 0 has made the plan.
     """
     from megatron.training import checkpointing
 
@@ -111,7 +113,11 @@ def _reopen(iteration: int) -> None:
 
 
 def maybe_finalize_async_save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps the end of an asynchronous save: as :func:`save_checkpoint`."""
+    """Wraps the end of an asynchronous save: explains why it failed.
+
+    Raises:
+        SaveFailed: see :func:`save_checkpoint`.
+    """
     with _saying_why("a checkpoint"):
         return original(*args, **kwargs)
 

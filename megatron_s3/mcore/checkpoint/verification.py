@@ -1,4 +1,4 @@
-"""Verifies the files of the iteration that is read, each rank its share of them."""
+"""Verifies the files of the iteration to be loaded; each rank reads a part of them."""
 
 import functools
 import time
@@ -20,7 +20,14 @@ __all__ = ["verify", "verify_folder"]
 
 
 def verify(choice: Choice | None, load_dir: Any, args: Any, first: bool) -> None:
-    """Raises ValueError on all ranks unless the iteration has been found undamaged."""
+    """Raises ValueError on all ranks if the chosen iteration is damaged.
+
+    Args:
+        choice: the chosen iteration; None if nothing is to be loaded.
+        load_dir: the folder of checkpoints.
+        args: Megatron's arguments.
+        first: whether this is the first read, for the saved arguments.
+    """
     if choice is None:
         return
     if choice.folder is None:
@@ -32,14 +39,14 @@ def verify(choice: Choice | None, load_dir: Any, args: Any, first: bool) -> None
     legacy = is_of_format_torch(choice.folder)
     once = legacy or getattr(args, "ckpt_format", None) == "torch_dcp"
     if first or once:
-        # Megatron tells other formats from --ckpt-format's by that file.
+        # Megatron uses metadata.json to detect the format, so the format is not known here.
         detected = getattr(args, "auto_detect_ckpt_format", False)
         left_out = switches(args)["plugin_no_verify_checkpoint"]
         verify_folder(
             choice.folder,
             functools.partial(instead, Path(load_dir), args, but=choice.folder),
             config=has_config(getattr(args, "ckpt_format", None)) and not detected,
-            # Before the process groups are there, only the arguments are read.
+            # Before the process groups exist, only the saved arguments are read.
             contents=not left_out and torch.distributed.is_initialized(),
             skipped_by="--plugin-no-verify-checkpoint",
             also=_check_own_file if legacy and not first else None,
@@ -56,16 +63,16 @@ def verify_folder(
     also: Callable[[Path], None] | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
-    """Raises ValueError on all ranks if one finds the checkpoint damaged.
+    """Raises ValueError on all ranks if one of them finds the checkpoint damaged.
 
     Args:
-        folder: of one iteration.
-        advice: returns what to do then.
+        folder: the folder of one iteration.
+        advice: returns the last sentence of the error message, which says what to do.
         config: whether the format has a ``metadata.json``.
-        contents: whether checksums are compared, and not sizes alone.
-        skipped_by: the setting that makes ``contents`` False.
-        also: raises Damaged for what else is wrong with the folder.
-        group: the ranks that call this; all if None.
+        contents: whether to compare checksums; if False, only sizes are compared.
+        skipped_by: the setting that skips the comparison of checksums, for the log.
+        also: another check of the folder, which raises Damaged.
+        group: the ranks that call this function; all ranks if None.
     """
     rank, ranks = 0, 1
     if torch.distributed.is_initialized():
@@ -91,7 +98,10 @@ def verify_folder(
 
 
 def _check_own_file(folder: Path) -> None:
-    """Checks the file that this rank reads in the format ``torch``: others would wait for it."""
+    """Raises Damaged if this rank's file in the format ``torch`` is missing.
+
+    Without this check the other ranks would wait for this one forever.
+    """
     from megatron.training.checkpointing import get_checkpoint_name
 
     number = iteration_of(folder)

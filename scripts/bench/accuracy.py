@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Prints how far S3's updates in fp32 are from the paper's, by how the second state is kept.
+"""Prints the error of S3's updates in fp32, for two representations of the second state.
 
-``root`` is what the package ships: r = s**(1/p), every power taken of a ratio.  ``raw`` is
-Algorithm 1 as printed, s in fp32.  Both are compared with Algorithm 1 in float64 over heavy-tailed
-gradients (Student's t, 1 degree of freedom) of each magnitude.  At 1e-36 some gradients lie below
-the smallest normal number, 1.2e-38; an element's first ones of that kind count as 0 for ``root``.
+``root`` is the package's implementation: it stores r = s**(1/p) and takes powers only of ratios.
+``raw`` is Algorithm 1 as printed, with s in fp32.  Both are compared with Algorithm 1 in float64,
+on heavy-tailed gradients (Student's t with 1 degree of freedom) of each magnitude.  At 1e-36 some
+gradients are smaller than the smallest normal number, 1.2e-38.  For ``root``, an element's first
+gradients of this size count as 0.
 """
 
 import argparse
@@ -22,13 +23,13 @@ BETA = 0.95
 
 
 class Raw:
-    """Algorithm 1 as printed, in the dtype of its first gradient."""
+    """Algorithm 1 as printed, in the dtype of ``like``."""
 
     def __init__(self, like: Tensor, p: float) -> None:
         self.m, self.s, self.p = torch.zeros_like(like), torch.zeros_like(like), p
 
     def step(self, grad: Tensor) -> Tensor:
-        """Advances the state and returns n / b, or 0 where b is 0."""
+        """Updates the state and returns n / b, or 0 where b is 0."""
         power = grad.abs().pow(self.p)
         self.m = BETA * self.m + (1 - BETA) * grad
         self.s = BETA * self.s + (1 - BETA) * power
@@ -38,18 +39,18 @@ class Raw:
 
 
 class Root:
-    """The shipped rule."""
+    """The package's update rule."""
 
     def __init__(self, like: Tensor, p: float) -> None:
         self.m, self.r, self.p = torch.zeros_like(like), torch.zeros_like(like), p
 
     def step(self, grad: Tensor) -> Tensor:
-        """Advances the state and returns u."""
+        """Updates the state and returns u."""
         return s3_update(grad, self.m, self.r, beta=BETA, p=self.p)
 
 
 class Errors:
-    """rms and maximum of the error, and the largest update, by magnitude."""
+    """Accumulates rms and maximum of the error, and the largest update, for each magnitude."""
 
     def __init__(self) -> None:
         self.squares = torch.zeros(len(EXPONENTS), dtype=torch.float64)
@@ -57,7 +58,7 @@ class Errors:
         self.count = 0
 
     def add(self, u: Tensor, expected: Tensor) -> None:
-        """Takes in one step's updates, shaped (magnitudes, elements)."""
+        """Adds the updates of one step, of shape (magnitudes, elements)."""
         error = (u.double() - expected).abs()
         self.squares += error.square().mean(1)
         self.largest = torch.maximum(self.largest, error.amax(1))
@@ -65,7 +66,7 @@ class Errors:
         self.count += 1
 
     def rows(self) -> dict[str, list[str]]:
-        """The figures as text."""
+        """Returns the figures as text."""
         rms = (self.squares / self.count).sqrt()
         return {
             "rms error": [f"{x:.1e}" for x in rms.tolist()],
@@ -75,10 +76,10 @@ class Errors:
 
 
 def gradients(elements: int, step: int) -> tuple[Tensor, Tensor]:
-    """One step's gradients in fp32, and the same in float64 scaled to magnitude 1.
+    """Returns the gradients of a step in fp32, and in float64 scaled to magnitude 1.
 
-    The factor is a power of two: float64 holds the product exactly, n / b does not depend on it,
-    and |g|**p stays in float64's range.
+    The factor is a power of two, so the product is exact in float64.  n / b does not depend on it,
+    and |g|**p stays in the range of float64.
     """
     random = torch.Generator().manual_seed(step)
     ratio = torch.randn(2, elements, generator=random, dtype=torch.float64)
@@ -90,7 +91,7 @@ def gradients(elements: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(p: float, steps: int, elements: int) -> dict[str, Errors]:
-    """The errors of both representations at one p."""
+    """Returns the errors of both representations for one p."""
     like = torch.zeros(len(EXPONENTS), elements)
     runs = {"root": Root(like, p), "raw": Raw(like, p)}
     errors = {name: Errors() for name in runs}
@@ -109,7 +110,9 @@ def main() -> None:
     """Parses the arguments and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--elements", type=int, default=256, help="of each magnitude")
+    parser.add_argument(
+        "--elements", type=int, default=256, help="number of elements of each magnitude"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = [["p", "state", "figure", *(f"1e{k}" for k in EXPONENTS)]]

@@ -1,7 +1,7 @@
-"""The machine code of the Triton kernel: `python -m scripts.bench.compiled` needs no GPU.
+"""Prints figures of the Triton kernel's machine code: `python -m scripts.bench.compiled`.
 
-For each architecture and combination of dtypes: registers, stack and spills, and how wide the
-accesses of the fast loop are.
+For each architecture and combination of dtypes the table contains registers, stack, spills, and the
+widths of memory accesses.  The command needs no GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from megatron_s3.rules.s3 import s3_update
 
 __all__ = ["CAPABILITIES", "VARIANTS", "Compiled", "Variant", "compile_kernel", "main"]
 
-#: Ampere, Hopper, Blackwell.
+#: Compute capabilities of Ampere, Hopper and Blackwell.
 CAPABILITIES = (80, 90, 100)
 
 
@@ -28,10 +28,11 @@ class Variant:
     """A kernel to compile.
 
     Attributes:
-        form: rule and hyperparameters.
-        grad, state, model: dtypes of the gradient, of all states and of the model parameter, or
-            None.
-        statistics: whether they are counted.
+        form: the update rule and its hyperparameters.
+        grad: dtype of the gradient.
+        state: dtype of all states.
+        model: dtype of the model parameter; None if there is none.
+        statistics: whether the kernel computes statistics of the updates.
     """
 
     form: Form
@@ -46,7 +47,7 @@ def _s3(p: float = 3, **hyperparameters: object) -> Form:
 
 
 def _default(name: str) -> Form:
-    """An optimizer's first step."""
+    """Returns the form of an optimizer's first step."""
     optimizer = OPTIMIZERS[name]([torch.zeros(1)])
     (group,) = optimizer.param_groups
     values = optimizer.group_hyperparameters(group | {"step": 1})
@@ -70,15 +71,16 @@ VARIANTS |= {name: Variant(_default(name)) for name in OPTIMIZERS if name != "s3
 
 @dataclass(frozen=True)
 class Compiled:
-    """Facts about a kernel, from its machine code.
+    """Figures of a kernel's machine code.
 
     Attributes:
-        registers: a thread.
-        stack: bytes a thread.
-        spills: loads and stores of local memory.
-        loads, stores: of global memory, by width in bits: of the whole kernel.
-        fused: fused multiply-adds on float32.
-        instructions: in all.
+        registers: registers per thread.
+        stack: bytes of stack per thread.
+        spills: number of loads and stores of local memory.
+        loads: number of loads from global memory by width in bits.
+        stores: number of stores to global memory by width in bits.
+        fused: number of fused multiply-adds on float32.
+        instructions: number of all instructions.
     """
 
     registers: int
@@ -159,7 +161,7 @@ def _read(cubin: bytes, tools: Path) -> Compiled:
 
 
 def _widths(name: str, code: str) -> dict[int, int]:
-    """How many instructions access how many bits."""
+    """Returns the number of instructions of that name by the bits that each accesses."""
     widths: dict[int, int] = {}
     for kind in re.findall(rf"\b{name}\.E((?:\.\w+)*)", code):
         sizes = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Time and memory of `megatron-s3 convert`, beside reading and writing the same checkpoint.
+"""Measures time and memory of `megatron-s3 convert`, compared with copying the checkpoint.
 
     python -m scripts.bench.convert [--checkpoints DIR] [--copies N] [--repeats N] [--cached]
 
-In turn: the newest iteration of DIR is copied (read once and written once, to the disk), loaded and
-saved by torch (its tensors, in one process), and converted.  The last two are processes of their
-own, and what one takes to import Megatron, which is part of converting, is printed too.  Each
-reads the checkpoint from the disk; with --cached, from the memory in which the one before has left
-it.  --scratch DIR is where to do this.
+In each round the newest iteration of DIR is copied (read once and written once, to the disk),
+loaded and saved by torch (the tensors only, in one process), and converted.  Loading and converting
+run in processes of their own.  Converting includes the import of Megatron, whose time is printed
+too.  Each reads the checkpoint from the disk, or with --cached from the page cache, if it is there.
+--scratch DIR is the folder for temporary files.
 
-Without --checkpoints a GPT of 163M parameters is trained for one step by Megatron's AdamW on 2 CPU
-ranks, and its checkpoint taken (2.3 GB; 6 GB of memory, a minute).  --copies N makes a larger one
-of it, with every tensor N times under N names: to train it would take N times the memory.
+Without --checkpoints, the script trains a GPT of 163M parameters for one step with Megatron's AdamW
+on 2 CPU ranks, and uses its checkpoint (2.3 GB; this needs 6 GB of memory and a minute).  --copies
+N makes a larger checkpoint, with N copies of each tensor under N names, because training a model of
+that size would need N times the memory.
 """
 
 import argparse
@@ -36,7 +37,7 @@ BLOCK = 4 << 20
 
 
 def train(folder: Path) -> None:
-    """A checkpoint of AdamW's."""
+    """Makes a checkpoint of AdamW."""
     print(f"training one step, saving to {folder}", flush=True)
     flags = ["--optimizer", "adam", "--bf16", "--use-distributed-optimizer", "--num-workers", "0"]
     flags += ["--dist-ckpt-optim-fully-reshardable", "--save", folder, "--save-interval", "1"]
@@ -46,7 +47,7 @@ def train(folder: Path) -> None:
 
 
 def enlarge(source: Path, target: Path, copies: int) -> None:
-    """A checkpoint that holds another's files and tensors so many times."""
+    """Makes a checkpoint with several copies of another one's files and tensors."""
     import torch.distributed.checkpoint as dcp
 
     iteration = target / source.name
@@ -58,7 +59,7 @@ def enlarge(source: Path, target: Path, copies: int) -> None:
     for number in range(copies):
         for file in source.glob("*.distcp"):
             shutil.copyfile(file, iteration / f"{number}{file.name}")
-        end = f".{number}" if number else ""  # objects, as the arguments, are looked up by name
+        end = f".{number}" if number else ""  # objects such as the arguments are read by name
         entries |= {name + end: entry for name, entry in index.state_dict_metadata.items()}
         places |= {
             dataclasses.replace(item, fqn=item.fqn + end): dataclasses.replace(
@@ -71,7 +72,7 @@ def enlarge(source: Path, target: Path, copies: int) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds to read every file and to write it, to the disk."""
+    """Copies all files to the disk, and returns the seconds."""
     began = time.perf_counter()
     for file in sorted(f for f in source.rglob("*") if f.is_file()):
         to = target / file.relative_to(source)
@@ -84,7 +85,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def forget(folder: Path) -> None:
-    """Takes the files out of the memory that the kernel keeps of a disk."""
+    """Drops the files from the page cache."""
     os.sync()
     for file in (f for f in folder.rglob("*") if f.is_file()):
         fd = os.open(file, os.O_RDONLY)
@@ -110,7 +111,7 @@ START = "import megatron_s3.checkpoints.convert, megatron.core.safe_globals"
 
 
 def process(code: str, *arguments: Path) -> tuple[float, float]:
-    """Seconds, and the most memory in GB (of the process and its libraries)."""
+    """Runs code in a process, and returns its seconds and its peak memory in GB."""
     code += "\nimport resource\nprint('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     began = time.perf_counter()
     done = subprocess.run(
@@ -127,9 +128,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoints", type=Path, help="of AdamW, --ckpt-format torch_dist")
-    parser.add_argument("--copies", type=int, default=1, help="of every tensor")
-    parser.add_argument("--cached", action="store_true", help="read it from memory")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="checkpoints of AdamW in the format torch_dist"
+    )
+    parser.add_argument("--copies", type=int, default=1, help="copies of each tensor")
+    parser.add_argument("--cached", action="store_true", help="read from the page cache")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="a folder on the disk to measure")
     args = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Tokens per second of `megatron-s3 data` beside Megatron's tools/preprocess_data.py.
+"""Measures tokens per second of `megatron-s3 data` and of Megatron's preprocess_data.py.
 
     python -m scripts.bench.data MEGATRON-LM [--input FILE.jsonl] [--workers N] [--repeats N]
 
-Both make GPT-2 tokens of the same text, in turn, with as many workers; the time is the whole
-command's, start and merge included. Ours writes the split, checksums and entropies besides.
+Both convert the same text to GPT-2 tokens, in turn and with the same number of workers. The time is
+that of the whole command, including start and merge. `megatron-s3 data` also writes the split,
+checksums and entropies.
 """
 
 import argparse
@@ -29,15 +30,17 @@ def _timed(command: list[str], environment: dict[str, str]) -> float:
 
 
 def main() -> int:
-    """Run both, print the table.
+    """Runs both commands and prints the table.
 
     Returns:
-        0, or 1 if the two made different numbers of tokens.
+        0, or 1 if the numbers of tokens differ.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("megatron", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument(
-        "--input", type=Path, help="JSON lines with a key 'text' (the standard library of Python)"
+        "--input",
+        type=Path,
+        help="JSON lines with a key 'text' (default: Python's standard library)",
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)

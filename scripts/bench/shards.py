@@ -1,8 +1,9 @@
-"""The shards that one rank's optimizer updates, as Megatron lays them out, without the job.
+"""Returns the shards that one rank's optimizer updates, without running the job.
 
-Megatron builds model, buffers and distributed optimizer for a rank of a
-:mod:`megatron_s3.mcore.planning.fake_world`; what is read here is where it has put each shard.
-As a program it prints them, because what asks Megatron is a process for the CPU from then on::
+Megatron builds the model, the buffers and the distributed optimizer for a rank of a
+:mod:`megatron_s3.mcore.planning.fake_world`, and this module reads the place of each shard from
+them.  A process that has done this can only use the CPU afterwards, so the module is also a program
+that prints the shards::
 
     python -m scripts.bench.shards configs/layouts/gpt2-345m/8gpu.yaml [--gpus 8] [--rank 0]
 """
@@ -18,14 +19,14 @@ __all__ = ["Shard", "main", "rank_shards", "read"]
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A rank's part of one parameter.
+    """A rank's shard of a parameter.
 
     Attributes:
-        numel: number of its elements.
-        offset: of its first element in its buffer of gradients (and in that of parameters, which
-            is laid out alike), counted from the buffer's beginning.
-        buffer: which of the rank's buffers.
-        group: which of its param groups that hold anything.
+        numel: number of elements.
+        offset: index of the first element in its gradient buffer, and in the parameter buffer,
+            which has the same layout.
+        buffer: number of the buffer on this rank.
+        group: number of the param group; empty groups are not counted.
     """
 
     numel: int
@@ -35,17 +36,19 @@ class Shard:
 
 
 def rank_shards(args: argparse.Namespace, rank: int = 0) -> list[Shard]:
-    """The shards of a rank, in the order in which its optimizer has them.
+    """Returns the shards of a rank in the order of its optimizer.
 
-    Like :func:`megatron_s3.mcore.planning.job.plan` it makes the process one for the CPU.
+    The process can only use the CPU afterwards, as after
+    :func:`megatron_s3.mcore.planning.job.plan`.
 
     Args:
-        args: Megatron's, validated and :func:`megatron_s3.mcore.planning.job.completed`.
-        rank: which.
+        args: Megatron's arguments, validated and completed by
+            :func:`megatron_s3.mcore.planning.job.completed`.
+        rank: number of the rank.
 
     Raises:
-        ValueError: nothing is sharded, or main parameters are not the optimizer's.
-        RuntimeError: a process group is there already.
+        ValueError: the optimizer is not sharded, or it does not keep the main parameters.
+        RuntimeError: a process group exists already.
     """
     from megatron_s3.mcore.planning import fake_world, job
 
@@ -79,17 +82,17 @@ def rank_shards(args: argparse.Namespace, rank: int = 0) -> list[Shard]:
 
 
 def read(config: str, gpus: int | None = None, rank: int = 0) -> list[Shard]:
-    """:func:`rank_shards` of a configuration.
+    """Returns :func:`rank_shards` of a configuration.
 
     Args:
-        config: its file, or the name of one that is shipped.
-        gpus: number of ranks; those of the configuration if None.
-        rank: which.
+        config: the file, or the name of a configuration of the package.
+        gpus: number of ranks; that of the configuration if None.
+        rank: number of the rank.
 
     Raises:
-        ConfigError: the configuration cannot run.
-        ImportError: there is no megatron-core.
-        ValueError: as :func:`rank_shards`.
+        ConfigError: the configuration is not valid.
+        ImportError: megatron-core is not installed.
+        ValueError: see :func:`rank_shards`.
     """
     from megatron_s3.launch.check import check
     from megatron_s3.launch.config import load
@@ -102,10 +105,10 @@ def read(config: str, gpus: int | None = None, rank: int = 0) -> list[Shard]:
 
 
 def main(argv: list[str]) -> int:
-    """Prints a rank's shards as JSON, on one line: ``[[numel, offset, buffer, group], ...]``.
+    """Prints a rank's shards as one line of JSON: ``[[numel, offset, buffer, group], ...]``.
 
     Returns:
-        The exit status: 2 where they cannot be told, with the reason on stderr.
+        The exit status: 0, or 2 after an error, with the reason on stderr.
     """
     parser = argparse.ArgumentParser(prog="scripts.bench.shards", description=__doc__)
     parser.add_argument("config")

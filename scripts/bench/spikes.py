@@ -1,7 +1,8 @@
-"""Hits and misses of spike detectors: `python -m scripts.bench.spikes`.
+"""Counts hits and misses of spike detectors: `python -m scripts.bench.spikes`.
 
-Made-up losses whose spikes are known, one set of seeds for the defaults, another for the table;
-the detectors are those of :mod:`megatron_s3.telemetry.detectors`.
+The losses are synthetic, so that their spikes are known.  The detectors' defaults were chosen with
+other seeds than those of the table.  The detectors are those of
+:mod:`megatron_s3.telemetry.detectors`.
 """
 
 import argparse
@@ -23,19 +24,19 @@ STEPS = 4000
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses, and where spikes were put: first and last iteration, height in nats."""
+    """Losses, and their spikes: first iteration, last iteration, height in nats."""
 
     losses: list[float]
     spikes: list[tuple[int, int, float]]
 
 
 def curve(seed: int, spikes: int = 4) -> Curve:
-    """A decaying loss with a warmup, noise whose size and tails vary, and spikes.
+    """Returns a decaying loss with noise of random size and tails, and with spikes.
 
     Args:
-        seed: decides everything.
-        spikes: how many, none of them within the first 200 iterations or 150 after one another
-            (but pairs, 40 apart, as they come in trains).
+        seed: the seed of everything random.
+        spikes: the maximum number of spikes.  None is within the first 200 iterations.  They are at
+            least 150 iterations apart, except for pairs, which are 40 apart.
     """
     draw = random.Random(seed)
     final, start, power = draw.uniform(1.5, 3.5), draw.uniform(5, 11), draw.uniform(0.3, 0.7)
@@ -62,14 +63,14 @@ def curve(seed: int, spikes: int = 4) -> Curve:
 
 @dataclass
 class Score:
-    """Over one or more curves.
+    """The result of a detector on one or more curves.
 
     Attributes:
-        found: spikes of which at least one loss was flagged.
-        missed: others.
-        false: alarms (runs of flags) that touch no spike.
-        steps: iterations looked at.
-        delays: from a spike's beginning to its first flag.
+        found: number of spikes with at least one flagged loss.
+        missed: number of the other spikes.
+        false: number of false alarms: runs of flags that begin outside of all spikes.
+        steps: number of iterations.
+        delays: iterations from the start of each found spike to its first flag.
     """
 
     found: int = 0
@@ -80,7 +81,7 @@ class Score:
 
 
 def score(flags: list[bool], of: Curve, into: Score) -> None:
-    """Adds what a detector has made of a curve."""
+    """Adds the flags of a detector on one curve to a score."""
     into.delays = into.delays or []
     into.steps += len(flags)
     explained = [False] * len(flags)
@@ -90,16 +91,17 @@ def score(flags: list[bool], of: Curve, into: Score) -> None:
         into.missed += not hits
         into.delays += [hits[0] - first] if hits else []
         for i in range(first, min(len(flags), last + 30)):
-            explained[i] = True  # one that decays has no sharp end
+            explained[i] = True  # a decaying spike has no sharp end
     starts = (i for i, flag in enumerate(flags) if flag and not (i and flags[i - 1]))
     into.false += sum(not explained[i] for i in starts)
 
 
 def recorded(report: Path) -> list[Curve]:
-    """The training losses in a `report.json` of `megatron-s3 report`.
+    """Returns the training losses in a `report.json` of `megatron-s3 report`.
 
-    Spikes are where a gradient was made too large: from the first loss that differs from that of
-    the run without, if any is more than 0.1 nats higher. Elsewhere an alarm is a false one.
+    A run with an enlarged gradient has a spike if one of its losses is more than 0.1 nats above
+    that of the run without it. The spike begins at the first loss that differs. All other alarms
+    count as false.
     """
     found = []
     for suite in json.loads(report.read_text(encoding="utf-8")):
@@ -128,9 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reports", nargs="*", type=Path, metavar="REPORT",
-                        help="report.json of recorded runs to look at instead")  # fmt: skip
+                        help="report.json of recorded runs to use instead")  # fmt: skip
     parser.add_argument("--curves", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=1000, help="of the first curve")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the first curve")
     options = parser.parse_args(argv)
     curves = []
     for report in options.reports:

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Time of S3's optimizer step beside AdamW's, on the shards that a rank of a real job has.
+"""Measures the step of S3 and of AdamW, on the shards of one rank of a real job.
 
     python -m scripts.bench.step [--device cpu|cuda] [--shapes 345m-dp8 7b-dp64 flat] [...]
 
-AdamW's step is what Megatron does: the gradients' norm, clipping, the optimizer, the copy to the
-bf16 model parameters; S3's is its one pass, which writes the bf16 model parameters too.  Every
-round times every candidate once, in an order drawn anew, so that what else the machine does, and
-what the one before has left in the caches, hits all alike; ratios are taken within rounds.
+AdamW's step consists of Megatron's phases: gradient norm, clipping, optimizer, and the copy to the
+bf16 model parameters.  S3's step is one pass, which also writes the bf16 model parameters.  Each
+round measures every candidate once, in random order, so that other load on the machine and the
+contents of the caches affect all candidates alike.  Ratios are computed within a round.
 
-Gradients and model parameters lie in one buffer each at the distances that Megatron has given them
-(gaps shortened by multiples of 4096 elements); main parameters and states are tensors of their own,
-as there.  All candidates work on the same memory.
+Gradients and model parameters are views of one buffer each, at Megatron's distances (gaps are
+shortened by multiples of 4096 elements).  Main parameters and states are separate tensors, as in
+Megatron.  All candidates use the same memory.
 
-On a GPU times are those between two events on a stream that was empty: where launching takes longer
-than the work, as with many small shards, they are the host's.
+On a GPU the time is measured between two events on a stream that was empty.  If launching takes
+longer than the work, as with many small shards, it is the time of the host.
 """
 
 import argparse
@@ -43,42 +43,45 @@ from scripts.bench import timing as bench
 from scripts.bench.shards import Shard
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Shapes by name: a shipped configuration, and its number of GPUs.
+#: Shapes by name: a configuration of the package, and the number of GPUs.
 SHAPES = {
     "64m-dp1": ("gpt2-345m-paper-s3", 1),
     "345m-dp8": ("layouts/gpt2-345m/8gpu", 8),
     "7b-dp64": ("layouts/gpt2-7b/512gpu", 128),  # tensor parallelism of 2
 }
 FLAT = {"cpu": 1 << 26, "cuda": 1 << 28}
-#: Elements of the tensor that is copied: too large for any cache.
+#: Number of elements of the copied tensor, which is too large for any cache.
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}
 BASELINE = "adamw-fused"
-#: Elements of a tensor for which a core has room in its own cache, with its gradient and states.
+#: Number of elements that fit in a core's own cache, with their gradients and states.
 IN_CACHE = 32768
 #: Distances in a buffer are kept modulo this many elements.
 _PAGE = 4096
-#: Bytes that a parameter takes here: fp32 x, g, m, v; bf16 x, g, m, v; temporaries, foreach's or
-#: Transformer Engine's and Apex's own states.
+#: Bytes per parameter that this benchmark needs: x, g, m and v in fp32 and in bf16, and temporaries
+#: of foreach or states of Transformer Engine and Apex.
 _BYTES_HERE = 16 + 8 + 16
 
-# Bytes that a phase moves for a parameter, counted by hand.
+# Bytes per parameter that a phase reads and writes, counted by hand.
 NORM, CLIP, ADAM, COPY = 4, 4 + 4, 4 + 8 + 8 + 8, 4 + 2
 
 
 def s3_bytes(grad: torch.dtype, state: torch.dtype) -> int:
-    """Of S3's one pass: g read; x, m and r read and written; the bf16 parameter written."""
+    """Returns the bytes per parameter of S3's pass.
+
+    It reads g, reads and writes x, m and r, and writes the bf16 parameter.
+    """
     return grad.itemsize + 2 * 4 + 2 * 2 * state.itemsize + 2
 
 
 class Unavailable(Exception):
-    """A shape or device cannot be had here; the message says why."""
+    """Raised if a shape or device is not available; the message says why."""
 
 
-# ---- what is worked on ---------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def shards_of(shape: str, rank: int, device: str) -> list[Shard]:
-    """A rank's shards; Megatron is asked in a process of its own, which sees no GPU."""
+    """Returns a rank's shards; Megatron runs in a separate process without a GPU."""
     if shape == "flat":
         return [Shard(FLAT[device], 0, 0, 0)]
     config, gpus = SHAPES[shape]
@@ -99,7 +102,7 @@ def shards_of(shape: str, rank: int, device: str) -> list[Shard]:
 
 
 def cut(shards: Sequence[Shard], limit: int) -> list[Shard]:
-    """The first shards with ``limit`` elements in all, the last of them cut off."""
+    """Returns the first shards up to ``limit`` elements in total; the last one is truncated."""
     kept, left = [], limit
     for shard in shards:
         if left <= 0:
@@ -110,7 +113,7 @@ def cut(shards: Sequence[Shard], limit: int) -> list[Shard]:
 
 
 def placed(shards: Sequence[Shard]) -> tuple[list[int], int]:
-    """Where each shard goes in one buffer without the other ranks' parts, and its length."""
+    """Returns each shard's place in a buffer of this rank's shards alone, and its length."""
     starts, end = [0] * len(shards), 0
     order = sorted(range(len(shards)), key=lambda i: (shards[i].buffer, shards[i].offset))
     for i in order:
@@ -124,12 +127,12 @@ class Memory:
 
     Attributes:
         groups: indices of the shards of each param group.
-        params: fp32 main parameters.
-        grads: by dtype, views of one buffer.
-        states: by dtype, the two states.
-        model_params: bf16, views of one buffer.
+        params: main parameters, fp32.
+        grads: gradients by dtype; views of one buffer.
+        states: the two states of each shard by dtype.
+        model_params: model parameters, bf16; views of one buffer.
         copied: source and destination of the large copy.
-        norm: what the norm of the fp32 gradients is, known without asking the device.
+        norm: the norm of the fp32 gradients, kept on the host to avoid a synchronization.
     """
 
     def __init__(self, shards: Sequence[Shard], device: str) -> None:
@@ -164,10 +167,10 @@ class Memory:
         self.copied = (torch.ones(count, device=device), torch.empty(count, device=device))
 
     def param_groups(self) -> tuple[list[dict], list[torch.nn.Parameter]]:
-        """Param groups for one optimizer, and their parameters in the shards' order.
+        """Returns param groups for one optimizer, and their parameters in the order of the shards.
 
-        Gradients are attributes of a parameter, so that each candidate has parameters of its own
-        on the shared memory.
+        Gradients are attributes of a parameter, so each candidate has its own parameters on the
+        shared memory.
         """
         params = [torch.nn.Parameter(p, requires_grad=True) for p in self.params]
         return [{"params": [params[i] for i in group]} for group in self.groups], params
@@ -185,14 +188,16 @@ class Memory:
 
 @dataclass
 class Candidate:
-    """One way to step.
+    """An implementation of the step.
 
     Attributes:
-        key, label, kind: see :class:`scripts.bench.timing.Timing`.
-        phases: name, bytes per parameter and call, in order; together they are the step.
-        path: tells what ran.
-        in_cache: the same work on memory that a core's own cache holds, or None: what is left of
-            the time when memory costs nothing.
+        key: short name, as in :class:`scripts.bench.timing.Timing`.
+        label: name in the table and the picture.
+        kind: group of candidates, as in :class:`scripts.bench.timing.Timing`.
+        phases: name, bytes per parameter and function of each phase of the step, in order.
+        path: returns the name of the implementation that ran.
+        in_cache: the same work on memory that fits in a core's own cache, to measure the time
+            without memory accesses; or None.
     """
 
     key: str
@@ -203,18 +208,18 @@ class Candidate:
     in_cache: Callable[[], object] | None = None
 
     def step(self) -> None:
-        """The whole of it."""
+        """Performs a step."""
         for _, _, phase in self.phases:
             phase()
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Of the whole."""
+        """Returns the bytes per parameter of a step."""
         return sum(count for _, count, _ in self.phases)
 
 
 class MegatronAdamW:
-    """Megatron's phases around some AdamW, with torch's own norm and clipping."""
+    """Megatron's phases with an AdamW, and with torch's functions for norm and clipping."""
 
     def __init__(self, memory: Memory, make: Callable[..., torch.optim.Optimizer]) -> None:
         self.memory = memory
@@ -226,26 +231,26 @@ class MegatronAdamW:
         self.total: Tensor | float = memory.norm
 
     def norm(self) -> None:
-        """Of all gradients."""
+        """Computes the norm of all gradients."""
         self.total = torch.nn.utils.get_total_norm(self.grads, foreach=True)
 
     def limit(self) -> float:
-        """A limit that does clip, each time by 1e-4, so that gradients stay what they are."""
+        """Returns a limit that clips by a factor of only 1 - 1e-4, to keep the gradients' size."""
         self.memory.norm *= 1 - 1e-4
         return self.memory.norm
 
     def clip(self) -> None:
-        """Gradients in place."""
+        """Clips the gradients in place."""
         torch.nn.utils.clip_grads_with_norm_(self.params, self.limit(), self.total, foreach=True)
 
     @torch.no_grad()
     def copy(self) -> None:
-        """To the model's parameters, one by one as DistributedOptimizer does."""
+        """Copies to the model parameters one by one, as DistributedOptimizer does."""
         for model, main in zip(self.memory.model_params, self.params, strict=True):
             model.copy_(main)
 
     def candidate(self, key: str, label: str) -> Candidate:
-        """With phases."""
+        """Returns the candidate with its phases."""
         return Candidate(
             key,
             label,
@@ -261,22 +266,22 @@ class MegatronAdamW:
 
 
 class MultiTensorAdamW(MegatronAdamW):
-    """The same with the multi-tensor kernels that Megatron takes where they are installed."""
+    """The same with the multi-tensor kernels that Megatron uses if they are installed."""
 
     def __init__(self, memory: Memory, make: Callable, tools: dict[str, Callable]) -> None:
         super().__init__(memory, make)
         self.tools = tools
 
     def norm(self) -> None:
-        """As get_grad_norm_fp32."""
+        """Computes the norm like Megatron's get_grad_norm_fp32."""
         overflow = torch.zeros(1, dtype=torch.int, device="cuda")
         norm, _ = self.tools["apply"](self.tools["norm"], overflow, [self.grads], False)
-        total = norm**2.0  # then summed over ranks
-        # Without a kernel for a factor on the device the host waits for the norm.
+        total = norm**2.0  # Megatron then sums it over ranks
+        # Without a kernel that reads the factor from the device, the host waits for the norm.
         self.total = total.pow(0.5) if self.tools["scale_tensor"] else total.item() ** 0.5
 
     def clip(self) -> None:
-        """As clip_grad_by_total_norm_fp32."""
+        """Clips like Megatron's clip_grad_by_total_norm_fp32."""
         coefficient = self.limit() / (self.total + 1e-6)
         overflow = torch.zeros(1, dtype=torch.int, device="cuda")
         scale = self.tools["scale"]
@@ -287,7 +292,7 @@ class MultiTensorAdamW(MegatronAdamW):
 
 
 def adamw(memory: Memory, name: str) -> MegatronAdamW:
-    """torch's, "fused" or "foreach", on the shared states."""
+    """Returns torch's AdamW on the shared states; ``name`` is "fused" or "foreach"."""
     made = MegatronAdamW(memory, partial(torch.optim.AdamW, **{name: True}))
     for param, (first, second) in zip(made.params, memory.states[torch.float32], strict=True):
         step = torch.zeros((), device=param.device if name == "fused" else "cpu")
@@ -296,7 +301,7 @@ def adamw(memory: Memory, name: str) -> MegatronAdamW:
 
 
 def multi_tensor_adamws(memory: Memory) -> Iterator[Candidate]:
-    """Transformer Engine's and Apex's, where they import."""
+    """Yields the AdamW of Transformer Engine and of Apex, if they are installed."""
     with contextlib.suppress(ImportError):
         from transformer_engine.pytorch import optimizers as te
 
@@ -324,7 +329,7 @@ def multi_tensor_adamws(memory: Memory) -> Iterator[Candidate]:
 
 
 def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dtype) -> Candidate:
-    """S3 with gradients and states of these dtypes."""
+    """Returns S3 with gradients and states of these dtypes."""
     groups, params = memory.param_groups()
     optimizer = S3(groups, lr=1e-4, p=p, weight_decay=0.1, fused=fused, state_dtype=state)
     for i, param in enumerate(params):
@@ -351,12 +356,12 @@ def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dt
 
 
 def other(memory: Memory, name: str) -> Candidate:
-    """Another of the plugin's optimizers by its kernel, clipped as Megatron clips it by default."""
+    """Returns the kernel of another optimizer of the plugin, with Megatron's default clipping."""
     label = OPTIMIZERS[name].description.label
     made = MegatronAdamW(memory, lambda groups, **_: OPTIMIZERS[name](groups, lr=1e-4, fused=True))
     states = OPTIMIZERS[name].description.state
     for i, param in enumerate(made.params):
-        # What is never negative stays apart; a third and fourth state are its own.
+        # A state that is never negative must not share memory with others; further states are new.
         first, second = memory.states[torch.float32][i]
         shared = {states[0]: first, "exp_avg_sq": second}
         made.optimizer.state[param] = {
@@ -373,7 +378,7 @@ def other(memory: Memory, name: str) -> Candidate:
 
 
 def in_cache(elements: int, p: float, grad: torch.dtype, state: torch.dtype) -> Callable:
-    """The C++ kernel's step of as many elements, all of them the same 32,768 for each thread."""
+    """Returns a step of the C++ kernel on as many elements, with each thread reusing 32,768."""
     generator = torch.Generator().manual_seed(1)
 
     def operands() -> Operands:
@@ -392,7 +397,7 @@ def in_cache(elements: int, p: float, grad: torch.dtype, state: torch.dtype) -> 
 def candidates(
     memory: Memory, device: str, ps: Sequence[float], others: Sequence[str] = ()
 ) -> Iterator[Candidate]:
-    """All that can run here, the baseline first."""
+    """Yields all candidates that can run here, the baseline first."""
     yield adamw(memory, "fused").candidate(BASELINE, "AdamW, torch fused")
     yield adamw(memory, "foreach").candidate("adamw-foreach", "AdamW, torch foreach")
     if device == "cuda":
@@ -411,7 +416,7 @@ def candidates(
 
 
 def timed(call: Callable[[], object], device: str) -> tuple[float, float]:
-    """Milliseconds until the work is done, and until the call returned."""
+    """Returns the milliseconds until the work is done, and until the call returns."""
     if device == "cpu":
         begin = time.perf_counter()
         call()
@@ -432,7 +437,7 @@ _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemse
 
 
 def launches(call: Callable[[], object], device: str) -> int | None:
-    """What a call puts on the GPU, as torch's profiler sees it."""
+    """Returns the number of launches of a call, from torch's profiler; None on a CPU."""
     if device == "cpu":
         return None
     kinds = torch.profiler.ProfilerActivity
@@ -443,7 +448,7 @@ def launches(call: Callable[[], object], device: str) -> int | None:
 
 
 def say(text: str) -> None:
-    """Progress, on stderr."""
+    """Prints progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -453,7 +458,7 @@ def compare(
     options: argparse.Namespace,
     threads: int | None,
 ) -> bench.Comparison:
-    """All candidates on one list of shards."""
+    """Measures all candidates on one list of shards."""
     device = options.device
     kept = cut(shards, options.elements_limit)
     memory = Memory(kept, device)
@@ -475,7 +480,7 @@ def compare(
             say(f"{name}: {candidate.key} is left out: {error}")
             continue
         usable.append(candidate)
-    # Every call that is timed in a round: a candidate as a whole, then its phases one by one.
+    # Each round measures these calls: a candidate's step, then its phases one by one.
     calls: dict[str, list[tuple[str, Callable[[], object]]]] = {
         c.key: [(c.key, c.step)]
         + [(f"{c.key}/{phase}", call) for phase, _, call in c.phases if len(c.phases) > 1]
@@ -532,7 +537,7 @@ def compare(
 
 
 def said(*command: str) -> str | None:
-    """First line of what a command prints; None if it cannot be run."""
+    """Returns the first line of a command's output; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
@@ -541,7 +546,7 @@ def said(*command: str) -> str | None:
 
 
 def machine(device: str) -> dict:
-    """What the figures depend on."""
+    """Returns the properties of the machine on which the figures depend."""
     model = platform.processor()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -559,7 +564,7 @@ def machine(device: str) -> dict:
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg(),  # above this program's own threads others were running
+        "load": os.getloadavg(),  # more than this program's threads if others were running
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "driver": said(*driver) if on_gpu else None,
         "python": platform.python_version(),
@@ -569,12 +574,14 @@ def machine(device: str) -> dict:
 
 
 def most_elements(device: str) -> int:
-    """What half of the memory that is free holds."""
+    """Returns the number of elements that fit in half of the free memory."""
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        with contextlib.suppress(OSError, StopIteration):  # free or given back when asked for
+        with contextlib.suppress(
+            OSError, StopIteration
+        ):  # includes memory that the kernel can reclaim
             lines = Path("/proc/meminfo").read_text().splitlines()
             line = next(line for line in lines if line.startswith("MemAvailable"))
             free = 1024 * int(line.split()[1])
@@ -583,10 +590,10 @@ def most_elements(device: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures; prints tables, and writes ``bench_step.json``, ``.txt`` and ``.png``.
+    """Measures, prints tables, and writes ``bench_step.json``, ``.txt`` and ``.png``.
 
     Returns:
-        The exit status: 2 where a shape or device cannot be had.
+        The exit status: 0, or 2 if a shape or device is not available.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -595,23 +602,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--elements-limit",
         type=_positive,
         metavar="N",
-        help="cut lists off there (default: what half of the free memory holds)",
+        help="largest number of elements; longer lists are truncated (default: what fits in half "
+        "of the free memory)",
     )
     parser.add_argument(
-        "--threads", type=_positive, nargs="+", help="on the CPU (default: torch's number)"
+        "--threads",
+        type=_positive,
+        nargs="+",
+        help="numbers of threads on the CPU (default: torch's)",
     )
-    parser.add_argument("--rounds", type=_positive, help="default: 7 on the CPU, 50 on a GPU")
-    parser.add_argument("--p", type=float, nargs="+", default=[3.0], help="S3's (default: 3)")
+    parser.add_argument(
+        "--rounds", type=_positive, help="number of rounds (default: 7 on the CPU, 50 on a GPU)"
+    )
+    parser.add_argument(
+        "--p", type=float, nargs="+", default=[3.0], help="values of S3's p (default: 3)"
+    )
     parser.add_argument(
         "--optimizers",
         nargs="+",
         choices=[name for name in OPTIMIZERS if name != "s3"],
         default=[],
-        help="others of the plugin too, by their kernels",
+        help="other optimizers of the plugin to measure too, with their kernels",
     )
-    parser.add_argument("--rank", type=int, default=0, help="whose shards (default: 0)")
     parser.add_argument(
-        "--only", nargs="+", metavar="WORD", help="candidates with such a word in their key"
+        "--rank", type=int, default=0, help="rank whose shards are used (default: 0)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="measure only candidates whose key contains a WORD",
     )
     parser.add_argument("--output", type=Path, default=Path("bench_step"), metavar="DIR")
     options = parser.parse_args(argv)
@@ -622,7 +642,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.rounds = options.rounds or (50 if options.device == "cuda" else 7)
     options.elements_limit = options.elements_limit or most_elements(options.device)
     try:
-        import matplotlib  # noqa: F401 (before minutes of measuring)
+        import matplotlib  # noqa: F401 (checked before minutes of measuring)
     except ImportError:
         return _refuse("the picture needs matplotlib: pip install matplotlib")
     threads: list[int | None] = [None]

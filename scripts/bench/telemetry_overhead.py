@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Time of an iteration with --plugin-log-updates beside without it, in Megatron's trainer on a CPU.
+"""Measures the cost of --plugin-log-updates per iteration, in Megatron's trainer on a CPU.
 
     python -m scripts.bench.telemetry_overhead [--pairs 5] [--iters 120]
 
-Pairs of runs of the quickstart's model, the order drawn anew in each; of a run its median interval.
+The runs train the quickstart's model in pairs, with and without the flag, in random order. The time
+of a run is its median over logging intervals.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from tests.harness.trainer import train
 
 
 def main() -> int:
-    """Prints a line a pair, then the median ratio."""
+    """Prints a line for each pair, then the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--iters", type=int, default=120)
@@ -45,7 +46,7 @@ def main() -> int:
 
 
 def iteration(iters: int, prefix: str, folder: str, on: bool) -> float:
-    """Milliseconds of the median logged interval of a run on one rank."""
+    """Trains on one rank, and returns the milliseconds per iteration of the median interval."""
     log = f"plugin_log_updates={'true' if on else 'null'}"
     words = [*model.words("S3", iters, log), "--tensorboard-dir", folder]
     words += data.megatron_arguments(prefix)

@@ -1,4 +1,4 @@
-"""Timings of optimizer steps taken side by side: figures of paired rounds, a table, a picture."""
+"""Timings of optimizer steps in common rounds: their ratios, a table, a picture."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """One candidate's, or one of its phases'.
+    """The times of a candidate or of one of its phases.
 
     Attributes:
-        key: short name, unique in a comparison; a phase's is ``candidate/phase``.
-        label: for people.
+        key: short name, unique in a comparison; that of a phase is ``candidate/phase``.
+        label: name in the table and the picture.
         kind: "adamw", "kernel", "portable" or "other" (the plugin's other optimizers), which the
-            picture tells apart; "phase" for a phase.
-        bytes_per_parameter: read and written, each tensor once in each phase that needs it.
-        ms: one step's, of every round, in the comparison's order.
-        host_ms: until the last launch returned, of every round; on a CPU the same.
-        launches: kernels, copies and fills that a step puts on the GPU; None on a CPU.
-        path: what ran.
+            picture distinguishes; "phase" for a phase.
+        bytes_per_parameter: bytes read and written, each tensor once in each phase that needs it.
+        ms: milliseconds of a step, for each round in order.
+        host_ms: milliseconds until the last launch returned, for each round; ``ms`` on a CPU.
+        launches: number of kernels, copies and fills that a step launches; None on a CPU.
+        path: the implementation that ran.
     """
 
     key: str
@@ -52,19 +52,19 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidates on one list of shards, in the same rounds.
+    """The times of several candidates on one list of shards, in the same rounds.
 
     Attributes:
-        shape: the list's name.
-        elements: in all shards.
-        shards: number of them.
-        cut_from: elements of the whole list, where it is cut off; else None.
+        shape: name of the list.
+        elements: number of elements in all shards.
+        shards: number of shards.
+        cut_from: number of elements of the complete list, if it was truncated; else None.
         device: "cpu" or "cuda".
-        threads: on the CPU; None on a GPU.
-        baseline: key of the candidate that ratios are to.
-        copy_bytes: that one copy of the large tensor reads and writes.
-        copy_ms: of that copy, of every round.
-        timings: each candidate followed by its phases.
+        threads: number of threads on the CPU; None on a GPU.
+        baseline: key of the candidate to which ratios are computed.
+        copy_bytes: bytes that a copy of the large tensor reads and writes.
+        copy_ms: milliseconds of this copy, for each round.
+        timings: each candidate, followed by its phases.
     """
 
     shape: str
@@ -80,12 +80,12 @@ class Comparison:
 
     @property
     def copy_gb_s(self) -> float:
-        """Bandwidth of the copy, bytes read plus bytes written."""
+        """Returns the bandwidth of the copy in GB/s, counting bytes read and written."""
         return self.copy_bytes / statistics.median(self.copy_ms) / 1e6
 
     @property
     def title(self) -> str:
-        """Of the table and the picture."""
+        """Returns the title of the table and the picture."""
         cut = f", cut off from {self.cut_from:,}" if self.cut_from else ""
         threads = "" if self.threads is None else f", {self.threads} thread"
         threads += "s" if self.threads and self.threads > 1 else ""
@@ -96,16 +96,16 @@ class Comparison:
         )
 
     def gb_s(self, timing: Timing) -> float:
-        """Bytes counted by hand in the median time."""
+        """Returns the bandwidth in GB/s: the counted bytes divided by the median time."""
         seconds = statistics.median(timing.ms) / 1e3
         return timing.bytes_per_parameter * self.elements / seconds / 1e9
 
     def ratio(self, timing: Timing) -> Spread:
-        """Time to that of the baseline's whole step in the same round."""
+        """Returns the ratio of the time to that of the baseline's step in the same round."""
         return paired(timing.ms, self._baseline.ms)
 
     def floor(self, timing: Timing) -> float:
-        """The ratio that the bytes alone would take at the copy's bandwidth."""
+        """Returns the ratio if the bytes were moved at the bandwidth of the copy."""
         ms = timing.bytes_per_parameter * self.elements / self.copy_gb_s / 1e6
         return ms / statistics.median(self._baseline.ms)
 
@@ -114,7 +114,7 @@ class Comparison:
         return next(t for t in self.timings if t.key == self.baseline)
 
     def as_json(self) -> dict:
-        """Everything, with the rounds' own times."""
+        """Returns all figures, with the times of the rounds."""
         return {
             **{name: getattr(self, name) for name in ("shape", "elements", "shards", "cut_from")},
             **{name: getattr(self, name) for name in ("device", "threads", "baseline")},
@@ -138,7 +138,7 @@ class Comparison:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles of at least one value."""
+    """Returns median and quartiles of at least one value."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -146,7 +146,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Spread:
-    """Of the quotients of values from the same rounds."""
+    """Returns median and quartiles of the ratios of values from the same rounds."""
     return spread([v / b for v, b in zip(values, baseline, strict=True)])
 
 
@@ -154,7 +154,7 @@ _HEADINGS = ("", "ms", "ratio", "IQR", "B/param", "GB/s", "of copy", "host ms", 
 
 
 def table(comparison: Comparison) -> str:
-    """Lines for people; phases are indented below their candidate."""
+    """Returns a table as text; phases are indented below their candidate."""
     rows = [_HEADINGS]
     for t in comparison.timings:
         ratio, gb_s = comparison.ratio(t), comparison.gb_s(t)
@@ -174,7 +174,7 @@ def table(comparison: Comparison) -> str:
     lines = [comparison.title, columns(rows, right=range(1, len(_HEADINGS)))]
     copied = comparison.copy_bytes / 1e6
     lines.append(f"copy of one tensor, {copied:,.0f} MB moved: {comparison.copy_gb_s:.1f} GB/s")
-    if comparison.device == "cpu":  # write-allocate: what is counted is two thirds of it
+    if comparison.device == "cpu":  # with write-allocate, the copy moves 3/2 of the counted bytes
         lines[-1] += (
             "; a CPU's caches may also read what a copy overwrites, so that steps, which work in "
             "place, can exceed 100%"
@@ -182,26 +182,26 @@ def table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-#: For each kind of timing: the optimizer with whose style the legend shows it, and its name there.
+#: For each kind of timing: the optimizer whose style the legend uses, and the text there.
 _LEGEND = {
     "adamw": ("AdamW", "torch's AdamW: norm, clip, step, copy"),
     "kernel": ("S3", "S3, kernel: one pass"),
     "portable": ("S3", "S3, PyTorch operations"),
     "other": ("", "the plugin's other optimizers: norm, clip, one pass"),
 }
-_LIMIT = 1.6  # of the axis: what is slower is cut off and its number written
+_LIMIT = 1.6  # end of the axis; longer bars are truncated, with their value as text
 
 
 def figure(comparisons: Sequence[Comparison], title: str) -> "Figure":
-    """Bars of the ratio to AdamW's whole phase, one panel for each comparison.
+    """Returns bars of the ratio to AdamW's optimizer phase, in one panel for each comparison.
 
-    A bar has the colour and hatch of its optimizer in all pictures, and is white for the PyTorch
-    operations, so that bars are told apart in grey too.  A bar's line is the interquartile range,
-    the diamond what its bytes would take at the bandwidth of the copy.
+    A bar has the colour and hatch of its optimizer in all pictures.  It is white for the PyTorch
+    implementation, so that bars can be distinguished without colour.  The line on a bar shows the
+    interquartile range; the diamond shows the time of its bytes at the bandwidth of the copy.
 
     Args:
-        comparisons: at least one.
-        title: above the picture.
+        comparisons: one or more comparisons.
+        title: the title of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -236,7 +236,7 @@ def _look(label: str, kind: str) -> dict[str, str]:
     """Returns a bar's colour and hatch.
 
     Args:
-        label: begins with the optimizer's name; the bar is empty if it names none.
+        label: a text that begins with the optimizer's name; the bar is empty if it does not.
         kind: see :class:`Timing`.
     """
     if kind == "portable":
@@ -256,7 +256,7 @@ def _draw(panel, comparison: Comparison) -> None:
         end = shown
         if ratio.median < _LIMIT:
             end = min(ratio.q3, _LIMIT)
-            # Black in white, to be seen on any bar.
+            # A black line on a white one is visible on any bar.
             for width, colour in ((3.5, "white"), (1.5, "black")):
                 panel.plot((ratio.q1, end), (row, row), color=colour, linewidth=width, zorder=3)
         floor = comparison.floor(t)
@@ -276,5 +276,5 @@ def _draw(panel, comparison: Comparison) -> None:
 
 
 def write_png(comparisons: Sequence[Comparison], title: str, png: str | Path) -> None:
-    """Writes :func:`figure` to the path ``png``."""
+    """Writes the picture of :func:`figure` to the path ``png``."""
     figure(comparisons, title).savefig(png)

@@ -1,1 +1,1 @@
-"""The paper as runs that anyone can repeat: which, how they are started, what comes of them."""
+"""Experiments of the paper at a small size: the runs, how to start them, and their results."""

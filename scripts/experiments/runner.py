@@ -1,4 +1,4 @@
-"""Runs the suite: on this machine, two runs side by side, or through a configuration's launch."""
+"""Runs the suite on this machine, several runs at a time, or launches a configuration."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from tests.harness.models import LOCAL, SHAPE
 __all__ = ["main", "results"]
 
 TRAINER = "scripts.experiments.trainer"
-#: 0.12M parameters, 16 x 64 bytes a step.
+#: The small model has 0.12M parameters; a step processes 16 samples of 64 bytes.
 SMALL = [
     *SHAPE,
     *"""--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 16
@@ -34,7 +34,11 @@ SMALL = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0, 1 if a run has failed, or 2 if another suite is trained there."""
+    """Runs the command.
+
+    Returns:
+        0; 1 if a run failed; 2 if another process uses the folder or the arguments are wrong.
+    """
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     _alike(args)
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_plan(args: argparse.Namespace, chosen: list[str]) -> None:
-    """Prints the known runs with their commands, and what the others wait for."""
+    """Prints the runs that are known, with their commands, and what other runs wait for."""
     found = results(args.out)
     runs = plan(found, chosen, args.of)
     for run in runs:
@@ -120,20 +124,26 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="./scripts/reproduce.sh",
         description=__doc__,
-        epilog="What follows -- goes to every run: Megatron's flags, such as --hidden-size 128.",
+        epilog="Arguments after -- are Megatron's flags for every run, such as --hidden-size 128.",
     )
     names = ("toy", *EXPERIMENTS)
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME",
-                        help=f"of {', '.join(names)}")  # fmt: skip
+                        help=f"experiments to run: {', '.join(names)}")  # fmt: skip
     labels = [label for of in SEARCHES.values() for label in of]
     parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
-                        help=f"only these, of {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip
+                        help=f"rows to search: {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--iters", type=int, help="of a run (600; the configuration's own)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
+    parser.add_argument(
+        "--iters",
+        type=int,
+        help="iterations of each run (default: 600, or those of --config)",
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--dry-run", action="store_true", help="print the runs known so far")
     parser.add_argument("--config", help="train this configuration through megatron-s3 launch")
-    parser.add_argument("--slurm", action="store_true", help="with --config: a job for each run")
+    parser.add_argument(
+        "--slurm", action="store_true", help="with --config: submit a job for each run"
+    )
     args = parser.parse_args(words)
     args.megatron = megatron
     if megatron and args.config is not None:
@@ -150,10 +160,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _alike(args: argparse.Namespace) -> None:
-    """Keeps runs that cannot be compared out of one folder.
+    """Checks that the runs already in the folder have the same settings, so they can be compared.
 
     Raises:
-        SystemExit: the folder's runs have other settings.
+        SystemExit: the runs in the folder have other settings.
     """
     if args.config is not None:
         settings = {"config": args.config, "iters": args.iters}
@@ -172,13 +182,13 @@ def _alike(args: argparse.Namespace) -> None:
 
 
 def results(out: Path) -> dict[str, float]:
-    """The final validation loss of every finished run, by its key."""
+    """Returns the final validation loss of every finished run by its key."""
     found = {}
     for record in out.glob("*/*/run.json"):
         try:
             run = json.loads(record.read_text(encoding="utf-8"))
         except ValueError:
-            continue  # cut off; it is trained again
+            continue  # the file is truncated; train the run again
         if "valid_loss" in run:
             found[f"{record.parent.parent.name}/{record.parent.name}"] = float(run["valid_loss"])
     return found
@@ -201,7 +211,7 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
 
 
 def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
-    """Trains runs, each in a process of its own; the keys of those that failed."""
+    """Trains each run in its own process, and returns the keys of the runs that failed."""
     _prepare(args)
     started = []
     for run in runs:
@@ -218,7 +228,7 @@ def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
 
 
 def _finish(run: Run, args: argparse.Namespace) -> bool:
-    """Records a run if it has been trained to its end; whether it has."""
+    """Records a run if it has finished, and returns whether it has."""
     folder = args.out / run.key
     log = folder if args.config is None else folder / "tensorboard"
     try:
@@ -245,25 +255,25 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    """What every run needs, once: it takes longer than many a run."""
+    """Imports what every run needs once, because this takes longer than many of the runs."""
     import torch
 
     if "--plugin-device" not in sys.argv:
         sys.argv += ["--plugin-device", "cpu"]
-    # More threads than cores wait for each other.
+    # With more threads than cores, the runs would slow each other down.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     os.environ |= args.held
     forks.prepare()
 
 
 def _launch(run: Run, args: argparse.Namespace) -> set[str]:
-    """Trains a run through ``megatron-s3 launch``; its key if it failed."""
+    """Trains a run with ``megatron-s3 launch``, and returns its key if it failed."""
     status = subprocess.run(_command(run, args)).returncode
     return set() if status == 0 and _finish(run, args) else {run.key}
 
 
 def _submit(missing: Sequence[Run], args: argparse.Namespace) -> int:
-    """A job for each of the runs that has none yet; what they decide on is for the next call."""
+    """Submits a job for each run that has none; later calls plan the runs that depend on these."""
     waiting = [run for run in missing if (args.out / run.key / "submitted.txt").exists()]
     for run in missing:
         if run not in waiting:
@@ -275,7 +285,7 @@ def _submit(missing: Sequence[Run], args: argparse.Namespace) -> int:
 
 
 def _collect(runs: Sequence[Run], args: argparse.Namespace) -> None:
-    """Records the launched runs that have ended."""
+    """Records the launched runs that have finished."""
     for run in runs:
         folder = args.out / run.key
         if (folder / "tensorboard").exists() and not (folder / "run.json").exists():
@@ -295,7 +305,7 @@ def _command(run: Run, args: argparse.Namespace) -> list[str]:
 
 
 def _settings(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Flags as a configuration's keys."""
+    """Returns flags as keys and values of a configuration."""
     found: list[tuple[str, str]] = []
     for word in words:
         if word.startswith("--"):

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Validation loss with S3's states in bf16 beside fp32, over seeds: the quickstart's run.
+"""Compares the validation loss of S3 with states in bf16 and in fp32, over several seeds.
 
     python -m scripts.experiments.state_precision [--iters 200] [--seeds 1234 2345 3456] [--out DIR]
 
-Real text (the running Python's standard library, bytes), Megatron's trainer, bf16 parameters, one
-rank a run on the CPU.  Writes state_precision.json to DIR, where finished runs are found again.
+The runs train the quickstart's model on the bytes of Python's standard library, with Megatron's
+trainer, bf16 parameters and one rank on the CPU.  The script writes state_precision.json to DIR,
+and skips runs that this file already contains.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> int:
 
 
 def train(args: argparse.Namespace, prefix: str, seed: int, flags: list[str]) -> float:
-    """The validation loss at the end of a run."""
+    """Trains a run and returns its final validation loss."""
     words = [
         *model.words("S3", args.iters, "plugin_log_updates=null"),
         *(*data.megatron_arguments(prefix), *flags),
@@ -69,7 +70,7 @@ def train(args: argparse.Namespace, prefix: str, seed: int, flags: list[str]) ->
 
 
 def table(losses: dict[str, float], args: argparse.Namespace) -> str:
-    """One row a seed, then means and standard deviations."""
+    """Returns a table with one row for each seed, then means and standard deviations."""
     rows = []
     for seed in args.seeds:
         pair = [losses[f"{args.iters} iterations, seed {seed}, {states}"] for states in STATES]

@@ -1,4 +1,4 @@
-"""Runs of the suite, as data; those that depend on a result are known once that is there."""
+"""The runs of the suite.  Runs that depend on earlier results are planned when those exist."""
 
 import math
 import re
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 __all__ = ["EXPERIMENTS", "Run", "best_rate", "plan", "waiting"]
 
 SEEDS = (1234, 2345, 3456)
-#: Between the rates of a search.
+#: Ratio of neighboring learning rates in a search.
 FACTOR = 3.0
-#: Rates of a search at first, and at most where its best lies at an end.
+#: Number of learning rates in a search: at first, and at most if the best one lies at an end.
 FIRST, MOST = 3, 6
-#: lr * weight_decay of every run, the paper's rule.
+#: lr * weight_decay, which the paper keeps constant.
 DECAY = 3e-5
 
 _ADAMW = "--optimizer adamw --adamw-beta1 0.9 --adamw-beta2 0.95 --clip-grad 1"
 _NADAM = "--optimizer nadam --clip-grad 1"
 _LONG = "--lr-warmup-fraction 0.3"
 
-#: Experiment: name -> the optimizer's flags and the rate in the middle of its search.
+#: By experiment and label: the optimizer's flags, and the middle learning rate of its search.
 SEARCHES: dict[str, dict[str, tuple[str, float]]] = {
     "optimizers": {
         "S3": ("--optimizer s3", 6e-3),
@@ -52,12 +52,13 @@ SEARCHES: dict[str, dict[str, tuple[str, float]]] = {
         "NAdam, warmup 30 %": (f"{_NADAM} {_LONG}", 6e-3),
     },
 }
-#: Figure 9.
+#: Values of p and beta in Figure 9.
 GRID = [(p, beta) for p in (2, 3, 4) for beta in (0.9, 0.95, 0.98)]
-#: Figure 8, at so many times their best rates.
+#: Figure 8: multiples of the best learning rate, and the optimizers that are trained at them.
 LARGE = {"factors": (3.0, 10.0), "of": ("S3", "AdamW", "NAdam")}
-#: One gradient so many times too large, in the middle of the run: flags, whose best rate.
+#: Factor by which one gradient in the middle of a run is multiplied.
 BURST = 1000.0
+#: By label: flags, and the optimizer at whose best learning rate the run is trained.
 BURSTS = {
     "S3": ("--optimizer s3", "S3"),
     "S3, bounded gradients": ("--optimizer s3 --s3-grad-bound 10", "S3"),
@@ -77,15 +78,15 @@ NEEDS: dict[str, tuple[tuple[str, ...], int]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """A training run.
 
     Attributes:
         experiment: one of :data:`EXPERIMENTS`.
-        label: what is compared.
-        flags: Megatron's, without the rate, weight decay and seed.
+        label: the name of the row in the experiment's table.
+        flags: Megatron's flags, without learning rate, weight decay and seed.
         lr: peak learning rate.
-        seed: of initialisation and data order.
-        tags: what else tells it from others.
+        seed: seed of the initialization and the data order.
+        tags: other values that distinguish the run, by name.
     """
 
     experiment: str
@@ -97,7 +98,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder below the experiment's."""
+        """Returns the name of the run's folder in the folder of the experiment."""
         words = [self.label, f"lr {self.lr:g}", f"seed {self.seed}"]
         words += [f"{key} {value:g}" for key, value in self.tags.items()]
         plain = "-".join(words).lower().replace("%", "percent")
@@ -105,12 +106,12 @@ class Run:
 
     @property
     def key(self) -> str:
-        """By which results are known."""
+        """Returns the key of the run's result: the experiment and the name."""
         return f"{self.experiment.replace(' ', '-')}/{self.name}"
 
     @property
     def words(self) -> list[str]:
-        """All its flags."""
+        """Returns all flags of the run."""
         rates = ["--lr", f"{self.lr:g}", "--min-lr", f"{self.lr / 10:g}"]
         decay = ["--weight-decay", f"{DECAY / self.lr:g}"]
         return [*self.flags.split(), *rates, *decay, "--seed", str(self.seed)]
@@ -121,13 +122,13 @@ def plan(
     only: Sequence[str] = EXPERIMENTS,
     labels: Sequence[str] | None = None,
 ) -> list[Run]:
-    """The runs that are known to be wanted, those done among them.
+    """Returns the runs that can be planned from the present results, including finished ones.
 
     Args:
-        results: final validation loss by :attr:`Run.key`; NaN and inf for what diverged.
-        only: experiments; what they depend on is added.
-        labels: of :data:`SEARCHES`, those that are searched; None for all. What depends on the
-            result of another is left out.
+        results: final validation loss by :attr:`Run.key`; NaN or inf for a run that diverged.
+        only: experiments; the searches on which they depend are added.
+        labels: labels of :data:`SEARCHES` to search; all if None. Runs that depend on other labels
+            are left out.
     """
     found = []
     for experiment, of in SEARCHES.items():
@@ -155,12 +156,12 @@ def waiting(
     only: Sequence[str] = EXPERIMENTS,
     labels: Sequence[str] | None = None,
 ) -> list[str]:
-    """Returns a line for each experiment whose runs are not all known yet, with what they wait for.
+    """Returns a line for each experiment with runs that cannot be planned yet, and the reason.
 
     Args:
         results: final validation loss by :attr:`Run.key`.
         only: experiments.
-        labels: of :data:`SEARCHES`, those that are searched; None for all.
+        labels: labels of :data:`SEARCHES` to search; all if None.
     """
     lines = []
     for experiment in only:
@@ -202,7 +203,7 @@ def _bursts(results: Mapping[str, float]) -> Iterator[Run]:
 def best_rate(
     label: str, results: Mapping[str, float], experiment: str = "optimizers"
 ) -> float | None:
-    """The rate of a finished search with the lowest loss; None while it goes on."""
+    """Returns the best learning rate of a finished search; None if it is not finished."""
     runs = list(_rates(experiment, label, results))
     losses = [_loss(run, results) for run in runs]
     if None in losses or not _inside(losses):
@@ -211,7 +212,7 @@ def best_rate(
 
 
 def _search(experiment: str, label: str, results: Mapping[str, float]) -> Iterator[Run]:
-    """Rates, more of them where the best lies at an end, then the best's other seeds."""
+    """Yields the runs of a search, and when it is finished, other seeds of the best one."""
     yield from _rates(experiment, label, results)
     if rate := best_rate(label, results, experiment):
         for seed in SEEDS[1:]:

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""The loss after an AdamW run is switched to S3, with and without its state, beside AdamW going on.
+"""Compares the loss after a switch from AdamW to S3 with that of AdamW continued.
 
     python -m scripts.experiments.switch_optimizer [--at 200] [--iters 350] [--lr 6e-4] [--out DIR]
 
-The quickstart's model and text (the running Python's standard library, bytes), one rank, bf16, the
-learning rate constant after a warmup. AdamW trains to --at; from its checkpoint go on AdamW, S3
-with the state that `megatron-s3 convert` makes of AdamW's, and S3 with the weights alone
-(--no-load-optim), all on the same samples. S3's rate is 10 times AdamW's, as in the paper's runs
-from the start, or 3 times; lr * weight_decay stays. Writes switch_optimizer.json, .txt and .png to
-DIR, where finished runs are found again.
+The runs train the quickstart's model on the bytes of Python's standard library, with one rank,
+bf16, and a constant learning rate after a warmup. AdamW trains to iteration --at. From its
+checkpoint three kinds of runs continue on the same samples: AdamW, S3 with the state that
+`megatron-s3 convert` makes from AdamW's, and S3 with the weights alone (--no-load-optim). S3's
+learning rate is 3 or 10 times AdamW's; the paper uses 10 from the start of a training. lr *
+weight_decay stays constant. The script writes switch_optimizer.json, .txt and .png to DIR, and
+skips runs that are finished there.
 """
 
 import argparse
@@ -25,10 +26,10 @@ from tests.harness import trainer
 from tests.harness.runs import Run
 
 WARMUP = 20
-#: S3's learning rate over AdamW's.
+#: Ratios of S3's learning rate to AdamW's.
 FACTORS = (10.0, 3.0)
 LR_TIMES_DECAY = 3e-5
-#: Steps after the switch over which losses are averaged.
+#: Ranges of steps after the switch; losses are averaged over each.
 WINDOWS = ((1, 3), (4, 10), (11, 30), (31, 75), (76, 150))
 
 
@@ -70,7 +71,15 @@ def main() -> int:
 def train(
     args: argparse.Namespace, prefix: str, name: str, factor: float | None, flags: list
 ) -> dict[str, float]:
-    """The loss of each iteration of a run, by the iteration; S3's at a factor, else AdamW's."""
+    """Trains a run unless it is finished, and returns its losses by iteration.
+
+    Args:
+        args: the arguments of the command.
+        prefix: the prefix of the dataset's files.
+        name: the name of the run.
+        factor: the ratio of S3's learning rate to AdamW's; None to train with AdamW.
+        flags: other flags of Megatron.
+    """
     log = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log"
     if not (log.is_file() and log.read_text().endswith("finished\n")):
         lr = rates.scaled(args.lr, factor or 1.0)
@@ -82,7 +91,7 @@ def train(
             f"weight_decay={rates.over(decay, factor or 1.0)}",
         )
         at = words.index("--lr-warmup-fraction")
-        # Without its state Megatron's schedule begins anew: there a warmup would be a second one.
+        # With --no-load-optim Megatron restarts the schedule; a second warmup is not wanted.
         warmup = "0" if "--no-load-optim" in flags else str(WARMUP)
         words[at : at + 2] = ["--lr-warmup-iters", warmup]
         words += ["--lr-decay-style", "constant"]
@@ -97,7 +106,7 @@ def train(
 
 
 def table(before: dict, after: dict, args: argparse.Namespace) -> str:
-    """Mean losses over windows of steps after the switch."""
+    """Returns a table of mean losses over ranges of steps after the switch."""
     windows = [w for w in WINDOWS if args.at + w[0] <= args.iters]
     last = statistics.mean(v for i, v in before.items() if int(i) > args.at - 10)
     heads = [f"{one}-{two}" for one, two in windows]

@@ -1,4 +1,4 @@
-"""Figure 1: optimizers in the paper's two dimensions."""
+"""Figure 1: optimizers on the paper's problem in two dimensions."""
 
 import json
 import math
@@ -14,7 +14,7 @@ __all__ = ["trajectories", "write"]
 
 STEPS = 1000
 START = (1.0, 1.0)
-#: Standard deviation of what is added to both elements of the gradient.
+#: Standard deviation of the noise that is added to both elements of the gradient.
 NOISE = 0.1
 SEEDS = (1, 2, 3)
 RATES = tuple(10 ** (k / 2) for k in range(-8, 1))
@@ -31,18 +31,22 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def loss(x: float, y: float) -> float:
-    """0 at (sqrt 20, 1/sqrt 20) and its negative."""
+    """Returns the loss, which is 0 at (sqrt 20, 1/sqrt 20) and at the negative of this point."""
     return 0.5 * (x - 1 / y) ** 2 + 0.5 * (x - 20 * y) ** 2
 
 
 def gradient(x: float, y: float) -> tuple[float, float]:
-    """Of :func:`loss`."""
+    """Returns the gradient of :func:`loss`."""
     a, b = x - 1 / y, x - 20 * y
     return a + b, a / y**2 - 20 * b
 
 
 def train(label: str, lr: float, noise: float, seed: int) -> dict[str, list]:
-    """One run at a constant rate: points, losses, mean |u| of each step; short if it diverges."""
+    """Trains at a constant learning rate; stops if the run diverges.
+
+    Returns:
+        The points (``x``), the losses (``loss``) and the mean |u| (``update``) of each step.
+    """
     x = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
     optimizer = _OPTIMIZERS[label]([x], lr)
     random = torch.Generator().manual_seed(seed)
@@ -63,16 +67,16 @@ def train(label: str, lr: float, noise: float, seed: int) -> dict[str, list]:
 
 
 def end(losses: list[float]) -> float:
-    """The median loss of the last tenth; inf if the run has not got there."""
+    """Returns the median loss of the last tenth of the steps; inf if the run diverged before."""
     return statistics.median(losses[-STEPS // 10 :]) if len(losses) == STEPS + 1 else math.inf
 
 
 def trajectories() -> dict[str, dict[str, dict]]:
-    """Without and with noise, each optimizer at the best of :data:`RATES`.
+    """Trains each optimizer with and without noise, at the best learning rate of :data:`RATES`.
 
     Returns:
-        By noise and label: ``lr``, the first seed's ``x``, ``loss`` and ``update``, and the ``end``
-        of each seed.
+        By noise and label: ``lr``; ``x``, ``loss`` and ``update`` of the first seed; and ``end``,
+        the final loss of each seed.
     """
     found: dict[str, dict[str, dict]] = {}
     for noise, seeds in ((0.0, SEEDS[:1]), (NOISE, SEEDS)):
@@ -87,7 +91,7 @@ def trajectories() -> dict[str, dict[str, dict]]:
 
 
 def write(path: Path) -> None:
-    """The trajectories as JSON, and what they end at in a line each."""
+    """Writes the trajectories as JSON, and prints a line with the final losses of each."""
     found = trajectories()
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     for noise, runs in found.items():

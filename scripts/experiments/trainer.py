@@ -1,4 +1,4 @@
-"""Megatron's trainer with one gradient that is too large: `--burst-at ITERATION --burst FACTOR`."""
+"""Megatron's trainer with one enlarged gradient: `--burst-at ITERATION --burst FACTOR`."""
 
 import runpy
 import sys
@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Trains as megatron_s3.pretrain_gpt does; in one iteration all gradients are multiplied."""
+    """Trains like megatron_s3.pretrain_gpt, but multiplies all gradients of one iteration."""
     at, factor = int(_taken("--burst-at", "0")), float(_taken("--burst", "1"))
     if at and factor != 1:
         megatron_s3.register("auto")
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def _taken(flag: str, default: str) -> str:
-    """Takes a flag and its value out of the command line."""
+    """Removes a flag from the command line, and returns its value or the default."""
     if flag not in sys.argv:
         return default
     at = sys.argv.index(flag)

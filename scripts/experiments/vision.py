@@ -1,11 +1,12 @@
-"""A ResNet and a ViT on scikit-learn's digits, with S3 and with the usual optimizers.
+"""Trains a ResNet and a ViT on scikit-learn's digits, with S3 and with common optimizers.
 
     pip install -e '.[vision]'
     python -m scripts.experiments.vision [--output FOLDER]
 
-torchvision's models at the size of 8 x 8 pixels, 1,437 images to train, 360 to test, 20 epochs of
-batches of 64, warmup of 3 epochs and a cosine to 0. Four rates each, more where the best lies at an
-end; three seeds at the best. The rates are chosen on the test images.
+The models are torchvision's, for images of 8 x 8 pixels. There are 1,437 training and 360 test
+images. A run has 20 epochs with batches of 64, a warmup of 3 epochs and a cosine schedule to 0.
+Each optimizer is trained at four learning rates, or more if the best one lies at an end, and with
+three seeds at the best one. The learning rates are chosen on the test images.
 """
 
 import argparse
@@ -25,10 +26,10 @@ from megatron_s3.report.styles import styles
 
 EPOCHS, WARMUP, BATCH = 20, 3, 64
 SEEDS = (1, 2, 3)
-#: Rates from one to the next, and how many at most.
+#: Ratio of neighboring learning rates; their number at first, and at most.
 FACTOR, FIRST, MOST = 3.0, 4, 8
 
-#: lr * weight_decay is the same for all, the paper's rule.
+#: lr * weight_decay, which the paper keeps constant.
 DECAY = 1e-4
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
     "S3": (S3, 1e-3),
@@ -49,7 +50,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
 
 
 def resnet() -> nn.Module:
-    """Four stages of one basic block; the stem reduces an image by 2 instead of 4."""
+    """Returns a ResNet of four stages with one block each; its stem reduces images by 2, not 4."""
     from torchvision.models.resnet import BasicBlock, ResNet
 
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
@@ -59,7 +60,7 @@ def resnet() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    """Four layers of 64 on patches of 2 x 2 pixels."""
+    """Returns a ViT of four layers with 64 channels, on patches of 2 x 2 pixels."""
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(
@@ -72,7 +73,10 @@ MODELS = {"ResNet": resnet, "ViT": vit}
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images (n, 3, 8, 8) in -1 to 1 and classes (n,), to train and to test."""
+    """Returns training images, test images, training classes and test classes.
+
+    Images are of shape (n, 3, 8, 8), float32, from -1 to 1; classes are of shape (n,), int64.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -85,7 +89,11 @@ def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def train(model_name: str, label: str, lr: float, seed: int, epochs: int, data) -> dict:
-    """One run: test error (%) and mean training loss of each epoch."""
+    """Trains a run.
+
+    Returns:
+        ``lr``, ``seed``, and for each epoch the test ``error`` (%) and the mean training ``loss``.
+    """
     images, held_out, classes, answers = data
     torch.manual_seed(seed)
     model = MODELS[model_name]()
@@ -117,13 +125,20 @@ def train(model_name: str, label: str, lr: float, seed: int, epochs: int, data) 
 
 
 def score(run: dict) -> float:
-    """What a rate is chosen by: test error, then training loss; inf if it is no number."""
+    """Returns the score by which learning rates are chosen; lower is better.
+
+    It is the test error, then the training loss; inf if the loss is not finite.
+    """
     loss = run["loss"][-1]
     return run["error"][-1] + 1e-3 * loss if math.isfinite(loss) else math.inf
 
 
 def search(model_name: str, label: str, epochs: int, data) -> dict:
-    """Runs of all rates at the first seed, and of the best at all."""
+    """Trains all learning rates with the first seed, and the best one with all seeds.
+
+    Returns:
+        The runs with the first seed (``tried``) and those at the best learning rate (``finals``).
+    """
     middle = OPTIMIZERS[label][1]
     low, high, known = -1, FIRST - 2, {}
     while True:
@@ -143,7 +158,7 @@ def search(model_name: str, label: str, epochs: int, data) -> dict:
 
 
 def draw(found: dict, path: Path) -> None:
-    """Test error against the rate, and training loss by epoch at the best."""
+    """Draws test error by learning rate, and training loss by epoch at the best learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -184,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     args = parser.parse_args(argv)
     if args.epochs < WARMUP + 1:
-        parser.error(f"--epochs {args.epochs}: {WARMUP} are warmup; give more")
+        parser.error(f"--epochs {args.epochs}: {WARMUP} epochs are warmup; give more")
     data = digits()
     args.output.mkdir(parents=True, exist_ok=True)
     found = {
@@ -204,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{statistics.fmean(losses):.5f}",
             ])  # fmt: skip
     title = f"digits, {args.epochs} epochs, {len(SEEDS)} seeds"
-    headings = ["", "rate", "tried", "test error, %", "s.d.", "training loss"]
+    headings = ["", "learning rate", "tried", "test error, %", "s.d.", "training loss"]
     print("", Table(title, headings, rows), sep="\n")
     (args.output / "vision.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     draw(found, args.output / "vision.png")

@@ -37,6 +37,7 @@ def test_wheel_with_the_patch_alone(release: str, tmp_path: Path) -> None:
     git_apply(tree)
     run = train(
         *["--optimizer", "s3", "--bf16", "--use-distributed-optimizer"],
+        *["--plugin-device", "cpu"],  # which the patch's register() does not choose itself
         ranks=2,
         megatron=tree,
         command=(str(REPOSITORY / "tests/mcore/ranks/plain_script.py"),),

@@ -64,14 +64,14 @@ class Seam:
             path = self.name.split(".")[:-1]
             return functools.reduce(getattr, path, importlib.import_module(self.module))
         except AttributeError:
-            raise self.moved("is not there") from None
+            raise self.moved("is missing") from None
 
     def found(self) -> Any:
         """Returns the present value of its name."""
         try:
             return getattr(self.owner(), self.name.rpartition(".")[2])
         except AttributeError:
-            raise self.moved("is not there") from None
+            raise self.moved("is missing") from None
 
     def expected(self) -> str:
         """Returns a description of what is expected, for the error message."""
@@ -88,9 +88,10 @@ class Seam:
         except importlib.metadata.PackageNotFoundError:
             release = "this Megatron-LM tree"
         return SeamMoved(
-            f"{self.module}.{self.name} {fault} in {release}, where megatron_s3 expects "
-            f"{self.expected()}. It {self.purpose}. Nothing was wrapped. Use one of the releases "
-            f"the plugin was checked on ({', '.join(CHECKED_RELEASES)}), or a newer megatron_s3."
+            f"{self.module}.{self.name} {fault} in {release}; megatron_s3 expects "
+            f"{self.expected()}. The plugin's version {self.purpose}. Nothing was wrapped. Use a "
+            f"release with which the plugin was tested ({', '.join(CHECKED_RELEASES)}), or a newer "
+            "megatron_s3."
         )
 
 
@@ -176,7 +177,7 @@ class Extended(Seam):
         cls = self.found()
         names = {each.name for each in fields(cls)} if is_dataclass(cls) else set()
         if not {"optimizer", "clip_grad"} <= names:
-            raise self.moved("is another")
+            raise self.moved("is not as expected")
 
     def install(self) -> None:
         """Adds the fields to the class and its subclasses."""
@@ -210,4 +211,4 @@ class Replaced(Seam):
     def check(self) -> None:
         """Raises SeamMoved if it is missing or differs from what is expected."""
         if not self.fits(self.found()):
-            raise self.moved("is another")
+            raise self.moved("is not as expected")

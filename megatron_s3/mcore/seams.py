@@ -55,7 +55,7 @@ def _reads(module: str, name: str) -> bool:
 def _known_by(module: str) -> dict[str, Any]:
     name = "param_group_identifier_keys"
     fits = lambda keys: "wd_mult" in keys and _reads(module, name)
-    return {"shape": "names of a param group's values that are read there", "fits": fits}
+    return {"shape": "the names of a param group's values, which the module reads", "fits": fits}
 
 
 def _takes(*names: str) -> Callable[[Any], bool]:
@@ -368,7 +368,7 @@ SEAMS: tuple[Seam, ...] = (
         "uses the plugin's optimizer and initializes its state (``optimizer``, "
         "``init_state_fn``), in place of the Adam that Megatron built",
         by="build._exchange",
-        shape="it to take optimizer and init_state_fn",
+        shape="it to take the parameters optimizer and init_state_fn",
         fits=_takes("optimizer", "init_state_fn"),
     ),
     Replaced(
@@ -409,7 +409,7 @@ SEAMS: tuple[Seam, ...] = (
         "uses the names of the optimizer's states in four methods that contain the names of "
         "Adam's as constants, in releases before 0.19",
         by="compat_before_0_19._copy",
-        shape=f"Adam's names in {', '.join(compat_before_0_19.METHODS)} alone",
+        shape=f"the names of Adam's states only in {', '.join(compat_before_0_19.METHODS)}",
         fits=lambda cls: compat_before_0_19.found(cls) == set(compat_before_0_19.METHODS),
         needed=compat_before_0_19.needed,
     ),
@@ -420,7 +420,7 @@ SEAMS: tuple[Seam, ...] = (
         "Megatron-FSDP; this and other functions of the module contain the names of Adam's as "
         "constants",
         by="megatron_fsdp._splitting",
-        shape="a function with Adam's two names as a constant",
+        shape="a function with the names of Adam's two states as a constant",
         fits=lambda function: megatron_fsdp.ADAMS in function.__code__.co_consts,
     ),
     *(

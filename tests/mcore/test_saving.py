@@ -160,8 +160,8 @@ def test_a_failed_save_says_where_and_why_if_it_is_the_disk(tmp_path):
         found = failing(error, tmp_path, "No space left on device")
         assert type(found) is SaveFailed
         assert str(found) == (
-            f"iteration 6 could not be saved to {tmp_path}: No space left on device. Nothing is "
-            "complete there."
+            f"iteration 6 could not be saved to {tmp_path}: No space left on device. There is no "
+            "complete checkpoint."
         )
         (*_, frame) = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
         assert frame.f_code.co_name == "original" and "held" not in frame.f_locals
@@ -171,7 +171,7 @@ def test_a_failed_save_says_where_and_why_if_it_is_the_disk(tmp_path):
         assert failing(error, tmp_path, reason) is error
     write(tmp_path, 3, 4)
     assert str(failing(OSError("of the disk"), tmp_path, "it is full")).endswith(
-        "it is full. Complete there: iteration 4."
+        "it is full. The newest complete checkpoint there is iteration 4."
     )
 
 
@@ -183,6 +183,6 @@ def test_a_failed_end_of_an_asynchronous_save_says_so_too(tmp_path):
         raise OSError("of the disk")
 
     saving.why_not = lambda folder: "it is full"
-    said = r"a checkpoint could not be saved to .*: it is full\. Nothing"
+    said = r"a checkpoint could not be saved to .*: it is full\. There is no complete"
     with globally(Namespace(save=str(tmp_path))), pytest.raises(saving.SaveFailed, match=said):
         saving.maybe_finalize_async_save(original)

@@ -80,10 +80,9 @@ def load_checkpoint(
         if not str(error).startswith("OptimizerParamScheduler: "):
             raise
         raise ValueError(
-            f"{load_dir} was saved with another schedule ({error}). Nothing was trained. Give the "
-            "same, or say which is to be in force: this run's with "
-            "--override-opt_param-scheduler, or the checkpoint's with "
-            "--use-checkpoint-opt_param-scheduler."
+            f"{load_dir} was saved with another schedule ({error}). Nothing was trained. Use the "
+            "same schedule, or choose this run's with --override-opt_param-scheduler, or the "
+            "checkpoint's with --use-checkpoint-opt_param-scheduler."
         ) from None
     _compare_with_weights(ddp_model)
     return result
@@ -93,11 +92,11 @@ def _compare_with_weights(model: Any) -> None:
     """Raises ValueError on all ranks if one has main parameters that differ from its weights."""
     unlike = shards.unlike_weights(model if isinstance(model, list) else [model])
     raise_first(
-        f"the main parameters that were loaded of {unlike[0]} ({len(unlike)} in all on this rank) "
-        "are not those of its weights. Megatron-LM up to 0.19.2 saves them so with "
-        "--dist-ckpt-optim-fully-reshardable where buckets are padded: such a checkpoint holds "
-        "the right weights, and no whole state of the optimizer. Nothing was trained. Load the "
-        "weights alone with --no-load-optim, or another iteration with --ckpt-step."
+        f"the loaded main parameters of {unlike[0]} differ from its weights ({len(unlike)} such "
+        "parameters on this rank). Megatron-LM up to 0.19.2 saves wrong elements with "
+        "--dist-ckpt-optim-fully-reshardable where buckets are padded: the weights in such a "
+        "checkpoint are correct, but its optimizer state is incomplete. Nothing was trained. Load "
+        "the weights alone with --no-load-optim, or another iteration with --ckpt-step."
         if unlike
         else None
     )
@@ -118,9 +117,10 @@ def _load_dir(args: Any, load_arg: str) -> str | None:
         return load_dir
     there = complete_ones(Path(load_dir), args) if load_dir else []
     raise_first(
-        f"{Path(load_dir or '', TRACKER)} is missing, and --pretrained-checkpoint would pass over "
-        f"the complete checkpoints beside it: {', '.join(map(str, there))}. Nothing was loaded. "
-        "Write the one to resume from into that file, or give another folder."
+        f"{Path(load_dir or '', TRACKER)} is missing, and --pretrained-checkpoint would be "
+        "loaded instead of the complete checkpoints in the same folder: "
+        f"{', '.join(map(str, there))}. Nothing was loaded. "
+        "Write the iteration to resume from into that file, or give another folder."
         if there
         else None
     )

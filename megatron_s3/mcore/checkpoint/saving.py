@@ -138,5 +138,9 @@ def _saying_why(what: str) -> Iterator[None]:
         there = complete_ones(folder, args)
         raise SaveFailed(
             f"{what} could not be saved to {folder}: {why}. "
-            + (f"Complete there: iteration {there[-1]}." if there else "Nothing is complete there.")
+            + (
+                f"The newest complete checkpoint there is iteration {there[-1]}."
+                if there
+                else "There is no complete checkpoint."
+            )
         ) from None

@@ -154,7 +154,7 @@ def settle(config: Any) -> None:
         _check_own(config, cls, cls is chosen)
     # --use-mup derives the eps of hidden layers from this field.
     own = {} if chosen is None else hyperparameters(chosen, config)
-    if "eps" in own and config.adam_eps == _default(config, "adam_eps"):
+    if "eps" in own and config.adam_eps == type(config).adam_eps:
         config.adam_eps = own["eps"]
 
 
@@ -183,11 +183,6 @@ def _check_own(config: Any, cls: Any, is_chosen: bool) -> None:
                 + (f"Did you mean {near[0]}? " if near else "")
                 + f"It has {', '.join(own) or 'none'}."
             )
-
-
-def _default(config: Any, name: str) -> Any:
-    field = type(config).__dataclass_fields__.get(name)
-    return getattr(config, name, None) if field is None else field.default
 
 
 def _is_megatrons(config: Any, name: str) -> bool:

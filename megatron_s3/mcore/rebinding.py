@@ -40,7 +40,6 @@ def unreached(pairs: Sequence[Pair]) -> list[str]:
             for holder in gc.get_referrers(function)
             if not isinstance(holder, FrameType)
             and holder is not vars(wrapper)
-            and holder is not wrapper
             and id(holder) not in wrapper_cells
             and not any(holder is pair for pair in pairs)
         ]

@@ -170,3 +170,105 @@ def test_the_norm_is_not_finite_where_a_gradient_is_not():
     model, optimizer = build(plugin_log_grad_norm=None)
     assert math.isfinite(step(model, optimizer)[1])
     assert not math.isfinite(step(model, optimizer, scale=math.inf)[1])
+
+
+def a_configuration():
+    """As Megatron's, with a field of a name that the plugin has, too."""
+
+    @dataclasses.dataclass
+    class Config:
+        optimizer: str = "adam"
+        nadam_eps: float = 0.5
+        lion_is_megatrons: bool = True
+        clip_grad: float = 1.0
+        weight_decay: float = 0.01
+        adam_eps: float = 1e-8
+
+    return Config
+
+
+@on_ranks()
+def test_fields_are_added_once_and_none_of_megatrons_is_replaced():
+    from megatron_s3.mcore.configuration import add_fields, settle
+
+    cls = a_configuration()
+
+    class Plain(cls):
+        note: str = "no field"
+
+    before = [field.name for field in dataclasses.fields(cls)]
+    add_fields(cls)
+    fields, made = dataclasses.fields(cls), cls.__init__
+    assert [field.name for field in fields if not field.kw_only] == before
+    assert "s3_p" in cls.__annotations__ and cls(s3_p=2.0).s3_p == 2.0
+    add_fields(cls)
+    assert dataclasses.fields(cls) == fields and cls.__init__ is made
+    assert "note" not in {field.name for field in dataclasses.fields(Plain)}
+    config = cls("s3")
+    settle(config)
+    assert (config.nadam_eps, config.s3_p, config.clip_grad) == (0.5, 3.0, 0.0)
+
+
+@on_ranks()
+def test_what_the_trainer_makes_while_its_arguments_read_adam_is_the_optimizers():
+    from argparse import Namespace
+
+    from megatron_s3.mcore.arguments.mask import as_adam
+
+    args = Namespace(optimizer="s3")
+    with as_adam(args):
+        made = config(optimizer=args.optimizer, s3_p=2.0)
+        assert args.optimizer == "adam"
+    assert (made.s3_p, made.clip_grad) == (2.0, 0.0)
+
+
+@on_ranks()
+def test_an_old_name_of_a_switch_is_no_wrong_hyperparameter():
+    from megatron_s3.mcore.configuration import settle
+    from megatron_s3.renamed import RENAMED
+
+    made = config()
+    for name in RENAMED:
+        setattr(made, name, True)
+    settle(made)
+
+
+@pytest.mark.parametrize(
+    ("aware", "recipe", "offloaded", "held"),
+    [
+        (True, None, False, True),
+        (True, "delayed", False, True),
+        (True, "tensorwise", False, False),
+        (True, "tensorwise", True, True),
+        (False, None, True, False),
+    ],
+)
+@on_ranks()
+def test_who_holds_the_main_parameters_is_settled_as_for_fused_adam(aware, recipe, offloaded, held):
+    from argparse import Namespace
+
+    from megatron_s3.mcore.configuration import settle_precision
+
+    made = Namespace(
+        use_precision_aware_optimizer=aware,
+        fp8_recipe=recipe,
+        optimizer_cpu_offload=offloaded,
+        store_param_remainders=True,
+    )
+    settle_precision(made)
+    assert made.use_precision_aware_optimizer_no_fp8_or_ds_fp8 is held
+    assert made.store_param_remainders is not aware
+
+
+@on_ranks()
+def test_an_optimizer_without_hyperparameters_says_so():
+    from argparse import Namespace
+
+    from megatron_s3.mcore import configuration
+
+    bare = Namespace(description=Namespace(name="bare", label="Bare", hyperparameters=()))
+    configuration.OPTIMIZERS = {**configuration.OPTIMIZERS, "bare": bare}
+    made = config()
+    made.bare_beta = 0.5
+    with pytest.raises(ValueError, match=r"no hyperparameter of Bare\. It has none\."):
+        configuration.settle(made)

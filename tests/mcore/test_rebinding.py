@@ -18,6 +18,14 @@ def wrapped(function):
     return wrapper
 
 
+def failed(function):
+    """An error that somebody keeps, whose traceback has the function as a variable."""
+    try:
+        raise ValueError(f"of {function}")
+    except ValueError as error:
+        return error
+
+
 def made():
     return lambda: 3
 
@@ -27,7 +35,7 @@ def test_each_module_is_given_the_wrapper_and_then_nothing_holds_the_function():
     from megatron_s3.mcore.rebinding import rebind, unreached
 
     function = made()
-    sys._getframe()  # whose variable it is
+    error = failed(function)
     modules = [ModuleType(f"of_a_framework_{i}") for i in range(2)]
     for module in modules:
         module.build, module.again, module.other = function, function, len
@@ -39,6 +47,7 @@ def test_each_module_is_given_the_wrapper_and_then_nothing_holds_the_function():
         assert module.build is module.again is pairs[0][1] and module.other is len
         assert module.build() == 4
     assert unreached(pairs) == []
+    assert error.__traceback__.tb_frame.f_locals["function"] is function
 
 
 @on_ranks(1)

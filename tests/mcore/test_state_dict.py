@@ -34,6 +34,26 @@ def test_groups_are_saved_without_what_one_rank_alone_knows():
     assert everyone[0] == everyone[1]
 
 
+@pytest.mark.parametrize("aware", [False, True])
+@on_ranks(1)
+def test_the_main_parameter_is_what_is_saved_and_loaded(aware):
+    """In fp32, whoever holds it, with the states beside it; what is no tensor is left out."""
+    model, optimizer = build(use_precision_aware_optimizer=aware)
+    (part,) = optimizer.chained_optimizers
+    for param in model.parameters():
+        found = part._get_main_param_and_optimizer_states(param)  # made by asking for it
+        assert found.keys() == {"param", "exp_avg", "exp_pnorm"}
+        new = {name: torch.full_like(tensor, 1 + 2**-20) for name, tensor in found.items()}
+        part._set_main_param_and_optimizer_states(param, new | {"exp_pnorm": None})
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert torch.equal(found["param"], new["param"]) and not found["exp_pnorm"].any()
+    step(model, optimizer)
+    held = inner(optimizer).state if aware else inner(optimizer).param_groups[0]["params"]
+    mains = [state["master_param"] for state in held.values()] if aware else held
+    saved = [part._get_main_param_and_optimizer_states(p)["param"] for p in model.parameters()]
+    assert set(map(id, saved)) >= set(map(id, mains))
+
+
 @on_ranks(1)
 def test_steps_that_differ_between_parameters_are_not_saved_as_one():
     model, optimizer = build("nadam")  # whose update takes the count

@@ -135,8 +135,9 @@ class Wrapped(Seam):
             return self.wrapper(original, *args, **kwargs)
 
         setattr(wrapped, MARK, self)
-        static = isinstance(inspect.getattr_static(owner, original.__name__, None), staticmethod)
-        setattr(owner, original.__name__, staticmethod(wrapped) if static else wrapped)
+        name = self.name.rpartition(".")[2]  # another wrapper may be called otherwise
+        static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)
+        setattr(owner, name, staticmethod(wrapped) if static else wrapped)
         # A builtin is used everywhere, but is wrapped for one module only.
         is_own = isinstance(owner, ModuleType) and inspect.isfunction(original)
         return (original, wrapped) if is_own else None

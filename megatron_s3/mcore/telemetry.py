@@ -83,7 +83,10 @@ def training_log(
     from megatron.training import get_args
 
     args, training = get_args(), running()
-    if args.optimizer in OPTIMIZERS and not needs_grad_norm(args):
+    optimizer = training.optimizer()
+    # The optimizer's configuration has settings that no flag sets.
+    asked = args if optimizer is None else optimizer.config
+    if args.optimizer in OPTIMIZERS and not needs_grad_norm(asked):
         grad_norm = None
     wanted = switches(args)["plugin_metrics"]
     if wanted:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.harness.releases import RELEASES
-from tests.mcore.library import build, on_ranks, step, wrap
+from tests.mcore.library import build, globally, on_ranks, step, wrap
 
 
 def configured(**settings):
@@ -325,3 +325,18 @@ def test_a_norm_that_was_not_computed_is_not_logged(optimizer):
         vars(args).update(settings)
         telemetry.training_log(log, {}, {}, 0.1, 1, 1.0, False, 0, 2.5)
     assert logged == ([None, 2.5, 2.5] if optimizer == "s3" else [2.5] * 3)
+
+
+@on_ranks(1)
+def test_a_norm_that_the_configuration_alone_asks_for_is_logged():
+    """No flag sets grad_norm_skip_threshold."""
+    from megatron_s3.mcore import telemetry
+
+    logged = []
+    args = SimpleNamespace(optimizer="s3", clip_grad=0.0, log_interval=1)
+    for threshold in (1e6, math.inf):
+        build(grad_norm_skip_threshold=threshold, plugin_log_grad_norm=False)
+        with globally(args):
+            log = lambda *given: logged.append(given[7])
+            telemetry.training_log(log, {}, {}, 0.1, 1, 1.0, False, 0, 2.5)
+    assert logged == [2.5, None]

@@ -335,8 +335,8 @@ def test_a_norm_that_the_configuration_alone_asks_for_is_logged():
     logged = []
     args = SimpleNamespace(optimizer="s3", clip_grad=0.0, log_interval=1)
     for threshold in (1e6, math.inf):
-        build(grad_norm_skip_threshold=threshold, plugin_log_grad_norm=False)
+        kept = build(grad_norm_skip_threshold=threshold, plugin_log_grad_norm=False)
         with globally(args):
             log = lambda *given: logged.append(given[7])
             telemetry.training_log(log, {}, {}, 0.1, 1, 1.0, False, 0, 2.5)
-    assert logged == [2.5, None]
+    assert kept and logged == [2.5, None]

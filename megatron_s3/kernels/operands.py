@@ -107,6 +107,7 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
             continue
         if len(o.state) != states:
             return f"{len(o.state)} state tensors where its rule has {states}"
+        named: list[tuple[str, Tensor, tuple[torch.dtype, ...]]]
         named = [("param", o.param, _PARAM), ("gradient", grad, _GRAD)]
         named += [("state", tensor, _STATE) for tensor in o.state]
         if o.model_param is not None:

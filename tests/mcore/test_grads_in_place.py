@@ -84,6 +84,8 @@ def test_megatrons_buffers_are_let_go_of(sharded):
     step(model, optimizer)
     assert state() == (True, 4, 0)
     assert part.get_grads_for_grad_norm() and state() == (False, 0, 4)
+    optimizer.prepare_grads()
+    assert state() == (True, 4, 0)
     step(model, optimizer, 1)
     assert state() == (True, 4, 0)
     optimizer.zero_grad()
@@ -95,3 +97,38 @@ def test_megatrons_buffers_are_let_go_of(sharded):
     optimizer.zero_grad(set_to_none=False)
     if not sharded:  # Megatron's sharded one never keeps them
         assert state() == (False, 0, 4)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@on_ranks(1)
+def test_the_models_parameters_are_looked_for_once_and_after_a_move(sharded):
+    model, optimizer = build(sharded=sharded)
+    part, calls = part_of(optimizer), []
+    find = part._find_model_params
+    part._find_model_params = lambda: calls.append(None) or find()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    assert len(calls) == 1
+    main = inner(optimizer).param_groups[0]["params"][0]
+    model_param = next(model.parameters())
+    moved = main if sharded else model_param
+    moved.data = moved.data.clone()
+    step(model, optimizer, 3)
+    assert len(calls) == 2
+
+
+@on_ranks(1)
+def test_a_plain_tensor_is_one_that_a_kernel_can_write():
+    from megatron_s3.mcore.one_pass import is_plain
+
+    class Other(torch.Tensor):
+        pass
+
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+    assert [is_plain(torch.zeros(3, dtype=dtype)) for dtype in dtypes] == [
+        False,
+        *[True] * 3,
+        False,
+    ]
+    assert is_plain(torch.nn.Parameter(torch.zeros(3)))
+    assert not is_plain(torch.zeros(3).as_subclass(Other))

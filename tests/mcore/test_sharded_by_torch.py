@@ -1,12 +1,13 @@
 """Two data-parallel ranks: S3 on Megatron's torch FSDP2 wrapper, without the trainer."""
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.mcore.library import equal, inner, on_ranks
+from tests.mcore.library import equal, globally, inner, on_ranks
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -133,3 +134,47 @@ def test_steps_are_restored_where_the_tensors_alone_are_loaded():
     _, other = made(torch.float32)
     torch_fsdp2.restore_step({"optimizer": optimizer.state_dict()})
     assert {group["step"] for group in inner(other).param_groups} == {3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_ranks(2)
+def test_what_a_param_group_holds_is_restored_with_its_steps(dtype):
+    """In a model of either precision, of as many groups as there were or of others."""
+    from megatron_s3.mcore import torch_fsdp2
+
+    torch_fsdp2.restore_step({"optimizer": {}})  # as no optimizer was built, nothing is read
+    model, optimizer = made(dtype)
+    step(model, optimizer, 0)
+    (part,) = optimizer.chained_optimizers
+    saved = copy.deepcopy(part.state_dict())
+    groups = saved.get("optimizer", saved)["param_groups"]
+    for group in groups:
+        group |= {"step": 7, "steps": [5] * len(group["params"]), "max_lr": 9.0}
+    _, other = made(dtype)
+    other.chained_optimizers.append(Namespace(optimizer=None))  # of no parameter of this rank
+    mine = other.chained_optimizers[0].optimizer
+
+    def counted() -> set:
+        return {(g["step"], mine.counts.of(p, g)) for g in mine.param_groups for p in g["params"]}
+
+    torch_fsdp2.restore_step({})
+    assert counted() == {(0, 0)}
+    with globally(Namespace(use_checkpoint_opt_param_scheduler=True)):
+        torch_fsdp2.restore_step({"optimizer": saved})
+    assert counted() <= {(7, 5), (7, 7)} and (7, 5) in counted()  # others hold the elements
+    assert {(g["step"], g["max_lr"]) for g in mine.param_groups} == {(7, 9.0)}
+    groups.append(groups[0] | {"step": 8})
+    torch_fsdp2.restore_step({"optimizer": saved})
+    assert counted() == {(8, 8)}  # which is which is not known
+
+
+@on_ranks(2)
+def test_parameters_are_numbered_by_their_local_tensors():
+    from megatron_s3.mcore.torch_fsdp2 import optim_param_to_id_map
+
+    model, _ = made(torch.float32)
+    params = [*model.parameters(), torch.nn.Parameter(torch.ones(2))]
+    found = optim_param_to_id_map(list, params)
+    right = [p._local_tensor if isinstance(p, DTensor) else p for p in params]
+    assert all(one is other for one, other in zip(found, right, strict=True))
+    assert found[0] is not params[0] and found[-1] is params[-1]

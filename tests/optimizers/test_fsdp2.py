@@ -226,3 +226,28 @@ def test_a_copy_is_sharded_as_well() -> None:
     stepped(sharded, optimizer, 0)
     states = copy.deepcopy(optimizer).state.values()
     assert states and all(isinstance(t, DTensor) for state in states for t in state.values())
+
+
+@on_ranks(RANKS, megatron=False)
+def test_a_rank_counts_no_updates_of_what_it_holds_no_element_of() -> None:
+    """The ranks that do know them."""
+    from megatron_s3.optimizers.counts import Counts, GroupUpdates, Update, is_empty
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    one, both = (
+        nn.Parameter(distribute_tensor(torch.ones(rows, 4), mesh, [Shard(0)])) for rows in (1, 2)
+    )
+    empty = dist.get_rank() == 1
+    assert is_empty(one) is empty and not is_empty(both)
+    operands: Any = None
+    for count in ("advance", "begin", "keep"):
+        counts, group = Counts(), {"params": [both, one], "step": 3}
+        if count == "advance":  # the other one has no gradient
+            counts.advance([GroupUpdates(group, {}, True, [Update(both, both, operands, [])])])
+        elif count == "begin":
+            counts.begin(group, [one])
+        else:
+            counts.keep(group)
+            group["step"] = 4
+            assert counts.of(both, group) == 3
+        assert counts.of(one, group) == (group["step"] if empty else 0 if count == "begin" else 3)

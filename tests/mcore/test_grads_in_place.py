@@ -132,3 +132,16 @@ def test_a_plain_tensor_is_one_that_a_kernel_can_write():
     ]
     assert is_plain(torch.nn.Parameter(torch.zeros(3)))
     assert not is_plain(torch.zeros(3).as_subclass(Other))
+
+
+@on_ranks(1)
+def test_where_one_parameter_is_not_plain_megatron_writes_them_all():
+    from megatron_s3.mcore import one_pass
+
+    one_pass.is_plain = lambda tensor: tensor.dim() > 1
+    model, optimizer = build(sharded=False)
+    before = [param.detach().clone() for param in model.parameters()]
+    step(model, optimizer)
+    assert part_of(optimizer)._find_model_params() is None
+    after = model.parameters()
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -22,7 +22,7 @@ export USER
 
 [ $# -gt 0 ] || set -- --help
 case $1 in
-  launch | plan | args | configs | data | export | convert | report | eval) set -- megatron-s3 "$@" ;;
+  launch | plan | args | configs | data | export | convert | report | eval | hook) set -- megatron-s3 "$@" ;;
   *) type -P -- "$1" >/dev/null || set -- megatron-s3 "$@" ;;
 esac
 # What NGC images start with checks the driver and says what the image holds. It says so on standard

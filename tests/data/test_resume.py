@@ -76,7 +76,8 @@ def test_killed_again_and_again_it_ends_in_the_same_files(
     indexed.library()
     started = time.monotonic()
     made = build(text, tmp_path / "whole" / "set")
-    seconds = (time.monotonic() - started) / 4
+    # The first kills come early: a later call may take a fraction of this one's time.
+    seconds = (time.monotonic() - started) / 16
     assert made["blank_documents"] == 16
     assert made["train"]["documents"] + made["valid"]["documents"] == COUNT - 16
     prefix = tmp_path / "killed" / "set"

@@ -66,7 +66,7 @@ def test_a_vocabulary_padded_further_is_refused():
     compare(None, 256, 1)
     with pytest.raises(ValueError, match=r"padded to 256 .* pads it to 512: the 256 new .*by 64,"):
         compare(256, 512, 4)
-    with pytest.raises(ValueError, match="Give a --tensor-model-parallel-size that divides 253"):
+    with pytest.raises(ValueError, match="Use a --tensor-model-parallel-size that divides 253"):
         compare(253, 256, 2)
 
 

@@ -150,5 +150,5 @@ def test_an_earlier_load_of_the_program_is_forgotten(tmp_path):
         loading.load_checkpoint(lambda *rest: None, [model], optimizer, None)
         for chunks in (model, [model]):  # Megatron takes both
             unlike = lambda *rest: state.running().unlike.append(torch.nn.Parameter(torch.ones(1)))
-            with pytest.raises(ValueError, match="loaded of a parameter"):
+            with pytest.raises(ValueError, match="main parameters of a parameter differ"):
                 loading.load_checkpoint(unlike, chunks, optimizer, None)

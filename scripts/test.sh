@@ -64,17 +64,25 @@ if [ $# -gt 0 ]; then
 else
   # The tests of a file run in one process, which prepares what they share once.
   run_pytest -q -n 2 --dist loadfile -m "not slow and not thorough and not cluster and not container"
-  run_pytest -q -n 2 --dist loadfile -m "slow and not thorough and not cluster and not container" \
-    --durations=10
-  # Images are built while the cluster's tests wait for SLURM's clocks.
-  images=$(mktemp)
-  trap 'rm -f "$images"; kill "$building" 2>/dev/null || true' EXIT
-  run_pytest -q -m "container and not thorough" --durations=5 -rs >"$images" 2>&1 &
-  building=$!
+  # The cluster's tests wait for SLURM's clocks most of the time, and images for their packages, so
+  # both run beside the slow tests.  With job control on they do not ignore SIGINT.
+  logs=$(mktemp -d)
+  trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true; rm -rf "$logs"' EXIT
+  set -m
+  run_pytest -q -m "container and not thorough" --durations=5 -rs \
+    >"$logs/images" 2>&1 </dev/null &
+  images=$!
+  run_pytest -q -m "cluster and not container and not thorough" --durations=5 -rs \
+    >"$logs/cluster" 2>&1 </dev/null &
+  cluster=$!
+  set +m
   status=0
-  run_pytest -q -m "cluster and not container and not thorough" --durations=5 -rs || status=$?
-  echo "waiting for the tests of images"
-  wait "$building" || status=$?
-  cat "$images"
+  run_pytest -q -n 2 --dist loadfile -m "slow and not thorough and not cluster and not container" \
+    --durations=10 || status=$?
+  echo "waiting for the tests on a cluster, and of images"
+  wait "$cluster" || status=$?
+  cat "$logs/cluster"
+  wait "$images" || status=$?
+  cat "$logs/images"
   exit "$status"
 fi

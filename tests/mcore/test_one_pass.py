@@ -86,7 +86,7 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("case", brief(COPIES, "precision-aware", "clipped"))
+@pytest.mark.parametrize("case", brief(COPIES, "precision-aware"))
 def test_copies_of_upstream(case: str) -> None:
     """Of gradients to fp32 ones and of main parameters to the model's: elements over elements.
 

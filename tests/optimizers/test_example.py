@@ -154,6 +154,7 @@ def test_a_package_that_cannot_be_imported_is_named(
     assert said.endswith("fix or uninstall ademamix")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_an_installed_package_adds_an_optimizer(installed: dict[str, str], tmp_path: Path) -> None:
     """It trains on 2 ranks with its kernel, resumes bitwise, and has flags and a stamp."""

@@ -122,6 +122,7 @@ def test_without_megatron_only_flat_can_be_had(monkeypatch, tmp_path, capsys):
     assert said.startswith("error: 345m-dp8: ") and "megatron-core" in said and "flat" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_shards_are_those_of_the_plan(tmp_path):
     pytest.importorskip("megatron.core")

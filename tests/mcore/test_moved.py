@@ -198,6 +198,7 @@ def test_an_address_that_is_anothers_by_now():
     whole.untyped_storage().resize_(part.nbytes)  # enough for it, and not where it is
     with pytest.raises(RuntimeError, match="have no memory now"):
         require_memory(part, "parameters", "reload_from_cpu")
+    require_memory(part[6:], "parameters", "reload_from_cpu")  # of which it needs none
 
 
 @on_ranks(1)

@@ -51,7 +51,7 @@ def test_a_folder_without_tensors_is_no_complete_checkpoint(tmp_path: Path) -> N
 
 
 def test_the_models_tensors_are_read_and_no_optimizers(tmp_path: Path) -> None:
-    """Of one optimizer or of several."""
+    """The optimizer's tensors are left out, whether there is one optimizer or a chain of them."""
     model = {"decoder.weight": torch.full((3,), 2.0), "chained.weight": torch.ones(2)}
     states = ("optimizer.state.exp_avg.w", "chained_0.optimizer.state.w", "chained_12.opt.w")
     others = dict.fromkeys(states, torch.ones(1)) | {"rng": {"of": "python"}}

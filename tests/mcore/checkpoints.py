@@ -52,7 +52,7 @@ def damage(path: Path) -> None:
 
 
 def read(folder: Path | None, args: Namespace, context: object = None) -> tuple:
-    """What Megatron would read: iteration, and whether a non-persistent one may come before it."""
+    """Returns the iteration to read, and whether a non-persistent one may come before it."""
     from megatron_s3.mcore.checkpoint import loading
 
     found = []

@@ -39,6 +39,9 @@ WITHOUT_FUSED_ADAM = {
     "exp_avg_sq_dtype": torch.float32,
 }
 
+#: Switches that only the trainer reads, from its arguments: a field would have no effect.
+_OF_THE_TRAINER = ("plugin_metrics",)
+
 #: Switches that are on unless a program turns them off; the trainer's flags turn them off.
 _ON = ("plugin_log_grad_norm",)
 
@@ -77,9 +80,10 @@ def hyperparameter_fields(cls: type[ElementwiseOptimizer]) -> Iterator[Field]:
 
 
 def switch_fields() -> Iterator[Field]:
-    """Yields the field of each switch that all of the plugin's optimizers have."""
+    """Yields the field of each switch that the optimizer or its checkpoints read."""
     for name, _ in SWITCHES:
-        yield name, bool, name in _ON
+        if name not in _OF_THE_TRAINER:
+            yield name, bool, name in _ON
 
 
 def _fields() -> Iterator[Field]:

@@ -1,4 +1,4 @@
-"""What the optimizer is told by the trainer that it is built in: each setting alone."""
+"""The settings that the adapter passes to a built optimizer, each tested alone."""
 
 import copy
 

@@ -25,7 +25,7 @@ def config(**fields):
 @pytest.mark.parametrize("release", RELEASES)
 @on_ranks()
 def test_every_hyperparameter_is_a_field_that_the_optimizer_is_given(release):
-    """Of every optimizer; with another value than the default, which a switch turns round."""
+    """Every hyperparameter of every optimizer is set to another value than its default."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     from megatron_s3.mcore.arguments import destination
@@ -64,6 +64,8 @@ def test_it_is_copied_pickled_printed_and_dumped_with_its_fields():
 def test_a_wrong_field_is_refused_where_the_configuration_is_made():
     with pytest.raises(TypeError, match="s3_bta"):
         config(s3_bta=0.5)
+    with pytest.raises(TypeError, match="plugin_metrics"):  # the trainer's log
+        config(plugin_metrics=True)
     with pytest.raises(ValueError, match=r"s3_beta must be in \[0, 1\), not 2.0"):
         config(s3_beta=2.0)
     with pytest.raises(ValueError, match=r"s3_p=2.0 is a hyperparameter of the optimizer s3, and"):

@@ -10,11 +10,13 @@ from tests.mcore.checkpoints import damage, write
 from tests.mcore.library import build, on_ranks
 
 
-def load(folder: Path, asked: dict | None = None, saved: dict | None = None, **kwargs) -> str:
+def load(
+    folder: Path, asked: dict | None = None, saved: dict | None = None, *given, **kwargs
+) -> str:
     from megatron_s3.mcore.checkpoint import library
 
     library._common = lambda folder: saved
-    return library.load(lambda *rest, **kwargs: "loaded", asked or {}, folder, **kwargs)
+    return library.load(lambda *rest, **kwargs: "loaded", asked or {}, folder, *given, **kwargs)
 
 
 def of(algorithm: str | None, **values: object) -> dict:
@@ -81,19 +83,22 @@ def test_groups_of_another_optimizer_are_refused(asked, saved, fault, tmp_path):
         load(write(tmp_path, 3) / "iter_0000003", asked, saved)
 
 
+@pytest.mark.parametrize("given", [(), (None, True, "assume_ok_unexpected", False)], ids=len)
 @on_ranks(2)
-def test_the_ranks_that_load_decide_and_no_others():
-    """Each rank loads a checkpoint of its own; one of them is of no use."""
+def test_the_ranks_that_load_decide_and_no_others(given):
+    """Each rank loads a checkpoint of its own; one is of no use. By keyword and by position."""
     groups = [torch.distributed.new_group([rank]) for rank in range(2)]
     rank = torch.distributed.get_rank()
     with tempfile.TemporaryDirectory() as own:
         folder = write(Path(own), 3) / "iter_0000003"
-        kwargs = {"process_group": groups[rank]}
+        kwargs = {} if given else {"process_group": groups[rank]}
+        place = (*given, groups[rank]) if given else ()
         for saved, fault in ((S3 if rank == 0 else NADAM, "NAdam"), (S3, "is damaged")):
             if fault == "is damaged" and rank == 1:
                 damage(folder)
             if rank == 1:
                 with pytest.raises(ValueError, match=fault):
-                    load(folder, {"optimizer": S3}, {"optimizer": saved}, **kwargs)
+                    load(folder, {"optimizer": S3}, {"optimizer": saved}, *place, **kwargs)
             else:
-                assert load(folder, {"optimizer": S3}, {"optimizer": saved}, **kwargs) == "loaded"
+                found = load(folder, {"optimizer": S3}, {"optimizer": saved}, *place, **kwargs)
+                assert found == "loaded"

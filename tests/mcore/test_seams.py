@@ -63,6 +63,20 @@ def test_one_that_has_moved_is_named(name):
 
 
 @on_ranks()
+def test_what_another_program_has_replaced_is_wrapped_under_megatrons_name():
+    from megatron.training import arguments
+
+    def replacement(args, defaults=None):
+        return args
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "validate_args", replacement)
+        register()
+        assert hasattr(arguments.validate_args, seam.MARK)
+        assert not hasattr(arguments, "replacement")
+
+
+@on_ranks()
 def test_one_of_older_releases_is_looked_at_where_it_is_needed_alone():
     (named,) = [each for each in seams.SEAMS if getattr(each, "by", "").startswith("compat_")]
     assert not named.is_here(True)

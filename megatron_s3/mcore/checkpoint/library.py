@@ -61,7 +61,7 @@ def load(
     folder = Path(checkpoint_dir)
     if _checked.get() or "://" in str(checkpoint_dir) or not (folder / CONFIG).is_file():
         return original(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
-    group = kwargs.get("process_group")
+    group = kwargs.get("process_group", rest[4] if len(rest) > 4 else None)
     optimizer = running().optimizer()
     left_out = optimizer is not None and switches(optimizer.config)["plugin_no_verify_checkpoint"]
     verify_folder(folder, lambda: _ADVICE, contents=not left_out, group=group)

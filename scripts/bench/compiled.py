@@ -61,6 +61,10 @@ VARIANTS = {
     "bf16 states": Variant(_s3(), state="bf16"),
     "bf16 gradient and states": Variant(_s3(), grad="bf16", state="bf16"),
     "fp32, statistics": Variant(_s3(), statistics=True),
+    "bf16 gradient, statistics": Variant(_s3(), grad="bf16", statistics=True),
+    "bf16 states, statistics": Variant(_s3(), state="bf16", statistics=True),
+    "bf16 both, statistics": Variant(_s3(), grad="bf16", state="bf16", statistics=True),
+    "bounded, statistics": Variant(_s3(grad_bound=10.0), statistics=True),
     "fp32, bounded gradients": Variant(_s3(grad_bound=10.0)),
     "fp32, p=2": Variant(_s3(2)),
     "fp32, p=1": Variant(_s3(1)),
@@ -77,7 +81,9 @@ class Compiled:
         registers: registers per thread.
         stack: bytes of stack per thread.
         spills: number of loads and stores of local memory.
+        shared: bytes of shared memory of a program.
         loads: number of loads from global memory by width in bits.
+        copies: number of copies from global to shared memory by width in bits.
         stores: number of stores to global memory by width in bits.
         fused: number of fused multiply-adds on float32.
         instructions: number of all instructions.
@@ -86,7 +92,9 @@ class Compiled:
     registers: int
     stack: int
     spills: int
+    shared: int
     loads: dict[int, int]
+    copies: dict[int, int]
     stores: dict[int, int]
     fused: int
     instructions: int
@@ -137,12 +145,16 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     binary = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": gpu_kernel.NUM_WARPS, "enable_fp_fusion": False},
+        options=gpu_kernel.launch_options(chosen.form, statistics=chosen.statistics),
     )
-    return _read(binary.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
+    return _read(
+        binary.asm["cubin"],
+        binary.metadata.shared,
+        Path(triton.__file__).parent / "backends/nvidia/bin",
+    )
 
 
-def _read(cubin: bytes, tools: Path) -> Compiled:
+def _read(cubin: bytes, shared: int, tools: Path) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -153,7 +165,9 @@ def _read(cubin: bytes, tools: Path) -> Compiled:
         registers,
         stack,
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        shared,
         _widths("LDG", code),
+        _widths("LDGSTS", code),
         _widths("STG", code),
         len(re.findall(r"\bFFMA\b", code)),
         len(re.findall(r"/\*[0-9a-f]{4,5}\*/[^\n]*;", code)),
@@ -182,21 +196,22 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES))
     args = parser.parse_args()
     print(
-        f"{'':26s} {'':>6s} {'registers':>9s} {'stack':>5s} {'spills':>6s} {'FFMA':>4s} "
-        f"{'code':>5s}  loads, stores (bits x instructions)"
+        f"{'':26s} {'':>6s} {'registers':>9s} {'stack':>5s} {'spills':>6s} {'shared':>6s} "
+        f"{'FFMA':>4s} {'code':>5s}  loads; copies; stores (bits x instructions)"
     )
     for variant in VARIANTS:
         for capability in args.capability:
             c = compile_kernel(variant, capability)
             print(
                 f"{variant:26s} sm_{capability:<3d} {c.registers:9d} {c.stack:5d} {c.spills:6d} "
-                f"{c.fused:4d} {c.instructions:5d}  {_text(c.loads)}; {_text(c.stores)}",
+                f"{c.shared:6d} {c.fused:4d} {c.instructions:5d}  "
+                f"{'; '.join(map(_text, (c.loads, c.copies, c.stores)))}",
                 flush=True,
             )
 
 
 def _text(widths: dict[int, int]) -> str:
-    return ", ".join(f"{width} x {count}" for width, count in widths.items())
+    return ", ".join(f"{width} x {count}" for width, count in widths.items()) or "none"
 
 
 if __name__ == "__main__":

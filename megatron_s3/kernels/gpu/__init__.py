@@ -204,8 +204,7 @@ def _launch(
         STATISTICS=partials is not None,
         CHUNK=gpu_kernel.CHUNK,
         BLOCK=gpu_kernel.BLOCK,
-        num_warps=gpu_kernel.NUM_WARPS,
-        enable_fp_fusion=False,
+        **gpu_kernel.launch_options(given, statistics=partials is not None),
     )
 
 

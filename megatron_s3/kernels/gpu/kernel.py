@@ -7,13 +7,20 @@ float32 and 8 for 16-bit types; all others run in the masked loop.
 
 The rule is one of :mod:`megatron_s3.kernels.gpu.rules`.  The kernel is launched with
 ``enable_fp_fusion=False``, so that the results have the bits of the PyTorch implementation.
+
+Statistics are kept for a thread and not for each of its four elements, and their loop copies what
+it loads ahead of time into shared memory: both save registers, of which more threads then have
+enough at once.
 """
 
 # ruff: noqa: RUF005 (Triton adds tuples, and does not unpack into them)
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "CHUNK", "NUM_WARPS", "ROW", "step_kernel"]
+from megatron_s3.kernels.gpu.rules import small
+from megatron_s3.rules.kernel_form import Form
+
+__all__ = ["BLOCK", "CHUNK", "NUM_WARPS", "REGISTERS", "ROW", "launch_options", "step_kernel"]
 
 #: Fields of a row of the table, int64 each: the first five, and at most four states.
 ROW = 9
@@ -22,6 +29,24 @@ NUM_WARPS = 8
 BLOCK = 128 * NUM_WARPS
 #: Elements that a program updates.
 CHUNK = 16 * BLOCK
+#: Rounds of the loop without masks whose loads are under way at once, where statistics are counted.
+STAGES = tl.constexpr(3)
+#: Registers of a thread with which a multiprocessor holds three programs at once, and not two.
+REGISTERS = 80
+
+
+def launch_options(form: Form, *, statistics: bool) -> dict[str, int | bool]:
+    """Returns the options with which the kernel is compiled for a form.
+
+    Args:
+        form: the rule and its numbers.
+        statistics: whether the kernel counts statistics; where the code of the rule then fits into
+            :data:`REGISTERS` without spills, the compiler is held to them.
+    """
+    options: dict[str, int | bool] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    if statistics and small(form):
+        options["maxnreg"] = REGISTERS
+    return options
 
 
 @triton.jit
@@ -32,6 +57,27 @@ def _add(a, b):
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b)
+
+
+@triton.jit
+def _halves(x):
+    """Returns the elements of even and of odd index, which lie in the same thread."""
+    return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+
+
+@triton.jit
+def _four(x):
+    """Returns the sum of every four elements, which one thread holds."""
+    even, odd = _halves(x)
+    even, odd = _halves(even + odd)
+    return even + odd
+
+
+@triton.jit
+def _largest_of_four(x):
+    even, odd = _halves(x)
+    even, odd = _halves(tl.maximum(even, odd))
+    return tl.maximum(even, odd)
 
 
 @triton.jit
@@ -83,23 +129,21 @@ def _block(
 
 
 @triton.jit
-def _counted(
-    sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite, u, g, x, is_zero
-):
+def _counted(sum_update, max_update, sq_update, sq_param, sq_grad, counts, u, g, x, is_zero):
     """Returns the statistics with a block added; see :mod:`megatron_s3.kernels.statistics`."""
     size = tl.abs(u)
     size = tl.where(size == size, size, 0.0)
     finite = tl.abs(g) < float("inf")
     wide = g.to(tl.float64)  # the square of 1e-23 or 2e19 is not a float32
+    found = (size > 0.9).to(tl.int32) | (is_zero.to(tl.int32) << 10)
+    found = found | ((1 - finite.to(tl.int32)) << 20)
     return (
-        sum_update + size,
-        tl.maximum(max_update, size),
-        sq_update + size * size,
-        large + (size > 0.9).to(tl.int32),
-        sq_param + tl.where(x == x, x * x, 0.0),
-        sq_grad + tl.where(finite, wide * wide, 0.0),
-        zeros + is_zero.to(tl.int32),
-        nonfinite + 1 - finite.to(tl.int32),
+        sum_update + _four(size),
+        tl.maximum(max_update, _largest_of_four(size)),
+        sq_update + _four(size * size),
+        sq_param + _four(tl.where(x == x, x * x, 0.0)),
+        sq_grad + _four(tl.where(finite, wide * wide, 0.0)),
+        counts + _four(found),
     )
 
 
@@ -146,14 +190,14 @@ def step_kernel(
         decay = tl.load(rates + 1)
 
     if STATISTICS:
-        sum_update = tl.full((BLOCK,), 0.0, tl.float32)
-        max_update = tl.full((BLOCK,), 0.0, tl.float32)
-        sq_update = tl.full((BLOCK,), 0.0, tl.float32)
-        large = tl.full((BLOCK,), 0, tl.int32)
-        sq_param = tl.full((BLOCK,), 0.0, tl.float32)
-        sq_grad = tl.full((BLOCK,), 0.0, tl.float64)
-        zeros = tl.full((BLOCK,), 0, tl.int32)
-        nonfinite = tl.full((BLOCK,), 0, tl.int32)
+        sum_update = tl.full((BLOCK // 4,), 0.0, tl.float32)
+        max_update = tl.full((BLOCK // 4,), 0.0, tl.float32)
+        sq_update = tl.full((BLOCK // 4,), 0.0, tl.float32)
+        sq_param = tl.full((BLOCK // 4,), 0.0, tl.float32)
+        sq_grad = tl.full((BLOCK // 4,), 0.0, tl.float64)
+        # Large updates, zeros and gradients that are not finite: 10 bits each, since a thread
+        # updates CHUNK / BLOCK * 4 = 64 elements.
+        counts = tl.full((BLOCK // 4,), 0, tl.int32)
 
     # A mask would prevent loads and stores from being merged into wide ones.
     if (aligned != 0) & (begin + CHUNK <= count):
@@ -163,18 +207,16 @@ def step_kernel(
         wide_ptrs = ()
         for i in tl.static_range(STATES):
             wide_ptrs = wide_ptrs + (tl.multiple_of(state_ptrs[i], 16),)
-        for k in range(0, CHUNK, BLOCK):
+        for k in tl.range(0, CHUNK, BLOCK, num_stages=STAGES if STATISTICS else 1):
             at = begin + k + tl.arange(0, BLOCK)
             u, g, x = _block(
                 *(x_ptr, grad_ptr, model_ptr, wide_ptrs, at, count, lr, decay, scalars),
                 *(RULE, VARIANT, STATES, HAS_MODEL, False),
             )
             if STATISTICS:
-                sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite = (
-                    _counted(
-                        *(sum_update, max_update, sq_update, large, sq_param, sq_grad),
-                        *(zeros, nonfinite, u, g, x, g == 0),
-                    )
+                sum_update, max_update, sq_update, sq_param, sq_grad, counts = _counted(
+                    *(sum_update, max_update, sq_update, sq_param, sq_grad, counts),
+                    *(u, g, x, g == 0),
                 )
     else:
         for k in range(0, CHUNK, BLOCK):
@@ -184,11 +226,9 @@ def step_kernel(
                 *(RULE, VARIANT, STATES, HAS_MODEL, True),
             )
             if STATISTICS:  # g, u and x are 0 outside
-                sum_update, max_update, sq_update, large, sq_param, sq_grad, zeros, nonfinite = (
-                    _counted(
-                        *(sum_update, max_update, sq_update, large, sq_param, sq_grad),
-                        *(zeros, nonfinite, u, g, x, (g == 0) & (at < count)),
-                    )
+                sum_update, max_update, sq_update, sq_param, sq_grad, counts = _counted(
+                    *(sum_update, max_update, sq_update, sq_param, sq_grad, counts),
+                    *(u, g, x, (g == 0) & (at < count)),
                 )
 
     if STATISTICS:
@@ -196,8 +236,8 @@ def step_kernel(
         tl.store(out, tl.reduce(sum_update, 0, _add))
         tl.store(out + 1, tl.reduce(max_update, 0, _larger))
         tl.store(out + 2, tl.reduce(sq_update, 0, _add))
-        tl.store(out + 3, tl.reduce(large, 0, _add))
+        tl.store(out + 3, tl.reduce(counts & 0x3FF, 0, _add))
         tl.store(out + 4, tl.reduce(sq_param, 0, _add))
         tl.store(out + 5, tl.reduce(sq_grad, 0, _add))
-        tl.store(out + 6, tl.reduce(zeros, 0, _add))
-        tl.store(out + 7, tl.reduce(nonfinite, 0, _add))
+        tl.store(out + 6, tl.reduce((counts >> 10) & 0x3FF, 0, _add))
+        tl.store(out + 7, tl.reduce(counts >> 20, 0, _add))

@@ -7,11 +7,11 @@ returns the update ``u`` and the new states.  The arithmetic is that of :mod:`me
 import triton
 import triton.language as tl
 
-from megatron_s3.rules.kernel_form import KernelForm, kernel_of
+from megatron_s3.rules.kernel_form import Form, KernelForm, kernel_of
 from megatron_s3.rules.s3 import s3_update
 from megatron_s3.rules.sgdm import sgdm_update
 
-__all__ = ["adamw", "adan", "lion", "nadam", "s3", "sgdm", "signsgd"]
+__all__ = ["adamw", "adan", "lion", "nadam", "s3", "sgdm", "signsgd", "small"]
 
 
 def _place(kernel: KernelForm, flag: str) -> tl.constexpr:
@@ -25,6 +25,17 @@ _NESTEROV = _place(kernel_of(s3_update), "nesterov")
 _FORGETS = _place(kernel_of(s3_update), "forgets")
 _BOUNDED = _place(kernel_of(s3_update), "bounded")
 _SGDM_NESTEROV = _place(kernel_of(sgdm_update), "nesterov")
+
+
+def small(form: Form) -> bool:
+    """Returns whether a rule needs few registers: it has no division and no square root.
+
+    These are long sequences of instructions, which keep many values at once.
+    """
+    if form.kernel is kernel_of(s3_update):
+        at, mask = form.kernel.flag("whole_p")
+        return form.variant >> at & mask == 3
+    return form.name in ("lion", "sgdm", "signsgd") and form.kernel.own
 
 
 @triton.jit

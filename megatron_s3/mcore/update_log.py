@@ -79,11 +79,10 @@ class UpdateLog:
     def bound(self) -> float | None:
         """Returns the bound on the updates of all groups; None if one has no bound."""
         bounds = [
-            optimizer.description.bound(
-                **{h.name: group[h.name] for h in optimizer.description.hyperparameters}
-            )
+            description.bound(**{h.name: group[h.name] for h in description.hyperparameters})
             for optimizer in self._optimizers
             for group in optimizer.param_groups
+            for description in [optimizer.algorithm_of(group).description]
         ]
         return None if None in bounds else max(bounds, default=None)
 

@@ -1,5 +1,6 @@
 """The base class of the plugin's optimizers: groups, state, checks, optimizer metadata."""
 
+import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Descri
 from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.movable import MovableState
+from megatron_s3.optimizers.registry import OPTIMIZERS
 from megatron_s3.optimizers.step import Step
 from megatron_s3.optimizers.torch_keywords import translated
 
@@ -30,6 +32,13 @@ __all__ = ["ElementwiseOptimizer"]
 
 #: The key to which torch's schedulers write the momentum, if the optimizer's defaults have it.
 MOMENTUM = "momentum"
+
+#: The keys of a param group that do not depend on its algorithm.
+_FOR_ALL = ("params", "param_names", "lr", "weight_decay", "algorithm", "format", "step")
+
+
+#: An object of each class whose algorithm a group of another class has, without parameters.
+_ALGORITHMS: dict[type, "ElementwiseOptimizer"] = {}
 
 
 class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
@@ -39,7 +48,9 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
     their parameter's shape and layout.  Their dtype is float64 for float64 parameters and
     ``state_dtype`` for all others, so half-precision parameters have float32 states by default.  A
     param group also holds ``algorithm`` and ``format`` (the optimizer metadata that
-    :meth:`load_state_dict` checks) and ``step`` (a Python int).  A gradient is read from
+    :meth:`load_state_dict` checks) and ``step`` (a Python int).  A group may be given the
+    ``algorithm`` of another registered optimizer, with hyperparameters of that optimizer, whose
+    rule then updates the group.  A gradient is read from
     ``param.decoupled_grad`` if that is set, which may have another dtype than the parameter, and
     else from ``param.grad``.  Parameters that torch shards (DTensors, as in FSDP2) have DTensors as
     states, and each rank updates its shard.
@@ -102,6 +113,10 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         self.path = ""
         #: The settings that a trainer makes.
         self.host = Host()
+        self._other_dtype = torch.float32
+        if isinstance(state_dtype, torch.dtype):
+            self._other_dtype = state_dtype
+        #: The dtype of each state of the groups' algorithms, by name.
         self.state_dtypes = self._state_dtypes(state_dtype)
         hyperparameters = translated(self.description, hyperparameters)
         values = {h.name: h.default for h in self.description.hyperparameters}
@@ -111,22 +126,29 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
                 f"{', '.join(values)}"
             )
         defaults = {"lr": lr, "weight_decay": weight_decay} | values | hyperparameters
-        self._values({"params": []} | defaults, most=math.inf)  # before the params are checked
+        stamp = {"algorithm": self.description.name, "format": FORMAT}
+        # Before the params are checked.
+        self._values({"params": []} | defaults | stamp, most=math.inf)
         self._logged: set[str] = set()
         #: The number of updates of each parameter for which it is not its group's ``step``.
         self.counts = Counts()
         self._overlaps = Overlaps()
-        stamp = {"algorithm": self.description.name, "format": FORMAT}
         if self.description.momentum:
             stamp[MOMENTUM] = defaults[self.description.momentum]
         super().__init__(params, defaults | stamp | {"step": 0})
+        states = {n: None for d in self.descriptions() for n in d.state}
+        if unknown := sorted(set(self.state_dtypes) - set(states)):
+            raise ValueError(
+                f"state_dtype names {', '.join(unknown)}, but the states of "
+                f"{self.label} are {', '.join(states)}"
+            )
 
     #: The constructor to which :func:`~megatron_s3.optimizers.arguments.arguments` passes them.
     construct = __init__
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies only its own three attributes; these are added or reset.
-        own = ("error_if_nonfinite", "fused", "counts")
+        own = ("error_if_nonfinite", "fused", "counts", "_other_dtype")
         state = super().__getstate__() | {name: getattr(self, name) for name in own}
         return state | {
             "_logged": set(),
@@ -139,6 +161,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # torch calls it while loading, too
         self.__dict__.setdefault("counts", Counts())
+        self.__dict__.setdefault("_other_dtype", torch.float32)
         if "host" not in self.__dict__:  # pickled by an older version, which had them as attributes
             known = {f.name for f in fields(Host)} & self.__dict__.keys()
             self.host = Host(**{name: self.__dict__.pop(name) for name in known})
@@ -147,7 +170,8 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         for (
             group
         ) in self.param_groups:  # what an older version did not have, as in torch's optimizers
-            for h in self.description.hyperparameters:
+            group.setdefault("algorithm", self.description.name)
+            for h in self.algorithm_of(group).description.hyperparameters:
                 group.setdefault(h.name, h.default)
             group.setdefault("format", FORMAT)
 
@@ -157,12 +181,43 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         names = self.description.state
         if isinstance(given, torch.dtype):
             return dict.fromkeys(names, given)
-        if unknown := sorted(set(given) - set(names)):
+        return {**dict.fromkeys(names, torch.float32), **given}
+
+    @property
+    def label(self) -> str:
+        """The names of all algorithms of the groups, for messages."""
+        return " and ".join(description.label for description in self.descriptions())
+
+    def descriptions(self) -> list[Description]:
+        """Returns the descriptions of the groups' algorithms, this optimizer's own first.
+
+        The others are sorted by name.
+        """
+        found = {group["algorithm"]: self.algorithm_of(group) for group in self.param_groups}
+        found.pop(self.description.name, None)
+        return [self.description, *(found[name].description for name in sorted(found))]
+
+    def algorithm_of(self, group: Mapping[str, Any]) -> "ElementwiseOptimizer":
+        """Returns an object with the description and the methods of a group's algorithm.
+
+        It is this optimizer if the algorithm is its own, and else an object without parameters.
+
+        Raises:
+            ValueError: no registered optimizer has the name.
+        """
+        name = group["algorithm"]
+        if name == self.description.name:
+            return self
+        try:
+            cls: Any = OPTIMIZERS[name]
+        except (KeyError, TypeError):
             raise ValueError(
-                f"state_dtype names {', '.join(unknown)}, but the states of "
-                f"{self.description.label} are {', '.join(names)}"
-            )
-        return {name: given.get(name, torch.float32) for name in names}
+                f"a param group has algorithm={name!r}, which is no optimizer of the plugin; they "
+                f"are {', '.join(OPTIMIZERS)}"
+            ) from None
+        if cls not in _ALGORITHMS:
+            _ALGORITHMS[cls] = cls.__new__(cls)
+        return _ALGORITHMS[cls]
 
     @classmethod
     def check_state_dtype(
@@ -179,23 +234,57 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
             raise ValueError(f"{cls.description.label} keeps {name} in float32, not in {dtype}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does; raises ValueError and adds nothing if a value is invalid."""
+        """Adds a group as torch does; raises ValueError and adds nothing if a value is invalid.
+
+        A group with the ``algorithm`` of another optimizer has that optimizer's hyperparameters,
+        at their defaults unless given; ``lr`` and ``weight_decay`` default to this optimizer's.
+        """
+        given: set[str] = set()
         if isinstance(param_group, dict):
-            param_group = translated(self.description, param_group)
-        named = isinstance(param_group, dict) and MOMENTUM in param_group
+            param_group = self._completed(param_group)
+            given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if self.description.momentum and not named:
-            del group[MOMENTUM]  # schedulers only need it among the defaults
+        algorithm = self.algorithm_of(group)
+        own = {h.name for h in algorithm.description.hyperparameters}
+        # Schedulers only need the momentum among the defaults.
+        for name in {h.name for h in self.description.hyperparameters} | {MOMENTUM}:
+            if name not in own and name not in given:
+                group.pop(name, None)
         try:
             values = self._values(group)
-            for name, dtype in self.state_dtypes.items():
-                self.check_state_dtype(name, dtype, values)
+            algorithm.check_hyperparameters(values)
+            dtypes = {
+                name: self.state_dtypes.get(name, self._other_dtype)
+                for name in algorithm.description.state
+            }
+            for name, dtype in dtypes.items():
+                algorithm.check_state_dtype(name, dtype, values)
             for param in group["params"]:
-                self._check_param(param)
+                algorithm._check_param(param)
         except ValueError:
             self.param_groups.pop()
             raise
+        self.state_dtypes |= dtypes
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns a group with the hyperparameters of its algorithm, if that is given."""
+        if "algorithm" not in group:
+            return translated(self.description, group)
+        description = self.algorithm_of(group).description
+        group = translated(description, group)
+        own = {h.name: h.default for h in description.hyperparameters}
+        others = {h.name for cls in OPTIMIZERS.values() for h in cls.description.hyperparameters}
+        for name in group.keys() - own.keys() - {*_FOR_ALL, MOMENTUM}:
+            if name in others or difflib.get_close_matches(name, own, 1, 0.8):
+                raise ValueError(
+                    f"a param group with algorithm={description.name!r} has {name}, but "
+                    f"{description.label} has no hyperparameter {name}; it has {', '.join(own)}"
+                )
+        return group if description.name == self.description.name else own | group
+
+    def check_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Raises ValueError if hyperparameters of a group exclude each other."""
 
     def _check_param(self, param: Tensor) -> None:
         if not param.is_floating_point():
@@ -218,8 +307,9 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         if values["weight_decay"] is None:
             raise ValueError("weight_decay must be a number, not None")
         check_decay(values["lr"], values["weight_decay"], most)
-        written = self._written(group)
-        for h in self.description.hyperparameters:
+        algorithm = self.algorithm_of(group)
+        written = algorithm._written(group)
+        for h in algorithm.description.hyperparameters:
             values[h.name] = h.check(written[h.name], largest=most)
         return values
 
@@ -229,12 +319,18 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         Parameters that a lazy module has not initialized yet are skipped.
         """
         for group in self.param_groups:
+            description = self.algorithm_of(group).description
             for param in group["params"]:
                 if not is_lazy(param):
-                    self.made_state(param)
+                    self.made_state(param, description)
 
-    def made_state(self, param: Tensor) -> list[Tensor]:
-        """Returns a parameter's states in the rule's order, and allocates missing ones."""
+    def made_state(self, param: Tensor, description: Description) -> list[Tensor]:
+        """Returns a parameter's states in the rule's order, and allocates missing ones.
+
+        Args:
+            param: a parameter of the optimizer.
+            description: the description of its group's algorithm.
+        """
         state = self.state[param]
         if "master_param" not in state:
             if offload := self.host.offload_of(param):
@@ -242,12 +338,12 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
             elif self.host.keeps_master(param):
                 state["master_param"] = param.detach().to(torch.float32, copy=True)
         device = self.host.device_of(param)
-        for name in self.description.state:
+        for name in description.state:
             if name not in state:
                 dtype = self._state_dtype(name, param)
                 with torch.inference_mode(False):  # steps outside of it use the state, too
                     state[name] = torch.zeros_like(param, dtype=dtype, device=device)
-        return [state[name] for name in self.description.state]
+        return [state[name] for name in description.state]
 
     def _state_dtype(self, name: str, param: Tensor) -> torch.dtype:
         if param.dtype == torch.float64:
@@ -255,7 +351,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         return torch.float32 if name == "master_param" else self.state_dtypes[name]
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the rule's keyword arguments for the group's next step."""
+        """Returns the rule's keyword arguments for the next step of a group of this algorithm."""
         return {name: plain(value) for name, value in self._written(group).items()}
 
     def _written(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -292,15 +388,17 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Checks a group's values, and takes over the momentum that a scheduler wrote."""
         values = self._values(group)
-        for name, dtype in self.state_dtypes.items():
-            if dtype != torch.float32:
-                self.check_state_dtype(name, dtype, values)
+        algorithm = self.algorithm_of(group)
+        description = algorithm.description
+        for name in description.state:
+            if (dtype := self.state_dtypes[name]) != torch.float32:
+                algorithm.check_state_dtype(name, dtype, values)
         if values["lr"] is None:
             raise ValueError(
                 "lr is None: give the optimizer a learning rate, or set one in each group"
             )
-        if self.description.momentum and MOMENTUM in group:  # what a scheduler wrote
-            group[self.description.momentum] = values[self.description.momentum]
+        if description.momentum and MOMENTUM in group:  # what a scheduler wrote
+            group[description.momentum] = values[description.momentum]
             del group[MOMENTUM]
         for name in ("lr", "weight_decay"):
             value = group[name]
@@ -345,9 +443,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
                 hook.remove()
         if loading.converted:
             converted = ", ".join(sorted(loading.converted))
-            warnings.warn(
-                f"{self.description.label}: converted loaded state: {converted}", stacklevel=2
-            )
+            warnings.warn(f"{self.label}: converted loaded state: {converted}", stacklevel=2)
 
     def place(self, name: str, param: Tensor) -> tuple[torch.device, torch.dtype]:
         """Returns the device and dtype of a parameter's state."""

@@ -1,5 +1,6 @@
 """Loading of a saved state, completely or not at all, in the optimizer's dtypes."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_s3.optimizers.checks import of_shape, state_fault
-from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS
+from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description
 from megatron_s3.optimizers.stamp import Stamp, settings
 
 __all__ = ["Loading", "check_stamps"]
@@ -31,8 +32,13 @@ class Loading:
     def __init__(self, optimizer: Any) -> None:
         self.converted: set[str] = set()
         self._states: list[tuple[Tensor, dict[str, Tensor]]] = []
-        names = [h.name for h in optimizer.description.hyperparameters]
-        self._own = [{name: g[name] for name in names} for g in optimizer.param_groups]
+        self._own = [
+            {
+                h.name: group[h.name]
+                for h in optimizer.algorithm_of(group).description.hyperparameters
+            }
+            for group in optimizer.param_groups
+        ]
 
     def take(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checks the state that the caller's hooks returned, and takes the state tensors from it.
@@ -46,21 +52,25 @@ class Loading:
         if sizes != [len(group["params"]) for group in saved_groups]:
             return state_dict  # torch raises the error
         rest = dict(state_dict["state"])
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = [
+            (optimizer.algorithm_of(group).description, param)
+            for group in optimizer.param_groups
+            for param in group["params"]
+        ]
         ids = itertools.chain.from_iterable(group["params"] for group in saved_groups)
-        for index, (param, i) in enumerate(zip(params, ids, strict=True)):
+        for index, ((description, param), i) in enumerate(zip(params, ids, strict=True)):
             if i in rest:
-                taken = dict(self._checked(optimizer, param, rest[i], index))
-                drop = {*optimizer.description.state, "master_param"}
+                taken = dict(self._checked(optimizer, description, param, rest[i], index))
+                drop = {*description.state, "master_param"}
                 rest[i] = {name: value for name, value in rest[i].items() if name not in drop}
                 self._states.append((param, taken))
         return state_dict | {"state": rest}
 
     @staticmethod
     def _checked(
-        optimizer: Any, param: Tensor, saved: dict[str, Any], index: int
+        optimizer: Any, description: Description, param: Tensor, saved: dict[str, Any], index: int
     ) -> Iterator[tuple[str, Tensor]]:
-        label, names = optimizer.description.label, optimizer.description.state
+        label, names = description.label, description.state
         missing = [name for name in names if name not in saved]
         if missing and len(missing) < len(names):
             raise ValueError(
@@ -101,17 +111,12 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
         optimizer: the optimizer that would load them.
         saved_groups: param groups as saved, with or without their parameters.
     """
-    ours = optimizer.description
-
-    def called(name: str, value: Any) -> str:
-        if name == "optimizer":
-            return ours.label if value == ours.name else str(value)
-        return f"{name}={value}"
-
     own_groups = optimizer.param_groups or [optimizer.defaults]
     if len(own_groups) != len(saved_groups):
         own_groups = own_groups[:1] * len(saved_groups)
     for own, group in zip(own_groups, saved_groups, strict=True):
+        ours = optimizer.algorithm_of(own).description
+        called = functools.partial(_called, ours)
         whose, form = group.get("algorithm", "another optimizer"), group.get("format", 1)
         Stamp(ours.name, FORMAT_WITH_STEPS, settings(ours, own)).check(
             Stamp(whose, form, settings(ours, group)), called=called
@@ -123,3 +128,9 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
                 "checkpoint into a state dict (torch.distributed.checkpoint), add such a list to "
                 "each of its groups first: group['steps'] = [0] * len(group['params'])."
             )
+
+
+def _called(ours: Description, name: str, value: Any) -> str:
+    if name == "optimizer":
+        return ours.label if value == ours.name else str(value)
+    return f"{name}={value}"

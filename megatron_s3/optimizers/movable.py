@@ -58,10 +58,10 @@ class MovableState:
 
         ``master_param`` is a parameter and does not change.
         """
+        names = {name for description in self.descriptions() for name in description.state}
         for state in self.state.values():
-            for name in self.description.state:
-                if name in state:
-                    state[name].zero_()
+            for name in names & state.keys():
+                state[name].zero_()
         for group in self.param_groups:
             group["step"] = 0
         self.counts = type(self.counts)()

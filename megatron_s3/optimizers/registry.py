@@ -3,31 +3,33 @@
 import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_s3.errors import MegatronS3Error
-from megatron_s3.optimizers.base import ElementwiseOptimizer
 
 __all__ = ["ENTRY_POINTS", "OPTIMIZERS", "EntryPointError", "register"]
 
 #: The group of entry points with which a package names modules that register optimizers.
 ENTRY_POINTS = "megatron_s3.optimizers"
 
-Class = TypeVar("Class", bound=type[ElementwiseOptimizer])
+Class = TypeVar("Class", bound=type[Any])
 
 
 class EntryPointError(MegatronS3Error, ImportError):
     """Raised if the entry point of an installed package cannot be loaded."""
 
 
-class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
-    """The registered classes; entry points are loaded at the first access."""
+class _Registry(Mapping[str, type[Any]]):
+    """The registered classes; entry points are loaded at the first access.
+
+    They are subclasses of ElementwiseOptimizer, which reads this registry.
+    """
 
     def __init__(self) -> None:
-        self._classes: dict[str, type[ElementwiseOptimizer]] = {}
+        self._classes: dict[str, type[Any]] = {}
         self._looked = False
 
-    def add(self, cls: type[ElementwiseOptimizer]) -> None:
+    def add(self, cls: type[Any]) -> None:
         name = cls.description.name
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(
@@ -42,7 +44,7 @@ class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
             )
         self._classes[name] = cls
 
-    def _look(self) -> dict[str, type[ElementwiseOptimizer]]:
+    def _look(self) -> dict[str, type[Any]]:
         if not self._looked:
             self._looked = True  # an imported module may access the registry, too
             for point in entry_points(group=ENTRY_POINTS):
@@ -57,7 +59,7 @@ class _Registry(Mapping[str, type[ElementwiseOptimizer]]):
                     ) from error
         return self._classes
 
-    def __getitem__(self, name: str) -> type[ElementwiseOptimizer]:
+    def __getitem__(self, name: str) -> type[Any]:
         found = self._classes.get(name)
         return self._look()[name] if found is None else found
 

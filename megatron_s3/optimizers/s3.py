@@ -153,16 +153,13 @@ class S3(ElementwiseOptimizer):
         **options: Unpack[Options],
     ) -> None: ...
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does; raises ValueError and adds nothing if a value is invalid."""
-        if isinstance(param_group, dict):
-            merged = self.defaults | param_group
-            if merged["beta_ramp"] and merged["bias_correction"]:
-                raise ValueError(
-                    "beta_ramp and bias_correction exclude each other: with the ramp there is no "
-                    "bias. Leave one of the two out."
-                )
-        super().add_param_group(param_group)
+    def check_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Raises ValueError if hyperparameters of a group exclude each other."""
+        if values["beta_ramp"] and values["bias_correction"]:
+            raise ValueError(
+                "beta_ramp and bias_correction exclude each other: with the ramp there is no "
+                "bias. Leave one of the two out."
+            )
 
     @classmethod
     def check_state_dtype(

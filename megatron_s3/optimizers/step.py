@@ -14,6 +14,7 @@ from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.optimizers.checks import grad_fault, of_shape, placements, rate, state_fault
 from megatron_s3.optimizers.counts import GroupUpdates, Update, Watched, is_empty, split
+from megatron_s3.optimizers.description import Description
 from megatron_s3.optimizers.offload import Offload
 
 __all__ = ["Step", "Task"]
@@ -25,10 +26,11 @@ _logger = logging.getLogger(__name__)
 class Task:
     """The work of one call of a kernel: parameters of one group on one device.
 
-    ``again`` is set if an earlier task of the step may write the same memory, so that the operands
-    have to be made again.
+    ``description`` is that of the group's algorithm.  ``again`` is set if an earlier task of the
+    step may write the same memory, so that the operands have to be made again.
     """
 
+    description: Description
     updates: list[Update]
     choice: Choice
     values: dict[str, Any]
@@ -53,7 +55,7 @@ class Step:
 
     def __init__(self, optimizer: Any, overlaps: Overlaps, logged: set[str]) -> None:
         self._optimizer, self._overlaps, self._logged = optimizer, overlaps, logged
-        self._host, self._description = optimizer.host, optimizer.description
+        self._host = optimizer.host
 
     def run(self) -> None:
         """Updates every parameter that has a gradient.
@@ -66,11 +68,12 @@ class Step:
         for index, group in enumerate(optimizer.param_groups):
             grads = ((param, _grad(param)) for param in group["params"])
             found = [(param, grad) for param, grad in grads if grad is not None]
+            description = optimizer.algorithm_of(group).description
             if found:
                 optimizer.check_group(group)
             for param, grad in found:
-                self._check_grad(param, grad, index)
-                self._check_state(param, index)
+                self._check_grad(description, param, grad, index)
+                self._check_state(description, param, index)
             work.append((group, found))
         if self._nothing_to_do(work):
             return
@@ -94,13 +97,16 @@ class Step:
 
     def _updates(self, group: dict[str, Any], found: list[tuple[Tensor, Tensor]]) -> GroupUpdates:
         watched = Watched(group | {"step": group["step"] + 1})
-        values = self._optimizer.group_hyperparameters(watched)
+        algorithm = self._optimizer.algorithm_of(group)
+        values, description = algorithm.group_hyperparameters(watched), algorithm.description
         if watched.read:
             self._check_capture(group, values, found)
-            name = self._description.state[0]
+            name = description.state[0]
             fresh = (p for p in group["params"] if name not in self._optimizer.state.get(p, ()))
             self._optimizer.counts.begin(group, fresh)
-        flat = [Update(param, grad, *self._flatten(param, grad)) for param, grad in found]
+        flat = [
+            Update(param, grad, *self._flatten(description, param, grad)) for param, grad in found
+        ]
         return GroupUpdates(group, values, watched.read, flat)
 
     def _check_capture(
@@ -108,12 +114,13 @@ class Step:
     ) -> None:
         if not any(param.device.type == "cuda" for param, _ in found):
             return
-        following = self._optimizer.group_hyperparameters(group | {"step": group["step"] + 2})
+        algorithm = self._optimizer.algorithm_of(group)
+        following = algorithm.group_hyperparameters(group | {"step": group["step"] + 2})
         if values != following and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"{self._description.label}: a CUDA graph is being captured, and bias correction "
-                "or a ramp changes a number in each step, which a replay would not see. No "
-                "parameter was changed. Step outside of the graph."
+                f"{algorithm.description.label}: a CUDA graph is being captured, and bias "
+                "correction or a ramp changes a number in each step, which a replay would not see. "
+                "No parameter was changed. Step outside of the graph."
             )
 
     def _tasks(self, updates: list[GroupUpdates]) -> list[Task]:
@@ -127,7 +134,8 @@ class Step:
         for segment in split(updates, cuts):
             some: list[Task] = []
             for part in segment:
-                for values, equal in part.by_values(self._optimizer.group_hyperparameters):
+                algorithm = self._optimizer.algorithm_of(part.group)
+                for values, equal in part.by_values(algorithm.group_hyperparameters):
                     some += self._group_tasks(part.group, values, equal, again=bool(tasks))
             # Tasks that do not wait for a copy come first.
             some.sort(key=lambda task: task.offload is not None)
@@ -145,13 +153,14 @@ class Step:
             for offloaded in self._host.offload.batches(pairs):
                 batches.append(([update for _, update in offloaded], self._host.offload))
         tasks = []
+        description = self._optimizer.algorithm_of(group).description
         for batch, offload in batches:
             for choice in choose(
-                *(self._description.rule, [u.operands for u in batch], values),
-                *(self._description.label, self._optimizer.fused),
+                *(description.rule, [u.operands for u in batch], values),
+                *(description.label, self._optimizer.fused),
             ):
                 some = [batch[i] for i in choice.indices]
-                tasks.append(Task(some, choice, values, rates, offload, again))
+                tasks.append(Task(description, some, choice, values, rates, offload, again))
         return tasks
 
     def _log(self, tasks: list[Task], taken: str) -> None:
@@ -161,7 +170,7 @@ class Step:
             if reasons:
                 self._logged |= reasons
                 _logger.warning(
-                    "%s is updated by torch operations: %s", self._description.label, taken
+                    "%s is updated by torch operations: %s", self._optimizer.label, taken
                 )
 
     def call(self, task: Task, kernel: ModuleType) -> None:
@@ -169,12 +178,12 @@ class Step:
         offload, statistics = task.offload, self._host.statistics
         flat = [(update.operands, update.copies) for update in task.updates]
         if task.again:
-            flat = [self._flatten(update.param, update.grad) for update in task.updates]
+            flat = [self._flatten(task.description, u.param, u.grad) for u in task.updates]
         if offload is not None:
             offload.wait(task.params)
             statistics = offload.statistics(statistics)
         kernel.step(
-            *(self._description.rule, [operands for operands, _ in flat]),
+            *(task.description.rule, [operands for operands, _ in flat]),
             statistics=statistics,
             **task.values,
             **task.rates,
@@ -186,8 +195,10 @@ class Step:
             if statistics is not None and self._host.statistics is not None:
                 self._host.statistics.absorb(statistics)
 
-    def _flatten(self, param: Tensor, grad: Tensor) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
-        host, state = self._host, self._optimizer.made_state(param)
+    def _flatten(
+        self, description: Description, param: Tensor, grad: Tensor
+    ) -> tuple[Operands, list[tuple[Tensor, Tensor]]]:
+        host, state = self._host, self._optimizer.made_state(param, description)
         row = 0 if host.statistics is None else host.statistics.rows.get(param, 0)
         if not host.keeps_master(param):
             return flatten(param.detach(), grad, state, host.model_params.get(param), row)
@@ -196,23 +207,25 @@ class Step:
             grad, new = offload.fetch(param, grad), offload.new(param)
         return flatten(master, grad, state, new, row)
 
-    def _check_state(self, param: Tensor, group: int) -> None:
+    def _check_state(self, description: Description, param: Tensor, group: int) -> None:
         state = self._optimizer.state.get(param)
         if not state:
             return
         device = self._host.device_of(param)
-        for name in (*self._description.state, "master_param"):
+        for name in (*description.state, "master_param"):
             if name in state and (fault := state_fault(param, state[name], device)):
                 raise RuntimeError(
-                    f"{self._description.label}: the {name} of a parameter{of_shape(param)} in "
+                    f"{description.label}: the {name} of a parameter{of_shape(param)} in "
                     f"group {group} {fault}. No parameter was changed."
                 )
 
-    def _check_grad(self, param: Tensor, grad: Tensor, group: int) -> None:
+    def _check_grad(
+        self, description: Description, param: Tensor, grad: Tensor, group: int
+    ) -> None:
         if fault := grad_fault(param, grad):
             shape = tuple(param.shape)
             raise RuntimeError(
-                f"{self._description.label}: the gradient of a parameter of shape {shape} in group "
+                f"{description.label}: the gradient of a parameter of shape {shape} in group "
                 f"{group} {fault}. No parameter was changed."
             )
 
@@ -223,7 +236,7 @@ class Step:
         if any(bad):
             shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
             raise RuntimeError(
-                f"{self._description.label}: NaN or inf in the gradients of {len(shapes)} "
+                f"{self._optimizer.label}: NaN or inf in the gradients of {len(shapes)} "
                 f"parameters, the first of shape {shapes[0]}. No parameter was changed."
             )
 

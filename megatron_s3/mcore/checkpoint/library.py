@@ -136,5 +136,5 @@ def _compare(folder: Path, asked: Mapping[Any, Any], saved: Mapping[Any, Any]) -
 def _called(algorithm: str | None) -> str:
     cls = OPTIMIZERS.get(algorithm or "")
     if cls is not None:
-        return cls.description.label
+        return str(cls.description.label)
     return algorithm or "one of Megatron's own optimizers"

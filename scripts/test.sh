@@ -32,6 +32,15 @@ if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
       --target "$target.part" "megatron-core==$release"
     mv "$target.part" "$target"
   done
+  # Upstream's Lion, for the report of its fault.
+  emerging=.venv/emerging-optimizers/0.3.0
+  if [ ! -d "$emerging" ]; then
+    echo "installing emerging-optimizers 0.3.0 into $emerging"
+    rm -rf "$emerging.part"
+    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps \
+      --target "$emerging.part" emerging-optimizers==0.3.0
+    mv "$emerging.part" "$emerging"
+  fi
   # Megatron-Bridge, with what the tests of it need beside the packages that are there.
   bridge=.venv/megatron-bridge/0.6.2
   if [ ! -d "$bridge" ]; then

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-from megatron.bridge.training.config import OptimizerConfig
+from megatron.bridge.training.config import OptimizerConfig, SchedulerConfig
 from megatron.core import optimizer as core
 
 from megatron_s3.mcore import build
@@ -21,9 +21,13 @@ class ElementwiseOptimizerConfig(OptimizerConfig):  # type: ignore[misc]  # Brid
 
     Attributes:
         builds: the class of the optimizer.
+        schedule: the recipe's configuration of the schedule, which says whether a resumed run uses
+            the learning rates of the checkpoint; no field. Without it the run uses its own, unless
+            the plugin is registered.
     """
 
     builds: ClassVar[type[ElementwiseOptimizer]]
+    schedule: SchedulerConfig | None = None
 
     def finalize(self) -> None:
         """Checks the fields and sets derived ones, as Bridge's own configuration does.

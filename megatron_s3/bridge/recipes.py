@@ -76,6 +76,7 @@ def distributed_s3_with_cosine_annealing(
         lr_decay_iters=lr_decay_iters,
         override_opt_param_scheduler=True,
     )
+    optimizer.schedule = scheduler
     return optimizer, scheduler
 
 
@@ -115,6 +116,7 @@ def use_s3(config: Any, lr_factor: float = float(LR_FACTOR), **settings: Any) ->
         check_config(optimizer, config.ddp, S3)
     except ValueError as error:
         raise RecipeRefused(f"S3 cannot train this recipe: {error}") from None
+    optimizer.schedule = scheduler
     config.optimizer, config.scheduler = optimizer, scheduler
     for change in changes:
         say(change)

@@ -3,13 +3,44 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch.nn import Parameter
 
+from megatron_s3.log import say_once
 from megatron_s3.mcore.metrics_log import MetricsLog
 from megatron_s3.mcore.update_log import UpdateLog
 
-__all__ = ["Training", "running", "start"]
+__all__ = ["Scheduled", "Training", "running", "start"]
+
+
+@dataclass
+class Scheduled:
+    """The values from which a schedule sets a param group that was loaded.
+
+    Attributes:
+        group: the param group.
+        own: this run's values.
+        saved: the checkpoint's values of the same names.
+    """
+
+    group: dict[str, Any]
+    own: dict[str, Any]
+    saved: dict[str, Any]
+
+    def apply(self, from_checkpoint: bool) -> None:
+        """Sets the group to the values of the checkpoint or of this run, and logs a difference."""
+        chosen = self.saved if from_checkpoint else self.own
+        differing = [name for name, value in self.saved.items() if value != self.own[name]]
+        then, now = (
+            " ".join(f"{name}={values[name]}" for name in differing)
+            for values in (self.saved, self.own)
+        )
+        if differing and not from_checkpoint:
+            say_once(f"a param group was saved with {then}; the run continues with {now}")
+        elif any(self.group[name] != chosen[name] for name in differing):
+            say_once(f"the schedule uses the checkpoint's {then} of a param group, not {now}")
+        self.group.update(chosen)
 
 
 @dataclass
@@ -23,7 +54,8 @@ class Training:
         spikes: the state of SpikeLog in the checkpoint that was loaded.
         evaluating: the text (valid or test) and the iteration of the running evaluation.
         said: the paths of an update that rank 0 has logged.
-        unlike: parameters whose main parameters, as last loaded, differ from the weights.
+        scheduled: for each of Megatron's optimizers that was loaded, the schedules of its groups.
+    unlike: parameters whose main parameters, as last loaded, differ from the weights.
         updated: whether there was an update.
     """
 
@@ -33,6 +65,7 @@ class Training:
     spikes: dict[str, Any] | None = None
     evaluating: tuple[str | None, int] = (None, 0)
     said: set[str] = field(default_factory=set)
+    scheduled: WeakKeyDictionary[Any, list[Scheduled]] = field(default_factory=WeakKeyDictionary)
     unlike: list[Parameter] = field(default_factory=list)
     updated: bool = False
 

@@ -37,4 +37,4 @@ def restore_step(saved: dict[str, Any]) -> None:
                     if "steps" in its:
                         group["steps"] = its["steps"]
             part.optimizer.counts.load(part.optimizer.param_groups)
-            param_groups.restore_scheduled(part.optimizer.param_groups, groups)
+            param_groups.restore_scheduled(part, groups)

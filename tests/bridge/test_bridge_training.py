@@ -94,6 +94,31 @@ def test_the_weight_decay_of_the_recipe_is_in_force(finished):
     assert "optimizer.lr 0.0003 -> 0.003" in log and "optimizer.clip_grad 1.0 -> 0.0" in log
 
 
+@pytest.mark.parametrize("how", ["s3", "registered"])
+def test_a_resumed_run_uses_the_rates_that_the_schedule_names(how, finished, tmp_path):
+    """Those of the checkpoint, with the losses of a run that did not stop; or its own."""
+    whole = finished(how, *FORMATS["dp_reshardable"])
+    losses = Run(0, whole.with_suffix(".log").read_text()).column("lm loss")
+    more = [f"checkpoint.load={whole}", "checkpoint.ckpt_step=3", "optimizer.lr=0.001"]
+    more += ["optimizer.min_lr=0.0001"]
+    found = {}
+    for checkpoints, own in ("true", "false"), ("false", "true"):
+        run = trained(
+            tmp_path / checkpoints,
+            how,
+            *FORMATS["dp_reshardable"],
+            *more,
+            f"scheduler.use_checkpoint_opt_param_scheduler={checkpoints}",
+            f"scheduler.override_opt_param_scheduler={own}",
+        )
+        assert run.returncode == 0, run.log[-6000:]
+        found[checkpoints] = run.column("lm loss")
+    assert found["true"] == {i: loss for i, loss in losses.items() if i > 3}
+    assert_bitwise_equal(tensors(tmp_path / "true"), tensors(whole))
+    assert found["false"] != found["true"]
+    assert "max_lr=0.003 min_lr=0.0003; the run continues with max_lr=0.001" in run.log
+
+
 @pytest.mark.thorough
 def test_without_the_distributed_optimizer_the_losses_are_the_same(finished):
     off = ("use_distributed_optimizer=false", "overlap_param_gather=false")

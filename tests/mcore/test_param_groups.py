@@ -12,6 +12,12 @@ from tests.mcore.library import build, globally, inner, on_ranks
 KNOWN = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
 
 
+class Part(Namespace):
+    """One of Megatron's optimizers, which can be a key."""
+
+    __hash__ = object.__hash__
+
+
 def groups(*differing: dict, **equal: object) -> list[dict]:
     return [KNOWN | equal | each for each in differing]
 
@@ -91,7 +97,7 @@ def test_megatron_finds_each_group_by_its_mark_and_no_mark_is_left(name):
     mark, modules = "megatron_s3_group", (optimizer, distrib_optimizer)
     known = optimizer.param_group_identifier_keys
     own, inside = wd(0.1, 0.2), wd(0.1)
-    part = Namespace(
+    part = Part(
         optimizer=Namespace(param_groups=own, sub_optimizers=[Namespace(param_groups=inside)])
     )
 
@@ -125,11 +131,12 @@ def test_without_megatrons_trainer_nothing_says_that_a_checkpoints_rates_are_in_
     from megatron_s3.mcore.checkpoint.param_groups import restore_scheduled
 
     current, saved = wd(0.1, max_lr=0.5), wd(0.1, max_lr=1.0)
+    part = Namespace(optimizer=Namespace(param_groups=current))
     with globally(Namespace(use_checkpoint_opt_param_scheduler=True)):
-        restore_scheduled(current, saved)
+        restore_scheduled(part, saved)
         assert current[0]["max_lr"] == 1.0
         sys.modules["megatron.training"] = None
-        restore_scheduled(current, wd(0.1, max_lr=2.0))
+        restore_scheduled(part, wd(0.1, max_lr=2.0))
     assert current[0]["max_lr"] == 1.0
 
 

@@ -1,6 +1,8 @@
 """A run goes on with other rates than a checkpoint was saved with, where it is said whose count."""
 
+import contextlib
 import copy
+import io
 from argparse import Namespace
 
 import pytest
@@ -72,6 +74,42 @@ def test_groups_that_only_their_rates_tell_apart_may_be_in_another_order():
     assert of(resumed) == [(2.5 * rate, numel) for rate, numel in before]
 
 
+@pytest.mark.parametrize("name", ["s3", "adam"])
+@on_ranks(1)
+def test_the_schedule_of_a_program_says_whose_rates_count(name):
+    """In a program without Megatron's trainer; from the first step on."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    def schedule(lr: float, **whose: bool) -> OptimizerParamScheduler:
+        return OptimizerParamScheduler(
+            rates(name, "sharded", lr, 2 * lr),
+            **{"init_lr": 0.0, "max_lr": lr, "min_lr": 0.1 * lr, "lr_warmup_steps": 0},
+            **{"lr_decay_steps": 100, "lr_decay_style": "linear", "wd_incr_steps": 100},
+            **{"start_wd": 0.1, "end_wd": 0.1, "wd_incr_style": "constant"},
+            use_checkpoint_opt_param_scheduler=whose.get("checkpoint", False),
+            override_opt_param_scheduler=whose.get("run", False),
+        )
+
+    saved, said = schedule(0.5), io.StringIO()
+    saved.step(increment=10)
+    for whose, lr in ({"checkpoint": True}, 0.5), ({"run": True}, 0.2):
+        resumed, same = schedule(0.2, **whose), schedule(lr)
+        with contextlib.redirect_stdout(said):
+            resumed.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
+            resumed.load_state_dict(saved.state_dict())
+        same.step(increment=10)
+        assert sorted(of(resumed.optimizer)) == sorted(of(same.optimizer))
+        current = [
+            sorted(g["lr"] for g in inner(s.optimizer).param_groups) for s in (resumed, same)
+        ]
+        assert current[0] == current[1]
+    for line in (
+        "was saved with max_lr=0.5 min_lr=0.05; the run continues with max_lr=0.2",
+        "the schedule uses the checkpoint's max_lr=0.5 min_lr=0.05 of a param group, not",
+    ):
+        assert line in said.getvalue()
+
+
 SCHEDULE = {"max_lr": 0.1, "min_lr": 0.01, "start_wd": 0.2, "end_wd": 0.3}
 
 
@@ -90,7 +128,9 @@ def test_each_end_of_a_schedule_is_of_whom_it_is_said_to_be(name, from_checkpoin
     state = copy.deepcopy(saved[1].state_dict())
     mine = copy.deepcopy(inner(resumed[1]).param_groups)
     with globally(Namespace(use_checkpoint_opt_param_scheduler=from_checkpoint)):
-        restore_scheduled(mine, state["optimizer"]["param_groups"])
+        restore_scheduled(
+            Namespace(optimizer=Namespace(param_groups=mine)), state["optimizer"]["param_groups"]
+        )
         resumed[1].load_state_dict(state)
     for groups in (mine, inner(resumed[1]).param_groups):
         assert [{n: group[n] for n in SCHEDULE} for group in groups] == [
@@ -105,6 +145,7 @@ def test_a_group_that_megatron_knows_is_given_its_own_rates_wherever_it_is(relea
 
     current = [{"wd_mult": wd, "lr_mult": 1.0, "max_lr": 0.1} for wd in (1.0, 0.0)]
     saved = [{"wd_mult": wd, "lr_mult": 1.0, "max_lr": 0.1, "end_wd": wd} for wd in (0.0, 1.0)]
+    part = Namespace(optimizer=Namespace(param_groups=current))
     with globally(Namespace(use_checkpoint_opt_param_scheduler=True)):
-        restore_scheduled(current, saved)
+        restore_scheduled(part, saved)
     assert [group["end_wd"] for group in current] == [1.0, 0.0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
-from megatron_s3.log import say_once
+from megatron_s3.mcore.state import Scheduled, running
 
 __all__ = ["load_schedule", "load_state_dict", "pairs", "restore_scheduled"]
 
@@ -33,35 +33,50 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
     between groups (``weight_decay``, ``eps``, before 0.19 the learning rates), so all groups that
     agree in the compared values would get the values of one. The values of a schedule do not
     identify a group: a run may resume with other learning rates, and then uses its own, except with
-    ``--use-checkpoint-opt_param-scheduler``.
+    ``--use-checkpoint-opt_param-scheduler`` (:func:`load_schedule` has the last word).
     """
     holder = next((saved[k] for k in ("optimizer", "optimizer_state_dict") if k in saved), saved)
     current = [] if part.optimizer is None else part.optimizer.param_groups
     scheduled = [{name: g[name] for name in _SCHEDULED if name in g} for g in current]
     result = _load(original, part, saved, holder)
-    if part.optimizer is not None and not _from_checkpoint():
-        for group, own in zip(part.optimizer.param_groups, scheduled, strict=True):
-            if changed := {n: v for n, v in own.items() if group.get(n, v) != v}:
-                then = " ".join(f"{name}={group[name]}" for name in changed)
-                now = " ".join(f"{name}={value}" for name, value in changed.items())
-                say_once(f"a param group was saved with {then}; the run continues with {now}")
-            group.update(own)
+    if part.optimizer is not None:
+        loaded = [
+            Scheduled(group, own, {name: group[name] for name in own if name in group})
+            for group, own in zip(part.optimizer.param_groups, scheduled, strict=True)
+        ]
+        running().scheduled[part] = loaded
+        from_checkpoint = _from_checkpoint(part)
+        for each in loaded:
+            each.apply(from_checkpoint)
     return result
 
 
 def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, Any]) -> Any:
-    """Wraps ``load_state_dict`` of OptimizerParamScheduler; the first step has the right decay.
+    """Wraps ``load_state_dict`` of OptimizerParamScheduler; the first step has the right values.
 
-    Megatron sets the groups before it has loaded the weight decay, so the first step after
-    ``--use-checkpoint-opt_param-scheduler`` would use this run's.
+    The groups get the rates of the checkpoint or of this run as the schedule says, which in a
+    program without Megatron's trainer is not known before. Megatron sets the groups before it has
+    loaded the weight decay, so the first step after ``--use-checkpoint-opt_param-scheduler`` would
+    use this run's.
     """
+    groups = {id(group) for group in schedule.optimizer.param_groups}
+    for loaded in running().scheduled.values():
+        for each in loaded:
+            if id(each.group) in groups:
+                each.apply(bool(schedule.use_checkpoint_opt_param_scheduler))
     result = original(schedule, saved)
     schedule.step(increment=0)
     return result
 
 
-def _from_checkpoint() -> bool:
-    """Returns whether the trainer uses the checkpoint's schedule."""
+def _from_checkpoint(part: Any) -> bool:
+    """Returns whether the checkpoint's schedule is used, as far as that is known here.
+
+    Megatron-Bridge's configuration of the optimizer may know it, and Megatron's trainer does.
+    """
+    schedule = getattr(getattr(part, "config", None), "schedule", None)
+    if schedule is not None:
+        return bool(schedule.use_checkpoint_opt_param_scheduler)
     if importlib.util.find_spec("megatron.training") is None:
         return False
     from megatron.training import global_vars
@@ -70,9 +85,10 @@ def _from_checkpoint() -> bool:
     return bool(getattr(args, "use_checkpoint_opt_param_scheduler", False))
 
 
-def restore_scheduled(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+def restore_scheduled(part: Any, saved: list[dict[str, Any]]) -> None:
     """Restores learning rates as :func:`load_state_dict`, if Megatron loads no param groups."""
-    if _from_checkpoint():
+    if _from_checkpoint(part):
+        current = part.optimizer.param_groups
         found = pairs(current, saved) or _known(current, saved)
         for group, place in zip(current, found, strict=True):
             group.update({n: saved[place][n] for n in _SCHEDULED if n in saved[place]})

@@ -5,11 +5,12 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 
 import torch
 
 from scripts.acceptance.rows import Writer
+from scripts.acceptance.task import Task
+from scripts.bench.commit import commit
 
 __all__ = ["check", "installed", "sanitizer"]
 
@@ -34,10 +35,13 @@ _COLUMNS = {
 }
 
 
-def check(writer: Writer, device: str, folder: Path) -> None:
+def check(writer: Writer, task: Task) -> None:
     """Rows of versions and GPUs; a product of matrices and a sum over all GPUs have to be right."""
     system = f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"
-    writer.passed("machine", system, commit=_said("git", "rev-parse", "HEAD"))
+    found = commit()
+    changed = {True: ", changed since", False: "", None: ""}[found["changed"]]
+    writer.passed("machine", system)
+    writer.passed("commit", f"{found['commit']}{changed}", **found)
     writer.passed("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda}")
     for name, without in _PACKAGES.items():
         try:
@@ -53,7 +57,7 @@ def check(writer: Writer, device: str, folder: Path) -> None:
         writer.passed("compute-sanitizer", found)
     else:
         writer.skipped("compute-sanitizer", "not on the PATH nor in /usr/local/cuda/bin")
-    if device == "cpu":
+    if task.device == "cpu":
         writer.skipped("GPUs", "a rehearsal on the CPU")
         return
     version = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from scripts.acceptance.rows import Writer
+from scripts.acceptance.task import Task
 
 __all__ = ["check", "replayed_and_eager"]
 
@@ -57,11 +58,8 @@ def replayed_and_eager(
     return results[0], results[1]
 
 
-def check(writer: Writer, device: str, folder: Path) -> None:
+def check(writer: Writer, task: Task) -> None:
     """Rows for the optimizer alone, then for ``--optimizer-cuda-graph``."""
-    if device == "cpu":
-        writer.skipped("CUDA graphs", "there are none on a CPU")
-        return
     fp32, bf16 = torch.float32, torch.bfloat16
     for state, grad in ((fp32, fp32), (bf16, bf16)):
         name = f"S3, {str(state)[6:]} states, {str(grad)[6:]} gradients"
@@ -70,7 +68,7 @@ def check(writer: Writer, device: str, folder: Path) -> None:
             writer.passed(name, "2 eager steps and 3 replays = 5 eager steps, bitwise")
         else:
             writer.failed(name, "replays differ from eager steps")
-    _trainer(writer, device, folder)
+    _trainer(writer, task.device, task.folder)
 
 
 def _trainer(writer: Writer, device: str, folder: Path) -> None:

@@ -1,10 +1,9 @@
 """Bytes a parameter that the allocator gives out for S3's state, and what a step takes on top."""
 
-from pathlib import Path
-
 import torch
 
 from scripts.acceptance.rows import Writer
+from scripts.acceptance.task import Task
 
 __all__ = ["check"]
 
@@ -12,11 +11,12 @@ __all__ = ["check"]
 _COUNT, _SIZE = {"cuda": 128, "cpu": 8}, 1 << 18
 
 
-def check(writer: Writer, device: str, folder: Path) -> None:
+def check(writer: Writer, task: Task) -> None:
     """One row for each precision of the states."""
     from megatron_s3 import S3
 
     fp32, bf16 = torch.float32, torch.bfloat16
+    device = task.device
     total = _COUNT[device] * _SIZE
     for avg, norm, wanted in ((fp32, fp32, 8), (bf16, fp32, 6), (fp32, bf16, 6), (bf16, bf16, 4)):
         params = [

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from tests.harness.tables import columns
@@ -50,14 +51,15 @@ class Writer:
     """
 
     def __init__(self, section: str, file: IO[str]) -> None:
-        self._section, self._file = section, file
+        self._section, self._file, self._lock = section, file, Lock()
 
     def row(self, check: str, status: str, detail: str = "", bar: str = "", **figures: Any) -> None:
         """Reports one; it is on the disk when this returns."""
         row = Row(self._section, check, status, " ".join(detail.split()), bar, figures)
-        print(f"{status}: {check}: {row.detail} {bar}", flush=True)
-        self._file.write(json.dumps(asdict(row)) + "\n")
-        self._file.flush()
+        with self._lock:  # a section may look at several things at once
+            print(f"{status}: {check}: {row.detail} {bar}", flush=True)
+            self._file.write(json.dumps(asdict(row)) + "\n")
+            self._file.flush()
 
     def passed(self, check: str, detail: str = "", bar: str = "", **figures: Any) -> None:
         """A row of that status."""

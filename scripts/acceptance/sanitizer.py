@@ -4,14 +4,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 from scripts.acceptance.environment import sanitizer
 from scripts.acceptance.rows import Writer
+from scripts.acceptance.task import Task
 
 __all__ = ["PROGRAM", "check"]
 
 _STATUS = 87  # of a program in which an error was found
+_TOOLS = ("memcheck", "initcheck", "racecheck")
+#: Seconds until a tool is ended.
+_PATIENCE = 80
 
 #: Few tensors of every alignment, in both loops, with gaps of their own by plain cudaMalloc.
 PROGRAM = """
@@ -20,6 +24,7 @@ from torch import Tensor
 from scripts.acceptance.kernels import OPTIONS, Case, Placed
 from megatron_s3.kernels import gpu
 from megatron_s3.kernels.operands import Operands
+from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update
 
 chunk = 16384
@@ -36,43 +41,50 @@ for case in (Case(), Case(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.
         )
         for o in start
     ]
-    gpu.step(s3_update, exact, **OPTIONS)
+    # Statistics have a loop of their own, with copies through shared memory.
+    for statistics in (None, Statistics("cuda")):
+        gpu.step(s3_update, exact, statistics=statistics, **OPTIONS)
     torch.cuda.synchronize()
 print("stepped")
 """
 
 
-def check(writer: Writer, device: str, folder: Path) -> None:
+def check(writer: Writer, task: Task) -> None:
     """One row for each tool."""
     path = sanitizer()
-    if device == "cpu" or path is None:
-        why = "needs a GPU" if device == "cpu" else "not on the PATH nor in /usr/local/cuda/bin"
-        writer.skipped("compute-sanitizer", why)
+    if path is None:
+        writer.skipped("compute-sanitizer", "not on the PATH nor in /usr/local/cuda/bin")
         return
     # Whether it can work here at all: virtual machines and containers may not let it.
     probe = _run(
         path, "memcheck", "import torch; torch.zeros(1, device='cuda').item(); print('stepped')"
     )
     if probe.returncode:
-        (folder / "probe.txt").write_text(probe.stdout)
+        (task.folder / "probe.txt").write_text(probe.stdout)
         lines = [line for line in probe.stdout.splitlines() if line.startswith("=========")]
         why = (lines or probe.stdout.strip().splitlines() or ["no output"])[-1]
         writer.skipped("compute-sanitizer", f"it cannot run a program without our kernel: {why}")
         return
-    for tool in ("memcheck", "initcheck", "racecheck"):
-        done = _run(path, tool, PROGRAM)
-        (folder / f"{tool}.txt").write_text(done.stdout)
-        if done.returncode == 0 and "stepped" in done.stdout:
-            writer.passed(tool, "no error")
-            continue
-        lines = [line.strip("= ") for line in done.stdout.splitlines() if line.startswith("=====")]
-        found = next(filter(None, lines), f"status {done.returncode}")
-        if done.returncode == 124:
-            writer.skipped(tool, "no end within 60 s")
-        elif done.returncode == _STATUS and "step_kernel" not in done.stdout:
-            writer.skipped(tool, f"errors of other kernels, none of ours: {found} (see {tool}.txt)")
-        else:
-            writer.failed(tool, f"{found} (see {tool}.txt)")
+    with ThreadPoolExecutor() as pool:  # side by side
+        runs = {tool: pool.submit(_run, path, tool, PROGRAM) for tool in _TOOLS}
+        for tool, run in runs.items():
+            done = run.result()
+            (task.folder / f"{tool}.txt").write_text(done.stdout)
+            _judge(writer, tool, done)
+
+
+def _judge(writer: Writer, tool: str, done: subprocess.CompletedProcess) -> None:
+    if done.returncode == 0 and "stepped" in done.stdout:
+        writer.passed(tool, "no error")
+        return
+    lines = [line.strip("= ") for line in done.stdout.splitlines() if line.startswith("=====")]
+    found = next(filter(None, lines), f"status {done.returncode}")
+    if done.returncode == 124:
+        writer.skipped(tool, f"no end within {_PATIENCE} s")
+    elif done.returncode == _STATUS and "step_kernel" not in done.stdout:
+        writer.skipped(tool, f"errors of other kernels, none of ours: {found} (see {tool}.txt)")
+    else:
+        writer.failed(tool, f"{found} (see {tool}.txt)")
 
 
 def _run(path: str, tool: str, program: str) -> subprocess.CompletedProcess:
@@ -90,9 +102,11 @@ def _run(path: str, tool: str, program: str) -> subprocess.CompletedProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=60,
+                timeout=_PATIENCE,
                 env=environment,
             )
         except subprocess.TimeoutExpired as error:
             text = (error.stdout or b"").decode(errors="replace")
-            return subprocess.CompletedProcess(command, 124, text + "\nno end within 60 s")
+            return subprocess.CompletedProcess(
+                command, 124, text + f"\nno end within {_PATIENCE} s"
+            )

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from scripts.acceptance.environment import installed
 from scripts.acceptance.rows import Writer
+from scripts.acceptance.task import Task
 
 __all__ = ["check"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def check(writer: Writer, device: str, folder: Path) -> None:
+def check(writer: Writer, task: Task) -> None:
     """One row for each file."""
-    files = ["tests/kernels/test_gpu.py", "tests/gpu"] if device == "cuda" else ["tests/gpu"]
-    for file in files:
+    for file in ("tests/kernels/test_gpu.py", "tests/gpu"):
         if not (_ROOT / file).exists():
             writer.skipped(file, "not here: it takes a checkout of the repository")
             continue
@@ -30,7 +30,7 @@ def check(writer: Writer, device: str, folder: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        (folder / (file.replace("/", "-") + ".txt")).write_text(done.stdout)
+        (task.folder / (file.replace("/", "-") + ".txt")).write_text(done.stdout)
         lines = done.stdout.strip().splitlines()
         last = lines[-1].strip("= ") if lines else "it printed nothing"
         if done.returncode == 0 and not re.search(r"\d+ passed", last):

@@ -1,24 +1,28 @@
 """Megatron's own trainer with ``--optimizer s3`` on the GPUs: trains, resumes bitwise.
 
 All runs are deterministic ones of a small GPT in bf16 with the distributed optimizer, on one rank
-and, where there are more GPUs, on one rank for each.
+and, where there are more GPUs, on one rank for each.  They run side by side, once with S3's
+defaults and once with what a kernel has beyond them: statistics, bounded gradients, bf16 states.
 """
 
 import os
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from scripts.acceptance.environment import installed
 from scripts.acceptance.rows import Writer
+from scripts.acceptance.task import Task
 from tests.harness import trainer
 from tests.harness.forks import TIMED_OUT
 from tests.harness.models import LOCAL, TINY
 from tests.harness.runs import Run
 from tests.harness.tensors import bitwise, tensors
 
-__all__ = ["ITERATIONS", "check", "different", "missing", "train"]
+__all__ = ["ENVIRONMENT", "ITERATIONS", "check", "different", "missing", "train"]
 
 ITERATIONS = 8
 #: Seconds until a launch is ended.
@@ -32,7 +36,15 @@ _MODEL = [
 ]
 _LARGER = """--num-layers 4 --hidden-size 256 --seq-length 256
 --max-position-embeddings 256""".split()
-_ENVIRONMENT = {
+#: S3's defaults, and all that its kernel has beyond them.
+_SETTINGS = {
+    "": [],
+    "statistics, bounded gradients, bf16 states": """--plugin-log-updates --s3-grad-bound 5
+    --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16""".split(),
+}
+ENVIRONMENT = {
+    # Megatron warms up compiled functions at every start, whatever the flags: half a minute.
+    "TORCHDYNAMO_DISABLE": "1",
     "NCCL_ALGO": "Ring",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
@@ -79,7 +91,7 @@ def train(
         ranks=ranks,
         tiny=False,
         check=False,
-        environment=_ENVIRONMENT,
+        environment=ENVIRONMENT,
         log=log,
         limit=PATIENCE,
     )
@@ -121,11 +133,12 @@ def different(one: Path, other: Path, iteration: int = ITERATIONS) -> str | None
     return None
 
 
-def check(writer: Writer, device: str, folder: Path) -> None:
+def check(writer: Writer, task: Task) -> None:
     """Rows of launches, for one rank and for one rank a GPU."""
     if why := missing():
         writer.skipped("the trainer", why)
         return
+    device = task.device
     worlds = [1]
     if device == "cpu":
         writer.skipped("2 and more ranks", "a rehearsal takes one")
@@ -134,42 +147,55 @@ def check(writer: Writer, device: str, folder: Path) -> None:
     else:
         writer.skipped("2 and more ranks", "there is one GPU, and NCCL takes one rank a GPU")
     for ranks in worlds:
-        _world(writer, device, folder, ranks)
+        settings = list(enumerate(_SETTINGS.items()))
+        with ThreadPoolExecutor() as pool:
+            for found in [
+                pool.submit(_world, writer, device, task.folder / str(i), ranks, name, flags)
+                for i, (name, flags) in settings
+            ]:
+                found.result()
     if device == "cpu":
         return
     if not installed("transformer_engine"):
         writer.skipped("layers of Transformer Engine", "it is not installed")
         return
-    found = train(folder / "te.txt", device, worlds[-1], impl="te")
+    found = train(task.folder / "te.txt", device, worlds[-1], impl="te")
     _trained(writer, "layers of Transformer Engine", *found)
 
 
-def _world(writer: Writer, device: str, folder: Path, ranks: int) -> None:
-    name = f"{ranks} rank{'s' if ranks > 1 else ''}"
+def _world(
+    writer: Writer, device: str, folder: Path, ranks: int, setting: str, flags: Sequence[str]
+) -> None:
+    """One setting: trained, resumed, and trained with the portable step."""
+    folder.mkdir(exist_ok=True)
+    name = f"{ranks} rank{'s' if ranks > 1 else ''}" + (f", {setting}" if setting else "")
     through, resumed, portable = (
         folder / f"{what}-{ranks}" for what in ("through", "resumed", "portable")
     )
 
-    def launch(what: Path, *flags: str | Path, resume: bool = False) -> tuple[Run, str | None]:
+    def launch(what: Path, *more: str | Path, resume: bool = False) -> tuple[Run, str | None]:
         log = what.with_suffix(".txt")
-        return train(log, device, ranks, "--save", what, *flags, resume=resume)
+        return train(log, device, ranks, "--save", what, *flags, *more, resume=resume)
 
-    one, problem = launch(through)
-    if not _trained(writer, f"{name} train", one, problem):
-        return
-    kernel = "torch operations" not in one.log
-    if kernel:
-        writer.passed(f"{name}: the kernel steps", "no line says that the portable path is taken")
-    else:
-        line = re.search(r".*torch operations.*", one.log)
-        writer.row(
-            f"{name}: the kernel steps", "failed" if device == "cuda" else "skipped", line[0]
-        )
-    _, problem = launch(resumed, "--load", through, "--ckpt-step", "4", resume=True)
-    _equal(writer, f"{name}: resume", problem, through, resumed)
-    if device == "cuda":
-        _, problem = launch(portable, "--plugin-no-fused")
-        _equal(writer, f"{name}: kernel = portable step", problem, through, portable)
+    with ThreadPoolExecutor() as pool:
+        # On a CPU the kernel and the portable step are compared by the tests.
+        other = pool.submit(launch, portable, "--plugin-no-fused") if device == "cuda" else None
+        one, problem = launch(through)
+        if not _trained(writer, f"{name} train", one, problem):
+            return
+        kernel = "torch operations" not in one.log
+        if kernel:
+            said = "no line says that the portable path is taken"
+            writer.passed(f"{name}: the kernel steps", said)
+        else:
+            line = re.search(r".*torch operations.*", one.log)
+            status = "failed" if device == "cuda" else "skipped"
+            writer.row(f"{name}: the kernel steps", status, line[0])
+        _, problem = launch(resumed, "--load", through, "--ckpt-step", "4", resume=True)
+        _equal(writer, f"{name}: resume", problem, through, resumed)
+        if other is not None:
+            _, problem = other.result()
+            _equal(writer, f"{name}: kernel = portable step", problem, through, portable)
 
 
 def _trained(writer: Writer, what: str, run: Run, problem: str | None) -> bool:

@@ -4,7 +4,10 @@
     python -m scripts.bench.step [--device cpu|cuda] [--shapes 345m-dp8 7b-dp64 flat] [...]
 
 AdamW's step consists of Megatron's phases: gradient norm, clipping, optimizer, and the copy to the
-bf16 model parameters.  S3's step is one pass, which also writes the bf16 model parameters.  Each
+bf16 model parameters.  Megatron clips only while the norm exceeds the limit, so AdamW is measured
+with clipping and without it.  S3's step is one pass, which also writes the bf16 model parameters;
+it is measured with the statistics that a training run logs, and without them.  AdamW is also
+measured with 16-bit gradients and states, beside which S3's figures with these belong.  Each
 round measures every candidate once, in random order, so that other load on the machine and the
 contents of the caches affect all candidates alike.  Ratios are computed within a round.
 
@@ -12,8 +15,11 @@ Gradients and model parameters are views of one buffer each, at Megatron's dista
 shortened by multiples of 4096 elements).  Main parameters and states are separate tensors, as in
 Megatron.  All candidates use the same memory.
 
-On a GPU the time is measured between two events on a stream that was empty.  If launching takes
-longer than the work, as with many small shards, it is the time of the host.
+On a GPU there are three times.  The wall time begins on an empty stream and ends when the work is
+done.  The host time ends when the call returns; with many small shards it is most of the wall time.
+The device time is measured between two events on a stream that was kept busy until the host had
+launched everything; a candidate for which the host waits in between has no such time of its own.
+The L2 cache is not flushed: shards are larger than it, and all candidates have the same of it.
 """
 
 import argparse
@@ -37,9 +43,11 @@ from torch import Tensor
 from megatron_s3 import S3
 from megatron_s3.kernels import cpu
 from megatron_s3.kernels.operands import Operands
+from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.rules.s3 import s3_update
 from scripts.bench import timing as bench
+from scripts.bench.commit import commit
 from scripts.bench.shards import Shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +61,9 @@ FLAT = {"cpu": 1 << 26, "cuda": 1 << 28}
 #: Number of elements of the copied tensor, which is too large for any cache.
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}
 BASELINE = "adamw-fused"
+#: Keys of the baselines, to each of which there is a ratio.
+UNCLIPPED, HALF = "adamw-fused-unclipped", "adamw-fused-bf16"
+BASELINES = (BASELINE, UNCLIPPED, HALF)
 #: Number of elements that fit in a core's own cache, with their gradients and states.
 IN_CACHE = 32768
 #: Distances in a buffer are kept modulo this many elements.
@@ -63,6 +74,7 @@ _BYTES_HERE = 16 + 8 + 16
 
 # Bytes per parameter that a phase reads and writes, counted by hand.
 NORM, CLIP, ADAM, COPY = 4, 4 + 4, 4 + 8 + 8 + 8, 4 + 2
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def s3_bytes(grad: torch.dtype, state: torch.dtype) -> int:
@@ -80,10 +92,30 @@ class Unavailable(Exception):
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def shards_of(shape: str, rank: int, device: str) -> list[Shard]:
-    """Returns a rank's shards; Megatron runs in a separate process without a GPU."""
+def shards_of(shape: str, rank: int, device: str, known: Path | None = None) -> list[Shard]:
+    """Returns a rank's shards; Megatron runs in a separate process without a GPU.
+
+    Args:
+        shape: one of :data:`SHAPES`, or "flat".
+        rank: number of the rank.
+        device: "cpu" or "cuda".
+        known: a JSON file of shards by shape and rank; what it lacks is added to it.
+
+    Raises:
+        Unavailable: Megatron is not installed, or it rejects the configuration.
+    """
     if shape == "flat":
         return [Shard(FLAT[device], 0, 0, 0)]
+    stored = json.loads(known.read_text()) if known is not None and known.exists() else {}
+    key = f"{shape}, rank {rank}"
+    if key not in stored:
+        stored[key] = _asked(shape, rank)
+        if known is not None:
+            known.write_text(json.dumps(stored) + "\n", encoding="utf-8")
+    return [Shard(*values) for values in stored[key]]
+
+
+def _asked(shape: str, rank: int) -> list[list[int]]:
     config, gpus = SHAPES[shape]
     command = [sys.executable, "-m", "scripts.bench.shards", config, "--gpus", str(gpus)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -98,7 +130,8 @@ def shards_of(shape: str, rank: int, device: str) -> list[Shard]:
         raise Unavailable(
             f"{shape}: {lines[-1].removeprefix('error: ')} (flat needs no megatron-core)"
         )
-    return [Shard(*values) for values in json.loads(done.stdout.strip().splitlines()[-1])]
+    found: list[list[int]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def cut(shards: Sequence[Shard], limit: int) -> list[Shard]:
@@ -132,7 +165,7 @@ class Memory:
         states: the two states of each shard by dtype.
         model_params: model parameters, bf16; views of one buffer.
         copied: source and destination of the large copy.
-        norm: the norm of the fp32 gradients, kept on the host to avoid a synchronization.
+        norms: the norm of the gradients by dtype, kept on the host to avoid a synchronization.
     """
 
     def __init__(self, shards: Sequence[Shard], device: str) -> None:
@@ -162,17 +195,22 @@ class Memory:
             ]
             for dtype in (fp32, bf16)
         }
-        self.norm = float(torch.nn.utils.get_total_norm(self.grads[fp32]))
+        self.norms = {
+            dtype: float(torch.nn.utils.get_total_norm(grads))
+            for dtype, grads in self.grads.items()
+        }
         count = COPIED[device]
         self.copied = (torch.ones(count, device=device), torch.empty(count, device=device))
 
-    def param_groups(self) -> tuple[list[dict], list[torch.nn.Parameter]]:
+    def param_groups(
+        self, of: Sequence[Tensor] | None = None
+    ) -> tuple[list[dict], list[torch.nn.Parameter]]:
         """Returns param groups for one optimizer, and their parameters in the order of the shards.
 
         Gradients are attributes of a parameter, so each candidate has its own parameters on the
-        shared memory.
+        shared memory: that of the main parameters, or of the tensors ``of``.
         """
-        params = [torch.nn.Parameter(p, requires_grad=True) for p in self.params]
+        params = [torch.nn.Parameter(p, requires_grad=True) for p in of or self.params]
         return [{"params": [params[i] for i in group]} for group in self.groups], params
 
     def check(self) -> None:
@@ -219,29 +257,52 @@ class Candidate:
 
 
 class MegatronAdamW:
-    """Megatron's phases with an AdamW, and with torch's functions for norm and clipping."""
+    """Megatron's phases with an AdamW, and with torch's functions for norm and clipping.
 
-    def __init__(self, memory: Memory, make: Callable[..., torch.optim.Optimizer]) -> None:
-        self.memory = memory
-        self.grads = memory.grads[torch.float32]
-        groups, self.params = memory.param_groups()
-        for param, grad in zip(self.params, self.grads, strict=True):
-            param.grad = grad
+    Args:
+        memory: the tensors.
+        make: makes the optimizer of param groups.
+        grad: dtype of the gradients.
+        of: the parameters, if they are not the main parameters.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        make: Callable[..., torch.optim.Optimizer],
+        grad: torch.dtype = torch.float32,
+        of: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.memory, self.dtype = memory, grad
+        self.grads = memory.grads[grad]
+        groups, self.params = memory.param_groups(of)
+        for param, gradient in zip(self.params, self.grads, strict=True):
+            if param.dtype == grad:
+                param.grad = gradient
+            else:
+                param.decoupled_grad = gradient
         self.optimizer = make(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-        self.total: Tensor | float = memory.norm
+        self.total: Tensor | float = memory.norms[grad]
 
     def norm(self) -> None:
         """Computes the norm of all gradients."""
         self.total = torch.nn.utils.get_total_norm(self.grads, foreach=True)
 
     def limit(self) -> float:
-        """Returns a limit that clips by a factor of only 1 - 1e-4, to keep the gradients' size."""
-        self.memory.norm *= 1 - 1e-4
-        return self.memory.norm
+        """Returns a limit that clips by a factor of only 1 - 1e-4, to keep the gradients' size.
 
+        Gradients in bf16 then stay as they are, which takes as long.
+        """
+        if self.dtype == torch.float32:
+            self.memory.norms[self.dtype] *= 1 - 1e-4
+            return self.memory.norms[self.dtype]
+        return self.memory.norms[self.dtype] * (1 - 1e-4)
+
+    @torch.no_grad()
     def clip(self) -> None:
-        """Clips the gradients in place."""
-        torch.nn.utils.clip_grads_with_norm_(self.params, self.limit(), self.total, foreach=True)
+        """Clips the gradients in place, as torch.nn.utils.clip_grads_with_norm_ does."""
+        coefficient = torch.as_tensor(self.limit() / (self.total + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self.grads, coefficient.to(self.grads[0].device))
 
     @torch.no_grad()
     def copy(self) -> None:
@@ -249,18 +310,15 @@ class MegatronAdamW:
         for model, main in zip(self.memory.model_params, self.params, strict=True):
             model.copy_(main)
 
-    def candidate(self, key: str, label: str) -> Candidate:
-        """Returns the candidate with its phases."""
+    def candidate(self, key: str, label: str, clips: bool = True) -> Candidate:
+        """Returns the candidate with its phases; without clipping where the norm is small."""
+        phases = [("norm", NORM, self.norm), ("clip", CLIP, self.clip)]
+        phases += [("step", ADAM, self.optimizer.step), ("copy", COPY, self.copy)]
         return Candidate(
             key,
             label,
             "adamw",
-            [
-                ("norm", NORM, self.norm),
-                ("clip", CLIP, self.clip),
-                ("step", ADAM, self.optimizer.step),
-                ("copy", COPY, self.copy),
-            ],
+            [phase for phase in phases if clips or phase[0] != "clip"],
             lambda: type(self.optimizer).__module__,
         )
 
@@ -294,10 +352,35 @@ class MultiTensorAdamW(MegatronAdamW):
 def adamw(memory: Memory, name: str) -> MegatronAdamW:
     """Returns torch's AdamW on the shared states; ``name`` is "fused" or "foreach"."""
     made = MegatronAdamW(memory, partial(torch.optim.AdamW, **{name: True}))
-    for param, (first, second) in zip(made.params, memory.states[torch.float32], strict=True):
+    _shared(made, memory.states[torch.float32], name)
+    return made
+
+
+def _shared(made: MegatronAdamW, states: Sequence[tuple[Tensor, ...]], name: str) -> None:
+    for param, (first, second) in zip(made.params, states, strict=True):
         step = torch.zeros((), device=param.device if name == "fused" else "cpu")
         made.optimizer.state[param] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
-    return made
+
+
+def half_adamw(memory: Memory) -> Candidate:
+    """Returns torch's AdamW with parameters, gradients and states in bf16.
+
+    It moves the fewest bytes of all AdamWs in torch, and rounds the parameters to bf16.
+    """
+    bf16 = torch.bfloat16
+    made = MegatronAdamW(memory, partial(torch.optim.AdamW, fused=True), bf16, memory.model_params)
+    _shared(made, memory.states[bf16], "fused")
+    return Candidate(
+        HALF,
+        "AdamW, torch fused, all bf16",
+        "adamw",
+        [
+            ("norm", NORM / 2, made.norm),
+            ("clip", CLIP / 2, made.clip),
+            ("step", ADAM / 2, made.optimizer.step),
+        ],
+        lambda: type(made.optimizer).__module__,
+    )
 
 
 def multi_tensor_adamws(memory: Memory) -> Iterator[Candidate]:
@@ -328,10 +411,19 @@ def multi_tensor_adamws(memory: Memory) -> Iterator[Candidate]:
         yield made.candidate("adamw-apex", "AdamW, Apex")
 
 
-def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dtype) -> Candidate:
+def s3(
+    memory: Memory,
+    fused: bool,
+    p: float,
+    grad: torch.dtype,
+    state: torch.dtype,
+    statistics: bool = False,
+) -> Candidate:
     """Returns S3 with gradients and states of these dtypes."""
     groups, params = memory.param_groups()
     optimizer = S3(groups, lr=1e-4, p=p, weight_decay=0.1, fused=fused, state_dtype=state)
+    if statistics:
+        optimizer.host.statistics = Statistics(params[0].device)
     for i, param in enumerate(params):
         if grad == torch.float32:
             param.grad = memory.grads[grad][i]
@@ -340,18 +432,19 @@ def s3(memory: Memory, fused: bool, p: float, grad: torch.dtype, state: torch.dt
         first, second = memory.states[state][i]
         optimizer.state[param] = {"exp_avg": first, "exp_pnorm": second}
         optimizer.host.model_params[param] = memory.model_params[i]
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     path = "portable"
     if fused:
         path = "triton" if params[0].is_cuda else "cpp"
     name = {"portable": "portable", "triton": "Triton", "cpp": "C++"}[path]
+    key = f"s3-{path}-p{p:g}-{_SHORT[grad]}-grads-{_SHORT[state]}-states"
+    label = f"S3 {name} p={p:g}, {_SHORT[grad]} grads, {_SHORT[state]} states"
     return Candidate(
-        f"s3-{path}-p{p:g}-{short[grad]}-grads-{short[state]}-states",
-        f"S3 {name} p={p:g}, {short[grad]} grads, {short[state]} states",
+        key + ("-statistics" if statistics else ""),
+        label + (", statistics" if statistics else ""),
         "kernel" if fused else "portable",
         [("step", s3_bytes(grad, state), optimizer.step)],
         lambda: optimizer.path,
-        in_cache(memory.elements, p, grad, state) if path == "cpp" else None,
+        in_cache(memory.elements, p, grad, state) if path == "cpp" and not statistics else None,
     )
 
 
@@ -399,6 +492,8 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Yields all candidates that can run here, the baseline first."""
     yield adamw(memory, "fused").candidate(BASELINE, "AdamW, torch fused")
+    yield adamw(memory, "fused").candidate(UNCLIPPED, "AdamW, torch fused, not clipped", False)
+    yield half_adamw(memory)
     yield adamw(memory, "foreach").candidate("adamw-foreach", "AdamW, torch foreach")
     if device == "cuda":
         yield from multi_tensor_adamws(memory)
@@ -408,6 +503,8 @@ def candidates(
         for p in ps:
             for grad, state in dtypes:
                 yield s3(memory, fused, p, grad, state)
+                if fused and grad == state:
+                    yield s3(memory, fused, p, grad, state, statistics=True)
     for name in others:
         yield other(memory, name)
 
@@ -415,22 +512,30 @@ def candidates(
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def timed(call: Callable[[], object], device: str) -> tuple[float, float]:
-    """Returns the milliseconds until the work is done, and until the call returns."""
+#: Milliseconds by which a stream is kept busy longer than the host took the last time.
+_AHEAD = 0.5
+
+
+def timed(call: Callable[[], object], device: str) -> tuple[float, float, float]:
+    """Returns milliseconds: wall, host and device; on a CPU all three are the wall time."""
     if device == "cpu":
         begin = time.perf_counter()
         call()
         ms = 1e3 * (time.perf_counter() - begin)
-        return ms, ms
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return ms, ms, ms
     torch.cuda.synchronize()
-    start.record()
     begin = time.perf_counter()
     call()
     host = 1e3 * (time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    wall = 1e3 * (time.perf_counter() - begin)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int((1.5 * host + _AHEAD) * 2e6))  # clocks, of which 2e6 are a millisecond
+    start.record()
+    call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end), host
+    return wall, host, start.elapsed_time(end)
 
 
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
@@ -465,7 +570,7 @@ def compare(
     chosen = [
         c
         for c in candidates(memory, device, options.p, options.optimizers)
-        if c.key == BASELINE or not options.only or any(word in c.key for word in options.only)
+        if c.key in BASELINES or not options.only or any(word in c.key for word in options.only)
     ]
     name = shape if threads is None else f"{shape}, threads {threads}"
     usable = []
@@ -492,7 +597,8 @@ def compare(
     calls["copy"] = [("copy", lambda: memory.copied[1].copy_(memory.copied[0]))]
     memory.copied[1].copy_(memory.copied[0])
     order, drawn = list(calls), random.Random(1)
-    times: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, float, float]]] = {}
+    before = clocks(device)
     for turn in range(options.rounds):
         say(f"{name}: round {turn + 1} of {options.rounds}")
         drawn.shuffle(order)
@@ -502,8 +608,9 @@ def compare(
     memory.check()
 
     def timing(key: str, label: str, kind: str, count: float, call: Callable, path: str = ""):
-        ms, host = zip(*times[key], strict=True)
-        return bench.Timing(key, label, kind, count, ms, host, launches(call, device), path)
+        wall, host, alone = zip(*times[key], strict=True)
+        number = launches(call, device)
+        return bench.Timing(key, label, kind, count, wall, host, alone, number, path)
 
     timings = []
     for c in usable:
@@ -526,10 +633,11 @@ def compare(
         cut_from=total if total > memory.elements else None,
         device=device,
         threads=threads,
-        baseline=BASELINE,
+        baselines=[key for key in BASELINES if any(c.key == key for c in usable)],
         copy_bytes=2 * memory.copied[0].nbytes,
-        copy_ms=[ms for ms, _ in times["copy"]],
+        copy_ms=[ms for _, _, ms in times["copy"]],
         timings=timings,
+        clocks=[before, clocks(device)],
     )
 
 
@@ -543,6 +651,17 @@ def said(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else None
+
+
+#: What nvidia-smi is asked for before and after each shape.
+_CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu"
+
+
+def clocks(device: str) -> str | None:
+    """Returns the GPU's clocks, power, temperature and load as text; None on a CPU."""
+    if device == "cpu":
+        return None
+    return said("nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader") or "unknown"
 
 
 def machine(device: str) -> dict:
@@ -592,6 +711,8 @@ def most_elements(device: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints tables, and writes ``bench_step.json``, ``.txt`` and ``.png``.
 
+    The files are written anew after each shape, so that a run that is ended leaves what it has.
+
     Returns:
         The exit status: 0, or 2 if a shape or device is not available.
     """
@@ -633,6 +754,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="WORD",
         help="measure only candidates whose key contains a WORD",
     )
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        metavar="FILE",
+        help="keeps the shards, so that Megatron is asked for each shape and rank once",
+    )
     parser.add_argument("--output", type=Path, default=Path("bench_step"), metavar="DIR")
     options = parser.parse_args(argv)
     if options.device == "auto":
@@ -653,16 +780,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for shape in options.shapes:
             say(f"{shape}: the shards of rank {options.rank}")
-            shards = shards_of(shape, options.rank, options.device)
+            shards = shards_of(shape, options.rank, options.device, options.shards)
             for number in threads:
                 if number is not None:
                     torch.set_num_threads(number)
                 comparisons.append(compare(shape, shards, options, number))
+                _write(comparisons, options)
     except (Unavailable, ArithmeticError) as error:
         return _refuse(str(error))
     finally:
         torch.set_num_threads(before)
-    _write(comparisons, options)
+    print((options.output / "bench_step.txt").read_text(encoding="utf-8"), end="")
     return 0
 
 
@@ -670,21 +798,22 @@ def _write(comparisons: Sequence[bench.Comparison], options: argparse.Namespace)
     here = machine(options.device)
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": said("git", "rev-parse", "HEAD"),
-        "changed": bool(said("git", "status", "--porcelain", "--untracked-files=no")),
+        **commit(),
         "machine": here,
-        "options": {k: v for k, v in vars(options).items() if k != "output"},
+        "options": {k: v for k, v in vars(options).items() if k not in ("output", "shards")},
         "bytes": "read and written, counted by hand, each tensor once in each phase that needs it",
-        "ratio": "to the baseline's whole step in the same round",
-        "host": "on a GPU ms include the host's launches, as the stream is empty before each call",
+        "ratios": "wall times, to each baseline's whole step in the same round",
+        "times": "wall: from an empty stream until done; host: until the call returns; device: "
+        "between events on a busy stream; one and the same on a CPU",
+        "cache": "not flushed between candidates",
+        "clocks": _CLOCKS,
         "comparisons": [c.as_json() for c in comparisons],
     }
-    text = "\n\n".join(bench.table(c) for c in comparisons)
-    print(text)
+    text = "\n\n".join([*(bench.table(c) for c in comparisons), bench.phases(comparisons)])
     options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "bench_step.json").open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    part = options.output / "bench_step.part"
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(options.output / "bench_step.json")
     (options.output / "bench_step.txt").write_text(text + "\n", encoding="utf-8")
     title = f"Optimizer step on {here['gpu'] or here['cpu']}, torch {here['torch']}"
     bench.write_png(comparisons, title, options.output / "bench_step.png")

@@ -12,7 +12,8 @@ from tests.harness.tables import columns
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "Spread", "Timing", "figure", "paired", "spread", "table", "write_png"]
+__all__ = ["Comparison", "Spread", "Timing", "figure", "paired", "phases", "spread", "table"]
+__all__ += ["write_png"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Timing:
         kind: "adamw", "kernel", "portable" or "other" (the plugin's other optimizers), which the
             picture distinguishes; "phase" for a phase.
         bytes_per_parameter: bytes read and written, each tensor once in each phase that needs it.
-        ms: milliseconds of a step, for each round in order.
+        ms: milliseconds of a step, for each round in order: from an empty stream until it is done.
         host_ms: milliseconds until the last launch returned, for each round; ``ms`` on a CPU.
+        device_ms: milliseconds on a stream that was busy before, for each round; ``ms`` on a CPU.
         launches: number of kernels, copies and fills that a step launches; None on a CPU.
         path: the implementation that ran.
     """
@@ -46,6 +48,7 @@ class Timing:
     bytes_per_parameter: float
     ms: Sequence[float]
     host_ms: Sequence[float]
+    device_ms: Sequence[float]
     launches: int | None = None
     path: str = ""
 
@@ -61,10 +64,12 @@ class Comparison:
         cut_from: number of elements of the complete list, if it was truncated; else None.
         device: "cpu" or "cuda".
         threads: number of threads on the CPU; None on a GPU.
-        baseline: key of the candidate to which ratios are computed.
+        baselines: keys of the candidates to which ratios are computed; the picture shows those to
+            the first.
         copy_bytes: bytes that a copy of the large tensor reads and writes.
-        copy_ms: milliseconds of this copy, for each round.
+        copy_ms: milliseconds of this copy on the device, for each round.
         timings: each candidate, followed by its phases.
+        clocks: the GPU's clocks, power, temperature and load before and after, as text.
     """
 
     shape: str
@@ -73,10 +78,11 @@ class Comparison:
     cut_from: int | None
     device: str
     threads: int | None
-    baseline: str
+    baselines: Sequence[str]
     copy_bytes: int
     copy_ms: Sequence[float]
     timings: Sequence[Timing] = field(default_factory=list)
+    clocks: Sequence[str | None] = ()
 
     @property
     def copy_gb_s(self) -> float:
@@ -96,28 +102,32 @@ class Comparison:
         )
 
     def gb_s(self, timing: Timing) -> float:
-        """Returns the bandwidth in GB/s: the counted bytes divided by the median time."""
-        seconds = statistics.median(timing.ms) / 1e3
+        """Returns the bandwidth in GB/s: the counted bytes by the median time on the device."""
+        seconds = statistics.median(timing.device_ms) / 1e3
         return timing.bytes_per_parameter * self.elements / seconds / 1e9
 
-    def ratio(self, timing: Timing) -> Spread:
-        """Returns the ratio of the time to that of the baseline's step in the same round."""
-        return paired(timing.ms, self._baseline.ms)
+    def ratio(self, timing: Timing, baseline: str | None = None) -> Spread:
+        """Returns the ratio of the time to that of a baseline's step in the same round.
+
+        Args:
+            timing: one of :attr:`timings`.
+            baseline: one of :attr:`baselines`; the first if None.
+        """
+        return paired(timing.ms, self._of(baseline or self.baselines[0]).ms)
 
     def floor(self, timing: Timing) -> float:
         """Returns the ratio if the bytes were moved at the bandwidth of the copy."""
         ms = timing.bytes_per_parameter * self.elements / self.copy_gb_s / 1e6
-        return ms / statistics.median(self._baseline.ms)
+        return ms / statistics.median(self._of(self.baselines[0]).ms)
 
-    @property
-    def _baseline(self) -> Timing:
-        return next(t for t in self.timings if t.key == self.baseline)
+    def _of(self, key: str) -> Timing:
+        return next(t for t in self.timings if t.key == key)
 
     def as_json(self) -> dict:
         """Returns all figures, with the times of the rounds."""
         return {
             **{name: getattr(self, name) for name in ("shape", "elements", "shards", "cut_from")},
-            **{name: getattr(self, name) for name in ("device", "threads", "baseline")},
+            **{name: getattr(self, name) for name in ("device", "threads", "baselines", "clocks")},
             "copy": {"bytes": self.copy_bytes, "ms": list(self.copy_ms), "gb_s": self.copy_gb_s},
             "candidates": [
                 {
@@ -125,12 +135,14 @@ class Comparison:
                     "bytes_per_parameter": t.bytes_per_parameter,
                     "ms": vars(spread(t.ms)),
                     "host_ms": vars(spread(t.host_ms)),
-                    "ratio": vars(self.ratio(t)),
+                    "device_ms": vars(spread(t.device_ms)),
+                    "ratios": {key: vars(self.ratio(t, key)) for key in self.baselines},
                     "gb_s": self.gb_s(t),
                     "share_of_copy": self.gb_s(t) / self.copy_gb_s,
                     "floor_ratio": self.floor(t),
                     "launches": t.launches,
                     "rounds_ms": list(t.ms),
+                    "rounds_device_ms": list(t.device_ms),
                 }
                 for t in self.timings
             ],
@@ -150,28 +162,38 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Spread:
     return spread([v / b for v, b in zip(values, baseline, strict=True)])
 
 
-_HEADINGS = ("", "ms", "ratio", "IQR", "B/param", "GB/s", "of copy", "host ms", "launches")
+#: Headings of the ratios to baselines, by what a baseline's key ends in.
+_RATIOS = {"-unclipped": "of unclipped", "-bf16": "of bf16"}
+
+
+def _heading(baseline: str) -> str:
+    return next((text for end, text in _RATIOS.items() if baseline.endswith(end)), "ratio")
+
+
+def _cells(comparison: Comparison, t: Timing) -> list[str]:
+    ratios = [f"{comparison.ratio(t, key).median:.3f}" for key in comparison.baselines]
+    times = [f"{spread(ms).median:.3f}" for ms in (t.ms, t.host_ms, t.device_ms)]
+    return [*times, *ratios]
 
 
 def table(comparison: Comparison) -> str:
     """Returns a table as text; phases are indented below their candidate."""
-    rows = [_HEADINGS]
+    headings = ["", "ms", "host", "device", *map(_heading, comparison.baselines)]
+    rows = [[*headings, "IQR of ratio", "B/param", "GB/s", "of copy", "launches"]]
     for t in comparison.timings:
         ratio, gb_s = comparison.ratio(t), comparison.gb_s(t)
         rows.append(
-            (
+            [
                 f"  {t.label}" if t.kind == "phase" else t.label,
-                f"{spread(t.ms).median:.3f}",
-                f"{ratio.median:.3f}",
+                *_cells(comparison, t),
                 f"{ratio.q1:.3f}-{ratio.q3:.3f}",
                 f"{t.bytes_per_parameter:g}",
                 f"{gb_s:.1f}",
                 f"{gb_s / comparison.copy_gb_s:.0%}",
-                f"{spread(t.host_ms).median:.3f}",
                 "n/a" if t.launches is None else str(t.launches),
-            )
+            ]
         )
-    lines = [comparison.title, columns(rows, right=range(1, len(_HEADINGS)))]
+    lines = [comparison.title, columns(rows, right=range(1, len(rows[0])))]
     copied = comparison.copy_bytes / 1e6
     lines.append(f"copy of one tensor, {copied:,.0f} MB moved: {comparison.copy_gb_s:.1f} GB/s")
     if comparison.device == "cpu":  # with write-allocate, the copy moves 3/2 of the counted bytes
@@ -179,7 +201,23 @@ def table(comparison: Comparison) -> str:
             "; a CPU's caches may also read what a copy overwrites, so that steps, which work in "
             "place, can exceed 100%"
         )
+    else:
+        lines.append(f"clocks before and after: {'; '.join(map(str, comparison.clocks))}")
     return "\n".join(lines)
+
+
+def phases(comparisons: Sequence[Comparison]) -> str:
+    """Returns a table of each shape's whole phase: S3's kernels beside the AdamWs."""
+    headings = ["whole phase", "", "ms", "host", "device"]
+    rows = [[*headings, *map(_heading, comparisons[0].baselines), "of copy"]]
+    for comparison in comparisons:
+        shape = comparison.shape
+        for t in comparison.timings:
+            if t.kind in ("adamw", "kernel"):
+                share = f"{comparison.gb_s(t) / comparison.copy_gb_s:.0%}"
+                rows.append([shape, t.label, *_cells(comparison, t), share])
+                shape = ""
+    return columns(rows, right=range(2, len(rows[0])))
 
 
 #: For each kind of timing: the optimizer whose style the legend uses, and the text there.

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_s3 import S3
 from megatron_s3.optimizers import OPTIMIZERS
 from scripts.bench import step as script
 from scripts.bench.shards import Shard
-from scripts.bench.timing import Comparison, Timing, paired, spread, table, write_png
+from scripts.bench.timing import Comparison, Timing, paired, phases, spread, table, write_png
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +39,11 @@ def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, 
     expected = {"adamw-fused": 46, "adamw-foreach": 46}
     for key in tuple(expected):
         expected |= {f"{key}/{phase}": count for phase, count in ADAMW.items()}
+    expected["adamw-fused-unclipped"] = 38
+    unclipped = {name: count for name, count in ADAMW.items() if name != "clip"}
+    expected |= {f"adamw-fused-unclipped/{phase}": n for phase, n in unclipped.items()}
+    expected["adamw-fused-bf16"] = 20
+    expected |= {f"adamw-fused-bf16/{k}": n for k, n in {"norm": 2, "clip": 4, "step": 14}.items()}
     paths = ["portable"]
     if any(c["path"] == "C++ kernel" for c in one["candidates"]):  # else there is no compiler
         paths.append("cpp")
@@ -49,6 +55,8 @@ def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, 
             "bf16-grads-bf16-states": 20,
         }.items():
             expected[f"s3-{path}-p3-{kind}"] = count
+            if path == "cpp" and kind in ("fp32-grads-fp32-states", "bf16-grads-bf16-states"):
+                expected[f"s3-{path}-p3-{kind}-statistics"] = count
             if path == "cpp":
                 expected[f"s3-cpp-p3-{kind}/in cache"] = count
     assert counted == expected
@@ -56,7 +64,10 @@ def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, 
         assert len(c["rounds_ms"]) == 2 and c["launches"] is None
         gigabytes = c["bytes_per_parameter"] * 3000 / 1e9
         assert c["gb_s"] == pytest.approx(gigabytes / (c["ms"]["median"] / 1e3))
-    assert one["candidates"][0]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+        assert c["host_ms"] == c["device_ms"] == c["ms"]
+        assert list(c["ratios"]) == ["adamw-fused", "adamw-fused-unclipped", "adamw-fused-bf16"]
+    for c, key in zip(one["candidates"], ("adamw-fused", None), strict=False):
+        assert key is None or c["ratios"][key] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert (tmp_path / "bench_step.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr()
     assert "cut off from 5,000" in shown.out and "S3 portable p=3" in shown.out
@@ -69,9 +80,11 @@ def test_what_is_measured_is_a_step(small):
     for at, candidate in enumerate(small.candidates(small.Memory(shards, "cpu"), *what)):
         memory = small.Memory(shards, "cpu")
         candidate = list(small.candidates(memory, *what))[at]
-        before = [p.clone() for p in memory.params]
+        half = candidate.key == script.HALF
+        stepped = memory.model_params if half else memory.params
+        before = [p.clone() for p in stepped]
         candidate.step()
-        for old, new, model in zip(before, memory.params, memory.model_params, strict=True):
+        for old, new, model in zip(before, stepped, memory.model_params, strict=True):
             assert (old != new).float().mean() > 0.9, candidate.key
             assert torch.equal(model, new.bfloat16()), candidate.key
         memory.check()
@@ -91,6 +104,40 @@ def test_clipping_clips_every_time(small):
         after = memory.grads[torch.float32][0]
         ratio = (after.norm() / before.norm()).item()
         assert ratio == pytest.approx(1 - 1e-4, abs=2e-5)
+
+
+def test_without_clipping_gradients_stay(small):
+    memory = small.Memory([Shard(1000, 0, 0, 0)], "cpu")
+    before = memory.grads[torch.float32][0].clone()
+    made = {c.key: c for c in small.candidates(memory, "cpu", [3.0])}
+    made[small.UNCLIPPED].step()
+    assert torch.equal(memory.grads[torch.float32][0], before)
+    made[small.BASELINE].step()
+    assert not torch.equal(memory.grads[torch.float32][0], before)
+
+
+def test_statistics_are_counted_where_the_name_says_so(small, monkeypatch):
+    made = []
+    monkeypatch.setattr(small, "S3", lambda *a, **k: made.append(S3(*a, **k)) or made[-1])
+    memory = small.Memory([Shard(1000, 0, 0, 0)], "cpu")
+    keys = [c.key for c in small.candidates(memory, "cpu", [3.0]) if c.key.startswith("s3")]
+    counting = [optimizer.host.statistics is not None for optimizer in made]
+    assert counting == [key.endswith("-statistics") for key in keys]
+    assert sum(counting) == 2
+
+
+def test_megatron_is_asked_once_for_shards(small, monkeypatch, tmp_path):
+    asked = []
+
+    def answer(*what):
+        asked.append(what)
+        return [[7, 64, 0, 1]]
+
+    monkeypatch.setattr(small, "_asked", answer)
+    known = tmp_path / "shards.json"
+    for rank in (0, 0, 1, 1):
+        assert small.shards_of("345m-dp8", rank, "cpu", known) == [Shard(7, 64, 0, 1)]
+    assert asked == [("345m-dp8", 0), ("345m-dp8", 1)]
 
 
 def test_a_step_that_leaves_nan_is_no_result(small):
@@ -152,24 +199,32 @@ def test_figures_of_made_up_times(tmp_path):
         cut_from=None,
         device="cuda",
         threads=None,
-        baseline="a",
+        baselines=["a", "u-unclipped"],
         copy_bytes=8_000_000,
         copy_ms=[1.0, 1.0],
         timings=[
-            Timing("a", "AdamW", "adamw", 46, [10.0, 12.0], [1.0, 1.0], 9),
-            Timing("a/norm", "norm", "phase", 4, [2.0, 2.0], [0.1, 0.1], 2),
-            Timing("s", "S3", "kernel", 30, [5.0, 6.0], [0.5, 0.5], 1),
-            Timing("p", "S3 portable", "portable", 30, [500.0, 600.0], [0.5, 0.5], 99),
+            Timing("a", "AdamW", "adamw", 46, [10.0, 12.0], [1.0, 1.0], [9.0, 9.0], 9),
+            Timing("a/norm", "norm", "phase", 4, [2.0, 2.0], [0.1, 0.1], [2.0, 2.0], 2),
+            Timing("u-unclipped", "AdamW'", "adamw", 38, [8.0, 9.6], [1.0] * 2, [7.0] * 2, 9),
+            Timing("s", "S3", "kernel", 30, [5.0, 6.0], [0.5, 0.5], [4.0, 4.0], 1),
+            Timing("p", "S3 portable", "portable", 30, [500.0] * 2, [0.5] * 2, [500.0] * 2, 99),
         ],
+        clocks=["1980 MHz", "1755 MHz"],
     )
-    s3 = made.timings[2]
+    s3 = made.timings[3]
     assert made.copy_gb_s == pytest.approx(8)
-    assert made.gb_s(s3) == pytest.approx(30e6 / 5.5e-3 / 1e9)
-    assert made.ratio(s3).median == 0.5
+    assert made.gb_s(s3) == pytest.approx(30e6 / 4e-3 / 1e9)  # on the device
+    assert made.ratio(s3).median == 0.5  # of wall times
+    assert made.ratio(s3, "u-unclipped").median == 0.625
     assert made.floor(s3) == pytest.approx((30e6 / 8e9 * 1e3) / 11)
     lines = table(made).splitlines()
     row = next(line for line in lines if line.startswith("S3 ")).split()
-    assert row[1:5] == ["5.500", "0.500", "0.500-0.500", "30"] and row[-1] == "1"
+    assert row[1:7] == ["5.500", "0.500", "4.000", "0.500", "0.625", "0.500-0.500"]
+    assert row[7:] == ["30", "7.5", "94%", "1"]
     assert any(line.startswith("  norm") for line in lines)
+    assert lines[-1] == "clocks before and after: 1980 MHz; 1755 MHz"
+    shown = phases([made, made]).splitlines()
+    assert [line.split()[0] for line in shown[1:]] == ["made-up", "AdamW'", "S3"] * 2
+    assert shown[3].split()[1:] == ["5.500", "0.500", "4.000", "0.500", "0.625", "94%"]
     write_png([made, made], "made up", tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000

@@ -1,12 +1,13 @@
 """The reproductions of upstream's faults, on upstream alone: their table says what is so now."""
 
+import functools
 import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
+from tests.harness.forks import Forks
 from tests.harness.releases import INSTALLED, RELEASES, unpacked
 from tests.harness.trainer import REPOSITORY
 
@@ -15,6 +16,13 @@ FOLDER = REPOSITORY / "patches/upstream/reports"
 EMERGING = REPOSITORY / ".venv/emerging-optimizers/0.3.0"
 
 RANKS = {"lion_partly_reduced": 2}
+
+
+@functools.cache
+def process(release: str) -> Forks:
+    """Returns a process with a release and without the plugin, whose forks are the ranks."""
+    path = os.pathsep.join(map(str, (unpacked(release), EMERGING)))
+    return Forks(path, FOLDER / "small_model.py", plugin=False)
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -46,26 +54,15 @@ def test_each_report_has_its_reproduction_and_its_row() -> None:
     [pytest.param(r, marks=[pytest.mark.thorough] * (r != INSTALLED)) for r in RELEASES],
 )
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.md")))
-def test_the_fault_is_there_or_mended_as_the_page_says(name: str, release: str) -> None:
+def test_the_fault_is_there_or_mended_as_the_page_says(
+    name: str, release: str, tmp_path: Path
+) -> None:
     if name.startswith("lion") and not EMERGING.is_dir():
         pytest.skip(f"emerging-optimizers is not unpacked at {EMERGING}; scripts/test.sh does it")
-    command = [sys.executable]
-    if name in RANKS:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS[name])]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    done = subprocess.run(
-        [*command, f"{name}.py"],
-        cwd=FOLDER,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(map(str, (unpacked(release), EMERGING))),
-            "OMP_NUM_THREADS": "1",
-            "MEGATRON_S3": "",
-        },
-        capture_output=True,
-        text=True,
-    )
+    log = tmp_path / "log"
+    status = process(release).run([], RANKS.get(name, 1), log, program=FOLDER / f"{name}.py")
     there = {"yes": 1, "no": 0}[table()[name][release]]
-    said = [line for line in done.stdout.splitlines() if line.startswith(("FAULT: ", "no fault"))]
-    assert [line.startswith("FAULT: ") for line in said] == [bool(there)], done.stderr[-4000:]
-    assert done.returncode == there
+    lines = log.read_text().splitlines()
+    said = [line for line in lines if line.startswith(("FAULT: ", "no fault"))]
+    assert [line.startswith("FAULT: ") for line in said] == [bool(there)], log.read_text()
+    assert status == there

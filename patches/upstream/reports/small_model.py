@@ -21,7 +21,8 @@ class CudaIsCpu(TorchFunctionMode):
             kwargs["device"] = "cpu"
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.")  # how Megatron-core finds bf16 and fp16
+            # How Megatron-core finds bf16 and fp16.
+            return "torch.cuda." + result.rpartition(".")[2]
         return result
 
 

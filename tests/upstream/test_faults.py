@@ -22,7 +22,7 @@ RANKS = {"lion_partly_reduced": 2}
 def process(release: str) -> Forks:
     """Returns a process with a release and without the plugin, whose forks are the ranks."""
     path = os.pathsep.join(map(str, (unpacked(release), EMERGING)))
-    return Forks(path, FOLDER / "small_model.py", plugin=False)
+    return Forks(path, plugin=False)
 
 
 def table() -> dict[str, dict[str, str]]:

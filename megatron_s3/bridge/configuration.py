@@ -8,7 +8,7 @@ from megatron.bridge.training.config import OptimizerConfig, SchedulerConfig
 from megatron.core import optimizer as core
 
 from megatron_s3.mcore import build
-from megatron_s3.mcore.configuration import hyperparameter_fields, post_init, switch_fields
+from megatron_s3.mcore.configuration import hyperparameter_fields, plugin_fields, post_init
 from megatron_s3.optimizers import S3, ElementwiseOptimizer
 
 __all__ = ["ElementwiseOptimizerConfig", "S3OptimizerConfig", "configures"]
@@ -95,7 +95,7 @@ def configures(cls: type[ElementwiseOptimizer]) -> Callable[[Class], Class]:
             "optimizer": (str, description.name),
             "clip_grad": (float, description.clip_grad),
         }
-        for name, kind, default in (*hyperparameter_fields(cls), *switch_fields()):
+        for name, kind, default in (*hyperparameter_fields(cls), *plugin_fields()):
             defaults[name] = (kind, dataclasses.field(default=default, kw_only=True))
         config.__annotations__ = {name: kind for name, (kind, _) in defaults.items()}
         for name, (_, default) in defaults.items():

@@ -8,8 +8,10 @@ from megatron_s3.checkpoints import groups
 from megatron_s3.checkpoints.errors import TransferError
 from megatron_s3.checkpoints.transfer import ADAM, Settings, convertible, from_adam_of, short
 from megatron_s3.mcore.arguments import flag
+from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.optimizers import AdamW
 from megatron_s3.optimizers.description import Description
+from megatron_s3.optimizers.stamp import PATTERN
 
 __all__ = ["settings"]
 
@@ -52,6 +54,7 @@ def settings(
             "it holds no optimizer state (--no-save-optim): its weights load into any optimizer "
             "without a conversion, with --no-load-optim"
         )
+    _check_one(found, args)
     description = _whose(to, getattr(args, "optimizer", ADAM), found)
     steps = {step for held in objects for step in groups.steps(held)}
     if len(steps) != 1:
@@ -93,6 +96,19 @@ def _from_groups(found: list[dict[str, Any]], sharded: bool) -> argparse.Namespa
         adam_eps=first.get("eps", 1e-8),
         use_distributed_optimizer=sharded,
     )
+
+
+def _check_one(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Raises TransferError if parameters of the model have optimizers or settings of their own."""
+    names = list(dict.fromkeys(group.get("algorithm", ADAM) for group in found))
+    rules = getattr(args, OVERRIDES, None)
+    if len(names) > 1 or rules or any(PATTERN in group for group in found):
+        several = " and ".join(names) if len(names) > 1 else " ".join(map(repr, rules or ()))
+        raise TransferError(
+            "its parameters have optimizers or settings of their own"
+            f"{f' ({several})' if several else ''}, and a conversion is of one optimizer for all "
+            "parameters. Load its weights alone, with --no-load-optim"
+        )
 
 
 def _whose(to: str, written: str, found: list[dict[str, Any]]) -> Description:

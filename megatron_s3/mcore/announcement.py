@@ -1,7 +1,7 @@
 """Log lines about the optimizer that was built, written once by rank 0."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from megatron_s3.mcore.arguments import (
     state_dtypes,
     switches,
 )
+from megatron_s3.mcore.overrides import described
 from megatron_s3.mcore.state import Training
-from megatron_s3.optimizers import ElementwiseOptimizer
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description
 
-__all__ = ["announce", "say_path"]
+__all__ = ["announce", "announce_parts", "say_path"]
 
 
 def announce(
@@ -33,19 +35,17 @@ def announce(
     params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
     sharding = set(map(_sharding, parts))
     groups = [group for part in parts for group in part.optimizer.param_groups]
+    descriptions = {d.name: d for part in parts for d in part.optimizer.descriptions()}
     asked = hyperparameters(cls, config) | {"weight_decay": config.weight_decay}
-    settings = " ".join(
-        f"{name}={_either(value, (group[name] for group in groups))}"
-        for name, value in asked.items()
-    )
     main = {
         torch.float32 if part.optimizer.host.master_params else p.dtype
         for part in parts
         for g in part.optimizer.param_groups
         for p in g["params"]
     }
+    dtypes = {name: d for part in parts for name, d in part.optimizer.state_dtypes.items()}
     states = ", ".join(
-        f"{name} {_name(dtype)}" for name, dtype in state_dtypes(cls, config).items()
+        f"{name} {_name(dtype)}" for name, dtype in (dtypes or state_dtypes(cls, config)).items()
     )
     devices = {p.device.type for p in params}
     offloaded = ""
@@ -53,15 +53,74 @@ def announce(
         count = sum(p.numel() for part in parts for p in part.optimizer.host.offload.params)
         offloaded = f"; the CPU keeps and updates {count:,} of the parameters"
         devices.add("cpu")
-    paths = sorted(_path(cls, parts, device, config, training) for device in devices)
+    paths = sorted(
+        {
+            _path(description, parts, device, config, training)
+            for device in devices
+            for description in descriptions.values()
+        }
+    )
     clipping = f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping"
-    say(f"{cls.description.label} with {settings}")
+    for description in descriptions.values() or [cls.description]:
+        own = [group for group in groups if group["algorithm"] == description.name]
+        if description.name != cls.description.name:
+            names = [h.name for h in description.hyperparameters] + ["weight_decay"]
+            asked = {name: own[0][name] for name in names}
+        settings = " ".join(
+            f"{name}={_either(value, (group[name] for group in own))}"
+            for name, value in asked.items()
+        )
+        say(f"{description.label} with {settings}")
     say(
         f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
         f"{', '.join(sorted(map(_name, main)))}; optimizer state ({states}) "
         f"{' and '.join(sorted(sharding))}{offloaded}"
     )
     say(f"step: {', '.join(paths)}; {clipping}")
+
+
+def announce_parts(
+    asked: Mapping[Any, Mapping[str, Any]],
+    named: Sequence[tuple[str, torch.Tensor]],
+    cls: type[ElementwiseOptimizer],
+    config: Any,
+) -> None:
+    """Logs a table of patterns with their parameters, optimizers, learning rates and decays.
+
+    Args:
+        asked: the overrides in Megatron's form, see :mod:`megatron_s3.mcore.overrides`.
+        named: the trainable parameters of rank 0 by name.
+        cls: the optimizer of parameters for which no override names another.
+        config: Megatron's OptimizerConfig.
+    """
+    # Megatron's own overrides have predicates; they hold for parameters of any optimizer.
+    keys = [key for key in asked if key.name and not (key.predicate or key.with_name_predicate)]
+    owned: dict[Any, int] = dict.fromkeys([*keys, None], 0)
+    for name, param in named:
+        for key in [key for key in keys if key.matches(param, name)] or [None]:
+            owned[key] += param.numel()
+    rows = [("pattern", "parameters", "optimizer", "lr", "weight_decay")]
+    for key, count in owned.items():
+        values = {} if key is None else asked[key]
+        description = OPTIMIZERS[values.get("algorithm", cls.description.name)].description
+        rows.append(
+            (
+                "all others" if key is None else _pattern_of(key),
+                f"{count:,}",
+                description.label,
+                str(values.get("max_lr", config.lr)),
+                str(values.get("start_wd", config.weight_decay)),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        say("  ".join(cells).rstrip())
+
+
+def _pattern_of(key: Any) -> str:
+    names = (key.name,) if isinstance(key.name, str) else key.name
+    return described(key) if key.attr else " ".join(names)
 
 
 def _either(value: Any, found: Iterable[Any]) -> str:
@@ -81,7 +140,7 @@ def _sharding(part: MegatronOptimizer) -> str:
 
 
 def _path(
-    cls: type[ElementwiseOptimizer],
+    description: Description,
     parts: list[MegatronOptimizer],
     device: str,
     config: Any,
@@ -90,15 +149,15 @@ def _path(
     """Returns what runs the step on a device, as far as settings determine it."""
     if switches(config)["plugin_no_fused"]:
         return f"torch operations on {device} (--plugin-no-fused)"
-    description = cls.description
     if device not in KERNELS:
         reasons = {f"no kernel for {description.label} on {device}"}
     else:
         kernel = importlib.import_module(KERNELS[device])
         values = (
-            part.optimizer.group_hyperparameters(group | {"step": 1})
+            part.optimizer.algorithm_of(group).group_hyperparameters(group | {"step": 1})
             for part in parts
             for group in part.optimizer.param_groups
+            if group["algorithm"] == description.name
         )
         reasons = {kernel.reason(description.rule, [], **each) for each in values}
         if len(reasons) != 1 or None in reasons:
@@ -120,5 +179,5 @@ def say_path(parts: Iterable[MegatronOptimizer], training: Training) -> None:
     for path in sorted(paths - training.said):
         if "portable" in path and optimizers[0].fused is not False:
             part = "" if path.startswith("portable") else " in part"
-            label = optimizers[0].description.label
+            label = optimizers[0].label
             say(f"{label} is updated by torch operations{part} ({path})")

@@ -12,10 +12,12 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_s3.mcore import overrides, state
-from megatron_s3.mcore.announcement import announce
+from megatron_s3.mcore.all_ranks import raise_first
+from megatron_s3.mcore.announcement import announce, announce_parts
 from megatron_s3.mcore.arguments import (
     as_adam,
     check_config,
+    check_several,
     destination,
     hyperparameters,
     in_megatron_fsdp,
@@ -23,10 +25,15 @@ from megatron_s3.mcore.arguments import (
     state_dtypes,
     switches,
 )
+from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.mcore.chained import ElementwiseChainedOptimizer
 from megatron_s3.mcore.configuration import WITHOUT_FUSED_ADAM, settle, settle_precision
-from megatron_s3.mcore.coverage import check, collected, parts_of
-from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer, sharded_class
+from megatron_s3.mcore.coverage import check, collected, parts_of, trainable
+from megatron_s3.mcore.distributed import (
+    ElementwiseDistributedOptimizer,
+    names_in_shards,
+    sharded_class,
+)
 from megatron_s3.mcore.megatron_fsdp import ElementwiseFSDPOptimizer
 from megatron_s3.mcore.one_pass import ElementwiseFloat16Optimizer
 from megatron_s3.mcore.update_log import UpdateLog
@@ -50,6 +57,7 @@ def get_megatron_optimizer_config(original: Callable[..., Any], args: Any) -> An
         result = original(args)
     config = result[0] if isinstance(result, tuple) else result
     config.optimizer = args.optimizer
+    setattr(config, OVERRIDES, getattr(args, OVERRIDES, None))
     own = {destination(cls.description, h) for h in cls.description.hyperparameters}
     for name, value in {**asked, **{n: getattr(args, n) for n in own}, **switches(args)}.items():
         setattr(config, name, value)
@@ -82,8 +90,14 @@ def get_megatron_optimizer(
     settle(config)  # again, because a program may have set attributes since
     call = dict(zip(("model_chunks", "config_overrides"), args, strict=False)) | kwargs
     chunks = call["model_chunks"]
-    check_config(config, getattr(chunks[0], "ddp_config", None), cls)
-    asked = overrides.translated(call.get("config_overrides") or {}, cls, config)
+    ddp_config = getattr(chunks[0], "ddp_config", None)
+    given = overrides.with_rules(call.get("config_overrides"), config)
+    asked = overrides.translated(given or {}, cls, config)
+    classes = overrides.algorithms(asked, cls)
+    check_several(config, ddp_config, classes)
+    for each in classes:
+        check_config(config, ddp_config, each)
+    raise_first(overrides.check_owners(asked, trainable(chunks), cls))
     if asked and len(args) > 1:
         args = (chunks, asked, *args[2:])
     elif asked:
@@ -107,7 +121,7 @@ def get_megatron_optimizer(
             continue  # another wrapper of the builder has called this function already
         for group in part.optimizer.param_groups:
             group.update({name: None for name, value in group.items() if value is no_rate})
-        _exchange(part, cls, config)
+        _exchange(part, classes, config)
     log_updates = switches(config)["plugin_log_updates"]
     if any(
         built is part.optimizer for part in found
@@ -125,11 +139,15 @@ def get_megatron_optimizer(
         )
     state.start(training)
     announce(stepping, cls, config, training)
+    if len(classes) > 1 or getattr(config, OVERRIDES, None):
+        announce_parts(asked, trainable(chunks), cls, config)
     return built
 
 
-def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: Any) -> None:
-    adam = part.optimizer
+def _exchange(
+    part: MegatronOptimizer, classes: list[type[ElementwiseOptimizer]], config: Any
+) -> None:
+    adam, cls = part.optimizer, classes[0]
     # The values that Adam added to its groups (betas, eps) would be settings of the new optimizer.
     adams_own = set(adam.defaults) - {"lr", "weight_decay"}
     groups = [
@@ -144,7 +162,7 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
         weight_decay=config.weight_decay,
         # Only the kernel reads the learning rate from the device when a graph is replayed.
         fused=False if switches(config)["plugin_no_fused"] else (True if in_graph else None),
-        state_dtype=state_dtypes(cls, config),
+        state_dtype=_dtypes(groups, classes, config),
         **hyperparameters(cls, config),
     )
     in_fsdp = in_megatron_fsdp(part)  # it keeps the main parameters itself
@@ -173,10 +191,34 @@ def _exchange(part: MegatronOptimizer, cls: type[ElementwiseOptimizer], config: 
     part.init_state_fn = _init_state
     if isinstance(part, DistributedOptimizer):
         base = ElementwiseFSDPOptimizer if in_fsdp else ElementwiseDistributedOptimizer
-        part.__class__ = sharded_class(cls.description.state, base)
+        part.__class__ = sharded_class(names_in_shards(optimizer), base)
         part.name_main_params()
     elif isinstance(part, Float16OptimizerWithFloat16Params):
         part.__class__ = ElementwiseFloat16Optimizer
+
+
+def _dtypes(
+    groups: list[dict[str, Any]], classes: list[type[ElementwiseOptimizer]], config: Any
+) -> dict[str, torch.dtype]:
+    """Returns the dtypes of the states of all algorithms of the groups, by name.
+
+    Raises:
+        ValueError: states with the same name would have different dtypes.
+    """
+    base = classes[0]
+    names = {group.get("algorithm", base.description.name) for group in groups}
+    found = dict(state_dtypes(base, config))
+    for cls in classes[1:]:
+        if cls.description.name not in names:
+            continue
+        for name, dtype in state_dtypes(cls, config).items():
+            if found.setdefault(name, dtype) != dtype:
+                raise ValueError(
+                    f"--exp-avg-dtype and --exp-avg-sq-dtype differ, and {name} is the first state "
+                    f"of one optimizer and the second of {cls.description.label}. Give both the "
+                    "same dtype."
+                )
+    return found
 
 
 def _keep_lr_on_device(optimizer: torch.optim.Optimizer) -> None:

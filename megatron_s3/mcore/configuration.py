@@ -13,6 +13,7 @@ from megatron_s3.mcore.arguments.flags import SWITCHES, Default
 from megatron_s3.mcore.arguments.mask import as_adam, replaced
 from megatron_s3.mcore.arguments.names import destination
 from megatron_s3.mcore.arguments.readers import hyperparameters
+from megatron_s3.mcore.arguments.rules import OVERRIDES, rules
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.renamed import RENAMED
 
@@ -21,10 +22,10 @@ __all__ = [
     "Field",
     "add_fields",
     "hyperparameter_fields",
+    "plugin_fields",
     "post_init",
     "settle",
     "settle_precision",
-    "switch_fields",
 ]
 
 #: The name, type and default of a field of a configuration.
@@ -79,17 +80,18 @@ def hyperparameter_fields(cls: type[ElementwiseOptimizer]) -> Iterator[Field]:
         yield destination(cls.description, h), kind, h.default
 
 
-def switch_fields() -> Iterator[Field]:
-    """Yields the field of each switch that the optimizer or its checkpoints read."""
+def plugin_fields() -> Iterator[Field]:
+    """Yields the field of each flag for all optimizers that an optimizer or checkpoint reads."""
     for name, _ in SWITCHES:
         if name not in _OF_THE_TRAINER:
             yield name, bool, name in _ON
+    yield OVERRIDES, Optional[list[str]], None  # noqa: UP045  # read by frameworks
 
 
 def _fields() -> Iterator[Field]:
     for cls in OPTIMIZERS.values():
         yield from hyperparameter_fields(cls)
-    yield from switch_fields()
+    yield from plugin_fields()
 
 
 def _subclasses(cls: type[Any]) -> list[type[Any]]:
@@ -147,6 +149,11 @@ def settle(config: Any) -> None:
     # The trainer makes the configuration while ``args.optimizer`` reads "adam".
     name = getattr(config.optimizer, "asked", config.optimizer)
     chosen = OPTIMIZERS.get(name)
+    if rules(getattr(config, OVERRIDES, None)) and chosen is None:
+        raise ValueError(
+            f"plugin_overrides does nothing with optimizer={str(name)!r}: it is for the plugin's "
+            f"optimizers ({', '.join(OPTIMIZERS)}). Leave it out, or choose one of these."
+        )
     if isinstance(config.clip_grad, Default):
         default = config.clip_grad if chosen is None else chosen.description.clip_grad
         config.clip_grad = float(default)

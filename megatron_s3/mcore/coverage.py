@@ -16,7 +16,7 @@ from megatron_s3.log import say
 from megatron_s3.mcore.arguments import in_megatron_fsdp
 from megatron_s3.mcore.overrides import described
 
-__all__ = ["Part", "build_part", "check", "collected", "parts_of"]
+__all__ = ["Part", "build_part", "check", "collected", "parts_of", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,7 @@ def check(
         ValueError: a trainable parameter is in no part or in two, a part is not stepped by the
             built optimizer, an override has no effect, or its name matches nothing on any rank.
     """
-    named = [
-        (name, param)
-        for chunk in model_chunks
-        for name, param in chunk.named_parameters()
-        if param.requires_grad
-    ]
+    named = trainable(model_chunks)
     fault = (
         _uncounted(parts, named) or _unreached(parts, built) or _ignored(parts, named, overrides)
     )
@@ -160,6 +155,16 @@ def check(
                 f"{part.name!r}. Correct the pattern (names are those of named_parameters()), or "
                 "leave it out."
             )
+
+
+def trainable(model_chunks: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
+    """Returns the trainable parameters of this rank by name."""
+    return [
+        (name, param)
+        for chunk in model_chunks
+        for name, param in chunk.named_parameters()
+        if param.requires_grad
+    ]
 
 
 def _alternatives(key: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from megatron_s3.mcore import compat_before_0_19
 from megatron_s3.mcore.checkpoint import param_groups, shards
 from megatron_s3.mcore.one_pass import OnePass, Place, is_plain, place, require_memory
+from megatron_s3.optimizers import ElementwiseOptimizer
 
-__all__ = ["ElementwiseDistributedOptimizer", "sharded_class"]
+__all__ = ["ElementwiseDistributedOptimizer", "names_in_shards", "sharded_class"]
 
 
 # Megatron has no types.
@@ -22,8 +24,8 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     """DistributedOptimizer around an :class:`~megatron_s3.optimizers.ElementwiseOptimizer`.
 
     Main parameters, shards, gradient reduction and parameter gathering are Megatron's. The names of
-    the saved state come from the optimizer's description, so its checkpoints cannot be mistaken for
-    Adam's.
+    the saved state come from the optimizer's description, or from the descriptions of its groups'
+    algorithms (:func:`names_in_shards`), so its checkpoints cannot be mistaken for Adam's.
 
     Under ``--use-precision-aware-optimizer`` the optimizer's parameters are shards of the model's,
     and its state holds the fp32 ones as ``master_param``. Megatron leaves this to Transformer
@@ -39,10 +41,16 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
         """The names of the sharded state tensors (read by Megatron-Core from 0.19 on)."""
-        return self.optimizer.description.state
+        return names_in_shards(self.optimizer)
 
     def _get_state_key_dtype(self, key: str) -> torch.dtype:
-        return self.optimizer.state_dtypes.get(key, torch.float32)
+        dtypes = self.optimizer.state_dtypes
+        place = self.optimizer_state_keys.index(key)
+        for description in self.optimizer.descriptions():
+            if place < len(description.state):
+                dtype: torch.dtype = dtypes.get(description.state[place], torch.float32)
+                return dtype
+        raise KeyError(key)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the part that is equal on all data-parallel ranks: param groups and loss scale.
@@ -163,12 +171,23 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         group, order = self.model_param_group_index_map[model_param]
         param = self.optimizer.param_groups[group]["params"][order]
         # The state exists before any format reads or fills it, also before the first step.
-        if not self.optimizer.state[param].keys() >= set(self.optimizer.description.state):
+        own = self._states_of(group)
+        if not self.optimizer.state[param].keys() >= set(own):
             self.optimizer.init_state()
         # Megatron adds a step if it loads without FusedAdam.
         state = self.optimizer.state[param]
-        states = {name: state[name] for name in self.optimizer.description.state}
-        return {"param": state.get("master_param", param), **states}
+        names = self.optimizer_state_keys
+        tensors = {"param": state.get("master_param", param)}
+        tensors |= {name: state[each] for name, each in zip(names, own, strict=False)}
+        for name in names[len(own) :]:  # states of another algorithm, at the end
+            dtype = self._get_state_key_dtype(name)
+            tensors[name] = torch.zeros_like(param, dtype=dtype, device=state[own[0]].device)
+        return tensors
+
+    def _states_of(self, group: int) -> tuple[str, ...]:
+        param_group = self.optimizer.param_groups[group]
+        names: tuple[str, ...] = self.optimizer.algorithm_of(param_group).description.state
+        return names
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd protects
     def _set_main_param_and_optimizer_states(
@@ -281,6 +300,20 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
                 yield from zip(models, own, strict=True)
 
 
+def names_in_shards(optimizer: ElementwiseOptimizer) -> tuple[str, ...]:
+    """Returns the names under which an optimizer's sharded states are saved.
+
+    They are the names of its states.  If its groups have several algorithms, a state is saved by
+    its position, because a bucket of Megatron's has one set of names for all of its parameters:
+    the name is then made of the names at this position (``exp_pnorm_or_exp_avg_sq``).
+    """
+    states = [description.state for description in optimizer.descriptions()]
+    return tuple(
+        "_or_".join(dict.fromkeys(name for name in names if name is not None))
+        for names in itertools.zip_longest(*states)
+    )
+
+
 def _upstreams(name: str) -> Callable[..., Any]:
     """Returns a method of DistributedOptimizer as Megatron has it, whether or not it is wrapped."""
     method: Callable[..., Any] = inspect.unwrap(getattr(DistributedOptimizer, name))
@@ -292,7 +325,7 @@ def sharded_class(
     state: tuple[str, ...],
     base: type[ElementwiseDistributedOptimizer] = ElementwiseDistributedOptimizer,
 ) -> type[ElementwiseDistributedOptimizer]:
-    """Returns the subclass for an optimizer with these state tensors."""
+    """Returns the subclass for an optimizer whose state tensors are saved by these names."""
     older = compat_before_0_19.needed()
     methods = compat_before_0_19.methods_that_name(state) if older else {}
     return type(base.__name__, (base,), methods)

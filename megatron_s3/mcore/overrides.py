@@ -3,22 +3,67 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from megatron.core.optimizer import ParamKey, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import Tensor
 
-from megatron_s3.mcore.arguments import destination
-from megatron_s3.optimizers import ElementwiseOptimizer
-from megatron_s3.optimizers.description import Hyperparameter
+from megatron_s3.mcore.arguments.names import destination, flag_named
+from megatron_s3.mcore.arguments.rules import OVERRIDES, rules
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description, Hyperparameter
+from megatron_s3.optimizers.stamp import PATTERN
 
-__all__ = ["described", "take_own", "translated"]
+__all__ = [
+    "Rule",
+    "algorithms",
+    "check_owners",
+    "described",
+    "parts",
+    "take_own",
+    "translated",
+    "with_rules",
+]
 
 #: Fields that Megatron allows in an override if they have the configuration's value.
-_SAME_FOR_ALL = ("optimizer", "overlap_param_gather_with_optimizer_step", "optimizer_cpu_offload")
+_SAME_FOR_ALL = ("overlap_param_gather_with_optimizer_step", "optimizer_cpu_offload")
 
 #: The keys of a group that Megatron's scheduler reads.
-_SCHEDULED = tuple(sorted(set(ParamGroupOverride.__annotations__) - set(_SAME_FOR_ALL)))
+_SCHEDULED = tuple(sorted(set(ParamGroupOverride.__annotations__) - {*_SAME_FOR_ALL, "optimizer"}))
+
+
+class Rule(ParamKey):  # type: ignore[misc]  # Megatron has no types
+    """The ParamKey of a rule of ``--plugin-overrides``; its ``name`` is the pattern."""
+
+
+def with_rules(overrides: Mapping[Any, Any] | None, config: Any) -> Mapping[Any, Any] | None:
+    """Returns ``config_overrides`` and the rules of ``--plugin-overrides``, by ParamKey.
+
+    Args:
+        overrides: None means Megatron's standard ones, as in Megatron.
+        config: Megatron's OptimizerConfig.
+
+    Raises:
+        ValueError: a rule does not have the form, or its pattern is a key of ``overrides`` too.
+    """
+    asked = _by_key(config)
+    if not asked:
+        return overrides
+    if overrides is None:
+        overrides = get_standard_config_overrides(config) or {}
+    for key in asked:
+        if (same := ParamKey(name=key.name)) in overrides:
+            raise ValueError(
+                f"{described(key)} and {described(same)} have the same pattern. Leave one out."
+            )
+    return {**overrides, **asked}
+
+
+def _by_key(holder: Any) -> dict[Any, dict[str, Any]]:
+    found = rules(getattr(holder, OVERRIDES, None))
+    return {Rule(name=pattern): settings for pattern, settings in found.items()}
 
 
 def translated(
@@ -31,19 +76,21 @@ def translated(
     optimizer's own hyperparameters, as ``beta`` or as ``s3_beta``. ``lr`` and ``lr_mult`` become
     the limits of the scheduler's learning rate, in the configuration's proportion, and
     ``weight_decay`` becomes a constant decay; otherwise the scheduler would overwrite them.
-    ``optimizer`` is allowed if it is the configuration's.
+    ``optimizer`` may name another optimizer of the plugin, whose hyperparameters the override may
+    then hold; those it does not hold have that optimizer's defaults.
 
     Args:
         overrides: settings by ParamKey.
-        cls: the optimizer that will step the groups.
+        cls: the optimizer of the groups for which no override names another.
         config: Megatron's OptimizerConfig.
 
     Returns:
         The overrides by the same keys; own hyperparameters are under their flag's destination
-        (:func:`take_own`).
+        (:func:`take_own`).  ``algorithm`` is the name of another optimizer.  ``pattern`` is in
+        overrides whose parameters have states of another meaning than the rest.
 
     Raises:
-        ValueError: a name is unknown, a value is not allowed, or another optimizer is named.
+        ValueError: a name is unknown, or a value is not allowed.
     """
     return {key: _translated(key, override, cls, config) for key, override in overrides.items()}
 
@@ -51,13 +98,17 @@ def translated(
 def _translated(
     key: Any, override: Mapping[str, Any], cls: type[ElementwiseOptimizer], config: Any
 ) -> dict[str, Any]:
-    description = cls.description
+    description = _description(key, override, cls)
     own: dict[str, Hyperparameter] = {}
     for h in description.hyperparameters:
         own |= {h.name: h, destination(description, h): h}
     result: dict[str, Any] = {}
+    if description.name != cls.description.name:
+        result["algorithm"] = description.name
     for name, value in override.items():
         called = f"{described(key)} sets {name}={value!r}"
+        if name == "optimizer":
+            continue
         if name in _SAME_FOR_ALL:
             same = getattr(config, name, None)
             if value != same:
@@ -84,12 +135,34 @@ def _translated(
                 f"{', '.join(known)}, and Megatron has lr, lr_mult, weight_decay, "
                 f"{', '.join(_SCHEDULED)}."
             )
+    if "algorithm" in result or _fixed_elsewise(description, result, config):
+        result[PATTERN] = _pattern(key)
     if "lr" in result or "lr_mult" in result:
         _set_rates(key, result, config)
     if "weight_decay" in result:
         for name in ("start_wd", "end_wd"):
             result.setdefault(name, result["weight_decay"])
     return result
+
+
+def _description(
+    key: Any, override: Mapping[str, Any], cls: type[ElementwiseOptimizer]
+) -> Description:
+    """Returns the description of the optimizer of an override's parameters."""
+    name = override.get("optimizer", cls.description.name)
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise ValueError(
+            f"{described(key)} sets optimizer={name!r}, which is no optimizer of the plugin. For "
+            f"single parameters it has {', '.join(OPTIMIZERS)}."
+        )
+    found: Description = OPTIMIZERS[name].description
+    return found
+
+
+def _fixed_elsewise(description: Description, values: Mapping[str, Any], config: Any) -> bool:
+    """Returns whether an override's states mean something else than those of other parameters."""
+    fixing = (destination(description, h) for h in description.hyperparameters if h.fixes_state)
+    return any(name in values and values[name] != getattr(config, name, None) for name in fixing)
 
 
 def _set_rates(key: Any, result: dict[str, Any], config: Any) -> None:
@@ -110,13 +183,99 @@ def _set_rates(key: Any, result: dict[str, Any], config: Any) -> None:
 
 
 def take_own(group: dict[str, Any], cls: type[ElementwiseOptimizer]) -> dict[str, Any]:
-    """Returns a param group in which the optimizer's hyperparameters have their own names."""
-    names = {destination(cls.description, h): h.name for h in cls.description.hyperparameters}
+    """Returns a param group in which the hyperparameters of its algorithm have their own names.
+
+    Args:
+        group: the group.
+        cls: the optimizer of groups without an ``algorithm``.
+    """
+    description = OPTIMIZERS[group.get("algorithm", cls.description.name)].description
+    names = {destination(description, h): h.name for h in description.hyperparameters}
     return {names.get(name, name): value for name, value in group.items()}
+
+
+def algorithms(
+    overrides: Mapping[Any, Mapping[str, Any]], cls: type[ElementwiseOptimizer]
+) -> list[type[ElementwiseOptimizer]]:
+    """Returns the optimizer and all others that :func:`translated` overrides name."""
+    names = [values["algorithm"] for values in overrides.values() if "algorithm" in values]
+    return [cls, *(OPTIMIZERS[name] for name in dict.fromkeys(names))]
+
+
+def parts(holder: Any) -> list[dict[str, Any]]:
+    """Returns what a checkpoint knows the parameters of the rules of a run by.
+
+    Args:
+        holder: Megatron's arguments or OptimizerConfig, this run's or a saved one's.
+
+    Raises:
+        ValueError: a rule is not valid.
+    """
+    cls = OPTIMIZERS[holder.optimizer]
+    given = _by_key(holder)
+    own = {"algorithm": cls.description.name}
+    return [own | each for each in translated(given, cls, holder).values() if PATTERN in each]
+
+
+def check_owners(
+    overrides: Mapping[Any, Mapping[str, Any]],
+    named: Iterable[tuple[str, Tensor]],
+    cls: type[ElementwiseOptimizer],
+) -> str | None:
+    """Returns why a parameter has no definite optimizer or hyperparameters; None if all have.
+
+    Args:
+        overrides: :func:`translated` overrides.
+        named: the trainable parameters by name.
+        cls: the optimizer of parameters for which no override names another.
+    """
+    for name, param in named:
+        found = [(key, values) for key, values in overrides.items() if key.matches(param, name)]
+        if fault := _contradiction(name, found):
+            return fault
+        merged = {setting: value for _, values in found for setting, value in values.items()}
+        description = OPTIMIZERS[merged.get("algorithm", cls.description.name)].description
+        own = {destination(description, h) for h in description.hyperparameters}
+        for key, values in found:
+            if others := sorted(values.keys() & _hyperparameters() - own):
+                return (
+                    f"{described(key)} sets {', '.join(others)} for {name}, which another override "
+                    f"gives to {description.label}. Exclude it from one of the patterns."
+                )
+    return None
+
+
+def _contradiction(name: str, found: Sequence[tuple[Any, Mapping[str, Any]]]) -> str | None:
+    """Returns how two overrides of one parameter contradict each other; None if they do not."""
+    first: dict[str, tuple[Any, Any]] = {}
+    for key, values in found:
+        for setting, value in values.items():
+            before, other = first.setdefault(setting, (key, value))
+            if other != value:
+                shown = "optimizer" if setting in ("algorithm", PATTERN) else setting
+                return (
+                    f"{described(before)} and {described(key)} both match {name}, and both set "
+                    f"{shown}. Exclude it from one of the patterns."
+                )
+    return None
+
+
+def _hyperparameters() -> set[str]:
+    """Returns the destinations of the hyperparameters of all optimizers."""
+    descriptions = [cls.description for cls in OPTIMIZERS.values()]
+    return {destination(d, h) for d in descriptions for h in d.hyperparameters}
+
+
+def _pattern(key: Any) -> str:
+    """Returns the text by which a checkpoint knows the parameters of an override."""
+    names_alone = isinstance(key, Rule) or key == ParamKey(name=key.name)
+    return str(key.name) if names_alone and isinstance(key.name, str) else described(key)
 
 
 def described(key: Any) -> str:
     """Returns the name of an override in messages, from its ParamKey."""
+    if isinstance(key, Rule):
+        return f"{flag_named(OVERRIDES)} {key.name!r}"
     parts = [f"{f.name}={getattr(key, f.name)!r}" for f in dataclasses.fields(key)]
     parts = [part for part in parts if not part.endswith("=()")]
     return f"config_overrides[{', '.join(parts)}]"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_s3.optimizers.checks import of_shape, state_fault
 from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description
-from megatron_s3.optimizers.stamp import Stamp, settings
+from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 
 __all__ = ["Loading", "check_stamps"]
 
@@ -112,6 +112,7 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
         saved_groups: param groups as saved, with or without their parameters.
     """
     own_groups = optimizer.param_groups or [optimizer.defaults]
+    check_parts(own_groups, saved_groups)
     if len(own_groups) != len(saved_groups):
         own_groups = own_groups[:1] * len(saved_groups)
     for own, group in zip(own_groups, saved_groups, strict=True):

@@ -130,7 +130,7 @@ def test_what_another_mixture_saved_is_refused_both_ways(saved: Any) -> None:
     step(others, [other], 0, 1)
     for loads, given in ((own, other), (other, own)):
         before = copy.deepcopy(loads.state_dict())
-        with pytest.raises(ValueError, match=r"whose state means nothing to|different number"):
+        with pytest.raises(ValueError, match=r"means? nothing to|different number"):
             loads.load_state_dict(copy.deepcopy(given.state_dict()))
         assert repr(loads.state_dict()) == repr(before)
 

@@ -6,7 +6,7 @@ makes Megatron treat the optimizer as Adam.  ``names`` converts between flags, d
 dtypes.
 """
 
-from megatron_s3.mcore.arguments.checks import check_config
+from megatron_s3.mcore.arguments.checks import check_config, check_several
 from megatron_s3.mcore.arguments.flags import CPU_DEFAULTS, DEVICES, add_megatron_arguments
 from megatron_s3.mcore.arguments.mask import as_adam, print_args, replaced
 from megatron_s3.mcore.arguments.names import destination, flag
@@ -26,6 +26,7 @@ __all__ = [
     "add_megatron_arguments",
     "as_adam",
     "check_config",
+    "check_several",
     "destination",
     "flag",
     "hyperparameters",

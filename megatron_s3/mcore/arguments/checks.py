@@ -1,7 +1,7 @@
 """Checks of flags: combinations that an optimizer does not support are rejected with an error."""
 
 import argparse
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "check_megatron_fsdp",
     "check_memory",
     "check_metrics",
+    "check_several",
     "refuse_flags_of",
 ]
 
@@ -46,6 +47,27 @@ def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) 
     holder = argparse.Namespace(**of_ddp | vars(config))
     holder.accumulate_allreduce_grads_in_fp32 = of_ddp.get("grad_reduce_in_fp32", True)
     check_memory(holder, cls, anywhere=True)
+
+
+def check_several(
+    config: Any, ddp_config: Any, classes: Sequence[type[ElementwiseOptimizer]]
+) -> None:
+    """Raises ValueError if a setting is not supported with several optimizers in one model.
+
+    Args:
+        config: Megatron's OptimizerConfig or arguments.
+        ddp_config: the model's DistributedDataParallelConfig, Megatron's arguments, or None.
+        classes: the optimizers of the model.
+    """
+    if len(classes) == 1:
+        return
+    both = " and ".join(cls.description.name for cls in classes)
+    if getattr(ddp_config, "use_megatron_fsdp", False):
+        raise ValueError(
+            f"the optimizers {both} in one model do not support --use-megatron-fsdp, whose "
+            "checkpoints have one set of states for all parameters. Leave it out, or use one "
+            "optimizer."
+        )
 
 
 def check_memory(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:

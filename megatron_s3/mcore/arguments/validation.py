@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from megatron_s3.log import say
+from megatron_s3.mcore import overrides
 from megatron_s3.mcore.arguments.checks import (
     check_device,
     check_megatron_fsdp,
     check_memory,
     check_metrics,
+    check_several,
     refuse_flags_of,
 )
 from megatron_s3.mcore.arguments.flags import FOR_ALL, SWITCHES, Default
@@ -24,6 +26,7 @@ from megatron_s3.mcore.arguments.names import (
     flag,
     flag_named,
 )
+from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.mcore.refusal import Refused
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import FORMAT, Description
@@ -84,11 +87,17 @@ def _validate(
                     f"{flag_named(name)} does nothing with --optimizer {args.optimizer}: "
                     f"it is for the plugin's optimizers ({known}). Leave it out."
                 )
+        if getattr(args, OVERRIDES, None):
+            raise ValueError(
+                f"--plugin-overrides does nothing with --optimizer {args.optimizer}: it is "
+                f"for the plugin's optimizers ({', '.join(OPTIMIZERS)}). Leave it out."
+            )
         check_metrics(args)
         args.clip_grad = float(args.clip_grad)
         return original(args, *rest, **more)
 
     _check_own(args, cls)
+    check_overrides(args)
     _say_what_has_no_effect(args, cls.description, defaults)
     if not clip_grad_given:
         args.clip_grad = cls.description.clip_grad
@@ -128,6 +137,17 @@ def _check_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> Non
             "or give --use-torch-fsdp2 instead of --use-megatron-fsdp."
         )
     check_memory(args, cls)
+
+
+def check_overrides(args: argparse.Namespace) -> None:
+    """Raises ValueError if the rules of ``--plugin-overrides`` are not valid for the arguments."""
+    cls = OPTIMIZERS[args.optimizer]
+    classes = overrides.algorithms(
+        overrides.translated(overrides.with_rules({}, args) or {}, cls, args), cls
+    )
+    check_several(args, args, classes)
+    for each in classes[1:]:
+        check_memory(args, each)
 
 
 def _say_what_has_no_effect(

@@ -3,10 +3,13 @@
 from typing import Any
 
 from megatron_s3.log import say_once
+from megatron_s3.mcore import overrides
 from megatron_s3.mcore.arguments import flag, hyperparameters, state_dtypes
+from megatron_s3.mcore.arguments.names import flag_named
+from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT
-from megatron_s3.optimizers.stamp import Stamp, settings
+from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 
 __all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies"]
 
@@ -77,6 +80,7 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
         return  # Megatron's own optimizers have Megatron's own checks
     if getattr(saved, "no_save_optim", False):
         return
+    advice = "load the model's weights alone with --no-load-optim"
     labels, now, then = {"optimizer": "--optimizer"}, {}, {}
     own, others = {}, {}
     if running == written:
@@ -88,8 +92,15 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
         Stamp(written, getattr(saved, "s3_format", 1), others),
         source=load_dir,
         called=lambda name, value: f"{labels[name]} {value}",
-        advice="load the model's weights alone with --no-load-optim",
+        advice=advice,
     )
+    check_parts(*map(_parts, (args, saved)), source=load_dir, advice=advice)
+    rules, written_rules = (getattr(each, OVERRIDES, None) or [] for each in (args, saved))
+    if rules != written_rules:
+        say_once(
+            f"{load_dir} was saved with {flag_named(OVERRIDES)} {written_rules}; the run continues "
+            f"with {rules}"
+        )
     for name in now:
         if now[name] != then[name]:
             was, is_now = f"{name}={then[name]}", f"{name}={now[name]}"
@@ -100,3 +111,8 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
             say_once(
                 f"{load_dir} was saved with {name} in {then[name]}; it is loaded as {now[name]}"
             )
+
+
+def _parts(args: Any) -> list[dict[str, Any]]:
+    """Returns param groups of the optimizers of a run, with what a checkpoint knows them by."""
+    return [{"algorithm": args.optimizer}, *overrides.parts(args)]

@@ -18,7 +18,7 @@ from megatron_s3.mcore.checkpoint.verification import verify_folder
 from megatron_s3.mcore.state import running
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT_WITH_STEPS
-from megatron_s3.optimizers.stamp import Stamp, settings
+from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 from megatron_s3.storage.archive import Archive
 from megatron_s3.storage.index import read as read_index
 from megatron_s3.storage.layout import CONFIG
@@ -117,9 +117,12 @@ def _compare(folder: Path, asked: Mapping[Any, Any], saved: Mapping[Any, Any]) -
     for path, groups in asked.items():
         if path not in saved:
             continue  # Megatron reports what is missing
+        if not groups or not saved[path]:
+            continue  # Megatron reports it
+        check_parts(groups, saved[path], source=str(folder))
         algorithms, others = ({g.get("algorithm") for g in each} for each in (groups, saved[path]))
         if len(algorithms) != 1 or len(others) != 1 or algorithms == others == {None}:
-            continue  # both are Megatron's own optimizers, which Megatron checks
+            continue  # of several each group is checked as it is loaded; Megatron checks its own
         (now,), (then,) = algorithms, others
         cls = OPTIMIZERS.get(now or "")
         own, theirs = (

@@ -12,6 +12,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
 from megatron_s3.mcore.state import Scheduled, running
+from megatron_s3.optimizers.stamp import PATTERN
 
 __all__ = ["load_schedule", "load_state_dict", "pairs", "restore_scheduled"]
 
@@ -21,6 +22,9 @@ _SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 #: The keys by which Megatron finds the saved group.
 _KNOWN_BY: tuple[str, ...] = optimizer.param_group_identifier_keys
+
+#: The keys by which the plugin's groups differ, whatever their other values are.
+_OWN = ("algorithm", PATTERN)
 
 #: In both groups while a checkpoint is loaded, instead of the keys above.
 _MARK = "megatron_s3_group"
@@ -151,11 +155,12 @@ def pairs(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[in
         ValueError: groups that Megatron does not distinguish cannot be matched.
     """
     alike = functools.partial(_alike, current, saved)
-    needed = alike(_KNOWN_BY)
-    if all(len(own) == len(theirs) == 1 for own, theirs in needed):
+    if all(len(own) == len(theirs) == 1 for own, theirs in alike(_KNOWN_BY)):
         return None
+    known_by = (*_KNOWN_BY, *_OWN)
+    needed = alike(known_by)
     if not all(theirs for _, theirs in needed):
-        needed = alike([name for name in _KNOWN_BY if name not in _SCHEDULED])
+        needed = alike([name for name in known_by if name not in _SCHEDULED])
     if not all(theirs for _, theirs in needed):
         return None
     found = [0] * len(current)

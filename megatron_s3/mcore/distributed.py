@@ -44,13 +44,12 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         return names_in_shards(self.optimizer)
 
     def _get_state_key_dtype(self, key: str) -> torch.dtype:
-        dtypes = self.optimizer.state_dtypes
-        place = self.optimizer_state_keys.index(key)
         for description in self.optimizer.descriptions():
-            if place < len(description.state):
-                dtype: torch.dtype = dtypes.get(description.state[place], torch.float32)
-                return dtype
-        raise KeyError(key)
+            for name, own in zip(self.optimizer_state_keys, description.state, strict=False):
+                if name == key:
+                    dtype: torch.dtype = self.optimizer.state_dtypes[own]
+                    return dtype
+        return torch.float32
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the part that is equal on all data-parallel ranks: param groups and loss scale.

@@ -16,6 +16,7 @@ from megatron_s3.launch.config_paths import shipped
 from megatron_s3.mcore import seam, seams
 from megatron_s3.mcore.arguments.flags import DEVICES, FOR_ALL, SWITCHES
 from megatron_s3.mcore.arguments.names import flag, flag_named
+from megatron_s3.mcore.arguments.rules import ABOUT_OVERRIDES, OVERRIDES
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import Hyperparameter
 from scripts.docs.pages import REPOSITORY
@@ -101,6 +102,7 @@ def switches() -> str:
         )
         for name, meaning in SWITCHES
     ]
+    rows.append((f"`{flag_named(OVERRIDES)}` RULE ...", "the plugin's", _sentence(ABOUT_OVERRIDES)))
     return _table(("flag", "applies to", "meaning"), rows)
 
 

@@ -91,6 +91,9 @@ def test_megatron_is_asked_and_its_refusals_name_the_lines():
         "num_attention_heads=33": "hidden_size % args.num_attention_heads == 0",
         "optimizer=adam": "--plugin-log-updates does nothing with --optimizer adam",
         "fp16=true": "given: bf16 (configs/base.yaml:",
+        'plugin_overrides=["*embedding*: optimizer=adamw lr=1e-4", "*bias: lr=0"]': "s3 4 True",
+        "plugin_overrides=lr=1": "plugin_overrides: --plugin-overrides 'lr=1': a rule is 'PATTERN",
+        'plugin_overrides=["*: optimizer=adamx"]': "sets optimizer='adamx', which is no optimizer",
     }
     run = subprocess.run(
         [sys.executable, "-c", ASK, *cases],

@@ -230,6 +230,20 @@ def test_another_number_of_ranks_loads_bitwise(ranks: int, dp2: Path, tmp_path: 
     }
 
 
+@pytest.mark.slow
+def test_a_conversion_is_refused_and_the_weights_are_exported(
+    dp2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_s3.checkpoints import convert, export
+
+    for to in ("adam", "s3"):
+        assert convert.main([str(dp2), str(tmp_path / to), "--to", to]) == 2
+        said = capsys.readouterr().err
+        assert "settings of their own (s3 and " in said and "adamw" in said
+    assert not list(tmp_path.iterdir())
+    assert export.main([str(dp2), str(tmp_path / "hf")]) == 0
+
+
 OTHERS = {
     "plain S3": ["--optimizer", "s3"],
     "another pattern": ["--optimizer", "s3", "--plugin-overrides", "*embedding*: optimizer=adamw"],

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_s3.log import say_once
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments.names import destination, flag, flag_named
-from megatron_s3.mcore.arguments.rules import rule_text
+from megatron_s3.mcore.arguments.rules import ABOUT_OVERRIDES, rule_text
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.renamed import RENAMED, renamed
 
@@ -125,9 +125,7 @@ def add_megatron_arguments(
         type=rule_text,
         default=None,
         metavar="RULE",
-        help="settings for the parameters whose names match a pattern, such as '*embedding*: "
-        "optimizer=adamw lr=0.0003 beta2=0.95': another of the plugin's optimizers, its "
-        "hyperparameters, and Megatron's lr, lr_mult, min_lr, weight_decay and wd_mult",
+        help=ABOUT_OVERRIDES,
     )
     for old, new in RENAMED.items():
         action = parser._option_string_actions[flag_named(new)]

@@ -1,11 +1,19 @@
 """The texts of ``--plugin-overrides``: settings for parameters whose names match a pattern."""
 
+import argparse
 from typing import Any
 
-__all__ = ["OVERRIDES", "rule_text", "rules"]
+__all__ = ["ABOUT_OVERRIDES", "OVERRIDES", "rule_text", "rules"]
 
 #: The destination of the flag, and the name of the configuration's field.
 OVERRIDES = "plugin_overrides"
+
+#: The help of the flag.
+ABOUT_OVERRIDES = (
+    "settings for the parameters whose names match a pattern, such as '*embedding*: "
+    "optimizer=adamw lr=0.0003 beta2=0.95': another of the plugin's optimizers, its "
+    "hyperparameters, and Megatron's lr, lr_mult, min_lr, weight_decay and wd_mult"
+)
 
 _FORM = "'PATTERN: NAME=VALUE ...', such as '*embedding*: optimizer=adamw lr=0.0003'"
 
@@ -16,14 +24,13 @@ def rule_text(text: str) -> str:
     """Returns the text of a rule unchanged; the type of the flag's values.
 
     Raises:
-        ValueError: it does not have the form.
+        argparse.ArgumentTypeError: it does not have the form.
     """
-    _parsed(text)
+    try:
+        _parsed(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-# argparse names the type in some of its messages.
-rule_text.__name__ = "rule"
 
 
 def rules(texts: Any) -> dict[str, dict[str, Any]]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-__all__ = ["Operands", "fault", "flatten", "local", "size_of", "write_back"]
+__all__ = ["Operands", "fault", "flatten", "local", "note_writes", "size_of", "write_back"]
 
 #: Numbers of the dtypes that the kernels take (the same as in :file:`step.cpp`).
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -214,3 +215,9 @@ def write_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Writes the results of a step from the copies to the tensors that were copied."""
     for flat, ordered in copies:
         ordered.copy_(flat.view(ordered.shape))
+
+
+def note_writes(operands: Sequence[Operands]) -> None:
+    """Lets autograd notice that parameters that it may have saved have changed."""
+    increment_version([o.param for o in operands])
+    increment_version([o.model_param for o in operands if o.model_param is not None])

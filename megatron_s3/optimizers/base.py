@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.optimizers.arguments import hyperparameters_of
 from megatron_s3.optimizers.checks import (
     check_decay,
@@ -25,7 +24,7 @@ from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.movable import MovableState
 from megatron_s3.optimizers.registry import OPTIMIZERS
-from megatron_s3.optimizers.step import Step
+from megatron_s3.optimizers.step import Past, Step
 from megatron_s3.optimizers.torch_keywords import translated
 
 __all__ = ["ElementwiseOptimizer"]
@@ -129,10 +128,9 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         stamp = {"algorithm": self.description.name, "format": FORMAT}
         # Before the params are checked.
         self._values({"params": []} | defaults | stamp, most=math.inf)
-        self._logged: set[str] = set()
+        self._past = Past()
         #: The number of updates of each parameter for which it is not its group's ``step``.
         self.counts = Counts()
-        self._overlaps = Overlaps()
         if self.description.momentum:
             stamp[MOMENTUM] = defaults[self.description.momentum]
         super().__init__(params, defaults | stamp | {"step": 0})
@@ -151,8 +149,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         own = ("error_if_nonfinite", "fused", "counts", "_other_dtype")
         state = super().__getstate__() | {name: getattr(self, name) for name in own}
         return state | {
-            "_logged": set(),
-            "_overlaps": Overlaps(),
+            "_past": Past(),
             "state_dtypes": dict(self.state_dtypes),
             "host": replace(self.host, statistics=None, model_params={}),
             "path": "",
@@ -382,7 +379,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        Step(self, self._overlaps, self._logged).run()
+        Step(self, self._past).run()
         return loss
 
     def check_group(self, group: dict[str, Any]) -> None:

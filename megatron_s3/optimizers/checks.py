@@ -1,6 +1,7 @@
 """Checks of learning rates, weight decays and states."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from megatron_s3.optimizers.description import LARGEST, plain
 
 __all__ = [
     "check_decay",
+    "check_finite",
     "grad_fault",
     "largest",
     "of_shape",
     "placements",
     "rate",
+    "rates",
     "shares_memory",
     "state_fault",
 ]
@@ -54,6 +57,11 @@ def rate(name: str, value: Any, most: float = LARGEST) -> float | Tensor | None:
         raise ValueError(f"{name} must be a number, not {value!r}")
     _check_range(name, number, most, value)
     return number
+
+
+def rates(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a group's learning rate and weight decay for a step."""
+    return {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
 
 
 def _check_range(name: str, number: float, most: float, value: Any = None) -> None:
@@ -132,3 +140,16 @@ def grad_fault(param: Tensor, grad: Tensor) -> str | None:
     if grad.device != param.device:
         return f"is on {grad.device}, not on {param.device}"
     return None
+
+
+def check_finite(label: str, grads: Sequence[Tensor]) -> None:
+    """Raises RuntimeError if one of these gradients holds NaN or inf; it waits for the device."""
+    finite: list[Any] = [grad.isfinite().all() for grad in grads]
+    # The result of a DTensor is reduced over ranks, so that all of them step or none does.
+    bad = [not bool(f if placements(f) is None else f.full_tensor()) for f in finite]
+    if any(bad):
+        shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
+        raise RuntimeError(
+            f"{label}: NaN or inf in the gradients of {len(shapes)} "
+            f"parameters, the first of shape {shapes[0]}. No parameter was changed."
+        )

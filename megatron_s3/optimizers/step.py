@@ -1,60 +1,62 @@
 """The step of an element-wise optimizer: checks, the choice of kernels, and their calls."""
 
 import logging
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from megatron_s3.kernels.choice import Choice, choose, path
+from megatron_s3.kernels.choice import choose, path
 from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.overlap import Overlaps
-from megatron_s3.optimizers.checks import grad_fault, of_shape, placements, rate, state_fault
+from megatron_s3.optimizers.checks import (
+    check_finite,
+    grad_fault,
+    of_shape,
+    placements,
+    rates,
+    state_fault,
+)
 from megatron_s3.optimizers.counts import GroupUpdates, Update, Watched, is_empty, split
 from megatron_s3.optimizers.description import Description
 from megatron_s3.optimizers.offload import Offload
+from megatron_s3.optimizers.plan import Plans, Task
 
-__all__ = ["Step", "Task"]
+__all__ = ["Past", "Step"]
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Task:
-    """The work of one call of a kernel: parameters of one group on one device.
+@dataclass
+class Past:
+    """The memory of an optimizer's steps: what they keep for the next ones.
 
-    ``description`` is that of the group's algorithm.  ``again`` is set if an earlier task of the
-    step may write the same memory, so that the operands have to be made again.
+    Attributes:
+        overlaps: the search for shared memory.
+        logged: the reasons for torch operations that were logged.
+        plans: the plans of the last steps.
     """
 
-    description: Description
-    updates: list[Update]
-    choice: Choice
-    values: dict[str, Any]
-    rates: dict[str, Any]
-    offload: Offload | None
-    again: bool
-
-    @property
-    def params(self) -> list[Tensor]:
-        """Its parameters, in order."""
-        return [update.param for update in self.updates]
+    overlaps: Overlaps = field(default_factory=Overlaps)
+    logged: set[str] = field(default_factory=set)
+    plans: Plans = field(default_factory=Plans)
 
 
 class Step:
     """One step of an optimizer, applied completely or not at all.
 
+    A step checks its tensors and chooses kernels for them.  The next one finds most of them where
+    they were, and then repeats the same calls (:class:`~megatron_s3.optimizers.plan.Plan`).
+
     Args:
         optimizer: an :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`.
-        overlaps: the search for shared memory, which remembers earlier steps.
-        logged: the reasons for torch operations that were logged; the step adds its own.
+        past: what its steps remember.
     """
 
-    def __init__(self, optimizer: Any, overlaps: Overlaps, logged: set[str]) -> None:
-        self._optimizer, self._overlaps, self._logged = optimizer, overlaps, logged
+    def __init__(self, optimizer: Any, past: Past) -> None:
+        self._optimizer, self._past = optimizer, past
         self._host = optimizer.host
 
     def run(self) -> None:
@@ -63,6 +65,8 @@ class Step:
         Raises:
             RuntimeError, ValueError: see the optimizer's ``step``.  Nothing was changed.
         """
+        if self._past.plans.repeat(self._optimizer):
+            return
         optimizer = self._optimizer
         work = []
         for index, group in enumerate(optimizer.param_groups):
@@ -78,7 +82,7 @@ class Step:
         if self._nothing_to_do(work):
             return
         if optimizer.error_if_nonfinite:
-            self._check_finite([grad for _, found in work for _, grad in found])
+            check_finite(optimizer.label, [grad for _, found in work for _, grad in found])
         updates = [self._updates(group, found) for group, found in work]
         # Every kernel is chosen before anything is changed.
         tasks = self._tasks(updates)
@@ -88,6 +92,7 @@ class Step:
         optimizer.counts.advance(updates)
         for task in tasks:
             self.call(task, task.choice.kernel)
+        self._past.plans.remember(optimizer, tasks)
 
     def _nothing_to_do(self, work: list[tuple[dict[str, Any], list[Any]]]) -> bool:
         """Returns whether no parameter has a gradient; a rank with only empty shards needs none."""
@@ -125,7 +130,7 @@ class Step:
 
     def _tasks(self, updates: list[GroupUpdates]) -> list[Task]:
         """Returns the calls of kernels that make a step, in order."""
-        cuts = self._overlaps.cuts(
+        cuts = self._past.overlaps.cuts(
             [(u.operands, u.copies) for part in updates for u in part.updates]
         )
         if cuts or self._optimizer.counts:
@@ -145,7 +150,6 @@ class Step:
     def _group_tasks(
         self, group: dict[str, Any], values: dict[str, Any], updates: list[Update], *, again: bool
     ) -> list[Task]:
-        rates = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
         batches: list[tuple[list[Update], Offload | None]] = [(updates, None)]
         if self._host.offload is not None:
             batches = [([u for u in updates if self._host.offload_of(u.param) is None], None)]
@@ -160,15 +164,18 @@ class Step:
                 *(description.label, self._optimizer.fused),
             ):
                 some = [batch[i] for i in choice.indices]
-                tasks.append(Task(description, some, choice, values, rates, offload, again))
+                its_rates = rates(group)
+                tasks.append(
+                    Task(description, some, choice, group, values, its_rates, offload, again)
+                )
         return tasks
 
     def _log(self, tasks: list[Task], taken: str) -> None:
         if self._optimizer.fused is not False and self._host.log_path:
             found = {task.choice.reason for task in tasks if task.choice.reason is not None}
-            reasons = found - self._logged
+            reasons = found - self._past.logged
             if reasons:
-                self._logged |= reasons
+                self._past.logged |= reasons
                 _logger.warning(
                     "%s is updated by torch operations: %s", self._optimizer.label, taken
                 )
@@ -227,17 +234,6 @@ class Step:
             raise RuntimeError(
                 f"{description.label}: the gradient of a parameter of shape {shape} in group "
                 f"{group} {fault}. No parameter was changed."
-            )
-
-    def _check_finite(self, grads: list[Tensor]) -> None:
-        finite: list[Any] = [grad.isfinite().all() for grad in grads]
-        # The result of a DTensor is reduced over ranks, so that all of them step or none does.
-        bad = [not bool(f if placements(f) is None else f.full_tensor()) for f in finite]
-        if any(bad):
-            shapes = [tuple(g.shape) for g, is_bad in zip(grads, bad, strict=True) if is_bad]
-            raise RuntimeError(
-                f"{self._optimizer.label}: NaN or inf in the gradients of {len(shapes)} "
-                f"parameters, the first of shape {shapes[0]}. No parameter was changed."
             )
 
 

@@ -8,20 +8,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from megatron_s3.kernels.cpu.build import library_of
 from megatron_s3.kernels.cpu.threads import spread
-from megatron_s3.kernels.operands import Operands, fault
+from megatron_s3.kernels.operands import Operands, fault, note_writes
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.kernel_form import form
 
-__all__ = ["NAME", "reason", "step"]
+__all__ = ["NAME", "Prepared", "reason", "step"]
 
 NAME = "C++ kernel"
 
 
-_MOST_STATES = 4  # as in step.cpp
+_ROW = 15  # numbers in a row of the table: the struct Operands of step.cpp
 
 
 def reason(
@@ -68,43 +67,77 @@ def step(
     Raises:
         RuntimeError: there is no compiled kernel.
     """
-    given = form(rule, hyperparameters)
-    library = given if isinstance(given, str) else library_of(given.kernel)
-    if isinstance(given, str) or isinstance(library, str):
-        raise RuntimeError(library)
-    chunk_of = _chunk_of(library, given.name, given.variant)
-    numbers = (float(lr), float(1 - lr * weight_decay), *given.scalars)
-    scalars = (ctypes.c_float * len(numbers))(*numbers)
-    table = array("q")
-    filler = (0, 0) * (_MOST_STATES - given.states)
-    for o in operands:
-        table.extend(o.read + o.written + filler)
-    counts = [o.param.numel() for o in operands]
-    chunk = library.chunk_elements()
-    chunks = sum(-(-count // chunk) for count in counts)
-    rows = None
-    if statistics is not None:
-        rows = torch.empty(chunks, len(FIELDS), dtype=torch.float64, device="cpu")
-    address, total = table.buffer_info()[0], sum(counts)
+    Prepared(operands).step(
+        rule, lr=lr, weight_decay=weight_decay, statistics=statistics, **hyperparameters
+    )
+    note_writes(operands)
 
-    def run(begin: int, end: int) -> None:
-        library.step(
-            *(chunk_of, address, len(counts), begin, end),
-            *(ctypes.byref(scalars), None if rows is None else rows.data_ptr()),
-        )
 
-    threads = max(1, min(torch.get_num_threads(), chunks))
-    bounds = [total * i // threads for i in range(threads + 1)]
-    spread(run, list(itertools.pairwise(bounds)))
-    if statistics is not None and rows is not None:
-        counted = torch.tensor([-(-count // chunk) for count in counts], device="cpu")
-        row = torch.tensor([o.row for o in operands], device="cpu")
-        statistics.add(rows, row.repeat_interleave(counted))
-    # Autograd must notice that tensors that it saved have changed.
-    for o in operands:
-        increment_version(o.param)
-        if o.model_param is not None:
-            increment_version(o.model_param)
+class Prepared:
+    """The part of a step that stays the same while the tensors stay where they are.
+
+    It keeps their addresses and none of them.
+
+    Args:
+        operands: operands for which :func:`reason` returns None.
+    """
+
+    def __init__(self, operands: Sequence[Operands]) -> None:
+        self._table = array("q")
+        filler = (0,) * (_ROW - len(operands[0].read + operands[0].written)) if operands else ()
+        for o in operands:
+            self._table.extend(o.read + o.written + filler)
+        self._counts = [o.param.numel() for o in operands]
+        self._rows = [o.row for o in operands]
+
+    def move_grads(self, addresses: Sequence[int]) -> None:
+        """Takes the addresses of all gradients, whose dtypes and sizes are the same as before."""
+        self._table[::_ROW] = array("q", addresses)
+
+    def step(
+        self,
+        rule: Callable[..., Tensor],
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor,
+        statistics: Statistics | None = None,
+        **hyperparameters: object,
+    ) -> None:
+        """Takes a step as the function :func:`step` does; autograd does not notice it.
+
+        Args:
+            rule, lr, weight_decay, statistics, **hyperparameters: see :func:`step`.
+
+        Raises:
+            RuntimeError: there is no compiled kernel.
+        """
+        given = form(rule, hyperparameters)
+        library = given if isinstance(given, str) else library_of(given.kernel)
+        if isinstance(given, str) or isinstance(library, str):
+            raise RuntimeError(library)
+        chunk_of = _chunk_of(library, given.name, given.variant)
+        numbers = (float(lr), float(1 - lr * weight_decay), *given.scalars)
+        scalars = (ctypes.c_float * len(numbers))(*numbers)
+        counts, chunk = self._counts, library.chunk_elements()
+        chunks = sum(-(-count // chunk) for count in counts)
+        rows = None
+        if statistics is not None:
+            rows = torch.empty(chunks, len(FIELDS), dtype=torch.float64, device="cpu")
+        address, total = self._table.buffer_info()[0], sum(counts)
+
+        def run(begin: int, end: int) -> None:
+            library.step(
+                *(chunk_of, address, len(counts), begin, end),
+                *(ctypes.byref(scalars), None if rows is None else rows.data_ptr()),
+            )
+
+        threads = max(1, min(torch.get_num_threads(), chunks))
+        bounds = [total * i // threads for i in range(threads + 1)]
+        spread(run, list(itertools.pairwise(bounds)))
+        if statistics is not None and rows is not None:
+            counted = torch.tensor([-(-count // chunk) for count in counts], device="cpu")
+            row = torch.tensor(self._rows, device="cpu")
+            statistics.add(rows, row.repeat_interleave(counted))
 
 
 @functools.cache

@@ -7,17 +7,16 @@ import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from megatron_s3.kernels.operands import Operands, fault
+from megatron_s3.kernels.operands import Operands, fault, note_writes
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.kernel_form import Form, KernelForm, form
 
-__all__ = ["NAME", "reason", "step"]
+__all__ = ["NAME", "Prepared", "reason", "step"]
 
 NAME = "Triton kernel"
 
@@ -49,7 +48,7 @@ def reason(
     if devices and (broken := _broken()):
         return broken
     if devices and torch.cuda.is_current_stream_capturing():
-        groups = _by_dtypes(operands).values()
+        groups = [[operands[i] for i in indices] for indices in _by_dtypes(operands).values()]
         if not all(_has_tables(group, device) for group in groups):
             return (
                 "a CUDA graph is being captured, and the Triton kernel has not yet stepped these "
@@ -58,7 +57,7 @@ def reason(
     return None
 
 
-def _has_tables(group: Sequence[Operands], device: torch.device) -> bool:
+def _has_tables(group: "_Group", device: torch.device) -> bool:
     rows = _rows(group)
     return (device, rows) in _tables and (device, _counts(rows)) in _chunks
 
@@ -118,34 +117,72 @@ def step(
         weight_decay: decoupled weight decay, likewise.
         statistics: the statistics to which those of the step are added.
     """
-    groups = _by_dtypes(operands)
-    if not groups:
-        return
-    device = operands[0].param.device
-    decay = 1 - lr * weight_decay
-    # Values on the device are not read here; values on the CPU are arguments of the launch.
-    rates = None
-    if any(isinstance(rate, Tensor) and rate.device == device for rate in (lr, weight_decay)):
-        rates = torch.stack([_on(device, rate) for rate in (lr, decay)])
-    given = form(rule, hyperparameters)
-    if isinstance(given, str):
-        raise RuntimeError(f"the Triton kernel does not have {given}")
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for dtypes, group in groups.items():
-            plan = _plan(group, device)
-            partials = None
-            if statistics is not None:
-                shape = (plan.programs, len(FIELDS))
-                partials = torch.empty(shape, dtype=torch.float64, device=device)
-            host = (float(lr), float(decay)) if rates is None else (0.0, 1.0)
-            _launch(plan, dtypes, given, host, rates, partials)
-            if statistics is not None and partials is not None:
-                statistics.add(partials, _statistics_rows(group, plan))
-    # Autograd must notice that tensors that it saved have changed.
-    for o in operands:
-        increment_version(o.param)
-        if o.model_param is not None:
-            increment_version(o.model_param)
+    Prepared(operands).step(
+        rule, lr=lr, weight_decay=weight_decay, statistics=statistics, **hyperparameters
+    )
+    note_writes(operands)
+
+
+class Prepared:
+    """The part of a step that stays the same while the tensors stay where they are.
+
+    It keeps their addresses and none of them.
+
+    Args:
+        operands: operands for which :func:`reason` returns None.
+    """
+
+    def __init__(self, operands: Sequence[Operands]) -> None:
+        self._device = operands[0].param.device if operands else None
+        self._places = [_Place(o.written, o.read, o.row) for o in operands]
+        self._launches = _by_dtypes(operands)
+        self._plans: dict[_Dtypes, _Plan] = {}
+
+    def move_grads(self, addresses: Sequence[int]) -> None:
+        """Takes the addresses of all gradients, whose dtypes and sizes are the same as before."""
+        self._places = [
+            _Place(place.written, (address, place.read[1]), place.row)
+            for place, address in zip(self._places, addresses, strict=True)
+        ]
+        self._plans.clear()
+
+    def step(
+        self,
+        rule: Callable[..., Tensor],
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor,
+        statistics: Statistics | None = None,
+        **hyperparameters: object,
+    ) -> None:
+        """Takes a step as the function :func:`step` does; autograd does not notice it.
+
+        Args:
+            rule, lr, weight_decay, statistics, **hyperparameters: see :func:`step`.
+        """
+        device = self._device
+        if device is None:
+            return
+        decay = 1 - lr * weight_decay
+        # Values on the device are not read here; values on the CPU are arguments of the launch.
+        rates = None
+        if any(isinstance(rate, Tensor) and rate.device == device for rate in (lr, weight_decay)):
+            rates = torch.stack([_on(device, rate) for rate in (lr, decay)])
+        given = form(rule, hyperparameters)
+        if isinstance(given, str):
+            raise RuntimeError(f"the Triton kernel does not have {given}")
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            for dtypes, indices in self._launches.items():
+                group = [self._places[i] for i in indices]
+                plan = self._plans[dtypes] = self._plans.get(dtypes) or _plan(group, device)
+                partials = None
+                if statistics is not None:
+                    shape = (plan.programs, len(FIELDS))
+                    partials = torch.empty(shape, dtype=torch.float64, device=device)
+                host = (float(lr), float(decay)) if rates is None else (0.0, 1.0)
+                _launch(plan, dtypes, given, host, rates, partials)
+                if statistics is not None and partials is not None:
+                    statistics.add(partials, _statistics_rows(group, plan))
 
 
 def _on(device: torch.device, rate: float | Tensor) -> Tensor:
@@ -157,14 +194,14 @@ def _on(device: torch.device, rate: float | Tensor) -> Tensor:
 _Dtypes = tuple[torch.dtype | None, ...]
 
 
-def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[Operands]]:
-    """Returns the operands of each launch, without empty ones."""
-    groups: dict[_Dtypes, list[Operands]] = {}
-    for o in operands:
+def _by_dtypes(operands: Sequence[Operands]) -> dict[_Dtypes, list[int]]:
+    """Returns the indices of the operands of each launch, without empty ones."""
+    groups: dict[_Dtypes, list[int]] = {}
+    for i, o in enumerate(operands):
         if o.param.numel():
             model = None if o.model_param is None else o.model_param.dtype
             key = (o.param.dtype, o.grad.dtype, model, *(state.dtype for state in o.state))
-            groups.setdefault(key, []).append(o)
+            groups.setdefault(key, []).append(i)
     return groups
 
 
@@ -225,7 +262,16 @@ class _Plan:
     programs: int
 
 
+class _Place(NamedTuple):
+    """The addresses of a parameter's operands: attributes of :class:`Operands`."""
+
+    written: tuple[int, ...]
+    read: tuple[int, ...]
+    row: int
+
+
 _Row = tuple[int, ...]
+_Group = Sequence[Operands] | Sequence[_Place]
 
 
 class _Recent(OrderedDict[Any, Any]):
@@ -251,7 +297,7 @@ _statistics = _Recent()
 _captured: list[_Plan | Tensor] = []
 
 
-def _rows(group: Sequence[Operands]) -> tuple[_Row, ...]:
+def _rows(group: _Group) -> tuple[_Row, ...]:
     """Returns each operand's number of elements and its addresses, the gradient's last."""
     return tuple(o.written + o.read for o in group)
 
@@ -260,7 +306,7 @@ def _counts(rows: Sequence[_Row]) -> tuple[int, ...]:
     return tuple(row[0] for row in rows)
 
 
-def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
+def _plan(group: _Group, device: torch.device) -> _Plan:
     rows = _rows(group)
     counts = _counts(rows)
     table = _tables.find((device, rows), lambda: _make_table(rows, device))
@@ -271,14 +317,14 @@ def _plan(group: Sequence[Operands], device: torch.device) -> _Plan:
     return plan
 
 
-def _statistics_rows(group: Sequence[Operands], plan: _Plan) -> Tensor:
+def _statistics_rows(group: _Group, plan: _Plan) -> Tensor:
     """Returns the row of the statistics of every program: int64, on the device."""
     rows, device = tuple(o.row for o in group), plan.chunks.device
 
     def make() -> Tensor:
         return torch.tensor(rows, device=device)[plan.chunks[:, 0].long()]
 
-    found: Tensor = _statistics.find((device, rows, tuple(o.param.numel() for o in group)), make)
+    found: Tensor = _statistics.find((device, rows, _counts(_rows(group))), make)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(found)
     return found

@@ -1,0 +1,262 @@
+"""The plan of a step: what stays the same from step to step while no tensor moves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_s3.kernels.choice import Choice
+from megatron_s3.optimizers.checks import check_finite, rates
+from megatron_s3.optimizers.counts import Update, Watched
+from megatron_s3.optimizers.description import Description
+from megatron_s3.optimizers.found import Found, Spot
+from megatron_s3.optimizers.offload import Offload
+from megatron_s3.rules.kernel_form import form
+
+__all__ = ["Call", "Plan", "Plans", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of one call of a kernel: parameters of one group on one device.
+
+    ``description`` is that of the group's algorithm.  ``again`` is set if an earlier task of the
+    step may write the same memory, so that the operands have to be made again.
+    """
+
+    description: Description
+    updates: list[Update]
+    choice: Choice
+    group: dict[str, Any]
+    values: dict[str, Any]
+    rates: dict[str, Any]
+    offload: Offload | None
+    again: bool
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Its parameters, in order."""
+        return [update.param for update in self.updates]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a fused kernel.
+
+    Attributes:
+        group: the index of the param group.
+        rule: the rule of its algorithm.
+        kernel: a module of :mod:`megatron_s3.kernels`.
+        prepared: the kernel's ``Prepared`` for these parameters.
+        states: the number of state tensors of the rule.
+        indices: the indices of the parameters among those with a gradient.
+    """
+
+    group: int
+    rule: Callable[..., Tensor]
+    kernel: ModuleType
+    prepared: Any
+    states: int
+    indices: list[int]
+
+
+class Plan:
+    """The calls of a step of which every parameter takes a fused kernel, without copies.
+
+    A plan holds numbers and no tensor of the step.
+
+    Args:
+        settings: what the calls depend on beside the tensors and the groups' numbers.
+        found: the tensors of the step.
+        written, grads: where these tensors are.
+        calls: the calls.
+        path: the text for the optimizer's ``path``.
+    """
+
+    def __init__(
+        self,
+        settings: tuple[Any, ...],
+        found: Found,
+        written: Spot,
+        grads: Spot,
+        calls: list[Call],
+        path: str,
+    ) -> None:
+        self.calls, self.path = calls, path
+        self._settings, self._missing, self._names = settings, found.missing, found.names
+        self._written, self._grads = written, grads
+        self._devices = list(map(Tensor.get_device, found.grads))
+        self._bytes = _bytes(found.grads)
+        begin = _integers(written.addresses)
+        self._begin, order = begin.sort()
+        self._end = (begin + _bytes(found.written))[order]
+
+    @classmethod
+    def make(
+        cls, settings: tuple[Any, ...], found: Found, calls: list[Call], path: str
+    ) -> "Plan | None":
+        """Returns the plan of a step that was taken; None if it cannot be repeated."""
+        written, grads = Spot.of(found.written), Spot.of(found.grads)
+        if written is None or grads is None or not all(written.contiguous + grads.contiguous):
+            return None
+        plan = cls(settings, found, written, grads, calls, path)
+        disjoint = not bool((plan._end[:-1] > plan._begin[1:]).any())
+        return plan if disjoint and plan._apart(grads.addresses) else None
+
+    def fits(self, settings: tuple[Any, ...], found: Found) -> bool:
+        """Returns whether the calls are those of this step, after they have followed its gradients.
+
+        Gradients may lie elsewhere than before, if they overlap nothing that the step writes.
+        """
+        if settings != self._settings or found.missing != self._missing:
+            return False
+        if found.names != self._names or Spot.of(found.written) != self._written:
+            return False
+        before, now = self._grads, Spot.of(found.grads)
+        if (
+            now is None
+            or (now.types, now.dtypes, now.sizes) != (before.types, before.dtypes, before.sizes)
+            or now.contiguous != before.contiguous
+            or list(map(Tensor.get_device, found.grads)) != self._devices
+            or any(map(Tensor.is_neg, found.grads))
+        ):
+            return False
+        if now.addresses != before.addresses:
+            freed = list(map(bool, now.addresses)) != list(map(bool, before.addresses))
+            if freed or not self._apart(now.addresses):
+                return False
+            for call in self.calls:
+                call.prepared.move_grads([now.addresses[i] for i in call.indices])
+            self._grads = now
+        return True
+
+    def _apart(self, addresses: list[int]) -> bool:
+        """Returns whether gradients at these addresses overlap nothing that is written."""
+        begin = _integers(addresses)
+        before = torch.searchsorted(self._begin, begin + self._bytes) - 1
+        overlap = (before >= 0) & (self._end[before.clamp(min=0)] > begin)
+        return not bool(overlap.any())
+
+
+class Plans:
+    """The plans of an optimizer: of its last step, and of its last step with statistics."""
+
+    def __init__(self) -> None:
+        self._plans: dict[bool, Plan] = {}
+
+    def repeat(self, optimizer: Any) -> bool:
+        """Takes a step of an optimizer in the same way as the last one.
+
+        Returns:
+            False if the step is not the same; then no parameter was changed.
+
+        Raises:
+            RuntimeError, ValueError: see the optimizer's ``step``.  Nothing was changed.
+        """
+        host = optimizer.host
+        plan = self._plans.get(host.statistics is not None)
+        if plan is None or host.offload is not None or optimizer.counts or _is_capturing():
+            return False
+        found = Found.of(optimizer)
+        if not plan.fits(_settings(optimizer), found):
+            return False
+        groups, values = optimizer.param_groups, []
+        for group, missing in zip(groups, found.missing, strict=True):
+            if not all(missing):
+                optimizer.check_group(group)
+            watched = Watched(group | {"step": group["step"] + 1})
+            values.append(optimizer.algorithm_of(group).group_hyperparameters(watched))
+            if watched.read and any(missing):
+                return False
+        if any(
+            _states(call.rule, call.kernel, values[call.group]) != call.states
+            for call in plan.calls
+        ):
+            return False
+        if optimizer.error_if_nonfinite:
+            check_finite(optimizer.label, found.grads)
+        optimizer.path = plan.path
+        for group in groups:
+            group["step"] += 1
+        for call in plan.calls:
+            call.prepared.step(
+                call.rule,
+                statistics=host.statistics,
+                **values[call.group],
+                **rates(groups[call.group]),
+            )
+        found.note_writes()
+        return True
+
+    def remember(self, optimizer: Any, tasks: Sequence[Task]) -> None:
+        """Makes the plan for the next step, if that can be taken in the same way as this one.
+
+        Args:
+            optimizer: the optimizer after its step.
+            tasks: all calls of kernels of the step.
+        """
+        with_statistics = optimizer.host.statistics is not None
+        self._plans.pop(with_statistics, None)
+        if not tasks or optimizer.counts or _is_capturing():
+            return
+        for task in tasks:
+            copies = any(update.copies for update in task.updates)
+            if task.choice.reason is not None or task.offload is not None or task.again or copies:
+                return
+        found = Found.of(optimizer)
+        index = {id(param): i for i, param in enumerate(found.params)}
+        groups = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+        calls = []
+        for task in tasks:
+            rule = task.description.rule
+            states = _states(rule, task.choice.kernel, task.values)
+            if states is None:
+                return
+            operands = [update.operands for update in task.updates]
+            calls.append(
+                Call(
+                    groups[id(task.group)],
+                    rule,
+                    task.choice.kernel,
+                    task.choice.kernel.Prepared(operands),
+                    states,
+                    [index[id(param)] for param in task.params],
+                )
+            )
+        plan = Plan.make(_settings(optimizer), found, calls, optimizer.path)
+        if plan is not None:
+            self._plans[with_statistics] = plan
+
+
+def _states(
+    rule: Callable[..., Tensor], kernel: ModuleType, values: Mapping[str, Any]
+) -> int | None:
+    """Returns the number of the rule's states if a fused kernel has the rule, else None."""
+    if kernel.reason(rule, (), **values) is not None:
+        return None
+    given = form(rule, values)
+    return None if isinstance(given, str) else given.states
+
+
+def _settings(optimizer: Any) -> tuple[Any, ...]:
+    """Returns what a plan depends on beside the tensors and the groups' numbers."""
+    host = optimizer.host
+    rows = None if host.statistics is None else len(host.statistics.rows)
+    algorithms = tuple(optimizer.algorithm_of(group) for group in optimizer.param_groups)
+    return (algorithms, optimizer.fused, host.master_params, host.statistics, rows)
+
+
+def _is_capturing() -> bool:
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
+
+
+def _integers(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _bytes(tensors: list[Tensor]) -> Tensor:
+    return _integers([tensor.numel() * tensor.element_size() for tensor in tensors])

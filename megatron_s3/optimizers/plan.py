@@ -245,8 +245,9 @@ def _settings(optimizer: Any) -> tuple[Any, ...]:
     """Returns what a plan depends on beside the tensors and the groups' numbers."""
     host = optimizer.host
     rows = None if host.statistics is None else len(host.statistics.rows)
-    algorithms = tuple(optimizer.algorithm_of(group) for group in optimizer.param_groups)
-    return (algorithms, optimizer.fused, host.master_params, host.statistics, rows)
+    groups = optimizer.param_groups
+    descriptions = tuple(optimizer.algorithm_of(group).description for group in groups)
+    return (descriptions, optimizer.fused, host.master_params, host.statistics, rows)
 
 
 def _is_capturing() -> bool:

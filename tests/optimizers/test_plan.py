@@ -144,6 +144,20 @@ def swap_params(twin: Twin) -> None:
     twin.optimizer.param_groups[0]["params"].reverse()
 
 
+def move_to_the_other_group(twin: Twin) -> None:
+    one, two = twin.optimizer.param_groups
+    two["params"].insert(0, one["params"].pop())
+
+
+def swap_states(twin: Twin) -> None:
+    state = twin.optimizer.state[twin.params[2]]
+    twin.optimizer.state[twin.params[2]] = dict(zip(reversed(state), state.values(), strict=True))
+
+
+def reshape_grad(twin: Twin) -> None:
+    twin.params[2].grad.data = twin.params[2].grad.data.view(4, 16)
+
+
 def give_statistics(twin: Twin) -> None:
     twin.optimizer.host.statistics = Statistics("cpu", 2)
     twin.optimizer.host.statistics.rows = {twin.params[0]: 1}
@@ -223,6 +237,9 @@ CASES: dict[str, tuple[Action, bool]] = {
     "a group more": (add_group, False),
     "a parameter more": (add_param, False),
     "another order": (swap_params, False),
+    "another group": (move_to_the_other_group, False),
+    "states with each other's names": (swap_states, False),
+    "a gradient of another shape": (reshape_grad, False),
     "statistics": (give_statistics, False),
     "copies in the model": (give_models, False),
     "torch operations": (lambda twin: setattr(twin.optimizer, "fused", False), False),
@@ -368,6 +385,51 @@ def test_a_copy_remembers_nothing_of_the_original(copied: Callable[[Any], Any]) 
     assert same([p.detach() for p in twin.params], before)
     other.step()
     assert same([p.detach() for p in params], [p.detach() for p in other.params])
+
+
+def test_gradients_that_take_turns_in_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    one, two = Twin(), Twin()
+    for twin in (one, two):
+        twin.kept = [[torch.zeros_like(p) for p in twin.params] for _ in range(2)]
+    for step in range(5):
+        for twin in (one, two):
+            for param, grad in zip(twin.params, twin.kept[step % 2], strict=True):
+                param.grad = grad
+            twin.give_grads()
+        expected = forgetful(two).step()
+        watch.repeated.clear()
+        assert same(one.step(), expected)
+        assert watch.repeated == [step > 0]
+
+
+def test_a_copy_in_the_model_that_another_parameter_gets() -> None:
+    one, two = Twin(), Twin()
+    for twin in (one, two):
+        twin.params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+        twin.optimizer = S3(twin.params)
+        twin.kept = [torch.zeros(4, dtype=torch.bfloat16)]
+    for step in range(4):
+        for twin in (one, two):
+            twin.give_grads()
+            twin.optimizer.host.model_params = {twin.params[step // 2]: twin.kept[0]}
+        assert same(one.step(), forgetful(two).step())
+        assert same(one.kept, two.kept)
+
+
+def test_an_optimizer_is_freed_with_its_last_reference() -> None:
+    twin = Twin()
+    for _ in range(2):
+        twin.give_grads()
+        twin.optimizer.step()
+    param = weakref.ref(twin.params[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del twin
+        assert param() is None
+    finally:
+        gc.enable()
 
 
 def test_autograd_notices_a_repeated_step() -> None:

@@ -202,10 +202,8 @@ class Plans:
         self._plans.pop(with_statistics, None)
         if not tasks or optimizer.counts or _is_capturing():
             return
-        for task in tasks:
-            copies = any(update.copies for update in task.updates)
-            if task.choice.reason is not None or task.offload is not None or task.again or copies:
-                return
+        if any(task.choice.reason is not None or task.offload is not None for task in tasks):
+            return
         found = Found.of(optimizer)
         index = {id(param): i for i, param in enumerate(found.params)}
         groups = {id(group): i for i, group in enumerate(optimizer.param_groups)}

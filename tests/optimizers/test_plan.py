@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers import S3, NAdam
+from megatron_s3.optimizers.offload import Offload
 from megatron_s3.optimizers.plan import Plans
 
 SHAPES = ((3, 5), (7,), (16, 4), (), (0,), (1, 40))
@@ -196,6 +197,14 @@ def to_half_and_back(twin: Twin) -> None:
             param.data = param.data.to(dtype)
 
 
+def keep_counts(twin: Twin) -> None:
+    """As the adapter does for a checkpoint whose parameters have counts of their own."""
+    for group in twin.optimizer.param_groups:
+        group["beta_ramp"] = True
+        twin.optimizer.counts.keep(group)
+        group["step"] = 100
+
+
 def own_class(twin: Twin) -> None:
     class Own(Tensor):
         pass
@@ -241,6 +250,11 @@ CASES: dict[str, tuple[Action, bool]] = {
     "states with each other's names": (swap_states, False),
     "a gradient of another shape": (reshape_grad, False),
     "statistics": (give_statistics, False),
+    "counts of their own": (keep_counts, False),
+    "states in the memory of the CPU": (
+        lambda twin: setattr(twin.optimizer.host, "offload", Offload(twin.params[:2])),
+        False,
+    ),
     "copies in the model": (give_models, False),
     "torch operations": (lambda twin: setattr(twin.optimizer, "fused", False), False),
     "a parameter without memory": (free("param"), False),
@@ -387,6 +401,76 @@ def test_a_copy_remembers_nothing_of_the_original(copied: Callable[[Any], Any]) 
     assert same([p.detach() for p in params], [p.detach() for p in other.params])
 
 
+@pytest.mark.parametrize("what", ["parameters", "transposed", "statistics", "rows", "no master"])
+def test_what_a_plan_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is changed after two steps with a plan, or is never repeated from the first step on."""
+    watch = Watch(monkeypatch)
+    dtype = torch.bfloat16 if what == "no master" else torch.float32
+    one, two = Twin(dtype=dtype), Twin(dtype=dtype)
+    for twin in (one, two):
+        twin.optimizer.host.master_params = True
+        if what == "parameters":  # two that share memory are updated in order
+            twin.params[0].data = twin.params[2].data.view(-1)[:15].view(3, 5)
+        elif what == "transposed":
+            twin.params[2].data = twin.params[2].data.t().contiguous().t()
+        elif what in ("statistics", "rows"):
+            give_statistics(twin)
+    for step in range(5):
+        for twin in (one, two):
+            twin.give_grads()
+            if step == 3 and what == "statistics":
+                give_statistics(twin)
+                twin.optimizer.host.statistics.rows = {twin.params[1]: 1}
+            elif step == 3 and what == "rows":
+                twin.optimizer.host.statistics.rows[twin.params[1]] = 1
+            elif step == 3:
+                twin.optimizer.host.master_params = False
+        expected = forgetful(two).step()
+        watch.repeated.clear()
+        assert same(one.step(), expected)
+        always = what in ("statistics", "rows", "no master")
+        assert watch.repeated == [always and step not in (0, 3)]
+
+
+def test_a_rule_that_comes_to_read_the_step_beside_a_parameter_that_pauses() -> None:
+    one, two = Twin(), Twin()
+    for step in range(6):
+        for twin in (one, two):
+            twin.give_grads()
+            if step < 4:
+                twin.params[1].grad = None
+            if step == 2:
+                set_in_groups(beta_ramp=True)(twin)
+        assert same(one.step(), forgetful(two).step()), step
+
+
+def test_the_path_is_that_of_the_last_step() -> None:
+    one, two = Twin(), Twin()
+    for twin in (one, two):
+        give_statistics(twin)
+        twin.kept = [twin.optimizer.host.statistics]
+    for step in range(6):
+        odd = step == 4  # without statistics, and with a gradient that has no kernel
+        for twin in (one, two):
+            twin.give_grads()
+            twin.optimizer.host.statistics = None if odd else twin.kept[0]
+            twin.params[1].decoupled_grad = twin.params[1].grad.double() if odd else None
+        expected = forgetful(two).step()
+        assert same(one.step(), expected)
+        assert ("portable" in one.optimizer.path) == odd
+
+
+def test_empty_shards_alone_count_steps_until_they_are_filled() -> None:
+    param = nn.Parameter(torch.zeros(0))
+    optimizer = S3([param])
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 3
+    param.data = torch.ones(2)
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 3  # there is no gradient
+
+
 def test_gradients_that_take_turns_in_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(monkeypatch)
     one, two = Twin(), Twin()
@@ -442,3 +526,17 @@ def test_autograd_notices_a_repeated_step() -> None:
     twin.optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_all_that_is_written_has_a_new_version() -> None:
+    half, single = Twin(dtype=torch.bfloat16), Twin()
+    half.optimizer.host.master_params = True
+    give_models(single)
+    for _ in range(3):
+        written = [*half.params, *single.params, *getattr(single, "models", {}).values()]
+        written += [s["master_param"] for s in half.optimizer.state.values()]
+        before = [tensor._version for tensor in written]
+        for twin in (half, single):
+            twin.give_grads()
+            twin.optimizer.step()
+        assert all(t._version > v for t, v in zip(written, before, strict=True))

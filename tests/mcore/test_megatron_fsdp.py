@@ -147,7 +147,7 @@ def test_the_same_bits_in_another_way(case: str, tmp_path) -> None:
     assert runs[0].losses == runs[1].losses
     assert_bitwise_equal(of_fsdp(tmp_path / "0"), of_fsdp(tmp_path / "1"))
     said = " ".join(runs[1].said)
-    assert ("portable path on cpu (--plugin-no-fused)" in said) == (
+    assert ("torch operations on cpu (--plugin-no-fused)" in said) == (
         "--plugin-no-fused" in SAME[case][1]
     )
 

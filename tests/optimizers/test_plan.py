@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_s3.kernels.statistics import Statistics
-from megatron_s3.optimizers import S3, NAdam
+from megatron_s3.optimizers import S3, AdamW, NAdam
 from megatron_s3.optimizers.offload import Offload
 from megatron_s3.optimizers.plan import Plans
 
@@ -197,6 +197,13 @@ def to_half_and_back(twin: Twin) -> None:
             param.data = param.data.to(dtype)
 
 
+def change_algorithm(twin: Twin) -> None:
+    """From NAdam to AdamW, whose states have the same names."""
+    group = twin.optimizer.param_groups[1]
+    values = {h.name: h.default for h in AdamW.description.hyperparameters}
+    group.update(values, algorithm="adamw")
+
+
 def keep_counts(twin: Twin) -> None:
     """As the adapter does for a checkpoint whose parameters have counts of their own."""
     for group in twin.optimizer.param_groups:
@@ -313,6 +320,20 @@ def test_a_repeated_step_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch)
                 return
 
 
+def test_another_algorithm_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    one, two = Twin(NAdam), Twin(NAdam)
+    for step in range(5):
+        for twin in (one, two):
+            twin.give_grads()
+            if step == 2:
+                change_algorithm(twin)
+        expected = forgetful(two).step()
+        watch.repeated.clear()
+        assert same(one.step(), expected)
+        assert watch.repeated == [step not in (0, 2)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [S3, NAdam])
 @pytest.mark.parametrize("master", [False, True])
@@ -401,7 +422,9 @@ def test_a_copy_remembers_nothing_of_the_original(copied: Callable[[Any], Any]) 
     assert same([p.detach() for p in params], [p.detach() for p in other.params])
 
 
-@pytest.mark.parametrize("what", ["parameters", "transposed", "statistics", "rows", "no master"])
+@pytest.mark.parametrize(
+    "what", ["parameters", "gradient", "transposed", "statistics", "rows", "no master"]
+)
 def test_what_a_plan_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is changed after two steps with a plan, or is never repeated from the first step on."""
     watch = Watch(monkeypatch)
@@ -411,6 +434,8 @@ def test_what_a_plan_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) -> N
         twin.optimizer.host.master_params = True
         if what == "parameters":  # two that share memory are updated in order
             twin.params[0].data = twin.params[2].data.view(-1)[:15].view(3, 5)
+        elif what == "gradient":  # one that lies in a parameter that is updated before
+            twin.params[1].grad = twin.params[0].data.view(-1)[:7]
         elif what == "transposed":
             twin.params[2].data = twin.params[2].data.t().contiguous().t()
         elif what in ("statistics", "rows"):
@@ -437,7 +462,7 @@ def test_a_rule_that_comes_to_read_the_step_beside_a_parameter_that_pauses() -> 
     for step in range(6):
         for twin in (one, two):
             twin.give_grads()
-            if step < 4:
+            if 0 < step < 4:
                 twin.params[1].grad = None
             if step == 2:
                 set_in_groups(beta_ramp=True)(twin)

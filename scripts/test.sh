@@ -51,6 +51,17 @@ if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
       mv "$bridge.part" "$bridge" ||
       echo "megatron-bridge cannot be installed here; its tests will be skipped"
   fi
+  # torchtitan, likewise.
+  titan=.venv/torchtitan/0.3.0
+  if [ ! -d "$titan" ]; then
+    echo "installing torchtitan 0.3.0 into $titan"
+    rm -rf "$titan.part"
+    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --target "$titan.part" \
+      torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 spmd_types==0.2.3 \
+      tyro==1.0.17 docstring_parser==0.18.0 typeguard==4.6.1 &&
+      mv "$titan.part" "$titan" ||
+      echo "torchtitan cannot be installed here; its test will be skipped"
+  fi
 fi
 
 echo "ruff"

@@ -1,6 +1,6 @@
 """The tensors of a step, and the memory in which they lie."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_, not_
@@ -54,9 +54,9 @@ class Found:
             missing.append(lacking)
             params += its
             grads += found
-        states = list(map(optimizer.state.get, params, repeat({})))
+        states = _of_each(optimizer.state, params, {})
         models = optimizer.host.model_params
-        return cls(missing, params, grads, states, list(map(models.get, params)) if models else [])
+        return cls(missing, params, grads, states, _of_each(models, params) if models else [])
 
     @property
     def names(self) -> tuple[list[tuple[str, ...]], list[bool]]:
@@ -74,6 +74,13 @@ class Found:
         masters = [state["master_param"] for state in self.states if "master_param" in state]
         models = [model for model in self.models if model is not None]
         increment_version(self.params + masters + models)
+
+
+def _of_each(mapping: Mapping[Tensor, Any], params: Sequence[Tensor], default: Any = None) -> Any:
+    """Returns the values of these keys; in their order, which is usual, no key is looked up."""
+    if len(mapping) == len(params) and all(map(is_, mapping, params)):
+        return list(mapping.values())
+    return list(map(mapping.get, params, repeat(default)))
 
 
 @dataclass(frozen=True, slots=True)

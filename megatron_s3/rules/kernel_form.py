@@ -27,6 +27,7 @@ Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 #: A key that the function of numbers may add: why a variant is not exact, see :class:`Form`.
 INEXACT = "inexact"
+_PLAIN = {int, float, bool, type(None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,16 @@ def form(rule: Callable[..., Any], hyperparameters: Mapping[str, object]) -> For
     kernel: KernelForm | None = getattr(rule, "kernel", None)
     if kernel is None:
         return name_of(rule)
+    # Most steps have the numbers of the step before; what is not a plain number may change.
+    made = _form if _PLAIN.issuperset(map(type, hyperparameters.values())) else _form.__wrapped__
+    return made(rule, kernel, tuple(hyperparameters.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _form(
+    rule: Callable[..., Any], kernel: KernelForm, values: tuple[tuple[str, object], ...]
+) -> Form | str:
+    hyperparameters = dict(values)
     if unknown := kernel.unknown(rule, hyperparameters):
         return f"the option {' and '.join(unknown)} of {name_of(rule)}"
     return kernel.pack(hyperparameters)

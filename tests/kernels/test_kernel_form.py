@@ -145,3 +145,14 @@ def test_every_rule_of_the_plugin_has_its_definition() -> None:
         known = set(inspect.signature(rule.kernel.numbers).parameters)
         theirs = set(inspect.signature(rule).parameters) - {"grad", *cls.description.state}
         assert known == theirs
+
+
+def test_a_number_that_may_change_in_place_is_read_in_each_step() -> None:
+    """Numbers alone are remembered: a tensor is the same object with another value."""
+    beta = torch.tensor(0.5)
+    hyperparameters = {"beta": beta, "p": 3.0}
+    before = form(s3_update, hyperparameters)
+    beta.fill_(0.25)
+    after = form(s3_update, hyperparameters)
+    assert [f.scalars[0] for f in (before, after)] == [0.5, 0.25]
+    assert form(s3_update, {"beta": 0.5, "p": 3.0}) == before

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_s3.mcore.arguments import hyperparameters
+from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.mcore.update_log import UpdateLog
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.telemetry.runlog import RunLog, finite
@@ -159,6 +160,7 @@ def _start(
         "label": cls.description.label if cls else args.optimizer,
         "hyperparameters": own
         | {"lr": args.lr, "weight_decay": args.weight_decay, "clip_grad": args.clip_grad},
+        "overrides": getattr(args, OVERRIDES, None) or [],
         "bound": _bound(args) if update_log is None else update_log.bound(),
         "seed": args.seed,
         "world_size": args.world_size,

@@ -51,14 +51,20 @@ class UpdateLog:
         self._statistics = Statistics(device, groups * self.layout.rows)
         self._squared_rates = [0.0] * groups
         group_of = {p: i for i, group in enumerate(self._groups()) for p in group["params"]}
+        #: The names of the groups' algorithms, equal on all ranks as the groups are.
+        self._algorithms = sorted({group["algorithm"] for group in self._groups()})
         rows = _rows(self.layout, model_chunks)
-        numel = torch.zeros(self.layout.rows, dtype=torch.float64)
+        numel = torch.zeros(self.layout.rows + len(self._algorithms), dtype=torch.float64)
         for part in parts:
             part.optimizer.host.statistics = self._statistics
             for param, model_param in _pairs(part):
                 row = rows[model_param] if _counts(part, model_param) else self.layout.uncounted
                 self._statistics.rows[param] = group_of[param] * self.layout.rows + row
-                numel[row] += local(param.detach()).numel()
+                count = local(param.detach()).numel()
+                numel[row] += count
+                if row != self.layout.uncounted:
+                    name = self._groups()[group_of[param]]["algorithm"]
+                    numel[self.layout.rows + self._algorithms.index(name)] += count
         numel = numel.to(device)
         torch.distributed.all_reduce(numel)
         self._numel = numel.tolist()
@@ -88,7 +94,9 @@ class UpdateLog:
 
     def take(self) -> dict[str, dict[str, Any]]:
         """Returns the interval's :func:`~megatron_s3.telemetry.updates.summary`; collective."""
-        by_group = self._statistics.values.view(-1, self.layout.rows, len(FIELDS))
+        by_group = self._with_algorithms(
+            self._statistics.values.view(-1, self.layout.rows, len(FIELDS))
+        )
         largest = by_group[:, :, LARGEST].amax(0)
         # The square of each group's learning rate, by the mean over the interval.
         mean_squares = by_group.new_tensor(self._squared_rates) / max(1, self.steps)
@@ -105,7 +113,22 @@ class UpdateLog:
             handle.wait()
         totals[:, LARGEST] = largest
         steps, self.steps = self.steps, 0
-        return summary(self.layout, totals.tolist(), self._numel, steps)
+        return summary(self.layout, totals.tolist(), self._numel, steps, self._algorithms)
+
+    def _with_algorithms(self, by_group: Tensor) -> Tensor:
+        """Returns each group's rows, and after them a row for each algorithm.
+
+        In the row of its own algorithm a group has the totals of its parameters, and in the others
+        0.
+        """
+        counted = by_group[:, : self.layout.uncounted]
+        own = counted.sum(1)
+        own[:, LARGEST] = counted[:, :, LARGEST].amax(1)
+        names = [group["algorithm"] for group in self._groups()]
+        added = by_group.new_zeros(len(by_group), len(self._algorithms), len(FIELDS))
+        for i, name in enumerate(names):
+            added[i, self._algorithms.index(name)] = own[i]
+        return torch.cat([by_group, added], dim=1)
 
 
 def _unwrapped(module: Any) -> Any:

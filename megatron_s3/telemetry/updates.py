@@ -14,9 +14,15 @@ Sizes = Mapping[str, Mapping[str, float]]
 
 
 def summary(
-    layout: Layout, totals: Sequence[Sequence[float]], numel: Sequence[float], steps: int
+    layout: Layout,
+    totals: Sequence[Sequence[float]],
+    numel: Sequence[float],
+    steps: int,
+    optimizers: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Returns statistics of the whole model, and of each parameter type and layer in it.
+
+    If several optimizers update the model, there are also statistics of each.
 
     Args:
         layout: the layout of the rows.
@@ -25,9 +31,11 @@ def summary(
             the interval; of the maximum, the largest.
         numel: number of parameters of each row, over all ranks.
         steps: number of updates in the interval.
+        optimizers: the names of the optimizers, each of which has a row after those of the layout.
 
     Returns:
-        ``{"all": S, "kinds": {type: S}, "layers": {index: S}}``, where S holds ``numel``;
+        ``{"all": S, "kinds": {type: S}, "layers": {index: S}}``, and ``"optimizers": {name: S}`` if
+        there are several, where S holds ``numel``;
         ``mean_abs``, ``max_abs``, ``share_large`` (the fraction with |u| > 0.9) and ``rms`` of the
         updates u; ``weight_ratio``, the RMS of the parameters' changes divided by the RMS of the
         parameters; ``grad_rms``; and the counts ``zero_grads`` and ``nonfinite_grads``.  Means are
@@ -56,11 +64,16 @@ def summary(
     def present(groups: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
         return {name: of(rows) for name, rows in groups.items() if any(numel[r] for r in rows)}
 
-    return {
+    found: dict[str, dict[str, Any]] = {
         "all": of(range(layout.uncounted)),
         "kinds": present(layout.kinds()),
         "layers": present(layout.by_layer()),
     }
+    if len(optimizers) > 1:
+        found["optimizers"] = present(
+            {name: [layout.rows + place] for place, name in enumerate(optimizers)}
+        )
+    return found
 
 
 def sizes(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -99,4 +112,6 @@ def tags(updates: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     found = {f"update/{name}": updates["all"][name] for name in names}
     for kind, values in updates["kinds"].items():
         found |= {f"update/{name}/{kind}": values[name] for name in names[:2]}
+    for optimizer, values in updates.get("optimizers", {}).items():
+        found |= {f"update/{name}/optimizer {optimizer}": values[name] for name in names}
     return found

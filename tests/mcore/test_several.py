@@ -104,6 +104,32 @@ def test_the_start_shows_who_owns_what():
     assert any(line.startswith("AdamW with beta1=0.8 beta2=0.95") for line in lines)
 
 
+@on_ranks(2)
+def test_the_log_of_updates_knows_each_optimizer():
+    """Counts, and the sizes of the updates, as each alone has them on its part of the model."""
+    model, optimizer = build(plugin_overrides=RULES, plugin_log_updates=True, weight_decay=0.0)
+    step(model, optimizer)
+    log = optimizer.update_log
+    bound = log.bound()
+    found = log.take()
+    numbers = {name: values["numel"] for name, values in found["optimizers"].items()}
+    assert numbers == {"s3": 1230, "adamw": 600, "lion": 20}
+    assert found["all"]["numel"] == sum(numbers.values())
+    lion = found["optimizers"]["lion"]
+    assert lion["mean_abs"] == lion["max_abs"] == lion["rms"] == 1.0
+    assert found["all"]["max_abs"] == max(v["max_abs"] for v in found["optimizers"].values())
+    total = sum(v["mean_abs"] * v["numel"] for v in found["optimizers"].values())
+    assert found["all"]["mean_abs"] == pytest.approx(total / 1850)
+    # The first update of AdamW is the gradient's sign, and it alone may exceed 1 afterwards.
+    assert found["optimizers"]["adamw"]["mean_abs"] == pytest.approx(1.0, abs=1e-4)
+    assert bound == inner(optimizer).algorithm_of({"algorithm": "adamw"}).description.bound(
+        beta1=0.8, beta2=0.95, clip_update=None
+    )
+    other, its = build(plugin_log_updates=True)
+    step(other, its)
+    assert "optimizers" not in its.update_log.take()
+
+
 REFUSED = [
     (["*2.weight: optimizer=adamw"], "no trainable parameter .* matches '\\*2.weight'"),
     (["*1.weight: optimizer=adamx"], "'\\*1.weight' sets optimizer='adamx', which is no optimizer"),

@@ -12,7 +12,6 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_s3.mcore import overrides, state
-from megatron_s3.mcore.all_ranks import raise_first
 from megatron_s3.mcore.announcement import announce, announce_parts
 from megatron_s3.mcore.arguments import (
     as_adam,
@@ -97,7 +96,7 @@ def get_megatron_optimizer(
     check_several(config, ddp_config, classes)
     for each in classes:
         check_config(config, ddp_config, each)
-    raise_first(overrides.check_owners(asked, trainable(chunks), cls))
+    overrides.check_owners(asked, trainable(chunks), cls)
     if asked and len(args) > 1:
         args = (chunks, asked, *args[2:])
     elif asked:

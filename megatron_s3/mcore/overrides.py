@@ -6,10 +6,12 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from megatron.core.optimizer import ParamKey, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
+from megatron_s3.mcore.all_ranks import raise_first
 from megatron_s3.mcore.arguments.names import destination, flag_named
 from megatron_s3.mcore.arguments.rules import OVERRIDES, rules
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
@@ -34,8 +36,23 @@ _SAME_FOR_ALL = ("overlap_param_gather_with_optimizer_step", "optimizer_cpu_offl
 _SCHEDULED = tuple(sorted(set(ParamGroupOverride.__annotations__) - {*_SAME_FOR_ALL, "optimizer"}))
 
 
+#: Ends of the names of a tied embedding: on the last pipeline stage, and on the first.
+_OUTPUT, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+
+
 class Rule(ParamKey):  # type: ignore[misc]  # Megatron has no types
-    """The ParamKey of a rule of ``--plugin-overrides``; its ``name`` is the pattern."""
+    """The ParamKey of a rule of ``--plugin-overrides``; its ``name`` is the pattern.
+
+    The last pipeline stage's copy of a tied embedding is matched by the embedding's name, because
+    both have to be stepped alike, and the copy exists with several stages only.
+    """
+
+    def matches(self, param: Tensor, param_name: str) -> bool:
+        """Returns whether the pattern matches the name of a parameter."""
+        if getattr(param, "shared_embedding", False) and param_name.endswith(_OUTPUT):
+            param_name = param_name.removesuffix(_OUTPUT) + _EMBEDDING
+        matched: bool = super().matches(param, param_name)
+        return matched
 
 
 def with_rules(overrides: Mapping[Any, Any] | None, config: Any) -> Mapping[Any, Any] | None:
@@ -221,19 +238,46 @@ def check_owners(
     overrides: Mapping[Any, Mapping[str, Any]],
     named: Iterable[tuple[str, Tensor]],
     cls: type[ElementwiseOptimizer],
-) -> str | None:
-    """Returns why a parameter has no definite optimizer or hyperparameters; None if all have.
+) -> None:
+    """Raises ValueError on all ranks if parameters have no definite optimizer or hyperparameters.
+
+    Collective over all ranks.
 
     Args:
         overrides: :func:`translated` overrides.
-        named: the trainable parameters by name.
+        named: the trainable parameters of this rank by name.
         cls: the optimizer of parameters for which no override names another.
     """
+    tied: list[tuple[str, dict[str, Any]]] = []
+    raise_first(_contested(overrides, named, cls, tied))
+    if not overrides or not torch.distributed.is_initialized():
+        return
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, tied)
+    (first, *others) = [each for found in gathered for each in found] or [None]
+    for name, settings in others:
+        if first is not None and settings != first[1]:
+            raise ValueError(
+                f"the overrides give {first[0]} and {name} different settings: {first[1] or 'none'}"
+                f" and {settings or 'none'}. They are one tied embedding on two pipeline stages, "
+                "which must be stepped alike. Make a pattern match both, or neither."
+            )
+
+
+def _contested(
+    overrides: Mapping[Any, Mapping[str, Any]],
+    named: Iterable[tuple[str, Tensor]],
+    cls: type[ElementwiseOptimizer],
+    tied: list[tuple[str, dict[str, Any]]],
+) -> str | None:
+    """Returns why a parameter has no definite settings, and adds tied embeddings to ``tied``."""
     for name, param in named:
         found = [(key, values) for key, values in overrides.items() if key.matches(param, name)]
+        if getattr(param, "shared_embedding", False):
+            tied.append((name, _merged(found)))
         if fault := _contradiction(name, found):
             return fault
-        merged = {setting: value for _, values in found for setting, value in values.items()}
+        merged = _merged(found)
         description = OPTIMIZERS[merged.get("algorithm", cls.description.name)].description
         own = {destination(description, h) for h in description.hyperparameters}
         for key, values in found:
@@ -243,6 +287,10 @@ def check_owners(
                     f"gives to {description.label}. Exclude it from one of the patterns."
                 )
     return None
+
+
+def _merged(found: Iterable[tuple[Any, Mapping[str, Any]]]) -> dict[str, Any]:
+    return {setting: value for _, values in found for setting, value in values.items()}
 
 
 def _contradiction(name: str, found: Sequence[tuple[Any, Mapping[str, Any]]]) -> str | None:

@@ -168,6 +168,37 @@ def test_rules_are_for_the_plugins_optimizers():
     assert OptimizerConfig(optimizer="s3", plugin_overrides=RULES).plugin_overrides == RULES
 
 
+@on_ranks(2)
+def test_both_copies_of_a_tied_embedding_have_one_optimizer():
+    """The last stage's copy has another name: a rule knows that, a ParamKey of a program not."""
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import ParamKey
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+
+    def stage() -> torch.nn.Module:
+        torch.manual_seed(0)
+        table = torch.nn.Linear(8, 8, bias=False)
+        table.weight.shared = table.weight.shared_embedding = True
+        if torch.distributed.get_rank():
+            return torch.nn.ModuleDict({"output_layer": table})
+        words = torch.nn.ModuleDict({"word_embeddings": table})
+        return torch.nn.ModuleDict({"embedding": words})
+
+    rule = ["*word_embeddings*: optimizer=adamw"]
+    _, optimizer = build(plugin_overrides=rule, overrides={}, model=stage(), sharded=False)
+    owners = {g["algorithm"] for g in inner(optimizer).param_groups if g["params"]}
+    assert owners == {"adamw"}
+    for values in ({"optimizer": "adamw"}, {"lr": 0.01}):
+        with pytest.raises(
+            ValueError, match=r"word_embeddings\.weight and .*output_layer\.weight d"
+        ):
+            build(overrides={ParamKey(name="*word_emb*"): values}, model=stage(), sharded=False)
+    both = ParamKey(name=("*word_embeddings*", "*output_layer*"))
+    build(overrides={both: {"optimizer": "adamw"}}, model=stage(), sharded=False)
+
+
 def saved_groups(*algorithms: str, **more: object) -> dict:
     groups = [{"algorithm": name, "p": 3.0} for name in algorithms]
     groups[-1] |= more
@@ -221,7 +252,7 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", brief(LAYOUTS, *list(LAYOUTS)[:3]))
+@pytest.mark.parametrize("layout", brief(LAYOUTS, *list(LAYOUTS)[:3], "pp2"))
 def test_a_run_resumes_bitwise(layout: str, tmp_path: Path) -> None:
     ranks, flags = LAYOUTS[layout]
     through, resumed = tmp_path / "through", tmp_path / "resumed"

@@ -60,13 +60,13 @@ def _interpreted() -> Iterator[None]:
     if HAS_GPU:
         yield
         return
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        importlib.reload(gpu_kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
         importlib.reload(gpu_rules)
+        importlib.reload(gpu_kernel)
         yield
-    importlib.reload(gpu_kernel)
     importlib.reload(gpu_rules)
+    importlib.reload(gpu_kernel)
 
 
 def chunk() -> int:

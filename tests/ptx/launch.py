@@ -13,7 +13,7 @@ from megatron_s3.kernels import gpu
 from megatron_s3.kernels.operands import Operands
 from tests.ptx.machine import Fault, Kernel, Memory
 
-__all__ = ["CAPABILITY", "Executed", "executing", "why_not"]
+__all__ = ["CAPABILITY", "Executed", "a_gpu_to_compile_for", "executing", "why_not"]
 
 CAPABILITY = 90
 
@@ -107,25 +107,34 @@ def _bits(value: Any) -> int:
 
 
 @contextmanager
-def executing() -> Iterator[Executed]:
-    """Within, the GPU step executes its PTX on tensors of the CPU."""
+def a_gpu_to_compile_for() -> Iterator[None]:
+    """Within, Triton takes a GPU for the current one that is not there."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-
-    from megatron_s3.kernels.gpu import kernel as gpu_kernel
 
     device = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", CAPABILITY, 32),
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
     )
-    real = gpu_kernel.step_kernel
     name = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.4
     before = vars(driver).get(name)
     driver.set_active(device)
+    try:
+        yield
+    finally:
+        setattr(driver, name, before)
+
+
+@contextmanager
+def executing() -> Iterator[Executed]:
+    """Within, the GPU step executes its PTX on tensors of the CPU."""
+    from megatron_s3.kernels.gpu import kernel as gpu_kernel
+
+    real = gpu_kernel.step_kernel
     gpu_kernel.step_kernel = Executed(real)
     try:
-        yield gpu_kernel.step_kernel
+        with a_gpu_to_compile_for():
+            yield gpu_kernel.step_kernel
     finally:
         gpu_kernel.step_kernel = real
-        setattr(driver, name, before)

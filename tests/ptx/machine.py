@@ -115,6 +115,11 @@ def _truncated(x: Lanes) -> Lanes:
     return np.where(np.isnan(x), 0, whole).astype(np.int32)
 
 
+def _flushed(x: Lanes) -> Lanes:
+    """Zeros of their sign in place of denormal numbers."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
 def _shift(function: Callable, x: Lanes, by: Lanes) -> Lanes:
     """A shift by more bits than there are gives 0, and of a negative number -1."""
     most = 8 * x.dtype.itemsize - 1
@@ -316,6 +321,9 @@ class _Program:
             result = _BITWISE[name](*(self.registers[source] for source in sources))
         elif name.endswith(".rn") and name[:-3] in _ROUNDED and kind in ("f32", "f64"):
             result = _ROUNDED[name[:-3]](*(self.value(source, kind) for source in sources))
+        elif name in ("div.rn.ftz", "sqrt.rn.ftz") and kind == "f32":  # Triton 3.3's
+            given = (_flushed(self.value(source, kind)) for source in sources)
+            result = _flushed(_ROUNDED[words[0]](*given))
         elif name in ("max", "min") and kind == "f32":  # a number wins against a NaN
             function = np.fmax if name == "max" else np.fmin
             result = function(*(self.value(source, kind) for source in sources))

@@ -216,7 +216,7 @@ def test_one_constant_of_the_cube_root_makes_a_difference(executed: launch.Execu
 
 def test_a_fused_multiply_add_is_refused(executed: launch.Executed) -> None:
     def fuse(ptx: str) -> str:
-        pattern = r"add\.rn\.f32 \t(%r\d+), (%r\d+), (%r\d+);"
+        pattern = r"add\.rn\.f32 \t(%\w+), (%\w+), (%\w+);"
         return re.sub(pattern, r"fma.rn.f32 \t\1, \2, \2, \3;", ptx, count=1)
 
     altered(executed, fuse)

@@ -1,6 +1,6 @@
 """The machine code of the Triton kernel, which needs no GPU to be compiled."""
 
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from megatron_s3.kernels.operands import Operands
 from megatron_s3.rules.adamw import adamw_update
 from megatron_s3.rules.sgdm import sgdm_update
 from scripts.bench.compiled import CAPABILITIES, VARIANTS, compile_kernel
+from tests.ptx.launch import a_gpu_to_compile_for
 
 triton = pytest.importorskip("triton")
 from megatron_s3.kernels.gpu import kernel  # noqa: E402 (needs Triton)
@@ -109,27 +110,17 @@ def test_nothing_is_contracted(capability: int) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What each launch would have run, on an H100 that is not there."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    from megatron_s3.kernels.gpu import kernel as gpu_kernel
-
-    kernel, found = gpu_kernel.step_kernel, []
+    real, found = kernel.step_kernel, []
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **kwargs: found.append(kernel.warmup(*args, grid=grid, **kwargs))
+            return lambda *args, **kwargs: found.append(real.warmup(*args, grid=grid, **kwargs))
 
-    monkeypatch.setattr(gpu_kernel, "step_kernel", Kernel())
-    device = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-    )
-    monkeypatch.setattr(driver, "_active", device)
-    return found
+    monkeypatch.setattr(kernel, "step_kernel", Kernel())
+    with a_gpu_to_compile_for():
+        yield found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -1,5 +1,6 @@
 """Builds the optimizer: Megatron builds it as Adam, then the plugin replaces the update rule."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +12,18 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
-from megatron_s3.mcore import overrides, state
+from megatron_s3.mcore import coverage, overrides, state
 from megatron_s3.mcore.announcement import announce, announce_parts
 from megatron_s3.mcore.arguments import (
     as_adam,
     check_config,
+    check_scalar,
     check_several,
     destination,
     hyperparameters,
     in_megatron_fsdp,
     replaced,
+    scalar_optimizer,
     state_dtypes,
     switches,
 )
@@ -41,6 +44,7 @@ from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.offload import Offload
 
 __all__ = [
+    "build_part",
     "get_megatron_optimizer",
     "get_megatron_optimizer_config",
 ]
@@ -141,6 +145,40 @@ def get_megatron_optimizer(
     if len(classes) > 1 or getattr(config, OVERRIDES, None):
         announce_parts(asked, trainable(chunks), cls, config)
     return built
+
+
+def build_part(
+    original: Callable[..., Any], config: Any, model_chunks: Any, *rest: Any, **kwargs: Any
+) -> Any:
+    """Wraps the construction of one optimizer from param groups, and records it.
+
+    Megatron's Muon leaves embeddings and all that is no matrix to the optimizer that
+    ``muon_scalar_optimizer`` names, and calls this function for it with that name.  If it is one of
+    the plugin's, it is built as in :func:`get_megatron_optimizer`.
+
+    Raises:
+        ValueError: the optimizer does not support a setting.
+    """
+    # Within get_megatron_optimizer the name reads "adam".
+    cls = OPTIMIZERS.get(config.optimizer) if scalar_optimizer(_muons(config)) else None
+    if cls is None:
+        return coverage.build_part(original, config, model_chunks, *rest, **kwargs)
+    ddp_config = getattr(model_chunks[0], "ddp_config", None)
+    for holder in filter(None, (config, ddp_config)):
+        check_scalar(holder, cls)
+    with as_adam(config):
+        part = coverage.build_part(original, config, model_chunks, *rest, **kwargs)
+    if part.optimizer is not None:
+        _exchange(part, [cls], config)
+        announce([part], cls, config, state.Training())
+    return part
+
+
+def _muons(config: Any) -> Any:
+    """Returns the configuration of Muon from which Megatron has made one for other parameters."""
+    name = getattr(config, "muon_scalar_optimizer", None)
+    is_others = name is not None and config.optimizer == name
+    return argparse.Namespace(optimizer="muon" if is_others else "", muon_scalar_optimizer=name)
 
 
 def _exchange(

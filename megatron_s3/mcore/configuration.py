@@ -12,7 +12,7 @@ import torch
 from megatron_s3.mcore.arguments.flags import SWITCHES, Default
 from megatron_s3.mcore.arguments.mask import as_adam, replaced
 from megatron_s3.mcore.arguments.names import destination
-from megatron_s3.mcore.arguments.readers import hyperparameters
+from megatron_s3.mcore.arguments.readers import hyperparameters, scalar_optimizer
 from megatron_s3.mcore.arguments.rules import OVERRIDES, rules
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.renamed import RENAMED
@@ -161,8 +161,9 @@ def settle(config: Any) -> None:
     for name, default in added.items():
         if getattr(config, name, None) is None:
             setattr(config, name, default)
+    scalar = scalar_optimizer(config)
     for cls in OPTIMIZERS.values():
-        _check_own(config, cls, cls is chosen)
+        _check_own(config, cls, cls in (chosen, scalar))
     # --use-mup derives the eps of hidden layers from this field.
     own = {} if chosen is None else hyperparameters(chosen, config)
     if "eps" in own and config.adam_eps == type(config).adam_eps:

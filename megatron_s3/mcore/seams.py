@@ -18,7 +18,6 @@ from megatron_s3.mcore import (
     chained,
     compat_before_0_19,
     configuration,
-    coverage,
     datasets,
     megatron_fsdp,
     telemetry,
@@ -121,9 +120,10 @@ SEAMS: tuple[Seam, ...] = (
         "megatron.core.optimizer",
         "_get_megatron_optimizer_based_on_param_groups",
         "collects every optimizer that Megatron builds, so that the plugin can check that exactly "
-        "one of them updates each trainable parameter",
+        "one of them updates each trainable parameter, and builds the one of the plugin's that "
+        "--muon-scalar-optimizer names",
         ("config", "model_chunks", "param_groups"),
-        coverage.build_part,
+        build.build_part,
     ),
     Wrapped(
         "megatron.core.optimizer.distrib_optimizer",

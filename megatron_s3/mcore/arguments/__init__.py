@@ -6,7 +6,7 @@ makes Megatron treat the optimizer as Adam.  ``names`` converts between flags, d
 dtypes.
 """
 
-from megatron_s3.mcore.arguments.checks import check_config, check_several
+from megatron_s3.mcore.arguments.checks import check_config, check_scalar, check_several
 from megatron_s3.mcore.arguments.flags import CPU_DEFAULTS, DEVICES, add_megatron_arguments
 from megatron_s3.mcore.arguments.mask import as_adam, print_args, replaced
 from megatron_s3.mcore.arguments.names import destination, flag
@@ -14,6 +14,7 @@ from megatron_s3.mcore.arguments.readers import (
     hyperparameters,
     in_megatron_fsdp,
     needs_grad_norm,
+    scalar_optimizer,
     state_dtypes,
     switches,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "add_megatron_arguments",
     "as_adam",
     "check_config",
+    "check_scalar",
     "check_several",
     "destination",
     "flag",
@@ -34,6 +36,7 @@ __all__ = [
     "needs_grad_norm",
     "print_args",
     "replaced",
+    "scalar_optimizer",
     "state_dtypes",
     "switches",
     "validate_args",

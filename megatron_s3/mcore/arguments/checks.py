@@ -27,6 +27,7 @@ __all__ = [
     "check_megatron_fsdp",
     "check_memory",
     "check_metrics",
+    "check_scalar",
     "check_several",
     "refuse_flags_of",
 ]
@@ -68,6 +69,27 @@ def check_several(
             "checkpoints have one set of states for all parameters. Leave it out, or use one "
             "optimizer."
         )
+
+
+def check_scalar(config: Any, cls: type[ElementwiseOptimizer]) -> None:
+    """Raises ValueError if a setting is not supported with ``--muon-scalar-optimizer``.
+
+    Args:
+        config: Megatron's OptimizerConfig or arguments.
+        cls: the optimizer of the plugin that the flag names.
+    """
+    label = f"--muon-scalar-optimizer {cls.description.name}"
+    for name, reason in (
+        ("use_layer_wise_distributed_optimizer", "its state is not sharded beside Muon's"),
+        ("use_distributed_optimizer", "its state is not sharded beside Muon's"),
+        ("use_precision_aware_optimizer", "Muon has no such states"),
+        ("optimizer_cpu_offload", "Muon's states stay on the device"),
+        ("optimizer_cuda_graph", "Muon's step is not captured"),
+    ):
+        if getattr(config, name, False):
+            raise ValueError(
+                f"{label} does not support {flag_named(name)}: {reason}. Leave one of the two out."
+            )
 
 
 def check_memory(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:

@@ -104,6 +104,8 @@ def add_megatron_arguments(
     # If both have an optimizer of one name (lion), the plugin's is used, and this is logged.
     choices = known["--optimizer"].choices or ()
     known["--optimizer"].choices = list(dict.fromkeys((*choices, *OPTIMIZERS)))
+    for scalar in filter(None, [known.get("--muon-scalar-optimizer")]):
+        scalar.choices = list(dict.fromkeys((*(scalar.choices or ()), *OPTIMIZERS)))
     known["--clip-grad"].default = Default(known["--clip-grad"].default)
     if cpu_device.active():
         here = {action.dest for action in known.values()}

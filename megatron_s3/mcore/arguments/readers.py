@@ -8,14 +8,21 @@ import torch
 from megatron_s3.log import say_once
 from megatron_s3.mcore.arguments.flags import SWITCHES
 from megatron_s3.mcore.arguments.names import STATE_DTYPES, destination, dtype_of
-from megatron_s3.optimizers import ElementwiseOptimizer
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.renamed import RENAMED, renamed
+
+#: Optimizers of Megatron that leave some parameters to ``--muon-scalar-optimizer``.
+_MUONS = ("muon", "dist_muon", "adaptive_muon")
+
+#: The values of that flag which Megatron builds itself.
+_MEGATRONS = ("adam", "sgd", "lion")
 
 __all__ = [
     "changes_by_step",
     "hyperparameters",
     "in_megatron_fsdp",
     "needs_grad_norm",
+    "scalar_optimizer",
     "state_dtypes",
     "switches",
 ]
@@ -33,6 +40,20 @@ def hyperparameters(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, A
         value = getattr(holder, destination(cls.description, h), None)
         values[h.name] = h.default if value is None else value
     return values
+
+
+def scalar_optimizer(holder: Any) -> type[ElementwiseOptimizer] | None:
+    """Returns the plugin's optimizer for the parameters that Megatron's Muon leaves to another.
+
+    It is None unless ``--muon-scalar-optimizer`` names one that Megatron does not have.
+
+    Args:
+        holder: Megatron's arguments or optimizer configuration.
+    """
+    if str(getattr(holder.optimizer, "asked", holder.optimizer)) not in _MUONS:
+        return None
+    name = str(getattr(holder, "muon_scalar_optimizer", None))
+    return None if name in _MEGATRONS else OPTIMIZERS.get(name)
 
 
 def switches(holder: Any) -> dict[str, bool]:

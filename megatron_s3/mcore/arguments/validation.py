@@ -13,6 +13,7 @@ from megatron_s3.mcore.arguments.checks import (
     check_megatron_fsdp,
     check_memory,
     check_metrics,
+    check_scalar,
     check_several,
     refuse_flags_of,
 )
@@ -26,6 +27,7 @@ from megatron_s3.mcore.arguments.names import (
     flag,
     flag_named,
 )
+from megatron_s3.mcore.arguments.readers import scalar_optimizer
 from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.mcore.refusal import Refused
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
@@ -75,10 +77,14 @@ def _validate(
             "this release of Megatron: every batch would be of the full size. Give "
             "--step-batch-size-schedule instead, or leave it out."
         )
+    scalar = scalar_optimizer(args)
     for other in OPTIMIZERS.values():
-        if other.description.name != args.optimizer:
+        if other.description.name != args.optimizer and other is not scalar:
             refuse_flags_of(other.description, args, defaults)
     cls = OPTIMIZERS.get(args.optimizer)
+    if scalar is not None:
+        _settle_own(args, scalar)
+        check_scalar(args, scalar)
     if cls is None:
         for name, _ in SWITCHES:
             if getattr(args, name) and name not in FOR_ALL:
@@ -116,11 +122,7 @@ def _validate(
 def _check_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
     """Sets hyperparameters that were not given to their defaults, and checks the arguments."""
     description = cls.description
-    for h in description.hyperparameters:
-        name = destination(description, h)
-        if getattr(args, name) is None:
-            setattr(args, name, h.default)
-        h.check(getattr(args, name), flag(description, h))
+    _settle_own(args, cls)
     for name, unsupported, reason in UNSUPPORTED:
         if getattr(args, name, False):
             raise ValueError(
@@ -137,6 +139,15 @@ def _check_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> Non
             "or give --use-torch-fsdp2 instead of --use-megatron-fsdp."
         )
     check_memory(args, cls)
+
+
+def _settle_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> None:
+    description = cls.description
+    for h in description.hyperparameters:
+        name = destination(description, h)
+        if getattr(args, name) is None:
+            setattr(args, name, h.default)
+        h.check(getattr(args, name), flag(description, h))
 
 
 def check_overrides(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_s3.log import say_once
 from megatron_s3.mcore import overrides
-from megatron_s3.mcore.arguments import flag, hyperparameters, state_dtypes
+from megatron_s3.mcore.arguments import flag, hyperparameters, scalar_optimizer, state_dtypes
 from megatron_s3.mcore.arguments.names import flag_named
 from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.optimizers import OPTIMIZERS
@@ -76,6 +76,8 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
         ValueError: the running optimizer cannot use the state.
     """
     running, written = (getattr(each, "optimizer", "adam") for each in (args, saved))
+    if running == written and not getattr(saved, "no_save_optim", False):
+        _compare_scalars(load_dir, args, saved)
     if running not in OPTIMIZERS and written not in OPTIMIZERS:
         return  # Megatron's own optimizers have Megatron's own checks
     if getattr(saved, "no_save_optim", False):
@@ -111,6 +113,29 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
             say_once(
                 f"{load_dir} was saved with {name} in {then[name]}; it is loaded as {now[name]}"
             )
+
+
+def _compare_scalars(load_dir: str, args: Any, saved: Any) -> None:
+    """Compares the optimizers of the parameters that Megatron's Muon leaves to another."""
+    now, then = map(scalar_optimizer, (args, saved))
+    if now is None and then is None:
+        return
+    flag_name = "--muon-scalar-optimizer"
+    labels = {"optimizer": flag_name}
+    names = (getattr(each, "muon_scalar_optimizer", None) for each in (args, saved))
+    own, others = (
+        {} if cls is None else settings(cls.description, hyperparameters(cls, each))
+        for cls, each in ((now, args), (then, saved))
+    )
+    for cls in filter(None, (now, then)):
+        labels |= {h.name: flag(cls.description, h) for h in cls.description.hyperparameters}
+    (asked, written) = names
+    Stamp(str(asked), FORMAT, own).check(
+        Stamp(str(written), getattr(saved, "s3_format", 1), others),
+        source=load_dir,
+        called=lambda name, value: f"{labels[name]} {value}",
+        advice="load the model's weights alone with --no-load-optim",
+    )
 
 
 def _parts(args: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The plan of a step: what stays the same from step to step while no tensor moves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,8 @@ from megatron_s3.optimizers.offload import Offload
 from megatron_s3.rules.kernel_form import form
 
 __all__ = ["Call", "Plan", "Plans", "Task"]
+
+_MOST_GROUPS = 8  # of a call: the GPU's kernel compares with each
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a fused kernel.
+    """A call of a fused kernel, for groups that differ in learning rate and weight decay alone.
 
     Attributes:
-        group: the index of the param group.
-        rule: the rule of its algorithm.
+        groups: the indices of the param groups.
+        rule: the rule of their algorithm.
         kernel: a module of :mod:`megatron_s3.kernels`.
         prepared: the kernel's ``Prepared`` for these parameters.
         states: the number of state tensors of the rule.
-        indices: the indices of the parameters among those with a gradient.
+        indices: the indices of the parameters, group by group, among those with a gradient.
     """
 
-    group: int
+    groups: list[int]
     rule: Callable[..., Tensor]
     kernel: ModuleType
     prepared: Any
@@ -171,23 +173,21 @@ class Plans:
             values.append(optimizer.algorithm_of(group).group_hyperparameters(watched))
             if watched.read and any(missing):
                 return False
-        if any(
-            _states(call.rule, call.kernel, values[call.group]) != call.states
-            for call in plan.calls
-        ):
-            return False
+        for call in plan.calls:
+            first = values[call.groups[0]]
+            if _states(call.rule, call.kernel, first) != call.states:
+                return False
+            if not all(_are_equal(values[i], first) for i in call.groups[1:]):
+                return False
         if optimizer.error_if_nonfinite:
             check_finite(optimizer.label, found.grads)
         optimizer.path = plan.path
         for group in groups:
             group["step"] += 1
         for call in plan.calls:
-            call.prepared.step(
-                call.rule,
-                statistics=host.statistics,
-                **values[call.group],
-                **rates(groups[call.group]),
-            )
+            its_rates = [tuple(rates(groups[i]).values()) for i in call.groups]
+            values_of_all = values[call.groups[0]]
+            call.prepared.step(call.rule, its_rates, host.statistics, **values_of_all)
         found.note_writes()
         return True
 
@@ -208,25 +208,41 @@ class Plans:
         index = {id(param): i for i, param in enumerate(found.params)}
         groups = {id(group): i for i, group in enumerate(optimizer.param_groups)}
         calls = []
-        for task in tasks:
-            rule = task.description.rule
-            states = _states(rule, task.choice.kernel, task.values)
+        for some in _together(tasks):
+            rule, kernel = some[0].description.rule, some[0].choice.kernel
+            states = _states(rule, kernel, some[0].values)
             if states is None:
                 return
-            operands = [update.operands for update in task.updates]
-            calls.append(
-                Call(
-                    groups[id(task.group)],
-                    rule,
-                    task.choice.kernel,
-                    task.choice.kernel.Prepared(operands),
-                    states,
-                    [index[id(param)] for param in task.params],
-                )
-            )
+            prepared = kernel.Prepared([[u.operands for u in task.updates] for task in some])
+            indices = [index[id(param)] for task in some for param in task.params]
+            its_groups = [groups[id(task.group)] for task in some]
+            calls.append(Call(its_groups, rule, kernel, prepared, states, indices))
         plan = Plan.make(_settings(optimizer), found, calls, optimizer.path)
         if plan is not None:
             self._plans[with_statistics] = plan
+
+
+def _together(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Returns tasks in the lists that one call of a kernel can take."""
+    calls: list[list[Task]] = []
+    for task in tasks:
+        for call in calls:
+            same = task.choice.kernel is call[0].choice.kernel
+            same = same and task.description is call[0].description
+            same = same and task.params[0].device == call[0].params[0].device
+            if same and len(call) < _MOST_GROUPS and _are_equal(task.values, call[0].values):
+                call.append(task)
+                break
+        else:
+            calls.append([task])
+    return calls
+
+
+def _are_equal(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    """Returns whether a rule's arguments are the same, as far as no tensor must be read for it."""
+    if any(isinstance(value, Tensor) for value in (*one.values(), *two.values())):
+        return one is two
+    return one == two
 
 
 def _states(

@@ -118,7 +118,9 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     chosen = VARIANTS[variant]
     states = chosen.form.states
     kernel = gpu_kernel.step_kernel
+    groups = 2  # with weight decay and without it
     constants = {
+        "GROUPS": groups,
         "RULE": getattr(gpu_rules, chosen.form.name),
         "VARIANT": chosen.form.variant,
         "STATES": states,
@@ -134,6 +136,7 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     }
     pointers = {"table": "*i64", "chunks": "*i32", "rates": "*fp32", "partials": "*fp64"}
     types_of = pointers | dict.fromkeys(constants, "constexpr")
+    types_of["host_rates"] = ("fp32",) * (2 * groups)
     types_of["scalars"] = ("fp32",) * len(chosen.form.scalars)
     names = kernel.arg_names
     source = ASTSource(

@@ -291,6 +291,37 @@ def test_either_rate_may_be_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert launches[2].tolist() == torch.tensor([0.01, 1 - 0.01 * 0.25]).tolist()
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_groups_with_rates_of_their_own_share_a_launch(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise a launch for each; statistics too, in rows of their own."""
+    launches, launch = [], gpu._launch
+    monkeypatch.setattr(gpu, "_launch", lambda *a: (launches.append(a), launch(*a)))
+    rates = [(0.01, 0.1), (0.02, 0.0), (0.5, 0.7)]
+    if where == "device":
+        rates[1] = (torch.tensor(0.02, device=DEVICE), 0.0)
+    numbers = {"beta": 0.95, "p": 3.0}
+    found = []
+    for together in (True, False):
+        groups = [
+            [replace(operands(n, 3 * n + i), row=i) for n in (9, chunk() + 5)] for i in range(3)
+        ]
+        statistics = Statistics(DEVICE, 3)
+        launches.clear()
+        if together:
+            gpu.Prepared(groups).step(s3_update, rates, statistics, **numbers)
+        else:
+            for group, pair in zip(groups, rates, strict=True):
+                gpu.Prepared([group]).step(s3_update, [pair], statistics, **numbers)
+        assert len(launches) == (1 if together else 3)
+        tensors = [t for group in groups for o in group for t in (o.param, *o.state)]
+        found.append([*tensors, statistics.values])
+    assert all(map(torch.equal, *found))
+    starts = [operands(9, 27 + i).param for i in range(3)]
+    assert not any(map(torch.equal, starts, found[0][::6]))
+
+
 def test_a_graph_is_captured_of_what_was_stepped_and_keeps_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

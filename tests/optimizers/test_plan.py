@@ -212,6 +212,10 @@ def keep_counts(twin: Twin) -> None:
         group["step"] = 100
 
 
+def change_one_group(twin: Twin) -> None:
+    twin.optimizer.param_groups[1]["beta"] = 0.5
+
+
 def own_class(twin: Twin) -> None:
     class Own(Tensor):
         pass
@@ -238,6 +242,7 @@ CASES: dict[str, tuple[Action, bool]] = {
     "beta": (set_in_groups(beta=0.5), True),
     "p": (set_in_groups(p=2), True),
     "a p without a kernel": (set_in_groups(p=2.5), False),
+    "beta of one group": (change_one_group, False),
     "a flag": (set_in_groups(nesterov=False), True),
     "a rule that reads the step": (set_in_groups(beta_ramp=True), True),
     "a bound": (set_in_groups(grad_bound=3.0), True),
@@ -389,6 +394,31 @@ def test_a_group_that_pauses_counts_its_steps() -> None:
                 for param in twin.params[3:]:
                     param.grad = None
         assert same(one.step(), forgetful(two).step())
+
+
+@pytest.mark.parametrize(("groups", "betas", "calls"), [(2, 1, 1), (3, 2, 2), (20, 1, 3)])
+def test_groups_with_other_rates_share_a_call(groups: int, betas: int, calls: int) -> None:
+    """As many as the GPU's kernel compares with, and if their rule has the same numbers."""
+    one, two = Twin(), Twin()
+    for twin in (one, two):
+        twin.params = [nn.Parameter(torch.ones(5)) for _ in range(groups)]
+        settings = [
+            {
+                "params": [param],
+                "lr": 0.01 * i,
+                "weight_decay": 0.1 * (i % 3),
+                "beta": 0.9 + 0.05 * (i % betas),
+            }
+            for i, param in enumerate(twin.params, 1)
+        ]
+        twin.optimizer = S3(settings)
+    for _ in range(4):
+        for twin in (one, two):
+            new_grads(twin)
+            twin.give_grads()
+        assert same(one.step(), forgetful(two).step())
+    (plan,) = one.optimizer._past.plans._plans.values()
+    assert len(plan.calls) == calls
 
 
 def test_no_tensor_is_kept_from_being_freed() -> None:

@@ -83,11 +83,26 @@ class Executed:
         self, rule: Callable[..., Tensor], operands: Sequence[Operands], **options: Any
     ) -> None:
         """Takes a step by :func:`megatron_s3.kernels.gpu.step`, on tensors of the CPU."""
+        self._give(operands)
+        gpu.step(rule, operands, **options)
+
+    def step_groups(
+        self,
+        rule: Callable[..., Tensor],
+        groups: Sequence[Sequence[Operands]],
+        rates: Sequence[tuple[Any, Any]],
+        **numbers: Any,
+    ) -> None:
+        """Takes a step of several param groups by the kernel's ``Prepared``."""
+        self._give([o for group in groups for o in group])
+        gpu.Prepared(groups).step(rule, rates, **numbers)
+
+    def _give(self, operands: Sequence[Operands]) -> None:
+        """Lets the kernel reach the tensors of a step."""
         states = [state for o in operands for state in o.state]
         models = [o.model_param for o in operands if o.model_param is not None]
         self._written = [*(o.param for o in operands), *states, *models]
         self._read = [o.grad for o in operands]
-        gpu.step(rule, operands, **options)
 
 
 def _flat(values: Sequence[Any]) -> Iterator[Any]:

@@ -285,6 +285,8 @@ class _Program:
             return found if found.dtype.itemsize == size else found.astype(_BITS[size])
         if operand.startswith(("0f", "0d")):
             value = int(operand[2:], 16)
+        elif parameter := re.fullmatch(r"\w+_param_(\d+)", operand):
+            value = int(parameter[1])  # parameters are numbered, and this is their address
         else:
             value = int(operand, 0) & ((1 << 8 * size) - 1)
         return np.full(len(self.lane), value, _BITS[size])
@@ -433,9 +435,10 @@ class _Program:
         kind, size = one.words[-1], _size(one.words[-1])
         to, source = one.operands
         if one.words[1] == "param":
-            index = int(re.search(r"_param_(\d+)", source).group(1))
-            value = np.full(len(self.lane), self.arguments[index], _BITS[size])
-            self.put(to, value, active)
+            indices = self.address(source, 8)
+            if (indices >= len(self.arguments)).any():
+                raise Fault(f"a parameter that is not there: {source}")
+            self.put(to, np.array(self.arguments, np.uint64)[indices].astype(_BITS[size]), active)
             return None
         names = _names(to)
         if one.words[1] not in ("global", "shared") or kind[0] not in "bsuf":

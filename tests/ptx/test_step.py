@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(bool(launch.why_not()), reason=launch.why_not() 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CHUNK = 16384
+NUMBERS = {"beta": 0.95, "p": 3.0}
 #: Elements, and by how many a tensor lies off 256 bytes: the masked loop, and both.
 PLACES = ((1, 0), (129, 1), (CHUNK + 3, 0), (CHUNK + 1, 2))
 
@@ -141,6 +142,19 @@ def test_extreme_magnitudes_and_what_is_not_finite(executed: launch.Executed, va
     o.state[1][256:700] *= 1e30
     o.grad[600], o.grad[601], o.grad[602] = torch.inf, -torch.inf, torch.nan
     check(executed, s3_update, [o], **OPTIONS | VARIANTS.get(variant, {}))
+
+
+def test_groups_with_rates_of_their_own(executed: launch.Executed) -> None:
+    """One launch, and the bits of a step a group."""
+    rates = [(0.01, 0.1), (0.02, 0.0), (0.5, 0.7)]
+    groups = [[Placed(300, Case(), "cpu", seed=i).operands] for i in range(3)]
+    alone = [[copied(o) for o in group] for group in groups]
+    executed.step_groups(s3_update, groups, rates, **NUMBERS)
+    assert len(executed.kernels) == 1
+    for (ours,), (theirs,), (lr, decay) in zip(groups, alone, rates, strict=True):
+        portable.step(s3_update, [theirs], lr=lr, weight_decay=decay, **NUMBERS)
+        for a, b in zip((ours.param, *ours.state), (theirs.param, *theirs.state), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("param", [pytest.param(BF16, marks=pytest.mark.thorough), F16], ids=str)

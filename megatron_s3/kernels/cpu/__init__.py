@@ -67,9 +67,7 @@ def step(
     Raises:
         RuntimeError: there is no compiled kernel.
     """
-    Prepared(operands).step(
-        rule, lr=lr, weight_decay=weight_decay, statistics=statistics, **hyperparameters
-    )
+    Prepared([operands]).step(rule, [(lr, weight_decay)], statistics, **hyperparameters)
     note_writes(operands)
 
 
@@ -79,34 +77,30 @@ class Prepared:
     It keeps their addresses and none of them.
 
     Args:
-        operands: operands for which :func:`reason` returns None.
+        groups: for each param group, operands for which :func:`reason` returns None.
     """
 
-    def __init__(self, operands: Sequence[Operands]) -> None:
-        self._table = array("q")
-        filler = (0,) * (_ROW - len(operands[0].read + operands[0].written)) if operands else ()
-        for o in operands:
-            self._table.extend(o.read + o.written + filler)
-        self._counts = [o.param.numel() for o in operands]
-        self._rows = [o.row for o in operands]
+    def __init__(self, groups: Sequence[Sequence[Operands]]) -> None:
+        self._groups = [_Table(operands) for operands in groups]
 
     def move_grads(self, addresses: Sequence[int]) -> None:
         """Takes the addresses of all gradients, whose dtypes and sizes are the same as before."""
-        self._table[::_ROW] = array("q", addresses)
+        left = iter(addresses)
+        for table in self._groups:
+            table.move_grads(list(itertools.islice(left, len(table.counts))))
 
     def step(
         self,
         rule: Callable[..., Tensor],
-        *,
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
+        rates: Sequence[tuple[float | Tensor, float | Tensor]],
         statistics: Statistics | None = None,
         **hyperparameters: object,
     ) -> None:
         """Takes a step as the function :func:`step` does; autograd does not notice it.
 
         Args:
-            rule, lr, weight_decay, statistics, **hyperparameters: see :func:`step`.
+            rule, statistics, **hyperparameters: see :func:`step`.
+            rates: learning rate and weight decay of each group.
 
         Raises:
             RuntimeError: there is no compiled kernel.
@@ -116,9 +110,34 @@ class Prepared:
         if isinstance(given, str) or isinstance(library, str):
             raise RuntimeError(library)
         chunk_of = _chunk_of(library, given.name, given.variant)
-        numbers = (float(lr), float(1 - lr * weight_decay), *given.scalars)
+        for table, (lr, decay) in zip(self._groups, rates, strict=True):
+            numbers = (float(lr), float(1 - lr * decay), *given.scalars)
+            table.step(library, chunk_of, numbers, statistics)
+
+
+class _Table:
+    """The addresses of a group's operands, as step.cpp takes them."""
+
+    def __init__(self, operands: Sequence[Operands]) -> None:
+        self._table = array("q")
+        filler = (0,) * (_ROW - len(operands[0].read + operands[0].written)) if operands else ()
+        for o in operands:
+            self._table.extend(o.read + o.written + filler)
+        self.counts = [o.param.numel() for o in operands]
+        self._rows = [o.row for o in operands]
+
+    def move_grads(self, addresses: Sequence[int]) -> None:
+        self._table[::_ROW] = array("q", addresses)
+
+    def step(
+        self,
+        library: ctypes.CDLL,
+        chunk_of: int,
+        numbers: Sequence[float],
+        statistics: Statistics | None,
+    ) -> None:
         scalars = (ctypes.c_float * len(numbers))(*numbers)
-        counts, chunk = self._counts, library.chunk_elements()
+        counts, chunk = self.counts, library.chunk_elements()
         chunks = sum(-(-count // chunk) for count in counts)
         rows = None
         if statistics is not None:

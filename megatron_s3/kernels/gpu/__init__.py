@@ -117,9 +117,7 @@ def step(
         weight_decay: decoupled weight decay, likewise.
         statistics: the statistics to which those of the step are added.
     """
-    Prepared(operands).step(
-        rule, lr=lr, weight_decay=weight_decay, statistics=statistics, **hyperparameters
-    )
+    Prepared([operands]).step(rule, [(lr, weight_decay)], statistics, **hyperparameters)
     note_writes(operands)
 
 
@@ -129,19 +127,23 @@ class Prepared:
     It keeps their addresses and none of them.
 
     Args:
-        operands: operands for which :func:`reason` returns None.
+        groups: for each param group, operands for which :func:`reason` returns None; all of them
+            on one device.
     """
 
-    def __init__(self, operands: Sequence[Operands]) -> None:
+    def __init__(self, groups: Sequence[Sequence[Operands]]) -> None:
+        operands = [o for group in groups for o in group]
         self._device = operands[0].param.device if operands else None
-        self._places = [_Place(o.written, o.read, o.row) for o in operands]
+        self._places = [
+            _Place(o.written, o.read, o.row, i) for i, group in enumerate(groups) for o in group
+        ]
         self._launches = _by_dtypes(operands)
         self._plans: dict[_Dtypes, _Plan] = {}
 
     def move_grads(self, addresses: Sequence[int]) -> None:
         """Takes the addresses of all gradients, whose dtypes and sizes are the same as before."""
         self._places = [
-            _Place(place.written, (address, place.read[1]), place.row)
+            place._replace(read=(address, place.read[1]))
             for place, address in zip(self._places, addresses, strict=True)
         ]
         self._plans.clear()
@@ -149,25 +151,25 @@ class Prepared:
     def step(
         self,
         rule: Callable[..., Tensor],
-        *,
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
+        rates: Sequence[tuple[float | Tensor, float | Tensor]],
         statistics: Statistics | None = None,
         **hyperparameters: object,
     ) -> None:
         """Takes a step as the function :func:`step` does; autograd does not notice it.
 
         Args:
-            rule, lr, weight_decay, statistics, **hyperparameters: see :func:`step`.
+            rule, statistics, **hyperparameters: see :func:`step`.
+            rates: learning rate and weight decay of each group.
         """
         device = self._device
         if device is None:
             return
-        decay = 1 - lr * weight_decay
+        numbers = [number for lr, decay in rates for number in (lr, 1 - lr * decay)]
         # Values on the device are not read here; values on the CPU are arguments of the launch.
-        rates = None
-        if any(isinstance(rate, Tensor) and rate.device == device for rate in (lr, weight_decay)):
-            rates = torch.stack([_on(device, rate) for rate in (lr, decay)])
+        on_device = None
+        if any(isinstance(n, Tensor) and n.device == device for pair in rates for n in pair):
+            on_device = torch.stack([_on(device, number) for number in numbers])
+        host = tuple(map(float, numbers)) if on_device is None else (0.0, 1.0) * len(rates)
         given = form(rule, hyperparameters)
         if isinstance(given, str):
             raise RuntimeError(f"the Triton kernel does not have {given}")
@@ -179,8 +181,7 @@ class Prepared:
                 if statistics is not None:
                     shape = (plan.programs, len(FIELDS))
                     partials = torch.empty(shape, dtype=torch.float64, device=device)
-                host = (float(lr), float(decay)) if rates is None else (0.0, 1.0)
-                _launch(plan, dtypes, given, host, rates, partials)
+                _launch(plan, dtypes, given, host, on_device, partials)
                 if statistics is not None and partials is not None:
                     statistics.add(partials, _statistics_rows(group, plan))
 
@@ -209,7 +210,7 @@ def _launch(
     plan: "_Plan",
     dtypes: _Dtypes,
     given: Form,
-    host_rates: tuple[float, float],
+    host_rates: tuple[float, ...],
     rates: Tensor | None,
     partials: Tensor | None,
 ) -> None:
@@ -226,9 +227,10 @@ def _launch(
         plan.chunks,
         plan.table if rates is None else rates,
         plan.table if partials is None else partials,
-        *host_rates,
         # Triton compiles another variant for an int, and treats 1 as a constant.
+        host_rates,
         tuple(map(float, given.scalars)),
+        GROUPS=len(host_rates) // 2,
         RULE=_function(given.kernel),
         VARIANT=given.variant,
         STATES=given.states,
@@ -263,11 +265,12 @@ class _Plan:
 
 
 class _Place(NamedTuple):
-    """The addresses of a parameter's operands: attributes of :class:`Operands`."""
+    """The addresses of a parameter's operands, attributes of :class:`Operands`, and its group."""
 
     written: tuple[int, ...]
     read: tuple[int, ...]
     row: int
+    group: int = 0
 
 
 _Row = tuple[int, ...]
@@ -298,8 +301,8 @@ _captured: list[_Plan | Tensor] = []
 
 
 def _rows(group: _Group) -> tuple[_Row, ...]:
-    """Returns each operand's number of elements and its addresses, the gradient's last."""
-    return tuple(o.written + o.read for o in group)
+    """Returns each operand's number of elements, its addresses, the gradient's last, its group."""
+    return tuple((*o.written, *o.read, getattr(o, "group", 0)) for o in group)
 
 
 def _counts(rows: Sequence[_Row]) -> tuple[int, ...]:
@@ -334,11 +337,11 @@ def _make_table(rows: Sequence[_Row], device: torch.device) -> Tensor:
     from megatron_s3.kernels.gpu.kernel import ROW
 
     fields = []
-    for row in rows:
+    for *row, group in rows:
         count, (param, model_param, *states, grad) = row[0], row[1::2]
         aligned = all(address % 16 == 0 for address in (param, grad, model_param, *states))
-        filler = (0,) * (ROW - 5 - len(states))
-        fields.append((param, grad, model_param, count, aligned, *states, *filler))
+        filler = (0,) * (ROW - 6 - len(states))
+        fields.append((param, grad, model_param, count, aligned, group, *states, *filler))
     table = torch.tensor(fields, dtype=torch.int64, device="cpu")
     if device.type == "cpu":
         return table

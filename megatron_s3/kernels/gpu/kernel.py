@@ -1,7 +1,8 @@
-"""The fused step as a Triton kernel: one program a chunk, one launch for all tensors of a group.
+"""The fused step as a Triton kernel: one program a chunk, one launch for all tensors of a rule.
 
 A row of the table describes one tensor: the addresses of parameter, gradient and model parameter,
-its number of elements, whether all addresses are multiples of 16, and the addresses of the states.
+its number of elements, whether all addresses are multiples of 16, the index of its param group
+among those of the launch, and the addresses of the states.
 Full chunks of aligned tensors run in a loop without masks, whose accesses are 16 bytes wide for
 float32 and 8 for 16-bit types; all others run in the masked loop.
 
@@ -22,8 +23,8 @@ from megatron_s3.rules.kernel_form import Form
 
 __all__ = ["BLOCK", "CHUNK", "NUM_WARPS", "REGISTERS", "ROW", "launch_options", "step_kernel"]
 
-#: Fields of a row of the table, int64 each: the first five, and at most four states.
-ROW = 9
+#: Fields of a row of the table, int64 each: the first six, and at most four states.
+ROW = 10
 NUM_WARPS = 8
 #: Elements that a program updates at once: 4 per thread, 16 bytes of float32.
 BLOCK = 128 * NUM_WARPS
@@ -151,11 +152,11 @@ def _counted(sum_update, max_update, sq_update, sq_param, sq_grad, counts, u, g,
 def step_kernel(
     table,  # *int64: ROW fields a tensor
     chunks,  # *int32: 2 a program: row of the table, index of the chunk in the tensor
-    rates,  # *float32: lr and 1 - lr * weight_decay, read where RATES_ON_DEVICE
+    rates,  # *float32: lr and 1 - lr * weight_decay of each group, read where RATES_ON_DEVICE
     partials,  # *float64: 8 a program, written where STATISTICS
-    lr,
-    decay,
+    host_rates,  # a tuple: the same numbers, read elsewhere
     scalars,  # a tuple: the rule's
+    GROUPS: tl.constexpr,  # their number
     RULE: tl.constexpr,
     VARIANT: tl.constexpr,
     STATES: tl.constexpr,  # their number
@@ -171,7 +172,7 @@ def step_kernel(
 ):
     """Updates one chunk of one tensor."""
     program = tl.program_id(0)
-    row = table + tl.load(chunks + 2 * program).to(tl.int64) * 9  # ROW
+    row = table + tl.load(chunks + 2 * program).to(tl.int64) * 10  # ROW
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
     x_ptr = tl.load(row).to(tl.pointer_type(PARAM))
     grad_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))
@@ -181,13 +182,20 @@ def step_kernel(
     state_ptrs = ()
     for i in tl.static_range(STATES):
         if (BF16 >> i) & 1:
-            state_ptr = tl.load(row + 5 + i).to(tl.pointer_type(tl.bfloat16))
+            state_ptr = tl.load(row + 6 + i).to(tl.pointer_type(tl.bfloat16))
         else:
-            state_ptr = tl.load(row + 5 + i).to(tl.pointer_type(tl.float32))
+            state_ptr = tl.load(row + 6 + i).to(tl.pointer_type(tl.float32))
         state_ptrs = state_ptrs + (state_ptr,)
+    group = tl.load(row + 5) if GROUPS > 1 else 0
     if RATES_ON_DEVICE:
-        lr = tl.load(rates)
-        decay = tl.load(rates + 1)
+        lr = tl.load(rates + 2 * group)
+        decay = tl.load(rates + 2 * group + 1)
+    else:
+        lr = host_rates[0]
+        decay = host_rates[1]
+        for i in tl.static_range(1, GROUPS):
+            lr = tl.where(group == i, host_rates[2 * i], lr)
+            decay = tl.where(group == i, host_rates[2 * i + 1], decay)
 
     if STATISTICS:
         sum_update = tl.full((BLOCK // 4,), 0.0, tl.float32)

@@ -12,7 +12,8 @@ each), and ``registration`` installs the changes. The other modules hold the wra
 - ``distributed``, ``megatron_fsdp``, ``torch_fsdp2``: sharded state; ``one_pass``: the step without
   copies.
 - ``checkpoint``: saving and loading; ``torch_adamw``: a repair of Megatron with torch's AdamW.
-- ``telemetry`` with ``metrics_log`` and ``update_log``: logs.
+- ``telemetry`` with ``metrics_log`` and ``update_log``: logs; ``run_metrics``: the same logs for
+  programs without Megatron's trainer.
 - ``planning``: jobs that are not running.
 - ``gpt`` and ``datasets``: Megatron's GPT and its indexed datasets, for other modules.
 - ``cpu_device``: training without a GPU; ``output``: Megatron's output; ``refusal``: errors that

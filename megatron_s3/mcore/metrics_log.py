@@ -40,7 +40,7 @@ class MetricsLog:
         update_log: UpdateLog | None,
         spikes: dict[str, Any] | None,
         writers: Callable[[], tuple[Any, Any]] | None = None,
-        flops: Callable[[Any], float] | None = None,
+        flops: Callable[[Any], float | None] | None = None,
     ) -> None:
         self.update_log = update_log
         self.writers = writers or _trainers_writers
@@ -148,7 +148,7 @@ def _start(
     args: Any,
     iteration: int,
     update_log: UpdateLog | None,
-    flops: Callable[[Any], float] | None,
+    flops: Callable[[Any], float | None] | None,
 ) -> dict[str, Any]:
     cls = OPTIMIZERS.get(args.optimizer)
     names = ("adam_beta1", "adam_beta2", "adam_eps") if args.optimizer == "adam" else ()

@@ -177,7 +177,7 @@ def test_what_s3_cannot_train_is_refused_and_nothing_is_changed():
 @in_bridge
 def test_the_callback_knows_the_spikes_of_earlier_launches(tmp_path):
     """From the lines up to the iteration of the checkpoint, NaN and updates among them."""
-    from megatron_s3.bridge.callback import _spikes
+    from megatron_s3.mcore.run_metrics import _spikes
     from megatron_s3.telemetry.runlog import RunLog
     from megatron_s3.telemetry.spike_log import SpikeLog
 
@@ -209,8 +209,9 @@ def test_the_callback_refuses_what_it_cannot_log():
 
     made = recipe(folder=None)
     state = SimpleNamespace(cfg=made, train_state=SimpleNamespace(step=0, consumed_train_samples=0))
-    context = SimpleNamespace(state=state, optimizer=None, model=[])
+    adam = SimpleNamespace(config=made.optimizer)
+    context = SimpleNamespace(state=state, optimizer=adam, model=[])
     with pytest.raises(ValueError, match="no folder to write"):
         MetricsCallback().on_train_start(context)
-    with pytest.raises(ValueError, match="the recipe's is adam"):
+    with pytest.raises(ValueError, match="this one is adam"):
         MetricsCallback("runs", updates=True).on_train_start(context)

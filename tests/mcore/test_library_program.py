@@ -10,6 +10,7 @@ import torch
 from megatron_s3.checkpoints import convert
 from megatron_s3.checkpoints.errors import ConvertError
 from megatron_s3.rules.roots import square_root
+from megatron_s3.telemetry import runlog
 from tests.harness.trainer import assert_bitwise_equal, forks, tensors
 
 PAGE = Path(__file__).parents[2] / "megatron_s3/mcore/README.md"
@@ -53,6 +54,44 @@ def test_it_resumes_bitwise_and_reshards(program, first, tmp_path):
         again = tmp_path / f"of {ranks}"
         run(program, "4", again, first, ranks=ranks)  # saves what it has loaded
         assert_bitwise_equal(tensors(first, None), tensors(again, None))
+
+
+def test_it_logs_losses_updates_and_rates_and_a_resumed_program_goes_on(program, first, tmp_path):
+    """With the lines of the page; a line is the same whether the program was resumed or not."""
+    (lines,) = re.findall(r"^```python\n(from megatron_s3.*?)^```", PAGE.read_text(), re.M | re.S)
+    before, _, each = lines.partition("...\n")
+    text = program.read_text()
+    found = {}
+    for name in ("through", "resumed"):
+        folder = tmp_path / f"log of {name}"
+        start = before.replace('"log"', repr(str(folder)))
+        written = text.replace("rank, ranks =", f"{start}\nrank, ranks =")
+        written = written.replace("    if rank == 0:\n", f"    {each}    if rank == 0:\n")
+        assert written.count("metrics") == 3
+        path = program.with_name(f"logs {name}.py")
+        path.write_text(written)
+        said = run(path, "4", tmp_path / f"{name} 4")
+        said += run(path, "8", tmp_path / name, *([tmp_path / f"{name} 4"] * (name == "resumed")))
+        found[name] = runlog.read(folder)
+        printed = re.findall(r"^step (\d): loss (\S+), gradient norm (\S+)$", said, re.M)
+    head = [record for record in found["resumed"] if record["kind"] == "start"]
+    assert [record["iteration"] for record in head] == [0, 4]
+    assert head[0]["hyperparameters"]["p"] == 3.0 and head[0]["optimizer"] == "s3"
+    records = [record for record in found["resumed"] if record["kind"] == "train"]
+    assert [record["iteration"] for record in records] == [2, 4, 6, 8]
+    assert [record["tokens"] for record in records] == [8 * 16 * i for i in (2, 4, 6, 8)]
+    losses = [float(loss) for _, loss, _ in printed]
+    for i, record in enumerate(records):
+        assert record["loss"] == pytest.approx(sum(losses[2 * i : 2 * i + 2]) / 2, abs=1e-4)
+        assert record["grad_norm"] == pytest.approx(float(printed[2 * i + 1][2]), abs=1e-4)
+        assert 0 < record["updates"]["all"]["mean_abs"] <= record["updates"]["all"]["max_abs"] <= 1
+        assert len(record["updates"]["layers"]) == 2 and record["lr"] == 6e-3
+    weights = [t for n, t in tensors(first, None).items() if not n.startswith("optimizer")]
+    assert records[0]["updates"]["all"]["numel"] == sum(tensor.numel() for tensor in weights)
+    through = [record for record in found["through"] if record["kind"] == "train"][-4:]
+    for one, other in zip(records, through, strict=True):
+        for key in ("iteration", "loss", "grad_norm", "updates"):
+            assert one[key] == other[key]
 
 
 def optimized_by(program: Path, optimizer: str) -> Path:

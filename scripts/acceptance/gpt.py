@@ -31,7 +31,7 @@ RUNS = {
 #: Layers, hidden size, heads, length, batch.
 _MODEL = {"cuda": (12, 512, 8, 1024, 32), "cpu": (2, 32, 2, 64, 2)}
 _FLAGS = """--tokenizer-type NullTokenizer --vocab-size 50257 --bf16 --use-distributed-optimizer
---train-iters 200000 --lr-decay-style constant --lr-warmup-iters 100 --lr-decay-iters 200000
+--train-iters 20000 --lr-decay-style constant --lr-warmup-iters 100 --lr-decay-iters 20000
 --eval-iters 8 --eval-interval 100 --log-interval 10 --num-workers 2 --seed 1234
 --init-method-std 0.02 --attention-dropout 0 --hidden-dropout 0
 --no-create-attention-mask-in-dataloader""".split()

@@ -140,6 +140,39 @@ def test_megatron_is_asked_once_for_shards(small, monkeypatch, tmp_path):
     assert asked == [("345m-dp8", 0), ("345m-dp8", 1)]
 
 
+def test_three_times_on_a_gpu(monkeypatch):
+    """Wall and host from an empty stream; the device's behind work that outlasts the host."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def synchronize(self):
+            done.append("wait for the event")
+
+        def elapsed_time(self, end):
+            return 1.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: done.append(clocks))
+    wall, host, device = script.timed(lambda: done.append("call"), "cuda")
+    clocks = done.pop(3)
+    assert done == ["wait", "call", "wait", "record", "call", "record", "wait for the event"]
+    assert device == 1.25 and 0 < host <= wall
+    assert clocks >= 2e6 * (host + 0.4)  # an H200 has 1.98e6 clocks a millisecond
+
+
+def test_what_no_tool_tells_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert script.clocks("cuda") == "unknown"
+    assert script.clocks("cpu") is None
+
+
 def test_a_step_that_leaves_nan_is_no_result(small):
     memory = small.Memory([Shard(300, 0, 0, 0)], "cpu")
     memory.params[0][7] = torch.nan

@@ -135,6 +135,23 @@ def test_what_another_mixture_saved_is_refused_both_ways(saved: Any) -> None:
         assert repr(loads.state_dict()) == repr(before)
 
 
+def test_a_state_of_another_pattern_is_refused() -> None:
+    """A trainer notes the pattern of a group; what an older version saved has none."""
+    saved = mixed(params(), pattern="*a").state_dict()
+    for pattern in ("*b", "*a"):
+        optimizer = mixed(params(), pattern=pattern)
+        if pattern == "*a":
+            optimizer.load_state_dict(copy.deepcopy(saved))
+            continue
+        with pytest.raises(ValueError, match=r"with s3 and adamw for '\*a', and this .* '\*b'"):
+            optimizer.load_state_dict(copy.deepcopy(saved))
+    older, other = (
+        S3([{"params": some[:2]}, {"params": some[2:], "p": 2.0} | pattern])
+        for some, pattern in ((params(), {}), (params(), {"pattern": "*a"}))
+    )
+    other.load_state_dict(copy.deepcopy(older.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("group", "message"),
     [

@@ -1,4 +1,4 @@
-"""Errors about arguments: one line instead of a traceback from every rank."""
+"""Errors that all ranks have alike: one line instead of a traceback from every rank."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from megatron_s3.errors import MegatronS3Error
 
-__all__ = ["Refused", "in_one_line"]
+__all__ = ["AllRanksError", "Refused", "in_one_line"]
 
 
-#: Seconds that other ranks wait for rank 0, which may be slower, to print the reason.
+#: Seconds that other ranks wait for the one that prints the reason, which may be slower.
 _PATIENCE = 60.0
 
 
@@ -19,18 +19,30 @@ class Refused(MegatronS3Error, ValueError):
     """Raised if the plugin cannot train with the arguments; says which, why and what to do."""
 
 
+class AllRanksError(MegatronS3Error, ValueError):
+    """Raised on all ranks of a group if one of them found an error, such as a damaged checkpoint.
+
+    Attributes:
+        speaker: the rank that prints the message for all of them.
+    """
+
+    def __init__(self, message: str, speaker: int = 0) -> None:
+        super().__init__(message)
+        self.speaker = speaker
+
+
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """Ends the process with status 2 if arguments are rejected, after a line from rank 0.
+    """Ends the process with one line from one rank after an error that all ranks have alike.
 
-    All ranks have the same arguments and reject them alike. When the first rank ends, the others
+    The status is 2 if arguments are rejected, and 1 otherwise. When the first rank ends, the others
     are killed, so a silent rank must not be the first.
     """
     try:
         yield
-    except Refused as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (Refused, AllRanksError) as error:
+        if os.environ.get("RANK", "0") == str(getattr(error, "speaker", 0)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_PATIENCE)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, Refused) else 1)

@@ -151,7 +151,7 @@ def test_a_flipped_bit_is_refused_before_anything_is_loaded(program, damaged, tm
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     said = run(program, "8", tmp_path / "out", damaged, fails=True)
-    assert f"ValueError: {file}" in said and "Nothing was loaded" in said
+    assert f"AllRanksError: {file}" in said and "Nothing was loaded" in said
     assert "step 5" not in said
     unchecked = program.with_name("unchecked.py")
     text = program.read_text()
@@ -176,5 +176,5 @@ def test_another_optimizers_state_is_refused_by_name(program, saved, loads, said
     one = tmp_path / "one"
     run(writing, "1", one)
     output = run(reading, "2", tmp_path / "two", one, fails=True)
-    assert len(re.findall(f"ValueError: {re.escape(str(one))} {said}", output)) == RANKS
+    assert len(re.findall(f"AllRanksError: {re.escape(str(one))} {said}", output)) == RANKS
     assert "step 2" not in output

@@ -40,6 +40,7 @@ def test_another_algorithm_or_p_is_refused(checkpoints: tuple[Path, Path, list[s
         assert run.returncode != 0
         assert message in run.error
         assert "Nothing was loaded. Resume with" in run.error
+        assert run.error.startswith("error: ") and "Traceback" not in run.log
         assert not run.losses
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_s3.mcore import refusal
-from megatron_s3.mcore.refusal import Refused, in_one_line
+from megatron_s3.mcore.refusal import AllRanksError, Refused, in_one_line
 from tests.harness.trainer import train
 
 
@@ -18,6 +18,18 @@ def test_one_line_of_rank_0(monkeypatch, capsys):
         # Whoever ends first has the others killed: rank 0 comes to say why.
         assert waited == patience
     assert capsys.readouterr().err == "error: --a 1 is not b\n"
+
+
+def test_one_line_of_the_rank_that_speaks_for_a_group(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(refusal.time, "sleep", waited.append)
+    for rank in ("0", "2", "3"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended, in_one_line():
+            raise AllRanksError("/a is damaged", 2)
+        assert ended.value.code == 1
+    assert waited == [60.0] * 2
+    assert capsys.readouterr().err == "error: /a is damaged\n"
 
 
 def test_other_errors_are_no_refusals():

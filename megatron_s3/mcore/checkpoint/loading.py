@@ -32,18 +32,26 @@ def load_base_checkpoint(
         with library.checked_already():
             result = original(load_dir, args, *rest, **kwargs)
     state_dict, _, release, *_ = result
-    saved = (state_dict or {}).get("args")
-    source = load_dir or "the checkpoint"
+    saved, error = (state_dict or {}).get("args"), None
     if saved is not None and not release:
-        differences.compare_vocabularies(source, args, saved)
+        try:
+            _compare(load_dir or "the checkpoint", args, saved)
+        except ValueError as caught:
+            error = str(caught)
+    raise_first(error)
     if saved is not None and not release and not args.finetune:
         telemetry.resume(saved)
-        if not args.no_load_optim:
-            differences.compare_rates(source, args, saved)
-            differences.compare_optimizers(source, args, saved)
-            if getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist":
-                torch_fsdp2.restore_step(state_dict)
+        fsdp2 = getattr(args, "use_torch_fsdp2", False) and args.ckpt_format == "torch_dist"
+        if fsdp2 and not args.no_load_optim:
+            torch_fsdp2.restore_step(state_dict)
     return result
+
+
+def _compare(source: str, args: Any, saved: Any) -> None:
+    differences.compare_vocabularies(source, args, saved)
+    if not args.finetune and not args.no_load_optim:
+        differences.compare_rates(source, args, saved)
+        differences.compare_optimizers(source, args, saved)
 
 
 def load_checkpoint(

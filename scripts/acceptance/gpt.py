@@ -20,6 +20,7 @@ from scripts.acceptance.training import ENVIRONMENT
 from tests.harness import trainer
 from tests.harness.forks import TIMED_OUT
 from tests.harness.models import LOCAL
+from tests.harness.runs import Run
 
 __all__ = ["RUNS", "check", "read"]
 
@@ -37,9 +38,6 @@ _FLAGS = """--tokenizer-type NullTokenizer --vocab-size 50257 --bf16 --use-distr
 --no-create-attention-mask-in-dataloader""".split()
 #: Seconds that the end of a run takes.
 _END = 10
-_ITERATION = re.compile(
-    r"iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: ([-\w.+]+)"
-)
 _VALIDATION = re.compile(r"validation loss at iteration (\d+).*?lm loss value: ([-\w.+]+)")
 
 
@@ -113,12 +111,14 @@ def _train(
 
 def read(log: str) -> dict:
     """Returns what a run has printed: losses and validation losses by iteration, milliseconds."""
-    found = [(int(i), float(ms), float(loss)) for i, ms, loss in _ITERATION.findall(log)]
+    run = Run(0, log)
+    losses = {i: float(loss) for i, loss in run.column("lm loss").items()}
+    ms = [*map(float, run.column("elapsed time per iteration (ms)").values())]
     return {
-        "losses": [(i, loss) for i, _, loss in found],
+        "losses": [*losses.items()],
         "valid": [(int(i), float(loss)) for i, loss in _VALIDATION.findall(log)],
         # The first interval includes the start.
-        "ms": statistics.median([ms for _, ms, _ in found[1:]]) if len(found) > 1 else None,
+        "ms": statistics.median(ms[1:]) if len(ms) > 1 else None,
         "portable": "torch operations" in log,
     }
 

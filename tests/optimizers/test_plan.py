@@ -546,7 +546,7 @@ def test_a_copy_in_the_model_that_another_parameter_gets() -> None:
     one, two = Twin(), Twin()
     for twin in (one, two):
         twin.params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
-        twin.optimizer = S3(twin.params)
+        twin.optimizer = S3(twin.params, lr=0.5)
         twin.kept = [torch.zeros(4, dtype=torch.bfloat16)]
     for step in range(4):
         for twin in (one, two):

@@ -251,3 +251,20 @@ def test_a_rank_counts_no_updates_of_what_it_holds_no_element_of() -> None:
             group["step"] = 4
             assert counts.of(both, group) == 3
         assert counts.of(one, group) == (group["step"] if empty else 0 if count == "begin" else 3)
+
+
+@on_ranks(1, megatron=False)
+def test_gradients_of_shards_that_move_are_followed() -> None:
+    """A DTensor has no address of its own, so that no step with one is repeated unseen."""
+    mesh = init_device_mesh("cpu", (1,))
+    plain = nn.Parameter(torch.ones(8))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+    one, two, kept = S3([plain]), S3([sharded]), []
+    for step in range(4):
+        grad = torch.full((8,), float(step + 1))
+        plain.grad, sharded.grad = grad, distribute_tensor(grad.clone(), mesh, [Shard(0)])
+        kept.append(sharded.grad)
+        one.step()
+        two.step()
+        found: Any = sharded
+        assert torch.equal(plain, found.to_local())

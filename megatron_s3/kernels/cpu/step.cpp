@@ -214,45 +214,84 @@ INLINE void average(Floats& of, float beta, float one_minus_beta, const Floats& 
 
 // ---- what every rule shares ---------------------------------------------------------------------
 
-// megatron_s3/kernels/statistics.py. One accumulator a lane, so that the loop is vectorized.
+typedef double Double __attribute__((vector_size(4 * WIDTH)));  // half as many as in a Float
+
+INLINE Float magnitude(const Float& x) { return (Float)((Int)x & 0x7fffffff); }
+INLINE Float without_nan(const Float& x) { return (Float)((Int)x & (x == x)); }
+
+typedef Double Doubles[2];
+
+INLINE void widen(Doubles& wide, const Float& x) {
+#if defined(__AVX512F__)
+  wide[0] = (Double)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+  wide[1] = (Double)_mm512_cvtps_pd((__m256)_mm512_extractf64x4_pd((__m512d)x, 1));
+#else
+  typedef float HalfOf __attribute__((vector_size(2 * WIDTH)));
+  HalfOf halves[2];
+  std::memcpy(halves, &x, sizeof halves);
+  for (int h = 0; h < 2; ++h) wide[h] = __builtin_convertvector(halves[h], Double);
+#endif
+}
+
+INLINE void add_to(Doubles& sums, const Float& x) {
+  Doubles wide;
+  widen(wide, x);
+  for (int h = 0; h < 2; ++h) sums[h] = sums[h] + wide[h];
+}
+
+// The squares of gradients may be too small or too large for a float.
+INLINE void add_squares(Doubles& sums, const Float& x) {
+  Doubles wide;
+  widen(wide, x);
+  for (int h = 0; h < 2; ++h) sums[h] = sums[h] + wide[h] * wide[h];
+}
+
+// megatron_s3/kernels/statistics.py. One accumulator a lane of a register; within a block all but
+// the squares of gradients are added as floats, as on a GPU.
 struct Statistics {
   static constexpr int FIELDS = 8;
-  double sum_abs_update[BLOCK] = {}, sum_sq_update[BLOCK] = {}, sum_sq_param[BLOCK] = {};
-  double sum_sq_grad[BLOCK] = {};
-  float max_abs_update[BLOCK] = {};
-  int32_t large_updates[BLOCK] = {}, zero_grads[BLOCK] = {}, nonfinite_grads[BLOCK] = {};
+  Doubles sum_abs_update = {}, sum_sq_update = {}, sum_sq_param = {}, sum_sq_grad = {};
+  Float max_abs_update = {};
+  Int large_updates = {}, zero_grads = {}, nonfinite_grads = {};
+  int padding = 0;  // zeros among zero_grads that are no elements
 
-  __attribute__((noinline)) void add(const float* update, const float* grad, const float* param,
-                                     int count) {
-    for (int j = 0; j < count; ++j) {
-      float u = __builtin_fabsf(update[j]), g = grad[j];
-      u = u == u ? u : 0.0f;
-      const double wide_u = u, x = param[j] == param[j] ? param[j] : 0.0f;
-      const bool finite = __builtin_fabsf(g) < __builtin_inff();
-      zero_grads[j] += g == 0.0f;
-      nonfinite_grads[j] += !finite;
-      const double finite_g = finite ? g : 0.0f;
-      sum_abs_update[j] += wide_u;
-      sum_sq_update[j] += wide_u * wide_u;
-      sum_sq_param[j] += x * x;
-      large_updates[j] += u > 0.9f;
-      max_abs_update[j] = max_abs_update[j] < u ? u : max_abs_update[j];
-      sum_sq_grad[j] += finite_g * finite_g;
+  // Of a block `count` elements count; the others are 0.
+  inline __attribute__((always_inline)) void add(const Floats& update, const Floats& grad,
+                                                 const Floats& param, int count) {
+    Float sum = {}, squares = {}, of_params = {};
+    EACH {
+      const Float u = without_nan(magnitude(update[k]));
+      const Int finite = magnitude(grad[k]) < __builtin_inff();
+      sum = sum + u;
+      squares = squares + u * u;
+      max_abs_update = max_abs_update < u ? u : max_abs_update;
+      large_updates -= u > 0.9f;
+      zero_grads -= grad[k] == 0.0f;
+      nonfinite_grads += finite + 1;
+      add_squares(sum_sq_grad, (Float)((Int)grad[k] & finite));
+      const Float x = without_nan(param[k]);
+      of_params = of_params + x * x;
     }
+    add_to(sum_abs_update, sum);
+    add_to(sum_sq_update, squares);
+    add_to(sum_sq_param, of_params);
+    padding += BLOCK - count;
   }
 
   void write_row(double* row) const {
     for (int f = 0; f < FIELDS; ++f) row[f] = 0;
-    for (int j = 0; j < BLOCK; ++j) {
-      row[0] += sum_abs_update[j];
+    for (int j = 0; j < WIDTH; ++j) {
+      const int h = j / (WIDTH / 2), i = j % (WIDTH / 2);
+      row[0] += sum_abs_update[h][i];
       row[1] = row[1] < max_abs_update[j] ? max_abs_update[j] : row[1];
-      row[2] += sum_sq_update[j];
+      row[2] += sum_sq_update[h][i];
       row[3] += large_updates[j];
-      row[4] += sum_sq_param[j];
-      row[5] += sum_sq_grad[j];
+      row[4] += sum_sq_param[h][i];
+      row[5] += sum_sq_grad[h][i];
       row[6] += zero_grads[j];
       row[7] += nonfinite_grads[j];
     }
+    row[6] -= padding;
   }
 };
 
@@ -274,13 +313,7 @@ __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, i
     EACH x[k] = x[k] * s.decay - s.lr * u[k];
     store(o.param, i, x);
     if (o.model_param.dtype != NONE) store(o.model_param, i, x);
-    if (statistics) {
-      float update[BLOCK], grad[BLOCK], param[BLOCK];
-      EACH write((char*)(update + k * WIDTH), u[k]);
-      EACH write((char*)(grad + k * WIDTH), g[k]);
-      EACH write((char*)(param + k * WIDTH), x[k]);
-      statistics->add(update, grad, param, count);
-    }
+    if (statistics) statistics->add(u, g, x, count);
   }
 }
 

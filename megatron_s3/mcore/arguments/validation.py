@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from megatron_s3.log import say
-from megatron_s3.mcore import overrides
 from megatron_s3.mcore.arguments.checks import (
     check_device,
     check_megatron_fsdp,
@@ -152,6 +151,8 @@ def _settle_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> No
 
 def check_overrides(args: argparse.Namespace) -> None:
     """Raises ValueError if the rules of ``--plugin-overrides`` are not valid for the arguments."""
+    from megatron_s3.mcore import overrides  # it imports Megatron, which a bad device must not
+
     cls = OPTIMIZERS[args.optimizer]
     classes = overrides.algorithms(
         overrides.translated(overrides.with_rules({}, args) or {}, cls, args), cls

@@ -190,7 +190,12 @@ def versions() -> str:
             "0.17.1, 0.18.2, 0.19.2",
             "0.16.1, 0.19.0, main of 2026-08-22",
         ),
-        ("Megatron-Bridge", "optional", "0.6.2", ""),
+        (
+            "Megatron-Bridge",
+            "optional",
+            "0.6.2",
+            "0.4.0, 0.4.2, 0.5.0, 0.5.1, 0.6.0, main of 2026-08-22",
+        ),
     ]
     return _table(("package", "required", "tested each time", "tested once"), rows)
 

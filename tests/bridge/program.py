@@ -83,7 +83,8 @@ def main() -> None:
         bridge.use_s3(config)
     process_config_with_overrides(config, cli_overrides=overrides)
     pretrain(config, forward_step, callbacks=[bridge.MetricsCallback(updates=how != "adam")])
-    print("wrapped:", "megatron_s3.mcore.seams" in sys.modules)
+    # In one write, or the lines of two ranks may mix.
+    sys.stdout.write(f"wrapped: {'megatron_s3.mcore.seams' in sys.modules}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Processes that have imported Megatron-Bridge, which takes ten seconds."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from tests.harness.trainer import REPOSITORY
 
 __all__ = ["FOLDER", "in_bridge", "process"]
 
-#: Where scripts/test.sh unpacks Bridge, with the packages that it needs beside the project's own.
-FOLDER = REPOSITORY / ".venv/megatron-bridge/0.6.2"
+#: Where scripts/test.sh unpacks Bridge, with the packages that it needs beside the project's own;
+#: the environment may name another release.
+FOLDER = REPOSITORY / ".venv/megatron-bridge" / os.environ.get("MEGATRON_S3_BRIDGE", "0.6.2")
 
 
 @functools.cache

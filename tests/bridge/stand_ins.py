@@ -21,6 +21,7 @@ PACKAGES = (
     "nvidia_resiliency_ext",
     "toml",
     "transformer_engine",
+    "webdataset",
 )
 
 _LEFT_OUT = "megatron.bridge.diffusion"
@@ -32,7 +33,8 @@ class _StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {}) if name[0].isupper() else _StandIn(name)
+        subscripted = {"__class_getitem__": classmethod(lambda cls, item: cls)}
+        return type(name, (), subscripted) if name[0].isupper() else _StandIn(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Does what a decorator does; returns None to others."""

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_s3.checkpoints import convert
+from megatron_s3.storage import index
 from megatron_s3.telemetry import runlog
 from tests.bridge.ranks import process
 from tests.harness.runs import Run
@@ -146,9 +147,11 @@ def test_a_damaged_checkpoint_and_one_of_adam_are_refused_where_it_is_registered
     whole = finished("registered", *FORMATS["dp_reshardable"])
     damaged = tmp_path / "damaged"
     shutil.copytree(whole, damaged)
-    (data,) = (damaged / "iter_0000006").glob("__0_0.distcp")
+    entries = index.read(damaged / "iter_0000006").storage_data.values()
+    largest = max(entries, key=lambda entry: entry.length)  # its middle is in a tensor's data
+    data = damaged / "iter_0000006" / largest.relative_path
     content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[largest.offset + largest.length // 2] ^= 1
     data.write_bytes(content)
     more = ["train.train_iters=8", BUCKETS]
     for name, load, said in (

@@ -1,7 +1,9 @@
 """The plan of a step: what stays the same from step to step while no tensor moves."""
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, le
 from types import ModuleType
 from typing import Any
 
@@ -68,7 +70,7 @@ class Call:
 class Plan:
     """The calls of a step of which every parameter takes a fused kernel, without copies.
 
-    A plan holds numbers and no tensor of the step.
+    A plan holds numbers and no tensor.
 
     Args:
         settings: what the calls depend on beside the tensors and the groups' numbers.
@@ -91,10 +93,10 @@ class Plan:
         self._settings, self._missing, self._names = settings, found.missing, found.names
         self._written, self._grads = written, grads
         self._devices = list(map(Tensor.get_device, found.grads))
-        self._bytes = _bytes(found.grads)
-        begin = _integers(written.addresses)
-        self._begin, order = begin.sort()
-        self._end = (begin + _bytes(found.written))[order]
+        self._bytes = array("q", _bytes(found.grads))
+        ends = map(add, written.addresses, _bytes(found.written))
+        spans = sorted(zip(written.addresses, ends, strict=True))
+        self._begin, self._end = (array("q", some) for some in zip(*spans, strict=True))
 
     @classmethod
     def make(
@@ -105,7 +107,7 @@ class Plan:
         if written is None or grads is None or not all(written.contiguous + grads.contiguous):
             return None
         plan = cls(settings, found, written, grads, calls, path)
-        disjoint = not bool((plan._end[:-1] > plan._begin[1:]).any())
+        disjoint = all(map(le, plan._end, plan._begin[1:]))
         return plan if disjoint and plan._apart(grads.addresses) else None
 
     def fits(self, settings: tuple[Any, ...], found: Found) -> bool:
@@ -137,9 +139,10 @@ class Plan:
 
     def _apart(self, addresses: list[int]) -> bool:
         """Returns whether gradients at these addresses overlap nothing that is written."""
-        begin = _integers(addresses)
-        before = torch.searchsorted(self._begin, begin + self._bytes) - 1
-        overlap = (before >= 0) & (self._end[before.clamp(min=0)] > begin)
+        end = array("q", map(add, addresses, self._bytes))
+        behind = _tensor(self._end)
+        before = torch.searchsorted(_tensor(self._begin), _tensor(end)) - 1
+        overlap = (before >= 0) & (behind[before.clamp(min=0)] > _tensor(array("q", addresses)))
         return not bool(overlap.any())
 
 
@@ -269,9 +272,9 @@ def _is_capturing() -> bool:
     return initialized and torch.cuda.is_current_stream_capturing()
 
 
-def _integers(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+def _tensor(numbers: "array[int]") -> Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int64)
 
 
-def _bytes(tensors: list[Tensor]) -> Tensor:
-    return _integers([tensor.numel() * tensor.element_size() for tensor in tensors])
+def _bytes(tensors: list[Tensor]) -> list[int]:
+    return [tensor.numel() * tensor.element_size() for tensor in tensors]

@@ -435,6 +435,24 @@ def test_no_tensor_is_kept_from_being_freed() -> None:
     assert [ref() for ref in tensors] == [None] * len(tensors)
 
 
+def test_a_plan_has_no_memory_on_a_device() -> None:
+    """What ranks allocate is planned without it."""
+    twin = Twin()
+    for _ in range(2):
+        new_grads(twin)
+        twin.give_grads()
+        twin.optimizer.step()
+    reached, left = [], [twin.optimizer._past.plans]
+    while left:
+        one = left.pop()
+        reached.append(one)
+        left += getattr(one, "__dict__", {}).values()
+        left += [getattr(one, name) for name in getattr(type(one), "__slots__", ())]
+        left += one.values() if isinstance(one, dict) else ()
+        left += one if isinstance(one, list | tuple) else ()
+    assert len(reached) > 100 and not any(isinstance(one, Tensor) for one in reached)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_remembers_nothing_of_the_original(copied: Callable[[Any], Any]) -> None:
     twin, other = Twin(), Twin()

@@ -442,15 +442,15 @@ def test_a_plan_has_no_memory_on_a_device() -> None:
         new_grads(twin)
         twin.give_grads()
         twin.optimizer.step()
-    reached, left = [], [twin.optimizer._past.plans]
-    while left:
-        one = left.pop()
-        reached.append(one)
-        left += getattr(one, "__dict__", {}).values()
-        left += [getattr(one, name) for name in getattr(type(one), "__slots__", ())]
-        left += one.values() if isinstance(one, dict) else ()
-        left += one if isinstance(one, list | tuple) else ()
-    assert len(reached) > 100 and not any(isinstance(one, Tensor) for one in reached)
+    (plan,) = twin.optimizer._past.plans._plans.values()
+    held = [*vars(plan).values()]
+    for spot in (plan._written, plan._grads):
+        held += [getattr(spot, name) for name in spot.__slots__]
+    for call in plan.calls:
+        held += [*vars(call.prepared).values(), *map(vars, call.prepared._groups), call.indices]
+    held += [each for one in held if isinstance(one, list | tuple) for each in one]
+    held += [each for one in held if isinstance(one, dict) for each in one.values()]
+    assert len(held) > 100 and not any(isinstance(one, Tensor) for one in held)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

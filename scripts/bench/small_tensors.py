@@ -6,7 +6,8 @@
 Both step alike models in every round, in an order that is drawn anew.  With small tensors the time
 is that of the host's Python; with large ones, that of arithmetic and memory.  "floor" is the ratio
 if S3 moved its bytes at the bandwidth of a copy of as many.  A model's tensors are 148, those of a
-GPT of 12 layers.  For bf16 parameters torch's AdamW keeps bf16 states, and S3 float32 ones.
+GPT of 12 layers.  "logged" is the ratio of S3's step with the statistics of
+``--plugin-log-updates``.  For bf16 parameters torch's AdamW keeps bf16 states, and S3 float32 ones.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from torch.nn import Parameter
 
 from megatron_s3 import S3
+from megatron_s3.kernels.statistics import Statistics
 from scripts.bench.timing import paired
 from tests.harness.tables import columns
 
@@ -49,20 +51,23 @@ CASES: list[Case] = [
 def measure(case: Case, rounds: int) -> list[str]:
     """Returns a row of the table for one case."""
     name, shapes, dtype = case
-    models = [[Parameter(torch.randn(shape).to(dtype)) for shape in shapes] for _ in range(2)]
+    models = [[Parameter(torch.randn(shape).to(dtype)) for shape in shapes] for _ in range(3)]
     for param in (param for model in models for param in model):
         param.grad = 0.01 * torch.randn_like(param)
-    ours, theirs = S3(models[0], lr=1e-3), torch.optim.AdamW(models[1], lr=1e-3, fused=True)
+    ours, logged = S3(models[0], lr=1e-3), S3(models[2], lr=1e-3)
+    logged.host.statistics = Statistics("cpu")
+    theirs = torch.optim.AdamW(models[1], lr=1e-3, fused=True)
     elements, size = sum(param.numel() for param in models[0]), dtype.itemsize
     moved = elements * (3 * size + 16)  # parameter twice, gradient, two float32 states twice
     source = torch.ones(moved // 8)
     target = torch.empty_like(source)
-    ms = _rounds([ours.step, theirs.step, lambda: target.copy_(source)], rounds)
+    ms = _rounds([ours.step, theirs.step, lambda: target.copy_(source), logged.step], rounds)
     ratio = paired(ms[0], ms[1])
     floor = statistics.median(ms[2]) / statistics.median(ms[1])
     times = [f"{statistics.median(some):.2f}" for some in ms[:2]]
-    spread = f"{ratio.q1:.2f}-{ratio.q3:.2f}"
-    return [name, f"{elements:,}", *times, f"{ratio.median:.2f}", spread, f"{floor:.2f}"]
+    ratios = [f"{ratio.median:.2f}", f"{ratio.q1:.2f}-{ratio.q3:.2f}"]
+    with_statistics = f"{paired(ms[3], ms[1]).median:.2f}"
+    return [name, f"{elements:,}", *times, *ratios, with_statistics, f"{floor:.2f}"]
 
 
 def _rounds(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
@@ -83,12 +88,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    rows = [["", "parameters", "S3 ms", "AdamW ms", "ratio", "IQR", "floor"]]
+    rows = [["", "parameters", "S3 ms", "AdamW ms", "ratio", "IQR", "logged", "floor"]]
     for case in CASES:
         rows.append(measure(case, rounds))
         print(f"{case[0]}: ratio {rows[-1][4]}", flush=True)
     print()
-    print(columns(rows, right=range(1, 7)))
+    print(columns(rows, right=range(1, 8)))
 
 
 if __name__ == "__main__":

@@ -239,6 +239,8 @@ TRAINED = [
 SAVE = ["--save-interval", "3"]
 SHARDED = ["--bf16", "--use-distributed-optimizer"]
 RESHARDABLE = [*SHARDED, "--dist-ckpt-optim-fully-reshardable"]
+EXPERTS = ["--num-experts", "2", "--expert-model-parallel-size", "2", "--no-bias-gelu-fusion"]
+OFFLOADED = ["--optimizer-cpu-offload", "--optimizer-offload-fraction", ".5"]
 LAYOUTS = {
     "dp2 bf16 sharded": (2, SHARDED),
     "dp2 bf16 sharded, reshardable": (2, RESHARDABLE),
@@ -248,6 +250,10 @@ LAYOUTS = {
     "tp2": (2, [*RESHARDABLE, "--tensor-model-parallel-size", "2"]),
     "pp2": (2, [*SHARDED, "--pipeline-model-parallel-size", "2"]),
     "overlapped": (2, [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]),
+    "experts": (2, [*SHARDED, *EXPERTS]),
+    "offloaded": (2, [*SHARDED, "--use-precision-aware-optimizer", *OFFLOADED]),
+    "torch's format": (2, [*SHARDED, "--ckpt-format", "torch"]),
+    "torch FSDP2": (2, ["--use-torch-fsdp2", "--untie-embeddings-and-output-weights"]),
 }
 
 
@@ -259,8 +265,9 @@ def test_a_run_resumes_bitwise(layout: str, tmp_path: Path) -> None:
     flags = [*TRAINED, *flags, *SAVE]
     one = train(*flags, "--save", through, ranks=ranks)
     two = train(*flags, "--load", through, "--ckpt-step", 3, "--save", resumed, ranks=ranks)
-    assert_bitwise_equal(tensors(through), tensors(resumed))
-    assert one.losses_after(3) == two.losses_after(3)
+    if "torch" not in flags:  # whose files are compared by their losses
+        assert_bitwise_equal(tensors(through), tensors(resumed))
+    assert one.losses_after(3) == two.losses_after(3) != {}
 
 
 @pytest.fixture(scope="module")

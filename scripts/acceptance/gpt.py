@@ -78,7 +78,7 @@ def _data(task: Task) -> list[str | Path]:
 def _train(
     words: Sequence[object], log: Path, seconds: float, found: dict, name: str, folder: Path
 ) -> None:
-    """One run until its time is over; what it has printed is in the file every other second."""
+    """Trains until the time is over; every other second the file gets what was printed."""
     done = Event()
 
     def follow() -> None:

@@ -296,7 +296,7 @@ _OF_SUMS = 1e-5
 
 
 def counted(kernel: ModuleType, placed: Sequence[Placed], **options: Any) -> str | None:
-    """What is wrong with a step that counts statistics, or None.
+    """Returns what is wrong with a step that counts statistics, or None.
 
     It has to write the bits of the step that does not.  The counts and the maximum are exact.
 

@@ -166,7 +166,7 @@ def check(writer: Writer, task: Task) -> None:
 def _world(
     writer: Writer, device: str, folder: Path, ranks: int, setting: str, flags: Sequence[str]
 ) -> None:
-    """One setting: trained, resumed, and trained with the portable step."""
+    """Trains with a setting, resumes, and trains with the portable step."""
     folder.mkdir(exist_ok=True)
     name = f"{ranks} rank{'s' if ranks > 1 else ''}" + (f", {setting}" if setting else "")
     through, resumed, portable = (

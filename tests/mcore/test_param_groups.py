@@ -13,7 +13,7 @@ KNOWN = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoup
 
 
 class Part(Namespace):
-    """One of Megatron's optimizers, which can be a key."""
+    """Stands for one of Megatron's optimizers, and can be a key."""
 
     __hash__ = object.__hash__
 

@@ -16,7 +16,7 @@ KEY = "module.decoder.layers.0.mlp.linear_fc1.weight"
 
 
 class Model(torch.nn.Module):
-    """What is asked of a model: the parameter of a name, with its shard."""
+    """Returns the parameter of a name, with its shard, as a model does."""
 
     config = SimpleNamespace(num_moe_experts=None)
 

@@ -1,4 +1,4 @@
-"""One model, several optimizers: by pattern of parameter names, sharded, saved and resumed."""
+"""Several optimizers, chosen by pattern of parameter names, are sharded, saved and resumed."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ def main_params(optimizer) -> list[torch.Tensor]:
 @pytest.mark.parametrize("sharded", [True, False])
 @on_ranks(1)
 def test_each_parameter_has_the_bits_that_its_optimizer_alone_gives_it(release, sharded):
-    """Of S3, AdamW and Lion together, and of each alone on the whole model."""
+    """Compares S3, AdamW and Lion together with each alone on the whole model."""
     model, optimizer = build(plugin_overrides=RULES, sharded=sharded)
     alone = {
         "0.weight": build("s3", sharded=sharded),

@@ -48,10 +48,7 @@ def test_resumes_bitwise(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", brief(["fp32", "bf16"], "fp32"))
 def test_equals_data_parallel(precision: str, tmp_path: Path) -> None:
-    """Bitwise, where both add the gradients of two ranks and no more; statistics to 1e-7.
-
-    The kernel adds the statistics of 4 registers as floats, and a shard begins in another one.
-    """
+    """Bitwise, losses and statistics, where both add the gradients of two ranks and no more."""
     flags = ["--optimizer", "s3", "--untie-embeddings-and-output-weights", *AT_ONCE]
     flags += ["--plugin-log-updates", "--plugin-log-grad-norm"]
     if precision == "bf16":
@@ -66,7 +63,7 @@ def test_equals_data_parallel(precision: str, tmp_path: Path) -> None:
     ]
     for a, b in zip(*records, strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
-        assert a["updates"]["all"] == pytest.approx(b["updates"]["all"], rel=1e-7)
+        assert a["updates"]["all"] == pytest.approx(b["updates"]["all"], rel=1e-9)
 
 
 @pytest.mark.thorough

@@ -205,7 +205,7 @@ def change_algorithm(twin: Twin) -> None:
 
 
 def keep_counts(twin: Twin) -> None:
-    """As the adapter does for a checkpoint whose parameters have counts of their own."""
+    """Does what the adapter does for a checkpoint whose parameters have counts of their own."""
     for group in twin.optimizer.param_groups:
         group["beta_ramp"] = True
         twin.optimizer.counts.keep(group)
@@ -398,7 +398,7 @@ def test_a_group_that_pauses_counts_its_steps() -> None:
 
 @pytest.mark.parametrize(("groups", "betas", "calls"), [(2, 1, 1), (3, 2, 2), (20, 1, 3)])
 def test_groups_with_other_rates_share_a_call(groups: int, betas: int, calls: int) -> None:
-    """As many as the GPU's kernel compares with, and if their rule has the same numbers."""
+    """A call takes as many groups as the GPU's kernel compares with, if their rule is the same."""
     one, two = Twin(), Twin()
     for twin in (one, two):
         twin.params = [nn.Parameter(torch.ones(5)) for _ in range(groups)]
@@ -436,7 +436,7 @@ def test_no_tensor_is_kept_from_being_freed() -> None:
 
 
 def test_a_plan_has_no_memory_on_a_device() -> None:
-    """What ranks allocate is planned without it."""
+    """A rank allocates what is planned, and a plan adds nothing to it."""
     twin = Twin()
     for _ in range(2):
         new_grads(twin)

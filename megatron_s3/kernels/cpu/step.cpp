@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -239,15 +240,14 @@ INLINE void add_to(Doubles& sums, const Float& x) {
   for (int h = 0; h < 2; ++h) sums[h] = sums[h] + wide[h];
 }
 
-// The squares of gradients may be too small or too large for a float.
+// Squares may be too small or too large for a float.
 INLINE void add_squares(Doubles& sums, const Float& x) {
   Doubles wide;
   widen(wide, x);
   for (int h = 0; h < 2; ++h) sums[h] = sums[h] + wide[h] * wide[h];
 }
 
-// megatron_s3/kernels/statistics.py. One accumulator a lane of a register; within a block all but
-// the squares of gradients are added as floats, as on a GPU.
+// megatron_s3/kernels/statistics.py. One accumulator a lane of a register, sums in double.
 struct Statistics {
   static constexpr int FIELDS = 8;
   Doubles sum_abs_update = {}, sum_sq_update = {}, sum_sq_param = {}, sum_sq_grad = {};
@@ -255,27 +255,30 @@ struct Statistics {
   Int large_updates = {}, zero_grads = {}, nonfinite_grads = {};
   int padding = 0;  // zeros among zero_grads that are no elements
 
-  // Of a block `count` elements count; the others are 0.
+  // The first `count` elements of a block.
+  __attribute__((noinline)) void add_some(Floats& update, Floats& grad, Floats& param, int count) {
+    const int bytes = 4 * count;
+    for (Floats* values : {&update, &grad, &param}) {
+      std::memset((char*)values + bytes, 0, sizeof(Floats) - bytes);
+    }
+    padding += BLOCK - count;
+    add(update, grad, param);
+  }
+
   inline __attribute__((always_inline)) void add(const Floats& update, const Floats& grad,
-                                                 const Floats& param, int count) {
-    Float sum = {}, squares = {}, of_params = {};
+                                                 const Floats& param) {
     EACH {
       const Float u = without_nan(magnitude(update[k]));
       const Int finite = magnitude(grad[k]) < __builtin_inff();
-      sum = sum + u;
-      squares = squares + u * u;
+      add_to(sum_abs_update, u);
+      add_squares(sum_sq_update, u);
       max_abs_update = max_abs_update < u ? u : max_abs_update;
       large_updates -= u > 0.9f;
       zero_grads -= grad[k] == 0.0f;
       nonfinite_grads += finite + 1;
       add_squares(sum_sq_grad, (Float)((Int)grad[k] & finite));
-      const Float x = without_nan(param[k]);
-      of_params = of_params + x * x;
+      add_squares(sum_sq_param, without_nan(param[k]));
     }
-    add_to(sum_abs_update, sum);
-    add_to(sum_sq_update, squares);
-    add_to(sum_sq_param, of_params);
-    padding += BLOCK - count;
   }
 
   void write_row(double* row) const {
@@ -313,7 +316,8 @@ __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, i
     EACH x[k] = x[k] * s.decay - s.lr * u[k];
     store(o.param, i, x);
     if (o.model_param.dtype != NONE) store(o.model_param, i, x);
-    if (statistics) statistics->add(u, g, x, count);
+    if (statistics && count == BLOCK) statistics->add(u, g, x);
+    if (statistics && count < BLOCK) statistics->add_some(u, g, x, count);
   }
 }
 

@@ -15,7 +15,7 @@ from megatron_s3 import data
 from megatron_s3.launch import lock
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
-from scripts.experiments import toy
+from scripts.experiments import halves, length, toy
 from scripts.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan, waiting
 from tests.harness import forks
 from tests.harness.models import LOCAL, SHAPE
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer="bytes",
             overwrite=True,
         )
+        if "length" in chosen:
+            halves.write(str(args.out / "text"))
     if args.dry_run:
         _show_plan(args, chosen)
         return 0
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show_plan(args: argparse.Namespace, chosen: list[str]) -> None:
     """Prints the runs that are known, with their commands, and what other runs wait for."""
     found = results(args.out)
-    runs = plan(found, chosen, args.of)
+    runs = _planned(found, chosen, args)
     for run in runs:
         command = _words(run, args) if args.config is None else _command(run, args)
         print(f"{run.key}: {shlex.join(command)}")
@@ -82,6 +84,14 @@ def _show_plan(args: argparse.Namespace, chosen: list[str]) -> None:
         print(line)
 
 
+def _planned(found: dict[str, float], chosen: list[str], args: argparse.Namespace) -> list[Run]:
+    """Returns the runs of the chosen experiments that the present results allow to plan."""
+    runs = plan(found, chosen, args.of)
+    if "length" in chosen:
+        runs += length.plan(found, args.sizes, args.lengths, args.of)
+    return runs
+
+
 def _suite(args: argparse.Namespace, chosen: list[str]) -> int:
     if "toy" in args.only:
         toy.write(args.out / "toy.json")
@@ -89,9 +99,9 @@ def _suite(args: argparse.Namespace, chosen: list[str]) -> int:
     begun, done = time.monotonic(), 0
     while True:
         if args.config is not None:
-            _collect(plan(results(args.out), chosen, args.of), args)
+            _collect(_planned(results(args.out), chosen, args), args)
         known = results(args.out)
-        runs = plan(known, chosen, args.of)
+        runs = _planned(known, chosen, args)
         missing = [run for run in runs if run.key not in known and run.key not in failed]
         if not missing:
             break
@@ -126,12 +136,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="Arguments after -- are Megatron's flags for every run, such as --hidden-size 128.",
     )
-    names = ("toy", *EXPERIMENTS)
-    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME",
-                        help=f"experiments to run: {', '.join(names)}")  # fmt: skip
-    labels = [label for of in SEARCHES.values() for label in of]
+    usual = ("toy", *EXPERIMENTS)
+    names = (*usual, "length")
+    parser.add_argument("--only", nargs="+", choices=names, default=list(usual), metavar="NAME",
+                        help=f"experiments to run: {', '.join(names)} (default: all but "
+                        "length)")  # fmt: skip
+    labels = [label for of in (*SEARCHES.values(), length.OPTIMIZERS) for label in of]
+    labels = list(dict.fromkeys(labels))
     parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
                         help=f"rows to search: {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip
+    parser.add_argument("--sizes", nargs="+", choices=length.SIZES, default=["0.12M"],
+                        metavar="SIZE", help="of length: models, of "
+                        f"{', '.join(length.SIZES)} parameters (default: 0.12M)")  # fmt: skip
+    parser.add_argument("--lengths", nargs="+", type=float, default=list(length.LENGTHS),
+                        metavar="N", help="of length: tokens a parameter (default: "
+                        f"{' '.join(map(str, length.LENGTHS))})")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument(
         "--iters",
@@ -152,6 +171,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.iters = 600
     if args.iters is not None and args.iters < 20:
         parser.error(f"--iters {args.iters} is too few: give at least 20")
+    if min(args.lengths) <= 0:
+        parser.error(f"--lengths {min(args.lengths):g}: give more than 0 tokens a parameter")
+    args.sizes = [length.SIZES[name] for name in args.sizes]
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
     if args.slurm and args.config is None:
@@ -205,6 +227,10 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
         *run.words,
         *args.megatron,
     ]
+    if "tokens" in run.tags:
+        # These runs need no log of updates, which takes a tenth of their time.
+        words.remove("--plugin-log-updates")
+        words += [*halves.arguments(str(args.out / "text")), "--plugin-metrics"]
     if "burst" in run.tags:
         words += ["--burst-at", str(iters // 2), "--burst", f"{run.tags['burst']:g}"]
     return words
@@ -238,6 +264,7 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
     valid = [(r["iteration"], r["loss"]) for r in records if r["kind"] == "valid"]
     if not valid or valid[-1][0] < records[0]["train_iters"]:
         return False
+    tested = [r["loss"] for r in records if r["kind"] == "test"]
     record = {
         "experiment": run.experiment,
         "optimizer": run.flags.split()[1],
@@ -247,6 +274,7 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
         "tags": dict(run.tags),
         "iterations": records[0]["train_iters"],
         "valid_loss": valid[-1][1],
+        **({"test_loss": tested[-1]} if tested else {}),
     }
     temporary = folder / "run.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -261,7 +289,7 @@ def _prepare(args: argparse.Namespace) -> None:
     if "--plugin-device" not in sys.argv:
         sys.argv += ["--plugin-device", "cpu"]
     # With more threads than cores, the runs would slow each other down.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.jobs))
     os.environ |= args.held
     forks.prepare()
 

@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["EXPERIMENTS", "Run", "best_rate", "plan", "waiting"]
+__all__ = ["EXPERIMENTS", "Run", "best", "best_rate", "plan", "search", "waiting"]
 
 SEEDS = (1234, 2345, 3456)
 #: Ratio of neighboring learning rates in a search.
@@ -87,6 +87,7 @@ class Run:
         lr: peak learning rate.
         seed: seed of the initialization and the data order.
         tags: other values that distinguish the run, by name.
+        model: Megatron's flags of a model and a length that are not those of the suite.
     """
 
     experiment: str
@@ -95,6 +96,7 @@ class Run:
     lr: float
     seed: int = SEEDS[0]
     tags: Mapping[str, float] = field(default_factory=dict)
+    model: str = ""
 
     @property
     def name(self) -> str:
@@ -114,7 +116,8 @@ class Run:
         """Returns all flags of the run."""
         rates = ["--lr", f"{self.lr:g}", "--min-lr", f"{self.lr / 10:g}"]
         decay = ["--weight-decay", f"{DECAY / self.lr:g}"]
-        return [*self.flags.split(), *rates, *decay, "--seed", str(self.seed)]
+        seed = ["--seed", str(self.seed)]
+        return [*self.model.split(), *self.flags.split(), *rates, *decay, *seed]
 
 
 def plan(
@@ -173,7 +176,7 @@ def waiting(
                 why = f"the best learning rate of {', '.join(open_)} is known"
                 more = f" (--of leaves out {', '.join(never)})" if never else ""
                 lines.append(f"{experiment}: up to {runs} runs, planned when {why}{more}")
-        else:
+        elif experiment in SEARCHES:
             of = tuple(each for each in SEARCHES[experiment] if labels is None or each in labels)
             open_ = [each for each in of if best_rate(each, results, experiment) is None]
             if open_:
@@ -204,7 +207,11 @@ def best_rate(
     label: str, results: Mapping[str, float], experiment: str = "optimizers"
 ) -> float | None:
     """Returns the best learning rate of a finished search; None if it is not finished."""
-    runs = list(_rates(experiment, label, results))
+    return best(_rates(experiment, label, results), results)
+
+
+def best(runs: Sequence[Run], results: Mapping[str, float]) -> float | None:
+    """Returns the best learning rate of the runs of :func:`search`; None if it is not finished."""
     losses = [_loss(run, results) for run in runs]
     if None in losses or not _inside(losses):
         return None
@@ -221,10 +228,23 @@ def _search(experiment: str, label: str, results: Mapping[str, float]) -> Iterat
 
 def _rates(experiment: str, label: str, results: Mapping[str, float]) -> list[Run]:
     flags, middle = SEARCHES[experiment][label]
+    return search(lambda lr: Run(experiment, label, flags, lr), middle, results)
+
+
+def search(make: Callable[[float], Run], middle: float, results: Mapping[str, float]) -> list[Run]:
+    """Returns the runs of a search of the learning rate, in the order of their rates.
+
+    There are :data:`FIRST` rates around the middle, and others at an end where the best one lies,
+    up to :data:`MOST`.
+
+    Args:
+        make: returns the run with a learning rate.
+        middle: learning rate in the middle of the first ones.
+        results: final validation loss by :attr:`Run.key`.
+    """
     low, high = -(FIRST // 2), FIRST // 2
     while True:
-        steps = range(low, high + 1)
-        runs = [Run(experiment, label, flags, _rounded(middle * FACTOR**k)) for k in steps]
+        runs = [make(_rounded(middle * FACTOR**k)) for k in range(low, high + 1)]
         losses = [_loss(run, results) for run in runs]
         if None in losses or _inside(losses):
             return runs

@@ -6,15 +6,18 @@
 # Usage: ./scripts/reproduce.sh [--only NAME ...] [--of LABEL ...] [--out DIR] [--iters N]
 #                               [--jobs N] [--dry-run] [-- FLAG ...]
 #   --only NAME ...  only these comparisons: toy, optimizers, ablations, recipes, grid, "large rates",
-#                    burst (default: all)
+#                    burst, robustness, length (default: all but the last two)
 #   --of LABEL ...   only these rows, such as S3 AdamW "NAdam, warmup 30 %" (default: all)
 #   --out DIR        folder for the results; each run gets a folder with run.json and metrics.jsonl
 #                    (default: runs/reproduce)
+#   --sizes SIZE ... of length: 0.12M, 0.8M, 3M (parameters; default: 0.12M)
+#   --lengths N ...  of length: tokens a parameter (default: 20 100)
 #   --iters N        iterations of a run (default: 600, or those of the configuration)
 #   --jobs N         number of runs at the same time (default: the number of cores)
-#   --dry-run        print the runs that are known so far, with their arguments
+#   --dry-run        print the runs that are known so far, with their arguments, and the hours of length
 #   -- FLAG ...      Megatron's flags for every run: -- --hidden-size 128 --num-layers 4
-#   --config NAME    train the same runs with a configuration, through megatron-s3 launch
+#   --config NAME ...
+#                    train the same runs with a configuration (and overlays), through megatron-s3 launch
 #   --slurm          with --config: submit a job for each run that is known; when the jobs have ended,
 #                    the same command records them and submits the runs that depend on them
 #   MEGATRON_S3_PYTHON names a Python that is used unchanged.

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,9 @@ from tests.harness.models import LOCAL, SHAPE
 __all__ = ["main", "results"]
 
 TRAINER = "scripts.experiments.trainer"
+DISTURBING = ("burst", "robustness")
+#: Experiments that are run only where they are named: they take hours.
+LONG = ("robustness", "length")
 #: The small model has 0.12M parameters; a step processes 16 samples of 64 bytes.
 SMALL = [
     *SHAPE,
@@ -43,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     _alike(args)
     chosen = [name for name in args.only if name != "toy"]
-    if args.config is not None and "burst" in chosen:
-        why = "burst needs the small suite's trainer, which can enlarge a gradient; a launch cannot"
-        if args.only == ["burst"]:
+    for name in [name for name in chosen if name in DISTURBING and args.config is not None]:
+        why = f"{name} needs the small suite's trainer, which can disturb a run; a launch cannot"
+        if args.only == [name]:
             print(f"error: {why}; leave out --config", file=sys.stderr)
             return 2
         print(f"left out: {why}")
-        chosen.remove("burst")
+        chosen.remove(name)
     if args.config is None:
         data.build(
             data.source("stdlib", "text", None),
@@ -80,8 +84,10 @@ def _show_plan(args: argparse.Namespace, chosen: list[str]) -> None:
     if "toy" in args.only:
         print(f"toy: Figure 1's problem, computed by this command into {args.out / 'toy.json'}")
     print(f"{len(runs)} runs are known")
-    for line in waiting(found, chosen, args.of):
-        print(line)
+    lines = waiting(found, chosen, args.of)
+    if "length" in chosen:
+        lines += length.cost(args.sizes, args.lengths, args.of)
+    print(*lines, sep="\n", end="\n" * bool(lines))
 
 
 def _planned(found: dict[str, float], chosen: list[str], args: argparse.Namespace) -> list[Run]:
@@ -136,11 +142,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="Arguments after -- are Megatron's flags for every run, such as --hidden-size 128.",
     )
-    usual = ("toy", *EXPERIMENTS)
-    names = (*usual, "length")
-    parser.add_argument("--only", nargs="+", choices=names, default=list(usual), metavar="NAME",
+    names = ("toy", *EXPERIMENTS, "length")
+    usual = [name for name in names if name not in LONG]
+    parser.add_argument("--only", nargs="+", choices=names, default=usual, metavar="NAME",
                         help=f"experiments to run: {', '.join(names)} (default: all but "
-                        "length)")  # fmt: skip
+                        f"{' and '.join(LONG)})")  # fmt: skip
     labels = [label for of in (*SEARCHES.values(), length.OPTIMIZERS) for label in of]
     labels = list(dict.fromkeys(labels))
     parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
@@ -159,7 +165,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--dry-run", action="store_true", help="print the runs known so far")
-    parser.add_argument("--config", help="train this configuration through megatron-s3 launch")
+    parser.add_argument("--config", nargs="+", metavar="NAME", help="train this configuration, "
+                        "and overlays, through megatron-s3 launch")  # fmt: skip
     parser.add_argument(
         "--slurm", action="store_true", help="with --config: submit a job for each run"
     )
@@ -173,7 +180,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--iters {args.iters} is too few: give at least 20")
     if min(args.lengths) <= 0:
         parser.error(f"--lengths {min(args.lengths):g}: give more than 0 tokens a parameter")
-    args.sizes = [length.SIZES[name] for name in args.sizes]
+    if args.config is None:
+        args.sizes = [length.SIZES[name] for name in args.sizes]
+    elif "length" in args.only:
+        args.sizes = [length.configured(args.config)]
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
     if args.slurm and args.config is None:
@@ -188,7 +198,7 @@ def _alike(args: argparse.Namespace) -> None:
         SystemExit: the runs in the folder have other settings.
     """
     if args.config is not None:
-        settings = {"config": args.config, "iters": args.iters}
+        settings = {"config": " ".join(args.config), "iters": args.iters}
     else:
         settings = {"iters": args.iters, "megatron": args.megatron}
     record = args.out / "suite.json"
@@ -231,9 +241,18 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
         # These runs need no log of updates, which takes a tenth of their time.
         words.remove("--plugin-log-updates")
         words += [*halves.arguments(str(args.out / "text")), "--plugin-metrics"]
+    if "--save-interval" in run.words:
+        words += ["--save", str(_saved(run, args)), "--load", str(_saved(run, args))]
     if "burst" in run.tags:
         words += ["--burst-at", str(iters // 2), "--burst", f"{run.tags['burst']:g}"]
+    if run.tags.get("corrupted"):
+        words += ["--corrupt-at", str(iters // 2), "--corrupt", f"{run.tags['corrupted']:g}"]
     return words
+
+
+def _saved(run: Run, args: argparse.Namespace) -> Path:
+    """Returns the folder of the checkpoints of a long run."""
+    return Path(args.out, run.key, "checkpoints")
 
 
 def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
@@ -243,8 +262,9 @@ def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
     for run in runs:
         folder = args.out / run.key
         folder.mkdir(parents=True, exist_ok=True)
-        for old in ("log", "metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
-            (folder / old).unlink(missing_ok=True)
+        if not _saved(run, args).exists():
+            for old in ("log", "metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
+                (folder / old).unlink(missing_ok=True)
         started.append((run, forks.start(_words(run, args), 1, folder / "log", TRAINER)))
     failed = set()
     for run, rank in started:
@@ -279,6 +299,8 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
     temporary = folder / "run.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / "run.json")
+    if args.config is None:
+        shutil.rmtree(_saved(run, args), ignore_errors=True)
     return True
 
 
@@ -324,11 +346,11 @@ def _command(run: Run, args: argparse.Namespace) -> list[str]:
     settings = dict(_settings(run.words)) | {"plugin_log_updates": "true"}
     if "lr_warmup_fraction" in settings:
         settings["lr_warmup_iters"] = "0"
-    if args.iters is not None:
+    if args.iters is not None and "train_iters" not in settings:
         settings["train_iters"] = str(args.iters)
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     folder = str((args.out / run.key).absolute())
-    launch = [sys.executable, "-m", "megatron_s3.cli", "launch", args.config]
+    launch = [sys.executable, "-m", "megatron_s3.cli", "launch", *args.config]
     return [*launch, "--run-dir", folder, *sets]
 
 

@@ -67,12 +67,33 @@ BURSTS = {
     "AdamW, unclipped": (_ADAMW.replace("--clip-grad 1", "--clip-grad 0"), "AdamW"),
     "NAdam": (_NADAM, "NAdam"),
 }
-EXPERIMENTS = (*SEARCHES, "grid", "large rates", "burst")
+#: By label: flags, and the optimizer at whose best learning rate the run is trained.
+ROBUST = {
+    "S3": ("--optimizer s3", "S3"),
+    "S3, ramp": ("--optimizer s3 --s3-beta-ramp", "S3"),
+    **{
+        f"S3, ramp, bound {k:g}": (f"--optimizer s3 --s3-beta-ramp --s3-grad-bound {k:g}", "S3")
+        for k in (10, 5, 3, 2, 1.5)
+    },
+    **{label: BURSTS[label] for label in ("AdamW", "AdamW, unclipped", "NAdam")},
+    "NAdam, unclipped": (_NADAM.replace("--clip-grad 1", "--clip-grad 0"), "NAdam"),
+}
+#: What disturbs the middle of a run: a multiplied gradient, or batches of random bytes.
+DISTURBED = (
+    {"burst": 1.0, "corrupted": 0.0},
+    {"burst": BURST, "corrupted": 0.0},
+    {"burst": 1.0, "corrupted": 10.0},
+)
+EXPERIMENTS = (*SEARCHES, "grid", "large rates", "burst", "robustness")
 #: The optimizers at whose best learning rates an experiment runs, and its number of runs.
 NEEDS: dict[str, tuple[tuple[str, ...], int]] = {
     "grid": (("S3",), len(GRID)),
     "large rates": (LARGE["of"], len(LARGE["of"]) * len(LARGE["factors"])),
     "burst": (tuple(dict.fromkeys(of for _, of in BURSTS.values())), 2 * len(BURSTS)),
+    "robustness": (
+        tuple(dict.fromkeys(of for _, of in ROBUST.values())),
+        len(SEEDS) * len(DISTURBED) * len(ROBUST),
+    ),
 }
 
 
@@ -151,6 +172,8 @@ def plan(
         found += _large_rates(results)
     if "burst" in only:
         found += _bursts(results)
+    if "robustness" in only:
+        found += _robustness(results)
     return found
 
 
@@ -201,6 +224,14 @@ def _bursts(results: Mapping[str, float]) -> Iterator[Run]:
         if rate := best_rate(of, results):
             for burst in (1.0, BURST):
                 yield Run("burst", label, flags, rate, tags={"burst": burst})
+
+
+def _robustness(results: Mapping[str, float]) -> Iterator[Run]:
+    for seed in SEEDS:
+        for tags in DISTURBED:
+            for label, (flags, of) in ROBUST.items():
+                if rate := best_rate(of, results):
+                    yield Run("robustness", label, flags, rate, seed, tags, "--log-interval 1")
 
 
 def best_rate(

@@ -63,6 +63,17 @@ def test_what_depends_on_results_takes_the_best_rates() -> None:
     assert len({r.key for r in runs}) == len(runs)
 
 
+def test_each_disturbance_has_an_undisturbed_run_of_its_seed() -> None:
+    runs, _ = everything(lambda r: abs(r.lr - 0.006))
+    own = [r for r in runs if r.experiment == "robustness"]
+    for label in suite.ROBUST:
+        of = [r for r in own if r.label == label]
+        assert len({(r.flags, r.lr) for r in of}) == 1
+        found = {(r.seed, *r.tags.values()) for r in of}
+        assert found == {(s, *tags.values()) for s in suite.SEEDS for tags in suite.DISTURBED}
+    assert suite.DISTURBED[0] == {"burst": 1.0, "corrupted": 0.0}
+
+
 def test_what_diverges_is_no_best() -> None:
     runs, results = everything(lambda r: float("nan") if r.lr > 0.01 else -r.lr)
     assert best_rate("S3", results) == 0.006
@@ -145,7 +156,17 @@ def test_a_launch_has_no_bursts(tmp_path, capsys) -> None:
     assert "left out: burst needs" in shown and "toy: Figure 1's problem" in shown
 
 
-@pytest.mark.parametrize("words", [["--iters", "5"], ["--jobs", "0"], ["--slurm"], ["--of", "S4"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--iters", "5"],
+        ["--jobs", "0"],
+        ["--slurm"],
+        ["--of", "S4"],
+        ["--lengths", "0"],
+        ["--sizes", "7B"],
+    ],
+)
 def test_bad_arguments_are_refused(words: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         runner.main(words)

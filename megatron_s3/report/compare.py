@@ -6,15 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megatron_s3.report.disturbed import BACK, recovery
 from megatron_s3.report.runs import Suite, Trained
 from megatron_s3.telemetry.detectors import DETECTORS
 
-__all__ = ["Table", "about", "best_rate", "finalists", "tables"]
+__all__ = ["Table", "about", "best_rate", "finalists", "named_disturbance", "tables"]
 
 NOTHING = "-"
 #: The optimizers with which others are compared; the last one is the paper's own.  Descriptions of
 #: optimizers are not imported, because they import torch.
 REFERENCE, OWN = AGAINST = ("adamw", "s3")
+#: Experiments that provoke spikes.
+PROVOKED = ("burst", "large rates", "robustness")
 #: Published spike scores: a heading, and the detector that flags a loss.
 SCORES = {
     "OLMo-core score": "mean + 6 sigma of 128 (OLMo-core)",
@@ -97,10 +100,20 @@ def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Ta
     """
     found = []
     for suite in suites:
-        for experiment in ("optimizers", "ablations", "recipes", "runs"):
+        for experiment in suite.compared:
             if table := _final(suite, experiment, suite.of(experiment)):
                 found.append(table)
-        found += [t for t in (_grid(suite), _large(suite), _burst(suite), _spikes(suite)) if t]
+        found += [
+            t
+            for t in (
+                _grid(suite),
+                _large(suite),
+                _burst(suite),
+                _robustness(suite),
+                _spikes(suite),
+            )
+            if t
+        ]
         found += [t for t in [_speed(suite, peak_tflops)] if t]
     return [*found, *_equal_steps(suites), *_running(suites)]
 
@@ -123,7 +136,7 @@ def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | No
         final = finalists(runs, label)
         if not final:
             continue
-        losses = [run.final for run in final]
+        losses = [run.reported for run in final]
         rates = sorted({run.lr for run in runs if run.label == label})
         largest = [
             max(v for _, v in run.update("max_abs")) for run in final if run.update("max_abs")
@@ -154,16 +167,22 @@ def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | No
             "Differences are taken seed by seed"
             + (", with their mean and standard deviation (s.d.)." if several else ".")
         )
+    tested = any(run.reported != run.final for run in runs if run.finished)
     if chosen:
         notes.append(
             "The learning rate of each row is the best of those that were tried; it was chosen on "
-            "the same validation data."
+            + (
+                "validation data that are not the test data."
+                if tested
+                else "the same validation data."
+            )
         )
     heads, cells = _filled(heads, cells)
     if any("|u|" in head for head in heads):
         notes.append("|u| is the absolute value of an update divided by the learning rate.")
+    kind = "test" if tested else "validation"
     return Table(
-        f"{about(suite, experiment)}final validation loss after {upto}{max(lengths):,} iterations",
+        f"{about(suite, experiment)}final {kind} loss after {upto}{max(lengths):,} iterations",
         heads,
         cells,
         " ".join(notes),
@@ -202,8 +221,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _difference(runs: Sequence[Trained], others: Sequence[Trained]) -> str:
-    by_seed = {run.seed: run.final for run in others}
-    found = [run.final - by_seed[run.seed] for run in runs if run.seed in by_seed]
+    by_seed = {run.seed: run.reported for run in others}
+    found = [run.reported - by_seed[run.seed] for run in runs if run.seed in by_seed]
     if not found or list(runs) == list(others):
         return NOTHING
     if not all(map(math.isfinite, found)):
@@ -285,6 +304,58 @@ def _burst(suite: Suite) -> Table | None:
     )  # fmt: skip
 
 
+def _robustness(suite: Suite) -> Table | None:
+    """Returns what disturbances do, each compared with the run of its seed without one."""
+    runs = [run for run in suite.of("robustness") if run.finished]
+    rows = []
+    for label in labels(runs):
+        own = [run for run in runs if run.label == label]
+        calm = {run.seed: run for run in own if named_disturbance(run) == ""}
+        final = [run.final for run in calm.values()]
+        for name in dict.fromkeys(map(named_disturbance, own)):
+            pairs = [(calm[r.seed], r) for r in own
+                     if name and named_disturbance(r) == name and r.seed in calm]  # fmt: skip
+            found = [recovery(*pair) for pair in pairs]
+            if not found:
+                continue
+            back = ["never" if one.back is None else str(one.back) for one in found]
+            row = [f"{label}: {name}", f"{statistics.fmean(final):.4f}"]
+            row += [_mean([one.end for one in found], 4), _mean([one.rise for one in found], 2)]
+            row += [", ".join(back), _mean([one.area for one in found], 1), str(len(found))]
+            rows.append(row)
+    if not rows:
+        return None
+    return Table(
+        f"{suite.name}: disturbances in the middle of the run",
+        [
+            "run",
+            "loss without it",
+            "difference at the end",
+            "rise",
+            "iterations to recover",
+            "area",
+            "seeds",
+        ],
+        rows,
+        "Differences are to the run without the disturbance, on the same samples. Rise is the "
+        "largest mean of 10 of them, area the sum of all after the disturbance (nats x "
+        f"iterations). A run has recovered when the mean of 20 is at most {BACK:g} nats; each "
+        "seed's number is given.",
+    )
+
+
+def named_disturbance(run: Trained) -> str:
+    """Returns what disturbs a run of the experiment "robustness"; empty for nothing."""
+    burst, corrupted = run.tags.get("burst", 1.0), run.tags.get("corrupted", 0.0)
+    parts = [f"gradient x {burst:g}"] if burst != 1 else []
+    return ", ".join(parts + ([f"{corrupted:g} corrupted batches"] if corrupted else []))
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.{digits}f}{spread}"
+
+
 def _excursion(without: Trained, burst: Trained) -> tuple[float, str]:
     pairs = [(i, b - a) for (i, a), (_, b) in zip(without.loss, burst.loss, strict=False)]
     begin = next((i for i, d in pairs if d != 0), None)
@@ -304,7 +375,7 @@ def _excursion(without: Trained, burst: Trained) -> tuple[float, str]:
 
 def _spikes(suite: Suite) -> Table | None:
     """Returns the loss spikes per 10,000 iterations of all runs in which none was provoked."""
-    runs = [run for run in suite.runs if run.experiment not in ("burst", "large rates")]
+    runs = [run for run in suite.runs if run.experiment not in PROVOKED]
     rows = []
     for optimizer in dict.fromkeys(run.optimizer for run in runs):
         own = [run for run in runs if run.optimizer == optimizer]
@@ -343,8 +414,9 @@ def _spike_score(runs: Sequence[Trained], rule: str) -> str:
 def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
     """Returns the time of an iteration, and the model's FLOP/s."""
     rows = []
-    for label in dict.fromkeys(run.label for run in suite.runs):
-        own = [run for run in suite.runs if run.label == label and math.isfinite(run.seconds)]
+    for label, size in dict.fromkeys((run.label, run.tags.get("million")) for run in suite.runs):
+        own = [run for run in suite.runs if (run.label, run.tags.get("million")) == (label, size)]
+        own = [run for run in own if math.isfinite(run.seconds)]
         if not own:
             continue
         seconds = statistics.median(run.seconds for run in own)
@@ -353,7 +425,8 @@ def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
         tokens = start["global_batch_size"] * start["seq_length"]
         flops = start.get("flops")
         each = math.nan if flops is None else flops / seconds / ranks / 1e12
-        row = [label, f"{1e3 * seconds:,.1f}", f"{tokens / seconds:,.0f}", str(ranks)]
+        named = label if size is None else f"{label}, {size:.2g}M"
+        row = [named, f"{1e3 * seconds:,.1f}", f"{tokens / seconds:,.0f}", str(ranks)]
         row += [NOTHING if math.isnan(each) else f"{each:.3g}"]
         if peak_tflops is not None:
             row += [NOTHING if math.isnan(each) else f"{100 * each / peak_tflops:.1f}"]
@@ -375,37 +448,50 @@ def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
     found = []
     for model in dict.fromkeys(suite.model for suite in suites):
         alike = sorted((s for s in suites if s.model == model), key=lambda s: s.iterations)
+        named = ", ".join(s.name for s in alike)
         for experiment in ("optimizers", "recipes", "runs"):
-            ends: dict[str, dict[int, float]] = {}
-            names = {}
-            for suite in alike:
-                runs = suite.of(experiment)
-                for label in labels(runs):
-                    for length in {run.iterations for run in runs if run.label == label}:
-                        final = finalists([r for r in runs if r.iterations == length], label)
-                        if final:
-                            mean = statistics.fmean(run.final for run in final)
-                            ends.setdefault(label, {})[length] = mean
-                            names[label] = final[0].optimizer
-            reference = next((label for label in ends if names[label] == REFERENCE), None)
-            lengths = sorted({n for label in ends.values() for n in label})
-            if reference is None or len(lengths) < 2 or len(ends) < 2:
-                continue
-            first = ends.pop(reference)
-            rows = [[reference, *(f"{first[n]:.4f}" if n in first else NOTHING for n in lengths)]]
-            for label, own in ends.items():
-                times = {n: f"{loss:.4f} ({_ratio(loss, n, first)})" for n, loss in own.items()}
-                rows.append([label, *(times.get(n, NOTHING) for n in lengths)])
-            named = ", ".join(s.name for s in alike)
-            found.append(Table(
-                f"{named}: {experiment}, final loss and the steps of {reference} to the same loss",
-                ["run", *(f"{n:,} iterations" for n in lengths)],
-                rows,
-                f"In brackets: the steps in which {reference} reaches that loss, divided by the "
-                "run's own. Every length has a complete schedule; between lengths, the logarithm "
-                "of the steps is interpolated.",
-            ))  # fmt: skip
-    return found
+            parts = [suite.of(experiment) for suite in alike]
+            found.append(_equal_steps_of(f"{named}: {experiment}", parts))
+        for size in dict.fromkeys(size for suite in alike for size in suite.sizes):
+            parts = [suite.of_size(size) for suite in alike]
+            found.append(_equal_steps_of(f"{named}: {size:.2g}M parameters", parts))
+    return [table for table in found if table]
+
+
+def _equal_steps_of(title: str, parts: Sequence[Sequence[Trained]]) -> Table | None:
+    """Returns the table of runs that are alike except for their lengths.
+
+    Args:
+        title: beginning of its title.
+        parts: the runs; best learning rates are chosen within one part and length.
+    """
+    ends: dict[str, dict[int, float]] = {}
+    names = {}
+    for runs in parts:
+        for label in labels(runs):
+            for length in {run.iterations for run in runs if run.label == label}:
+                final = finalists([r for r in runs if r.iterations == length], label)
+                if final:
+                    mean = statistics.fmean(run.reported for run in final)
+                    ends.setdefault(label, {})[length] = mean
+                    names[label] = final[0].optimizer
+    reference = next((label for label in ends if names[label] == REFERENCE), None)
+    lengths = sorted({n for label in ends.values() for n in label})
+    if reference is None or len(lengths) < 2 or len(ends) < 2:
+        return None
+    first = ends.pop(reference)
+    rows = [[reference, *(f"{first[n]:.4f}" if n in first else NOTHING for n in lengths)]]
+    for label, own in ends.items():
+        times = {n: f"{loss:.4f} ({_ratio(loss, n, first)})" for n, loss in own.items()}
+        rows.append([label, *(times.get(n, NOTHING) for n in lengths)])
+    return Table(
+        f"{title}, final loss and the steps of {reference} to the same loss",
+        ["run", *(f"{n:,} iterations" for n in lengths)],
+        rows,
+        f"In brackets: the steps in which {reference} reaches that loss, divided by the "
+        "run's own. Every length has a complete schedule; between lengths, the logarithm "
+        "of the steps is interpolated.",
+    )
 
 
 def _ratio(loss: float, steps: int, reference: Mapping[int, float]) -> str:

@@ -1,5 +1,6 @@
 """Pictures that compare runs, drawn by matplotlib; they are legible without colour."""
 
+import itertools
 import json
 import math
 import statistics
@@ -8,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_s3.report.compare import about, best_rate, finalists, labels
+from megatron_s3.report.compare import about, best_rate, finalists, labels, named_disturbance
+from megatron_s3.report.disturbed import after, means
 from megatron_s3.report.runs import Suite, Trained
 from megatron_s3.report.styles import style as style_of
 from megatron_s3.report.styles import styles
@@ -21,6 +23,8 @@ __all__ = ["Picture", "pictures"]
 DARK, OTHER, FAINT = "#222222", "#888888", "#BBBBBB"
 #: The most spikes that are drawn.
 SPIKES = 6
+#: Iterations over which a recovery is smoothed.
+SMOOTHED = 5
 #: The most labels whose updates are drawn.
 _UPDATES = 4
 
@@ -55,7 +59,7 @@ def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture
     """
     found = [_toy(path) for path in toys]
     for suite in suites:
-        for experiment in ("optimizers", "ablations", "recipes", "runs"):
+        for experiment in suite.compared:
             runs = suite.of(experiment)
             if any(run.loss for run in runs):
                 found.append(_curves(suite, experiment, runs))
@@ -69,6 +73,9 @@ def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture
             found.append(_overlaid(suite, large, "large rates", "times", "x {:g}"))
         if burst := suite.of("burst"):
             found.append(_overlaid(suite, burst, "burst", "burst", "gradient x {:g}"))
+        found += [p for p in (_margins(suite, size) for size in suite.sizes) if p]
+        if disturbed := suite.of("robustness"):
+            found += _recoveries(suite, disturbed)
         found += [p for p in (_first_gradients(suite), _around_spikes(suite)) if p]
     return found
 
@@ -176,8 +183,15 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     if any(run.valid for run in runs):
         title += "; marks: validation loss"
     return Picture(
-        f"{suite.name}-{experiment}-loss", title, drawn, "iteration", "loss (nats per token)"
+        f"{suite.name}-{experiment}-loss", title, drawn, _iteration(runs), "loss (nats per token)"
     )
+
+
+def _iteration(runs: Sequence[Trained]) -> str:
+    """Returns the name of the axis of iterations, with their tokens if all runs have as many."""
+    sizes = {(run.start.get("global_batch_size"), run.start.get("seq_length")) for run in runs}
+    batch, length = sizes.pop() if len(sizes) == 1 else (None, None)
+    return f"iteration of {batch * length:,} tokens" if batch and length else "iteration"
 
 
 def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
@@ -238,6 +252,79 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
         "peak learning rate",
         "final validation loss (nats per token)",
     )
+
+
+def _margins(suite: Suite, million: float) -> Picture | None:
+    """Draws the loss of each label minus AdamW's by the tokens a parameter, of one model."""
+    runs = suite.of_size(million)
+    reference = _reference(runs)
+    points: dict[str, list[tuple[float, list[float]]]] = {}
+    for tokens in sorted({run.tags["tokens"] for run in runs}):
+        own = [run for run in runs if run.tags["tokens"] == tokens]
+        of = {run.seed: run.reported for run in finalists(own, reference)}
+        for label in labels(own):
+            final = [r for r in finalists(own, label) if r.seed in of and math.isfinite(r.reported)]
+            if final:
+                gaps = [run.reported - of[run.seed] for run in final]
+                points.setdefault(label, []).append((tokens, gaps))
+    shown = [label for label in points if label != reference]
+    if not shown:
+        return None
+    drawn, (panel,) = _panels(1, 1, (6.4, 4.2))
+    panel.axhline(0, color=DARK, linewidth=0.8)
+    for k, (label, drawn_as) in enumerate(zip(shown, styles(shown), strict=True)):
+        at = [tokens * 1.03 ** (k - len(shown) / 2) for tokens, _ in points[label]]
+        mean = [statistics.fmean(gaps) for _, gaps in points[label]]
+        low = [statistics.fmean(gaps) - min(gaps) for _, gaps in points[label]]
+        high = [max(gaps) - statistics.fmean(gaps) for _, gaps in points[label]]
+        panel.errorbar(at, mean, [low, high], linestyle=drawn_as.line, marker=drawn_as.marker,
+                       color=drawn_as.colour, markersize=5, capsize=3, label=label)  # fmt: skip
+    panel.set_xscale("log")
+    every = sorted({tokens for known in points.values() for tokens, _ in known})
+    panel.set_xticks(every, [f"{tokens:g}" for tokens in every])
+    panel.minorticks_off()
+    panel.legend(fontsize=7, frameon=False)
+    title = (
+        f"{suite.name}, {million:.2g}M parameters: final loss minus that of {reference}, mean and "
+        "range over seeds"
+    )
+    name = f"{suite.name}-{million:.2g}m-margins"
+    return Picture(name, title, drawn, "tokens a parameter", "nats per token")
+
+
+def _recoveries(suite: Suite, runs: Sequence[Trained]) -> list[Picture]:
+    """Draws the training loss after each disturbance minus that of the undisturbed run."""
+    found = []
+    for name in dict.fromkeys(map(named_disturbance, runs)):
+        pairs: dict[str, list[tuple[Trained, Trained]]] = {}
+        for run in runs:
+            calm = [r for r in runs if (r.label, r.seed) == (run.label, run.seed)
+                    and named_disturbance(r) == ""]  # fmt: skip
+            if name and named_disturbance(run) == name and calm:
+                pairs.setdefault(run.label, []).append((calm[0], run))
+        if not pairs:
+            continue
+        drawn, panels = _panels(len(pairs), 3, (3.4, 2.3), sharex=True, sharey=True)
+        for panel, (label, own) in zip(panels, pairs.items(), strict=True):
+            panel.axhline(0, color=DARK, linewidth=0.6)
+            for (without, run), line in zip(own, itertools.cycle(("-", "--", ":"))):
+                curve = means(after(without, run), SMOOTHED)
+                text = f"seed {run.seed}" if len(own) > 1 else None
+                panel.plot(
+                    curve, linestyle=line, color=_colour(label, DARK), linewidth=1.2, label=text
+                )
+            panel.set_title(label, fontsize=8)
+        if len(panels[0].lines) > 2:
+            panels[0].legend(fontsize=7, frameon=False)
+        title = (
+            f"{suite.name}, {name}: training loss minus that of the undisturbed run, mean of "
+            f"{SMOOTHED} iterations"
+        )
+        found.append(Picture(
+            f"{suite.name}-recovery-{name.replace(' ', '-')}", title, drawn,
+            "iterations after the disturbance", "nats per token",
+        ))  # fmt: skip
+    return found
 
 
 def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:

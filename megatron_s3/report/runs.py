@@ -110,6 +110,14 @@ class Trained:
         loss = self.valid[-1][1]
         return loss if math.isfinite(loss) else math.inf
 
+    @property
+    def reported(self) -> float:
+        """The final loss of the test text, or that of the validation text without a test."""
+        tested = [float(r["loss"]) for r in self.records if r["kind"] == "test"]
+        if not (self.finished and tested):
+            return self.final
+        return tested[-1] if math.isfinite(tested[-1]) else math.inf
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -137,6 +145,26 @@ class Suite:
             *self.words,
             *(self.runs[0].start.get(k) for k in ("global_batch_size", "seq_length")),
         )
+
+    @property
+    def compared(self) -> list[str]:
+        """The experiments in which optimizers are compared at one length, those of lengths last."""
+        lengths = {
+            (run.tags["million"], run.tags["tokens"], run.experiment)
+            for run in self.runs
+            if "tokens" in run.tags
+        }
+        names = [experiment for _, _, experiment in sorted(lengths)]
+        return ["optimizers", "ablations", "recipes", "runs", *names]
+
+    @property
+    def sizes(self) -> list[float]:
+        """The models that were trained at several lengths, in millions of parameters."""
+        return sorted({run.tags["million"] for run in self.runs if "tokens" in run.tags})
+
+    def of_size(self, million: float) -> list[Trained]:
+        """Returns the runs of a model of :attr:`sizes`, of all lengths."""
+        return [run for run in self.runs if run.tags.get("million") == million]
 
     def of(self, experiment: str) -> list[Trained]:
         """Returns its runs of one experiment."""

@@ -37,6 +37,8 @@ def write(
         lines.append({"kind": "train", "iteration": i, "loss": loss, "updates": updates})
         if i % 50 == 0:
             lines.append({"kind": "valid", "iteration": i, "loss": loss})
+    if "test" in more:
+        lines.append({"kind": "test", "iteration": iterations, "loss": more["test"]})
     if more.get("spike"):
         lines.append({"kind": "spike", "onset": more["spike"], "peak": 60, "end": 70,
                       "height": "0.5", "area": 2.0, "first": ["embedding x2.0"]})  # fmt: skip
@@ -300,3 +302,63 @@ def test_the_detectors_table_names_what_is_no_report(tmp_path, capsys) -> None:
             confusion.main([str(tmp_path / name)])
         assert stopped.value.code == 2
         assert f"{tmp_path / name}: {said}" in capsys.readouterr().err
+
+
+def lengths(out: Path) -> Path:
+    """S3 is 0.2, then 0.1 below AdamW on the test text; its best rate is another on that text."""
+    for tokens, iterations, gain in ((20, 100, 0.2), (100, 500, 0.1)):
+        for label in ("S3", "AdamW"):
+            for lr in (0.1, 0.2, 0.4):
+                for seed in (1, 2) if lr == 0.2 else (1,):
+                    test = 2.5 - tokens / 100 - gain * (label == "S3") - (lr == 0.4) + seed / 100
+                    more = {"tags": {"million": 0.12, "tokens": tokens}, "test": test}
+                    more["experiment"] = f"0.12M parameters x {tokens} tokens"
+                    name = f"{tokens}/{label}-{lr}-{seed}"
+                    write(out / name, label, lr, seed, 2 + abs(lr - 0.2), iterations, **more)
+    return out
+
+
+def test_a_rate_is_chosen_by_one_text_and_the_other_is_reported(tmp_path) -> None:
+    runs = load([lengths(tmp_path / "length")])
+    found = compare.tables(runs)
+    titles = [f"length, 0.12M parameters x {n} tokens: final test loss" for n in (20, 100)]
+    for title, gain, loss in zip(titles, ("-0.200", "-0.100"), ("2.1150", "1.4150"), strict=True):
+        s3 = row(named(found, title), "S3")
+        assert s3["learning rate"] == "0.2" and s3["loss"] == loss
+        assert s3["loss minus that of AdamW"] == f"{gain} +- 0.000"
+    assert "not the test data" in named(found, titles[0]).note
+    equal = named(found, "length: 0.12M parameters, final loss and the steps of AdamW")
+    assert row(equal, "S3")["100 iterations"].startswith("2.1150 (")
+    times = math.exp(math.log(5) * 0.2 / 0.8)
+    assert row(equal, "S3")["100 iterations"] == f"2.1150 ({times:.2f})"
+    drawn = {picture.name: picture for picture in pictures(runs)}
+    panel = drawn["length-0.12m-margins"].figure.axes[0]
+    assert panel.containers[0].lines[0].get_ydata() == pytest.approx([-0.2, -0.1])
+    assert {f"length-0.12m-parameters-x-{n}-tokens-{what}" for n in (20, 100)
+            for what in ("loss", "rates", "updates")} <= set(drawn)  # fmt: skip
+
+
+def test_a_recovery_is_measured_against_the_undisturbed_run(tmp_path) -> None:
+    """Ten corrupted batches are left out; what comes after them is counted."""
+    rows = (("S3", 1000.0, 0.0, 20), ("S3", 1.0, 10.0, 0), ("S3", 1.0, 0.0, 0))
+    for label, burst, corrupted, high in rows:
+        more = {"experiment": "robustness", "tags": {"burst": burst, "corrupted": corrupted}}
+        folder = write(tmp_path / f"robustness/{burst}-{corrupted}", label, 0.1, 1, 2.0, **more)
+        lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines()
+                 if '"train"' not in line]  # fmt: skip
+        for i in range(1, 101):
+            loss = 2.0 + 1.0 * (50 < i <= 50 + corrupted) + 0.5 * (50 < i <= 50 + high)
+            lines.append(json.dumps({"kind": "train", "iteration": i, "loss": loss}))
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    runs = load([tmp_path])
+    table = named(compare.tables(runs), "disturbances in the middle")
+    burst = row(table, "S3: gradient x 1000")
+    assert (burst["rise"], burst["area"]) == ("+0.50", "+10.0")
+    assert burst["iterations to recover"] == "20"
+    corrupted = row(table, "S3: 10 corrupted batches")
+    assert (corrupted["rise"], corrupted["area"]) == ("+0.00", "+0.0")
+    assert corrupted["iterations to recover"] == "0"
+    names = {picture.name for picture in pictures(runs)}
+    assert {name for name in names if "recovery" in name} == {
+        f"{tmp_path.name}-recovery-{what}" for what in ("gradient-x-1000", "10-corrupted-batches")
+    }

@@ -1,0 +1,64 @@
+"""Recoveries from disturbances, each measured against the same run without one."""
+
+import statistics
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from megatron_s3.report.runs import Trained
+
+__all__ = ["BACK", "Recovery", "after", "recovery"]
+
+#: A run is back when the mean of so many differences is at most so many nats.
+WINDOW, BACK = 20, 0.02
+#: The rise is the largest mean of so many differences.
+_PEAK = 10
+
+
+class Recovery(NamedTuple):
+    """The effect of a disturbance on a run.
+
+    Attributes:
+        end: final loss minus that of the undisturbed run, in nats.
+        rise: largest mean of 10 differences of the training loss, in nats.
+        back: iterations until the mean of 20 differences is at most 0.02; None if it never is.
+        area: sum of all differences, in nats times iterations.
+    """
+
+    end: float
+    rise: float
+    back: int | None
+    area: float
+
+
+def after(without: Trained, disturbed: Trained) -> list[float]:
+    """Returns the differences of the training loss, from the first iteration after a disturbance.
+
+    Args:
+        without: the undisturbed run; each iteration is logged.
+        disturbed: the same run with a disturbance. The losses of corrupted batches are left out.
+    """
+    pairs = zip(without.loss, disturbed.loss, strict=False)
+    found = [b - a for (_, a), (_, b) in pairs]
+    begin = next((k for k, d in enumerate(found) if d != 0), len(found))
+    return found[begin + round(disturbed.tags.get("corrupted", 0)) :]
+
+
+def recovery(without: Trained, disturbed: Trained) -> Recovery:
+    """Returns the effect of a disturbance; NaN for the rise if the run ends with it."""
+    found = after(without, disturbed)
+    back = next((k for k, mean in enumerate(means(found, WINDOW)) if mean <= BACK), None)
+    return Recovery(
+        disturbed.final - without.final,
+        max(means(found, _PEAK), default=float("nan")),
+        back,
+        sum(found),
+    )
+
+
+def means(values: Sequence[float], width: int) -> list[float]:
+    """Returns the mean of each ``width`` neighbours; of all of them if there are fewer."""
+    if len(values) <= width:
+        return [statistics.fmean(values)] if values else []
+    sums = [0.0, *accumulate(values)]
+    return [(b - a) / width for a, b in zip(sums, sums[width:], strict=False)]

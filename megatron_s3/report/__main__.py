@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,7 @@ def _json(suites: Sequence[Suite]) -> str:
                     **({"test": runlog.finite(round(run.reported, 5))}
                        if run.reported != run.final else {}),
                     "max_abs_update": max((v for _, v in run.update("max_abs")), default=None),
+                    **({"seconds": round(run.seconds, 4)} if math.isfinite(run.seconds) else {}),
                     "bound": run.bound, "spikes": list(run.spikes),
                 }
                 for run in suite.runs

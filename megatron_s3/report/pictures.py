@@ -25,6 +25,8 @@ DARK, OTHER, FAINT = "#222222", "#888888", "#BBBBBB"
 SPIKES = 6
 #: Iterations over which a recovery is smoothed.
 SMOOTHED = 5
+#: At most so many learning rates are written at an axis.
+_TICKS = 8
 #: The most labels whose updates are drawn.
 _UPDATES = 4
 
@@ -225,6 +227,7 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     shown = [x for x in labels(runs) if any(r.label == x and r.finished for r in runs)]
     drawn, panels = _panels(len(shown), 3, (3.4, 2.5), sharey=True, sharex=True)
     losses = sorted(run.final for run in runs if math.isfinite(run.final))
+    rates = sorted({run.lr for run in runs if math.isfinite(run.final)})
     for panel, label in zip(panels, shown, strict=True):
         for other in (*(x for x in shown if x != label), label):
             own = [run for run in runs if run.label == other and math.isfinite(run.final)]
@@ -239,6 +242,9 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
         final = [run for run in finalists(runs, label) if math.isfinite(run.final)]
         panel.plot([r.lr for r in final], [r.final for r in final], "_", color=DARK, markersize=10)
         panel.set_xscale("log")
+        panel.minorticks_off()
+        if len(rates) <= _TICKS:
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=40, fontsize=7)
         panel.set_title(f"{label}: best at {best_rate(runs, label):g}", fontsize=8)
     panels[0].set_ylim(losses[0] - 0.05, losses[int(0.9 * (len(losses) - 1))] + 0.3)
     title = (
@@ -272,7 +278,7 @@ def _margins(suite: Suite, million: float) -> Picture | None:
         return None
     drawn, (panel,) = _panels(1, 1, (6.4, 4.2))
     panel.axhline(0, color=DARK, linewidth=0.8)
-    for k, (label, drawn_as) in enumerate(zip(shown, styles(shown), strict=True)):
+    for k, (label, drawn_as) in enumerate(zip(shown, styles([reference, *shown])[1:], strict=True)):
         at = [tokens * 1.03 ** (k - len(shown) / 2) for tokens, _ in points[label]]
         mean = [statistics.fmean(gaps) for _, gaps in points[label]]
         low = [statistics.fmean(gaps) - min(gaps) for _, gaps in points[label]]
@@ -281,6 +287,7 @@ def _margins(suite: Suite, million: float) -> Picture | None:
                        color=drawn_as.colour, markersize=5, capsize=3, label=label)  # fmt: skip
     panel.set_xscale("log")
     every = sorted({tokens for known in points.values() for tokens, _ in known})
+    panel.set_xlim(0.7 * every[0], 1.4 * every[-1])
     panel.set_xticks(every, [f"{tokens:g}" for tokens in every])
     panel.minorticks_off()
     panel.legend(fontsize=7, frameon=False)

@@ -19,7 +19,9 @@ from megatron_s3.mcore.arguments.names import flag, flag_named
 from megatron_s3.mcore.arguments.rules import ABOUT_OVERRIDES, OVERRIDES
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import Hyperparameter
+from megatron_s3.report.compare import tables
 from scripts.docs.pages import REPOSITORY
+from scripts.docs.recorded import suites
 from scripts.docs.troubleshooting import checkpoint_errors, troubleshooting
 
 __all__ = ["PARTS"]
@@ -104,6 +106,27 @@ def switches() -> str:
     ]
     rows.append((f"`{flag_named(OVERRIDES)}` RULE ...", "the plugin's", _sentence(ABOUT_OVERRIDES)))
     return _table(("flag", "applies to", "meaning"), rows)
+
+
+def _recorded(folder: str, words: str) -> str:
+    """Returns the tables of recorded runs whose titles hold some words."""
+    found = tables(suites(_RESULTS / folder / "report.json"))
+    parts = [
+        f"{table.title[0].upper()}{table.title[1:]}:\n\n{_table(table.headings, table.rows)}"
+        for table in found
+        if words in table.title
+    ]
+    return "\n\n".join(parts)
+
+
+def lengths() -> str:
+    """Returns the tables of the long runs: test losses, and AdamW's steps to the same ones."""
+    return _recorded("2026-11-29-cpu-length", "final")
+
+
+def recoveries() -> str:
+    """Returns the table of runs that were disturbed."""
+    return _recorded("2026-11-29-cpu-robustness", "disturbances")
 
 
 def verbs() -> str:
@@ -215,7 +238,7 @@ PARTS: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): functools.cache(function)
     for function in (
         flags, optimizers, switches, verbs, configurations, support, ecosystem, versions,
-        patched_functions,
+        patched_functions, lengths, recoveries,
         troubleshooting, checkpoint_errors,
     )
 }  # fmt: skip

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_s3.report import compare
 from scripts.docs import pages, troubleshooting
 from scripts.docs.parts import PARTS
+from scripts.docs.recorded import suites
 from tests.harness.trainer import REPOSITORY
 
 PAGES = pages.pages()
@@ -67,6 +69,17 @@ def test_the_links_of_a_page_lead_somewhere(page) -> None:
         assert file.resolve().is_relative_to(REPOSITORY), link
         if anchor:
             assert anchor in pages.anchors(file.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("folder", ["2026-11-29-cpu-length"])
+def test_recorded_tables_are_those_of_the_recorded_runs(folder) -> None:
+    """Except the one of times, which report.json does not hold."""
+    record = REPOSITORY / "scripts/results" / folder
+    written = (record / "tables.txt").read_text(encoding="utf-8")
+    made = compare.tables(suites(record / "report.json"))
+    assert len(made) == len(written.strip().split("\n\n")) - 1
+    for table in made:
+        assert str(table) in written, table.title
 
 
 def test_the_readme_is_short() -> None:

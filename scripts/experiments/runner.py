@@ -17,7 +17,7 @@ from megatron_s3.launch import lock
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 from scripts.experiments import halves, length, toy
-from scripts.experiments.suite import EXPERIMENTS, SEARCHES, Run, plan, waiting
+from scripts.experiments.suite import EXPERIMENTS, ROBUST, SEARCHES, Run, plan, waiting
 from tests.harness import forks
 from tests.harness.models import LOCAL, SHAPE
 
@@ -147,7 +147,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, default=usual, metavar="NAME",
                         help=f"experiments to run: {', '.join(names)} (default: all but "
                         f"{' and '.join(LONG)})")  # fmt: skip
-    labels = [label for of in (*SEARCHES.values(), length.OPTIMIZERS) for label in of]
+    labels = [label for of in (*SEARCHES.values(), length.OPTIMIZERS, ROBUST) for label in of]
     labels = list(dict.fromkeys(labels))
     parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
                         help=f"rows to search: {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip

@@ -35,8 +35,9 @@ def everything(loss, rounds: int = 10) -> tuple[list[Run], dict[str, float]]:
 
 def test_at_first_there_are_searches_only() -> None:
     runs = plan({})
-    assert {r.experiment for r in runs} == set(suite.SEARCHES)
-    assert len(runs) == suite.FIRST * sum(map(len, suite.SEARCHES.values()))
+    alone = [r for r in runs if r.experiment == "robustness"]
+    assert {r.experiment for r in runs} == {*suite.SEARCHES, "robustness"}
+    assert len(runs) - len(alone) == suite.FIRST * sum(map(len, suite.SEARCHES.values()))
     assert len({r.key for r in runs}) == len(runs)
 
 
@@ -64,8 +65,8 @@ def test_what_depends_on_results_takes_the_best_rates() -> None:
 
 
 def test_each_disturbance_has_an_undisturbed_run_of_its_seed() -> None:
-    runs, _ = everything(lambda r: abs(r.lr - 0.006))
-    own = [r for r in runs if r.experiment == "robustness"]
+    own = plan({}, ["robustness"])
+    assert {r.experiment for r in own} == {"robustness"}
     for label in suite.ROBUST:
         of = [r for r in own if r.label == label]
         assert len({(r.flags, r.lr) for r in of}) == 1
@@ -108,7 +109,9 @@ def test_only_some_labels() -> None:
     """And of what depends on a result that which can be known."""
     of = ["S3", "NAdam, warmup 30 %"]
     runs = plan({}, labels=of)
-    assert {(r.experiment, r.label) for r in runs} == {("optimizers", of[0]), ("recipes", of[1])}
+    assert {(r.experiment, r.label) for r in runs} == {
+        ("optimizers", of[0]), ("recipes", of[1]), ("robustness", of[0]),
+    }  # fmt: skip
     results = finished(runs, lambda r: abs(r.lr - 0.006))
     later = {(r.experiment, r.label) for r in plan(results, ["burst", "large rates"], of)}
     assert later == {

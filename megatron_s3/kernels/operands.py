@@ -3,17 +3,20 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+from megatron_s3.kernels.compact import FRACTION, REMAINDER
+
 __all__ = ["Operands", "fault", "flatten", "local", "note_writes", "size_of", "write_back"]
 
 #: Numbers of the dtypes that the kernels take (the same as in :file:`step.cpp`).
-_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_SIZES = {1: 4, 2: 2, 3: 2}
+_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, FRACTION: 4, REMAINDER: 5}
+_SIZES = {code: dtype.itemsize for dtype, code in _CODES.items()}
 
 
 @dataclass(slots=True)
@@ -21,9 +24,11 @@ class Operands:
     """The tensors of one parameter (or shard): 1-d, dense, of equal length, on one device.
 
     Attributes:
-        param: the parameter ``x``, updated in place; the main parameter where there is one.
+        param: the parameter ``x``, updated in place; the main parameter where there is one, or its
+            remainders (int16) of ``model_param``, which is then part of it.
         grad: the gradient, in its own floating-point dtype.
-        state: the rule's state tensors in its order, updated in place.
+        state: the rule's state tensors in its order, updated in place; a state in int8 holds
+            fractions of the one after it.
         model_param: a tensor that also receives the new ``x``, rounded to its dtype; or None.
         row: the row of the step's statistics to which this parameter adds.
         read: address and dtype of the gradient's memory.
@@ -77,7 +82,11 @@ def size_of(code: int) -> int:
 
 _GRAD = (torch.float32, torch.bfloat16, torch.float16)
 _PARAM = _GRAD
-_STATE = (torch.float32, torch.bfloat16)
+_STATE: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+#: Dtypes of a state that another one follows.
+_FOLLOWED = (*_STATE, FRACTION)
+#: Dtypes of a parameter whose copy in the model is in bfloat16.
+_MAIN = (*_PARAM, REMAINDER)
 
 
 def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
@@ -99,9 +108,9 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
         if (
             right
             and len(o.state) == states
-            and _fits(o.param, _PARAM, place, count)
+            and _fits(o.param, _param_dtypes(o), place, count)
             and _fits(grad, _GRAD, place, count)
-            and all(_fits(state, _STATE, place, count) for state in o.state)
+            and all(map(_fits, o.state, _state_dtypes(o), repeat(place), repeat(count)))
             and (model is None or _fits(model, _GRAD, place, count))
             and (count == 0 or addresses.count(0) == (model is None))
         ):
@@ -109,8 +118,11 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
         if len(o.state) != states:
             return f"{len(o.state)} state tensors where its rule has {states}"
         named: list[tuple[str, Tensor, tuple[torch.dtype, ...]]]
-        named = [("param", o.param, _PARAM), ("gradient", grad, _GRAD)]
-        named += [("state", tensor, _STATE) for tensor in o.state]
+        named = [("param", o.param, _param_dtypes(o)), ("gradient", grad, _GRAD)]
+        named += [
+            ("state", tensor, dtypes)
+            for tensor, dtypes in zip(o.state, _state_dtypes(o), strict=True)
+        ]
         if o.model_param is not None:
             named.append(("model_param", o.model_param, _GRAD))
         for name, tensor, dtypes in named:
@@ -128,6 +140,18 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
                 kind = "negated view" if tensor.is_neg() else type(tensor).__name__
                 return f"a {name} whose elements are not in its memory ({kind})"
     return None
+
+
+def _param_dtypes(o: Operands) -> tuple[torch.dtype, ...]:
+    model = o.model_param
+    return _PARAM if model is None or model.dtype != torch.bfloat16 else _MAIN
+
+
+def _state_dtypes(o: Operands) -> list[tuple[torch.dtype, ...]]:
+    """Returns the dtypes that each state may have."""
+    followed = [state.dtype in _STATE for state in o.state[1:]]
+    found = [_FOLLOWED if whole else _STATE for whole in followed]
+    return [*found, _STATE] if o.state else []
 
 
 def _fits(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_s3.kernels.compact import REMAINDER, join, read_states, split, write_states
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.kernels.statistics import Statistics, of_chunk
 
@@ -23,19 +24,23 @@ def step(
     *,
     lr: float | Tensor,
     weight_decay: float | Tensor,
+    seed: int = 0,
     statistics: Statistics | None = None,
     **hyperparameters: object,
 ) -> None:
     """Applies ``x <- (1 - lr * weight_decay) * x - lr * rule(g, *state)`` to every parameter.
 
     It computes in float64 for float64 parameters and in float32 for all others.  Tensors of other
-    dtypes are converted chunk by chunk, and the results are rounded to nearest.
+    dtypes are converted chunk by chunk, and the results are rounded to nearest; see
+    :mod:`megatron_s3.kernels.compact` for fractions and remainders.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
-        operands: parameters, gradients and states of any floating dtype.
+        operands: parameters, gradients and states of any floating dtype; a state may hold fractions
+            (int8), and a parameter remainders (int16) of its ``model_param`` in bfloat16.
         lr: learning rate, a number or a 0-dim tensor on the parameters' device.
         weight_decay: decoupled weight decay.
+        seed: the number of the step, on which the noise of stochastic rounding depends.
         statistics: the statistics to which those of the step are added.
         **hyperparameters: passed on to the rule.
     """
@@ -44,9 +49,10 @@ def step(
         size = _CHUNK.get(o.param.device.type, _LARGE_CHUNK)
         for begin in range(0, o.param.numel(), size):
             part = slice(begin, begin + size)
+            stored = [tensor[part] for tensor in o.state]
             # These are the tensors themselves where the dtypes agree, else copies to store later.
-            state = [tensor[part].to(dtype) for tensor in o.state]
-            x = o.param[part].to(dtype)
+            state = read_states(stored, dtype)
+            x = _read_param(o, part, dtype)
             grad = o.grad[part].to(dtype)
             update = rule(grad, *state, **hyperparameters)
             step = update * lr if statistics is not None else update.mul_(lr)
@@ -55,8 +61,21 @@ def step(
                 # torch.tensor would wait for the copy to a GPU.
                 row = torch.full((1,), o.row, device=x.device)
                 statistics.add(of_chunk(update, grad, x), row)
-            for tensor, new in zip((o.param, *o.state), (x, *state), strict=True):
-                if tensor.dtype != dtype:
-                    tensor[part] = new
-            if o.model_param is not None:
-                o.model_param[part] = x
+            write_states(stored, state, grad, seed)
+            _write_param(o, part, x)
+
+
+def _read_param(o: Operands, part: slice, dtype: torch.dtype) -> Tensor:
+    if o.param.dtype == REMAINDER and o.model_param is not None:
+        return join(o.model_param[part], o.param[part])
+    return o.param[part].to(dtype)
+
+
+def _write_param(o: Operands, part: slice, x: Tensor) -> None:
+    if o.param.dtype == REMAINDER and o.model_param is not None:
+        o.model_param[part], o.param[part] = split(x)
+        return
+    if o.param.dtype != x.dtype:
+        o.param[part] = x
+    if o.model_param is not None:
+        o.model_param[part] = x

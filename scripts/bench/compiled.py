@@ -30,8 +30,9 @@ class Variant:
     Attributes:
         form: the update rule and its hyperparameters.
         grad: dtype of the gradient.
-        state: dtype of all states.
+        state: a key of :data:`_STATES`.
         model: dtype of the model parameter; None if there is none.
+        param: dtype of the main parameter, which is int16 for remainders.
         statistics: whether the kernel computes statistics of the updates.
     """
 
@@ -40,6 +41,15 @@ class Variant:
     state: str = "fp32"
     model: str | None = "bf16"
     statistics: bool = False
+    param: str = "fp32"
+
+
+#: Dtypes of the states of a rule, which has at most four.
+_STATES = {
+    "fp32": (torch.float32,) * 4,
+    "bf16": (torch.bfloat16,) * 4,
+    "int8 and bf16": (torch.int8, torch.bfloat16),
+}
 
 
 def _s3(p: float = 3, **hyperparameters: object) -> Form:
@@ -64,6 +74,9 @@ VARIANTS = {
     "bf16 gradient, statistics": Variant(_s3(), grad="bf16", statistics=True),
     "bf16 states, statistics": Variant(_s3(), state="bf16", statistics=True),
     "bf16 both, statistics": Variant(_s3(), grad="bf16", state="bf16", statistics=True),
+    "int8 state": Variant(_s3(), grad="bf16", state="int8 and bf16"),
+    "int8 state, remainders": Variant(_s3(), "bf16", "int8 and bf16", param="int16"),
+    "the same, statistics": Variant(_s3(), "bf16", "int8 and bf16", "bf16", True, "int16"),
     "bounded, statistics": Variant(_s3(grad_bound=10.0), statistics=True),
     "fp32, bounded gradients": Variant(_s3(grad_bound=10.0)),
     "fp32, p=2": Variant(_s3(2)),
@@ -114,18 +127,19 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     from megatron_s3.kernels.gpu import kernel as gpu_kernel
     from megatron_s3.kernels.gpu import rules as gpu_rules
 
-    types = {"fp32": tl.float32, "bf16": tl.bfloat16, None: tl.float32}
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "int16": tl.int16, None: tl.float32}
     chosen = VARIANTS[variant]
     states = chosen.form.states
     kernel = gpu_kernel.step_kernel
+    stored = _STATES[chosen.state][:states]
     groups = 2  # with weight decay and without it
     constants = {
         "GROUPS": groups,
         "RULE": getattr(gpu_rules, chosen.form.name),
         "VARIANT": chosen.form.variant,
         "STATES": states,
-        "BF16": (1 << states) - 1 if chosen.state == "bf16" else 0,
-        "PARAM": tl.float32,
+        "STORED": gpu_kernel.stored(stored),
+        "PARAM": types[chosen.param],
         "GRAD": types[chosen.grad],
         "MODEL": types[chosen.model],
         "HAS_MODEL": chosen.model is not None,
@@ -136,7 +150,7 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     }
     pointers = {"table": "*i64", "chunks": "*i32", "rates": "*fp32", "partials": "*fp64"}
     types_of = pointers | dict.fromkeys(constants, "constexpr")
-    types_of["host_rates"] = ("fp32",) * (2 * groups)
+    types_of["host_rates"] = ("fp32",) * ((3 if torch.int8 in stored else 2) * groups)
     types_of["scalars"] = ("fp32",) * len(chosen.form.scalars)
     names = kernel.arg_names
     source = ASTSource(
@@ -148,7 +162,9 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
     binary = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options=gpu_kernel.launch_options(chosen.form, statistics=chosen.statistics),
+        options=gpu_kernel.launch_options(
+            chosen.form, statistics=chosen.statistics, fractions=torch.int8 in stored
+        ),
     )
     return _read(
         binary.asm["cubin"],

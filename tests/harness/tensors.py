@@ -1,6 +1,7 @@
 """Tensors of tests: made, compared to the bit, and read from a checkpoint."""
 
 import contextlib
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_s3.kernels.compact import FRACTION, split, values_of_fractions
 from megatron_s3.kernels.operands import Operands
 
 from .models import ITERATIONS
@@ -19,6 +21,7 @@ __all__ = [
     "assert_same",
     "bits",
     "bitwise",
+    "compact",
     "contents",
     "copied",
     "misaligned",
@@ -66,6 +69,41 @@ def copied(operands: Operands) -> Operands:
     )
 
 
+def compact(
+    count: int,
+    *,
+    grad: torch.dtype = torch.float32,
+    norm: torch.dtype = torch.bfloat16,
+    remainders: bool = False,
+    fractions: bool = True,
+    seed: int = 0,
+) -> Operands:
+    """Returns S3's operands with fractions and remainders, of all magnitudes, NaN and inf.
+
+    Args:
+        count: number of elements.
+        grad, norm: dtypes of the gradient and of ``exp_pnorm``.
+        remainders: whether the main parameter holds remainders of the model's.
+        fractions: whether ``exp_avg`` holds fractions of ``exp_pnorm``.
+        seed: seed of all values.
+    """
+    g, r = numbers(count, seed + 1, grad), numbers(count, seed + 3, norm).abs()
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (count,), generator=generator).to(FRACTION)
+    if count > 20:
+        g[[2, 7, 9]] = torch.tensor([math.nan, math.inf, -math.inf]).to(grad)
+        r[3], r[5], g[4] = math.nan, math.inf, 0.0
+    x = torch.randn(count, generator=generator)
+    m = codes if fractions else values_of_fractions(codes.clamp(min=-127), r).to(norm)
+    high, low = split(x)
+    return Operands(
+        misaligned(low if remainders else x),
+        misaligned(g),
+        (misaligned(m), misaligned(r)),
+        misaligned(high) if remainders else None,
+    )
+
+
 def written(operands: Operands) -> list[torch.Tensor]:
     """Returns what a kernel writes: the parameter, the states and, if there is one, the model's."""
     model = [] if operands.model_param is None else [operands.model_param]
@@ -74,6 +112,8 @@ def written(operands: Operands) -> list[torch.Tensor]:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the bits, the sign of zero included; every NaN alike (torch's have several)."""
+    if not tensor.is_floating_point():
+        return tensor
     integers = tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
     return integers.masked_fill(tensor.isnan(), -1)
 

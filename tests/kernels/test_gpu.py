@@ -19,7 +19,7 @@ from megatron_s3.kernels import gpu, portable
 from megatron_s3.kernels.operands import Operands
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update
-from tests.harness.tensors import copied
+from tests.harness.tensors import assert_same, compact, copied
 from tests.kernels.rules import CASES
 
 triton = pytest.importorskip("triton")
@@ -177,6 +177,19 @@ def test_dtypes(grad: torch.dtype, states: Any, model: torch.dtype | None) -> No
     check([operands(chunk() + 1000, grad=grad, states=states, model=model)])
 
 
+@pytest.mark.parametrize("remainders", [False, True])
+def test_fractions_and_remainders(remainders: bool) -> None:
+    """In both loops: bitwise what torch operations store (the interpreter's bfloat16 is cut)."""
+    o = compact(chunk() + 1000, norm=F32, remainders=remainders)
+    tensors = (o.param, o.grad, *o.state, *([o.model_param] if remainders else []))
+    x, g, m, r, *model = (tensor.to(DEVICE) for tensor in tensors)
+    o = Operands(x, g, (m, r), *model)
+    other = copied(o)
+    gpu.step(s3_update, [o], seed=7, **OPTIONS)
+    portable.step(s3_update, [other], seed=7, **OPTIONS)
+    assert_same(o, other)
+
+
 @pytest.mark.parametrize("param", [BF16, F16], ids=str)
 @pytest.mark.parametrize("grad", [F32, BF16], ids=str)
 def test_half_precision_parameters(param: torch.dtype, grad: torch.dtype) -> None:
@@ -288,7 +301,7 @@ def test_either_rate_may_be_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     for rates in ({}, {"lr": on_device}, {"weight_decay": on_device}):
         gpu.step(s3_update, [operands(9)], **OPTIONS | rates)
     assert [rates is not None for rates in launches] == [False, True, True]
-    assert launches[2].tolist() == torch.tensor([0.01, 1 - 0.01 * 0.25]).tolist()
+    assert launches[2].tolist() == torch.tensor([0.01, 1 - 0.01 * 0.25, 0]).tolist()
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
@@ -298,9 +311,9 @@ def test_groups_with_rates_of_their_own_share_a_launch(
     """Bitwise a launch for each; statistics too, in rows of their own."""
     launches, launch = [], gpu._launch
     monkeypatch.setattr(gpu, "_launch", lambda *a: (launches.append(a), launch(*a)))
-    rates = [(0.01, 0.1), (0.02, 0.0), (0.5, 0.7)]
+    rates = [(0.01, 0.1, 1), (0.02, 0.0, 1), (0.5, 0.7, 2)]
     if where == "device":
-        rates[1] = (torch.tensor(0.02, device=DEVICE), 0.0)
+        rates[1] = (torch.tensor(0.02, device=DEVICE), 0.0, 1)
     numbers = {"beta": 0.95, "p": 3.0}
     found = []
     for together in (True, False):

@@ -90,7 +90,7 @@ class Executed:
         self,
         rule: Callable[..., Tensor],
         groups: Sequence[Sequence[Operands]],
-        rates: Sequence[tuple[Any, Any]],
+        rates: Sequence[tuple[Any, Any, int]],
         **numbers: Any,
     ) -> None:
         """Takes a step of several param groups by the kernel's ``Prepared``."""

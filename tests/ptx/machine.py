@@ -281,6 +281,17 @@ class _Program:
     def bits(self, operand: str, size: int) -> Lanes:
         """An operand's bits in each lane."""
         found = self.registers.get(operand)
+        if operand.startswith("{"):  # the first register is the lowest part
+            names = _names(operand)
+            size //= len(names)
+            # A part that nothing set is one that nothing reads; whatever does finds this.
+            unset = np.full(len(self.lane), 0xDEAD, _BITS[2]).astype(_BITS[size])
+            parts = [
+                self.bits(name, size) if name[0] != "%" or name in self.registers else unset
+                for name in names
+            ]
+            size *= len(names)
+            return np.ascontiguousarray(np.stack(parts, 1)).view(_BITS[size])[:, 0]
         if found is not None:
             return found if found.dtype.itemsize == size else found.astype(_BITS[size])
         if operand.startswith(("0f", "0d")):
@@ -396,11 +407,6 @@ class _Program:
             parts = whole.view(_BITS[size // len(names)]).reshape(-1, len(names))
             for i, name in enumerate(names):
                 self.put(name, parts[:, i], active)
-        elif source[0] == "{":
-            names = _names(source)
-            parts = [self.bits(name, size // len(names)) for name in names]
-            whole = np.ascontiguousarray(np.stack(parts, 1)).view(_BITS[size])[:, 0]
-            self.put(to, whole, active)
         else:
             self.put(to, self.bits(source, size), active)
 
@@ -416,6 +422,8 @@ class _Program:
                 result = (halves[0].astype(np.uint32) << 16) | halves[1]
         elif how == ["rzi"] and (target, source) == ("s32", "f32"):
             result = _truncated(self.value(given[0], source))
+        elif how == ["rzi"] and (target, source) == ("f32", "f32"):
+            result = np.trunc(self.value(given[0], source))
         elif (how == ["rn"] and target[0] == "f" and source[0] in "su") or (
             not how and (source, target[0]) in (("bf16", "f"), ("f16", "f"), ("f32", "f"))
         ):

@@ -20,7 +20,7 @@ from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.s3 import s3_update
 from scripts.acceptance.kernels import OPTIONS, VARIANTS, Case, Placed, compare, counted
 from scripts.acceptance.kernels import _cases as combinations
-from tests.harness.tensors import copied
+from tests.harness.tensors import assert_same, compact, copied
 from tests.harness.trainer import brief
 from tests.kernels.rules import CASES
 from tests.ptx import launch
@@ -146,12 +146,12 @@ def test_extreme_magnitudes_and_what_is_not_finite(executed: launch.Executed, va
 
 def test_groups_with_rates_of_their_own(executed: launch.Executed) -> None:
     """One launch, and the bits of a step a group."""
-    rates = [(0.01, 0.1), (0.02, 0.0), (0.5, 0.7)]
+    rates = [(0.01, 0.1, 1), (0.02, 0.0, 2), (0.5, 0.7, 3)]
     groups = [[Placed(300, Case(), "cpu", seed=i).operands] for i in range(3)]
     alone = [[copied(o) for o in group] for group in groups]
     executed.step_groups(s3_update, groups, rates, **NUMBERS)
     assert len(executed.kernels) == 1
-    for (ours,), (theirs,), (lr, decay) in zip(groups, alone, rates, strict=True):
+    for (ours,), (theirs,), (lr, decay, _) in zip(groups, alone, rates, strict=True):
         portable.step(s3_update, [theirs], lr=lr, weight_decay=decay, **NUMBERS)
         for a, b in zip((ours.param, *ours.state), (theirs.param, *theirs.state), strict=True):
             assert torch.equal(a, b)
@@ -161,6 +161,19 @@ def test_groups_with_rates_of_their_own(executed: launch.Executed) -> None:
 def test_half_precision_parameters(executed: launch.Executed, param: torch.dtype) -> None:
     o = Placed(CHUNK + 5, Case(model=None), "cpu").operands
     check(executed, s3_update, [replace(o, param=o.param.to(param))], **OPTIONS)
+
+
+@pytest.mark.parametrize("remainders", [False, pytest.param(True)])
+def test_fractions_and_remainders(executed: launch.Executed, remainders: bool) -> None:
+    """In both loops, for groups with seeds of their own: bitwise what torch operations store."""
+    rates = [(0.01, 0.1, 3), (0.02, 0.0, (1 << 24) - 1)]
+    groups = [[compact(n, grad=BF16, remainders=remainders)] for n in (129, CHUNK + 77)]
+    alone = [[copied(o) for o in group] for group in groups]
+    executed.step_groups(s3_update, groups, rates, **NUMBERS)
+    assert len(executed.kernels) == 1
+    for (ours,), (theirs,), (lr, decay, seed) in zip(groups, alone, rates, strict=True):
+        portable.step(s3_update, [theirs], lr=lr, weight_decay=decay, seed=seed, **NUMBERS)
+        assert_same(ours, theirs)
 
 
 @pytest.mark.thorough

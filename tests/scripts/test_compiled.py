@@ -77,7 +77,9 @@ def test_with_statistics_a_multiprocessor_holds_three_programs(
 def test_only_statistics_limit_registers_and_only_of_small_rules() -> None:
     """A limit would cost the others a third of their threads, or spills."""
     limited = {
-        name: kernel.launch_options(variant.form, statistics=statistics).get("maxnreg")
+        name: kernel.launch_options(
+            variant.form, statistics=statistics, fractions="int8" in variant.state
+        ).get("maxnreg")
         for statistics in (False, True)
         for name, variant in VARIANTS.items()
         if not statistics or variant.statistics or name in ("fp32, p=2", "adan", "lion")
@@ -85,6 +87,19 @@ def test_only_statistics_limit_registers_and_only_of_small_rules() -> None:
     small = {name for name, limit in limited.items() if limit is not None}
     assert small == {*COPIED, "lion"}
     assert compile_kernel("fp32", 90).registers <= 40
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", ["int8 state, remainders", "the same, statistics"])
+def test_seven_bytes(variant: str, capability: int) -> None:
+    """Exact: 16 bytes of traffic an element in accesses of four elements, without spills."""
+    compiled = compile_kernel(variant, capability)
+    copied = variant.endswith("statistics")
+    # Of gradient, parameter, remainder and exp_pnorm; and of exp_avg (and its tail in the table).
+    assert (compiled.copies if copied else compiled.loads)[64] == (12 if copied else 8 + 4)
+    assert compiled.stores[64] >= 3
+    assert not compiled.stores.keys() & {128}
+    assert compiled.spills == compiled.stack == 0
 
 
 @pytest.mark.parametrize("variant", ["nadam", "adan", "lion", "sgdm", "signsgd"])

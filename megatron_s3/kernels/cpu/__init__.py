@@ -51,6 +51,7 @@ def step(
     *,
     lr: float | Tensor,
     weight_decay: float | Tensor,
+    seed: int = 0,
     statistics: Statistics | None = None,
     **hyperparameters: object,
 ) -> None:
@@ -62,12 +63,13 @@ def step(
         rule, operands, **hyperparameters: arguments for which :func:`reason` returns None.
         lr: learning rate, a number or a 0-dim tensor on the CPU.
         weight_decay: decoupled weight decay.
+        seed: the number of the step, on which the noise of stochastic rounding depends.
         statistics: the statistics to which those of the step are added.
 
     Raises:
         RuntimeError: there is no compiled kernel.
     """
-    Prepared([operands]).step(rule, [(lr, weight_decay)], statistics, **hyperparameters)
+    Prepared([operands]).step(rule, [(lr, weight_decay, seed)], statistics, **hyperparameters)
     note_writes(operands)
 
 
@@ -92,7 +94,7 @@ class Prepared:
     def step(
         self,
         rule: Callable[..., Tensor],
-        rates: Sequence[tuple[float | Tensor, float | Tensor]],
+        rates: Sequence[tuple[float | Tensor, float | Tensor, int]],
         statistics: Statistics | None = None,
         **hyperparameters: object,
     ) -> None:
@@ -100,7 +102,7 @@ class Prepared:
 
         Args:
             rule, statistics, **hyperparameters: see :func:`step`.
-            rates: learning rate and weight decay of each group.
+            rates: learning rate, weight decay and seed of each group.
 
         Raises:
             RuntimeError: there is no compiled kernel.
@@ -110,8 +112,9 @@ class Prepared:
         if isinstance(given, str) or isinstance(library, str):
             raise RuntimeError(library)
         chunk_of = _chunk_of(library, given.name, given.variant)
-        for table, (lr, decay) in zip(self._groups, rates, strict=True):
-            numbers = (float(lr), float(1 - lr * decay), *given.scalars)
+        for table, (lr, decay, seed) in zip(self._groups, rates, strict=True):
+            # A float32 is exact below 2**24.
+            numbers = (float(lr), float(1 - lr * decay), seed % (1 << 24), *given.scalars)
             table.step(library, chunk_of, numbers, statistics)
 
 

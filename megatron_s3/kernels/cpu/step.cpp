@@ -34,13 +34,16 @@ constexpr int64_t CHUNK = 1 << 16;  // elements to a row of statistics
 
 typedef float Float __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Int __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));  // whose sums may overflow
 typedef uint16_t Half __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t Byte __attribute__((vector_size(WIDTH)));
 typedef Float Floats[LANES];
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH for (int k = 0; k < LANES; ++k)
 
-enum Dtype : int64_t { NONE, FLOAT32, BFLOAT16, FLOAT16 };
+// FRACTION and REMAINDER: int8 and int16, see megatron_s3/kernels/compact.py.
+enum Dtype : int64_t { NONE, FLOAT32, BFLOAT16, FLOAT16, FRACTION, REMAINDER };
 
 // What operands.py has of each tensor and the step's table has, all fields of 8 bytes.
 struct Array {
@@ -56,12 +59,14 @@ struct Operands {
 
 // Begins every rule's Scalars.
 struct Rates {
-  float lr, decay;
+  float lr, decay, seed;
 };
 
 #include "declarations.h"  // made from the rules' KernelForms
 
-INLINE int64_t size_of(Dtype dtype) { return dtype == NONE ? 0 : dtype == FLOAT32 ? 4 : 2; }
+INLINE int64_t size_of(Dtype dtype) {
+  return dtype == NONE ? 0 : dtype == FLOAT32 ? 4 : dtype == FRACTION ? 1 : 2;
+}
 
 // ---- loading and storing -----------------------------------------------------------------------
 
@@ -168,6 +173,73 @@ INLINE void store(const Array& array, int64_t i, const Floats& values) {
     if (!write_bfloat16(to, values)) EACH write(to + k * sizeof(Half), to_bfloat16(values[k]));
   } else if (array.dtype == FLOAT16) {
     EACH write(to + k * sizeof(Half), to_float16(values[k]));
+  }
+}
+
+// ---- fewer bytes: megatron_s3/kernels/compact.py -------------------------------------------------
+
+constexpr float LARGEST = 127;
+
+INLINE void load_fractions(Floats& out, const Array& array, int64_t i, const Floats& whole) {
+  const char* from = array.data + i;
+  EACH {
+    const Byte codes = read<Byte>(from + k * sizeof(Byte));
+    out[k] = __builtin_convertvector(__builtin_convertvector(codes, Int), Float);
+    out[k] = out[k] * (1 / LARGEST) * whole[k];
+  }
+}
+
+INLINE Bits mixed(Bits h, int shift, uint32_t factor) { return (h ^ (h >> shift)) * factor; }
+
+// Multiples of 2**-16 in [0, 1).
+INLINE Float noise(const Float& grad, const Float& whole, float seed) {
+  Bits h = (Bits)grad * 0x9e3779b1 ^ (Bits)whole * 0x85ebca6b;
+  h ^= uint32_t(seed) * 0xc2b2ae35;
+  h = mixed(mixed(h, 15, 0x7feb352d), 15, 0x846ca68b);
+  h = (h ^ (h >> 16)) >> 16;
+  return __builtin_convertvector((Int)h, Float) * 0x1p-16f;
+}
+
+INLINE Float floor(const Float& x) {
+  const Int cut = __builtin_convertvector(x, Int);
+  return __builtin_convertvector(cut + (__builtin_convertvector(cut, Float) > x), Float);
+}
+
+// whole: as it is stored.
+INLINE void store_fractions(const Array& array, int64_t i, const Floats& values,
+                            const Floats& whole, const Floats& noise) {
+  char* to = array.data + i;
+  EACH {
+    Float x = values[k] / whole[k] * LARGEST;
+    x = (Float)((Int)x & (x == x) & (whole[k] != 0.0f));
+    x = at_least(at_most(x, Float{} + LARGEST), Float{} - LARGEST);
+    x = at_least(at_most(floor(x + noise[k]), Float{} + LARGEST), Float{} - LARGEST);
+    write(to + k * sizeof(Byte), __builtin_convertvector(__builtin_convertvector(x, Int), Byte));
+  }
+}
+
+// States in bfloat16 have no denormal numbers.
+INLINE void flush(Floats& values) {
+  EACH values[k] = (Float)((Int)values[k] & ~(((Int)values[k] & 0x7fffffff) < 0x00800000));
+}
+
+INLINE void load_joined(Floats& out, const Array& high, const Array& low, int64_t i) {
+  EACH {
+    const int64_t at = (i + k * WIDTH) * 2;
+    const Bits upper = (Bits)widened(read<Half>(high.data + at)) << 16;
+    const Int lower = (Int)((Bits)widened(read<Half>(low.data + at)) << 16) >> 16;
+    out[k] = (Float)(upper + (Bits)lower);
+  }
+}
+
+INLINE void store_split(const Array& high, const Array& low, int64_t i, const Floats& values) {
+  EACH {
+    const int64_t at = (i + k * WIDTH) * 2;
+    const Bits bits = (Bits)values[k];
+    const Int number = values[k] == values[k];
+    const Bits upper = number ? (bits + 0x8000) >> 16 : bits >> 16 | 0x40;
+    write(high.data + at, narrowed((Int)upper));
+    write(low.data + at, narrowed((Int)bits & number));
   }
 }
 
@@ -298,6 +370,32 @@ struct Statistics {
   }
 };
 
+template <int STATES>
+INLINE void load_state(Floats (&state)[STATES], const Operands& o, int64_t i, int j) {
+  if (j + 1 < STATES && o.state[j].dtype == FRACTION) {
+    load_fractions(state[j], o.state[j], i, state[j + 1]);
+  } else {
+    load(state[j], o.state[j], i);
+  }
+}
+
+// The state after it has been stored, and is as it was before it was rounded.
+template <int STATES>
+INLINE void store_state(Floats (&state)[STATES], const Operands& o, int64_t i, int j,
+                        const Floats& grad, float seed) {
+  if (j + 1 < STATES && o.state[j].dtype == FRACTION) {
+    Floats whole, random;
+    EACH random[k] = noise(grad[k], state[j + 1][k], seed);
+    load(whole, o.state[j + 1], i);
+    store_fractions(o.state[j], i, state[j], whole, random);
+  } else {
+    Floats stored;
+    EACH stored[k] = state[j][k];
+    if (o.state[j].dtype == BFLOAT16) flush(stored);
+    store(o.state[j], i, stored);
+  }
+}
+
 // Elements from begin to end, whole blocks; of a block `count` elements enter the statistics.
 template <class Rule>
 __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, int64_t end,
@@ -308,14 +406,20 @@ __attribute__((noinline)) void blocks(const Operands& operands, int64_t begin, i
     Floats g, x, u, state[Rule::STATES];
     load(g, o.grad, i);
 #pragma GCC unroll 4
-    for (int j = 0; j < Rule::STATES; ++j) load(state[j], o.state[j], i);
+    for (int j = Rule::STATES - 1; j >= 0; --j) load_state(state, o, i, j);
     Rule::update(u, state, g, s);
 #pragma GCC unroll 4
-    for (int j = 0; j < Rule::STATES; ++j) store(o.state[j], i, state[j]);
-    load(x, o.param, i);
-    EACH x[k] = x[k] * s.decay - s.lr * u[k];
-    store(o.param, i, x);
-    if (o.model_param.dtype != NONE) store(o.model_param, i, x);
+    for (int j = Rule::STATES - 1; j >= 0; --j) store_state(state, o, i, j, g, s.seed);
+    if (o.param.dtype == REMAINDER) {
+      load_joined(x, o.model_param, o.param, i);
+      EACH x[k] = x[k] * s.decay - s.lr * u[k];
+      store_split(o.model_param, o.param, i, x);
+    } else {
+      load(x, o.param, i);
+      EACH x[k] = x[k] * s.decay - s.lr * u[k];
+      store(o.param, i, x);
+      if (o.model_param.dtype != NONE) store(o.model_param, i, x);
+    }
     if (statistics && count == BLOCK) statistics->add(u, g, x);
     if (statistics && count < BLOCK) statistics->add_some(u, g, x, count);
   }

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_s3.kernels.compact import FRACTION, REMAINDER
 from megatron_s3.kernels.operands import Operands, fault, note_writes
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.kernel_form import Form, KernelForm, form
@@ -100,6 +101,7 @@ def step(
     *,
     lr: float | Tensor,
     weight_decay: float | Tensor,
+    seed: int = 0,
     statistics: Statistics | None = None,
     **hyperparameters: object,
 ) -> None:
@@ -115,9 +117,10 @@ def step(
         rule, operands, **hyperparameters: arguments for which :func:`reason` returns None.
         lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
         weight_decay: decoupled weight decay, likewise.
+        seed: the number of the step, on which the noise of stochastic rounding depends.
         statistics: the statistics to which those of the step are added.
     """
-    Prepared([operands]).step(rule, [(lr, weight_decay)], statistics, **hyperparameters)
+    Prepared([operands]).step(rule, [(lr, weight_decay, seed)], statistics, **hyperparameters)
     note_writes(operands)
 
 
@@ -151,7 +154,7 @@ class Prepared:
     def step(
         self,
         rule: Callable[..., Tensor],
-        rates: Sequence[tuple[float | Tensor, float | Tensor]],
+        rates: Sequence[tuple[float | Tensor, float | Tensor, int]],
         statistics: Statistics | None = None,
         **hyperparameters: object,
     ) -> None:
@@ -159,17 +162,18 @@ class Prepared:
 
         Args:
             rule, statistics, **hyperparameters: see :func:`step`.
-            rates: learning rate and weight decay of each group.
+            rates: learning rate, weight decay and seed of each group.
         """
         device = self._device
         if device is None:
             return
-        numbers = [number for lr, decay in rates for number in (lr, 1 - lr * decay)]
+        # A float32 holds a seed exactly below 2**24; as an int it would be a variant of the kernel.
+        numbers = [n for lr, decay, seed in rates for n in (lr, 1 - lr * decay, seed % (1 << 24))]
         # Values on the device are not read here; values on the CPU are arguments of the launch.
         on_device = None
-        if any(isinstance(n, Tensor) and n.device == device for pair in rates for n in pair):
+        if any(isinstance(n, Tensor) and n.device == device for each in rates for n in each):
             on_device = torch.stack([_on(device, number) for number in numbers])
-        host = tuple(map(float, numbers)) if on_device is None else (0.0, 1.0) * len(rates)
+        host = tuple(map(float, numbers)) if on_device is None else (0.0, 1.0, 0.0) * len(rates)
         given = form(rule, hyperparameters)
         if isinstance(given, str):
             raise RuntimeError(f"the Triton kernel does not have {given}")
@@ -220,8 +224,12 @@ def _launch(
 
     types: dict[torch.dtype | None, Any] = {
         torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+        REMAINDER: tl.int16,
     }  # fmt: skip
     param, grad, model, *states = dtypes
+    groups = len(host_rates) // 3
+    if FRACTION not in states:
+        host_rates = tuple(rate for i, rate in enumerate(host_rates) if i % 3 < 2)
     gpu_kernel.step_kernel[(plan.programs,)](
         plan.table,
         plan.chunks,
@@ -230,11 +238,11 @@ def _launch(
         # Triton compiles another variant for an int, and treats 1 as a constant.
         host_rates,
         tuple(map(float, given.scalars)),
-        GROUPS=len(host_rates) // 2,
+        GROUPS=groups,
         RULE=_function(given.kernel),
         VARIANT=given.variant,
         STATES=given.states,
-        BF16=sum((dtype == torch.bfloat16) << i for i, dtype in enumerate(states)),
+        STORED=gpu_kernel.stored(states),
         PARAM=types[param],
         GRAD=types[grad],
         MODEL=types.get(model, tl.float32),
@@ -243,7 +251,9 @@ def _launch(
         STATISTICS=partials is not None,
         CHUNK=gpu_kernel.CHUNK,
         BLOCK=gpu_kernel.BLOCK,
-        **gpu_kernel.launch_options(given, statistics=partials is not None),
+        **gpu_kernel.launch_options(
+            given, statistics=partials is not None, fractions=FRACTION in states
+        ),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from megatron_s3.kernels.compact import FRACTION, REMAINDER
 from megatron_s3.optimizers.arguments import hyperparameters_of
 from megatron_s3.optimizers.checks import (
     check_decay,
@@ -26,6 +27,7 @@ from megatron_s3.optimizers.movable import MovableState
 from megatron_s3.optimizers.registry import OPTIMIZERS
 from megatron_s3.optimizers.step import Past, Step
 from megatron_s3.optimizers.torch_keywords import translated
+from megatron_s3.optimizers.values import values
 
 __all__ = ["ElementwiseOptimizer"]
 
@@ -332,6 +334,9 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         if "master_param" not in state:
             if offload := self.host.offload_of(param):
                 state["master_param"] = offload.master(param)
+            elif self.host.keeps_remainder(param):
+                with torch.inference_mode(False):
+                    state["master_param"] = torch.zeros_like(param, dtype=REMAINDER)
             elif self.host.keeps_master(param):
                 state["master_param"] = param.detach().to(torch.float32, copy=True)
         device = self.host.device_of(param)
@@ -345,7 +350,9 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
     def _state_dtype(self, name: str, param: Tensor) -> torch.dtype:
         if param.dtype == torch.float64:
             return torch.float64
-        return torch.float32 if name == "master_param" else self.state_dtypes[name]
+        if name == "master_param":
+            return REMAINDER if self.host.keeps_remainder(param) else torch.float32
+        return self.state_dtypes[name]
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the rule's keyword arguments for the next step of a group of this algorithm."""
@@ -411,9 +418,27 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         """Returns torch's state dict, with ``steps`` in groups whose numbers of updates differ.
 
         ``steps`` is a list parallel to ``params``; without it, each parameter's number is the
-        group's ``step``.
+        group's ``step``.  Its tensors hold values: those of states in int8 are copies in bfloat16
+        (such groups have an entry ``fractions``), and those of ``master_param`` in int16 copies in
+        float32.  All others are the optimizer's own.
         """
+        saved = self.saved_groups()
+        states = saved["state"]
+        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+            description = self.algorithm_of(own).description
+            for index, param in zip(group["params"], own["params"], strict=True):
+                if index in states:
+                    states[index] = values(description, param, states[index])
+        return saved
+
+    def saved_groups(self) -> dict[str, Any]:
+        """Returns :meth:`state_dict` with the tensors in the form in which they are stored."""
         saved = super().state_dict()
+        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+            fractions = self.algorithm_of(own).description.fractions
+            stored = {n: of for n, of in fractions.items() if self.state_dtypes.get(n) == FRACTION}
+            if stored:
+                group["fractions"] = stored
         for index in self.counts.save(self.param_groups, saved["param_groups"]):
             saved["param_groups"][index]["format"] = FORMAT_WITH_STEPS
         return saved
@@ -421,12 +446,14 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as torch does, with hooks, after checking that it fits.
 
-        A state that was saved in another dtype is converted with a warning.
+        A state that was saved in another dtype is converted with a warning.  A main parameter that
+        is stored in int16 also sets its parameter.
 
         Raises:
             ValueError: the state is of another optimizer or a newer version, was computed with
                 another value of a hyperparameter that defines it (``p``), or holds a tensor that
-                does not fit its parameter (shape, type of dtype, layout).  Nothing is loaded.
+                does not fit its parameter (shape, type of dtype, layout), or that exceeds the state
+                of which int8 would hold fractions.  Nothing is loaded.
         """
         loading = Loading(self)
         hooks = (

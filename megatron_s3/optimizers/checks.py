@@ -59,9 +59,15 @@ def rate(name: str, value: Any, most: float = LARGEST) -> float | Tensor | None:
     return number
 
 
-def rates(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a group's learning rate and weight decay for a step."""
-    return {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
+def rates(group: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Returns a group's learning rate, weight decay and seed of stochastic rounding for a step.
+
+    Args:
+        group: the param group.
+        step: the number of the step, counted from 1.
+    """
+    found = {name: rate(name, group[name], math.inf) for name in ("lr", "weight_decay")}
+    return found | {"seed": step}
 
 
 def _check_range(name: str, number: float, most: float, value: Any = None) -> None:
@@ -98,13 +104,19 @@ def of_shape(param: Tensor) -> str:
     return "" if is_lazy(param) else f", of shape {tuple(param.shape)},"
 
 
-def state_fault(param: Tensor, state: Any, device: torch.device | None = None) -> str | None:
+def state_fault(
+    param: Tensor,
+    state: Any,
+    device: torch.device | None = None,
+    stored: torch.dtype | None = None,
+) -> str | None:
     """Returns why a tensor cannot be a parameter's state, as the end of a message; or None.
 
     Args:
         param: the parameter; one that is not initialized yet may have any shape.
         state: the tensor to check.
         device: the device on which it must be; None if it will be moved there.
+        stored: a dtype that it may have beside floating ones.
     """
     if not isinstance(state, Tensor):
         return f"is of type {type(state).__name__}; a tensor is needed"
@@ -114,7 +126,7 @@ def state_fault(param: Tensor, state: Any, device: torch.device | None = None) -
         return f"is {state.layout}; a dense tensor is needed"
     if not is_lazy(param) and state.shape != param.shape:
         return f"has shape {tuple(state.shape)}"
-    if not state.is_floating_point():
+    if not state.is_floating_point() and state.dtype != stored:
         return f"is {state.dtype}; a real floating-point tensor is needed"
     if device is not None and state.device != device:
         return f"is on {state.device}, not on {device}"

@@ -6,8 +6,8 @@ checkpoints and its checks read the description; none of them names an optimizer
 
 import math
 import numbers
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -139,6 +139,8 @@ class Description:
             momentum, if none has that name: the coefficient of the gradient's average.
         from_adam: the conversion of ``megatron-s3 convert`` from AdamW's state and back; None if
             the state cannot be converted.
+        fractions: the states that may be stored in int8, as fractions of the state after them,
+            which they never exceed in magnitude; with the name of the other.
     """
 
     name: str
@@ -150,3 +152,4 @@ class Description:
     bound: Callable[..., float | None] = lambda **hyperparameters: None
     momentum: str | None = None
     from_adam: FromAdam | None = None
+    fractions: Mapping[str, str] = field(default_factory=dict)

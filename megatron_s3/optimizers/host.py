@@ -18,6 +18,9 @@ class Host:
     Attributes:
         master_params: whether half-precision parameters are rounded copies of a float32
             ``master_param`` in their state.
+        remainders: whether the ``master_param`` of a bfloat16 parameter is stored as what the
+            parameter lacks of it, in int16 (see :mod:`megatron_s3.kernels.compact`); not with
+            ``offload``.
         offload: the parameters that the CPU updates, if any; their states and ``master_param`` are
             in the CPU's memory.
         model_params: for each parameter, a tensor that also receives its new value, rounded to its
@@ -31,6 +34,7 @@ class Host:
     """
 
     master_params: bool = False
+    remainders: bool = False
     offload: Offload | None = None
     model_params: dict[Tensor, Tensor] = field(default_factory=dict)
     statistics: Statistics | None = None
@@ -46,6 +50,10 @@ class Host:
         if self.master_params and param.dtype in (torch.bfloat16, torch.float16):
             return True
         return self.offload_of(param) is not None
+
+    def keeps_remainder(self, param: Tensor) -> bool:
+        """Returns whether the ``master_param`` in the parameter's state is stored in int16."""
+        return self.remainders and self.master_params and param.dtype == torch.bfloat16
 
     def device_of(self, param: Tensor) -> torch.device:
         """Returns the device of the parameter's states."""

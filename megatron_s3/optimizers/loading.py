@@ -5,13 +5,21 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from megatron_s3.kernels.compact import FRACTION, REMAINDER
 from megatron_s3.optimizers.checks import of_shape, state_fault
 from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description
 from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
+from megatron_s3.optimizers.values import excess, put
 
 __all__ = ["Loading", "check_stamps"]
+
+#: The dtypes of states that do not hold their values.
+_CODED = (FRACTION, REMAINDER)
+#: Conversions that lose nothing of what such a state held when it was saved.
+_EXACT = ((torch.bfloat16, FRACTION), (torch.float32, REMAINDER))
 
 
 class Loading:
@@ -31,7 +39,7 @@ class Loading:
 
     def __init__(self, optimizer: Any) -> None:
         self.converted: set[str] = set()
-        self._states: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._states: list[tuple[Description, Tensor, dict[str, Tensor]]] = []
         self._own = [
             {
                 h.name: group[h.name]
@@ -63,7 +71,7 @@ class Loading:
                 taken = dict(self._checked(optimizer, description, param, rest[i], index))
                 drop = {*description.state, "master_param"}
                 rest[i] = {name: value for name, value in rest[i].items() if name not in drop}
-                self._states.append((param, taken))
+                self._states.append((description, param, taken))
         return state_dict | {"state": rest}
 
     @staticmethod
@@ -85,23 +93,36 @@ class Loading:
                         f"{fault}. Nothing was loaded."
                     )
                 yield name, saved[name]
+        for name in () if missing else description.fractions:
+            if optimizer.place(name, param)[1] != FRACTION:
+                continue
+            if fault := excess(description, name, saved):
+                raise ValueError(
+                    f"{label}: the {name} to load for parameter {index}{of_shape(param)} "
+                    f"{fault}. Nothing was loaded."
+                )
 
     def put(self, optimizer: Any) -> None:
         """Stores the states, each in the optimizer's dtype and on the right device."""
         for group in optimizer.param_groups:
             group["format"] = FORMAT
+            group.pop("fractions", None)
         optimizer.counts.load(optimizer.param_groups)
         if optimizer.host.keep_hyperparameters:
             for group, values in zip(optimizer.param_groups, self._own, strict=True):
                 group.update(values)
-        for param, tensors in self._states:
+        for description, param, tensors in self._states:
+            state = optimizer.state[param]
             for name, tensor in tensors.items():
                 device, dtype = optimizer.place(name, param)
-                if tensor.dtype != dtype:
+                if tensor.dtype != dtype and (tensor.dtype, dtype) not in _EXACT:
                     self.converted.add(f"{name} from {tensor.dtype} to {dtype}")
                 # As in torch, a tensor that is neither cast nor moved is shared.
                 copy = dtype != param.dtype and device == param.device
-                optimizer.state[param][name] = tensor.to(device, dtype, copy=copy)
+                state[name] = tensor.to(device, dtype, copy=copy)
+            # Values of other dtypes than their states', which a cast does not convert.
+            coded = {n: tensor for n, tensor in tensors.items() if state[n].dtype in _CODED}
+            put(description, param, state, coded)
 
 
 def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:

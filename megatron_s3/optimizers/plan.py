@@ -188,7 +188,7 @@ class Plans:
         for group in groups:
             group["step"] += 1
         for call in plan.calls:
-            its_rates = [tuple(rates(groups[i]).values()) for i in call.groups]
+            its_rates = [tuple(rates(groups[i], groups[i]["step"]).values()) for i in call.groups]
             values_of_all = values[call.groups[0]]
             call.prepared.step(call.rule, its_rates, host.statistics, **values_of_all)
         found.note_writes()

@@ -87,7 +87,8 @@ class S3(ElementwiseOptimizer):
             ``(beta + (1 - beta) grad_bound**p)**(1/p)``: 3.7 for 10, 1.1 for 2, and 1 for 1.
         error_if_nonfinite, fused, state_dtype: see
             :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`; a state may be bfloat16 if
-            rounding cannot freeze it (:meth:`check_state_dtype`).
+            rounding cannot freeze it, and ``exp_avg`` int8 (:meth:`check_state_dtype`):
+            ``{"exp_avg": torch.int8, "exp_pnorm": torch.bfloat16}`` is 3 bytes an element.
 
     Raises:
         ValueError: an argument is out of its range, or a ``state_dtype`` is not allowed.
@@ -102,6 +103,7 @@ class S3(ElementwiseOptimizer):
         bound=_bound,
         momentum="beta",
         from_adam=_FROM_ADAM,
+        fractions={"exp_avg": "exp_pnorm"},
     )
 
     @arguments
@@ -165,11 +167,13 @@ class S3(ElementwiseOptimizer):
     def check_state_dtype(
         cls, name: str, dtype: torch.dtype, hyperparameters: Mapping[str, Any]
     ) -> None:
-        """Checks that rounding to nearest cannot stop a state's decay in bfloat16.
+        """Checks that a state can be kept in a dtype.
 
-        A step lowers ``exp_avg`` by at most the fraction ``1 - beta`` and ``exp_pnorm`` by
-        ``1 - beta2**(1/p)``.  A change below half a unit in bfloat16's last place, 2**-8 of the
-        value, is lost in rounding.
+        ``exp_avg`` may be int8, as fractions of ``exp_pnorm``, if both have one beta: then
+        ``|exp_avg| <= exp_pnorm`` (Theorem 2).  In bfloat16, rounding to nearest must not stop a
+        state's decay.  A step lowers ``exp_avg`` by at most the fraction ``1 - beta`` and
+        ``exp_pnorm`` by ``1 - beta2**(1/p)``.  A change below half a unit in bfloat16's last
+        place, 2**-8 of the value, is lost in rounding.
 
         Raises:
             ValueError: the dtype is not allowed; the message gives the reason.
@@ -177,6 +181,16 @@ class S3(ElementwiseOptimizer):
         if dtype == torch.float32:
             return
         label = cls.description.label
+        if dtype == torch.int8 and name in cls.description.fractions:
+            beta, beta2 = hyperparameters["beta"], hyperparameters["beta2"]
+            if beta2 is not None and beta2 != beta:
+                raise ValueError(
+                    f"{label} cannot keep {name} in torch.int8 with beta={beta:g}, "
+                    f"beta2={beta2:g}: int8 holds fractions of exp_pnorm, which {name} only stays "
+                    "below with one beta for both. Leave beta2 out, or use torch.bfloat16 or "
+                    "torch.float32."
+                )
+            return
         if dtype != torch.bfloat16:
             reason = (
                 "its smallest number is 6e-8, and smaller gradients vanish"

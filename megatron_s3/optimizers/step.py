@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_s3.kernels.choice import choose, path
+from megatron_s3.kernels.compact import FRACTION
 from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.overlap import Overlaps
 from megatron_s3.optimizers.checks import (
@@ -104,8 +105,8 @@ class Step:
         watched = Watched(group | {"step": group["step"] + 1})
         algorithm = self._optimizer.algorithm_of(group)
         values, description = algorithm.group_hyperparameters(watched), algorithm.description
+        self._check_capture(group, values if watched.read else None, found)
         if watched.read:
-            self._check_capture(group, values, found)
             name = description.state[0]
             fresh = (p for p in group["params"] if name not in self._optimizer.state.get(p, ()))
             self._optimizer.counts.begin(group, fresh)
@@ -115,17 +116,32 @@ class Step:
         return GroupUpdates(group, values, watched.read, flat)
 
     def _check_capture(
-        self, group: dict[str, Any], values: dict[str, Any], found: list[tuple[Tensor, Tensor]]
+        self,
+        group: dict[str, Any],
+        values: dict[str, Any] | None,
+        found: list[tuple[Tensor, Tensor]],
     ) -> None:
-        if not any(param.device.type == "cuda" for param, _ in found):
+        """Raises RuntimeError if a graph is captured of what differs from step to step.
+
+        Args:
+            group: the param group.
+            values: the rule's arguments, if they depend on the number of the step; else None.
+            found: parameters and gradients.
+        """
+        cuda = any(param.device.type == "cuda" for param, _ in found)
+        if not cuda or not torch.cuda.is_current_stream_capturing():
             return
-        algorithm = self._optimizer.algorithm_of(group)
-        following = algorithm.group_hyperparameters(group | {"step": group["step"] + 2})
-        if values != following and torch.cuda.is_current_stream_capturing():
+        algorithm, changing = self._optimizer.algorithm_of(group), None
+        if any(self._optimizer.state_dtypes[n] == FRACTION for n in algorithm.description.state):
+            changing = "the rounding to int8 depends on the number of the step"
+        if values is not None:
+            following = algorithm.group_hyperparameters(group | {"step": group["step"] + 2})
+            if values != following:
+                changing = "bias correction or a ramp changes a number in each step"
+        if changing is not None:
             raise RuntimeError(
-                f"{algorithm.description.label}: a CUDA graph is being captured, and bias "
-                "correction or a ramp changes a number in each step, which a replay would not see. "
-                "No parameter was changed. Step outside of the graph."
+                f"{algorithm.description.label}: a CUDA graph is being captured, and {changing}, "
+                "which a replay would not see. No parameter was changed. Step outside of the graph."
             )
 
     def _tasks(self, updates: list[GroupUpdates]) -> list[Task]:
@@ -164,7 +180,7 @@ class Step:
                 *(description.label, self._optimizer.fused),
             ):
                 some = [batch[i] for i in choice.indices]
-                its_rates = rates(group)
+                its_rates = rates(group, group["step"] + 1)
                 tasks.append(
                     Task(description, some, choice, group, values, its_rates, offload, again)
                 )
@@ -220,7 +236,10 @@ class Step:
             return
         device = self._host.device_of(param)
         for name in (*description.state, "master_param"):
-            if name in state and (fault := state_fault(param, state[name], device)):
+            if name not in state:
+                continue
+            _, dtype = self._optimizer.place(name, param)
+            if fault := state_fault(param, state[name], device, dtype):
                 raise RuntimeError(
                     f"{description.label}: the {name} of a parameter{of_shape(param)} in "
                     f"group {group} {fault}. No parameter was changed."

@@ -81,10 +81,12 @@ def stepped(each: Model, optimizer: Any, *seeds: int) -> None:
         optimizer.step()
 
 
+COMPACT = {"exp_avg": torch.int8, "exp_pnorm": torch.bfloat16}
 CASES = {
     "fp32": ("s3", torch.float32, {}),
     "bf16, portable": ("s3", torch.bfloat16, {"fused": False}),
     "bf16, bf16 states": ("s3", torch.bfloat16, {"state_dtype": torch.bfloat16}),
+    "int8 state": ("s3", torch.bfloat16, {"state_dtype": COMPACT}),
     "p 2.5, ramp": ("s3", torch.float32, {"p": 2.5, "beta_ramp": True}),
     **{name: (name, torch.float32, {}) for name in OPTIMIZERS if name != "s3"},
 }
@@ -171,16 +173,19 @@ def test_the_ranks_statistics_add_up_to_the_unsharded_ones() -> None:
     torch.testing.assert_close(*totals)
 
 
+@pytest.mark.parametrize("states", [torch.float32, COMPACT], ids=["fp32", "int8 state"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("flatten", [False, True])
 @on_ranks(RANKS, megatron=False)
 def test_a_checkpoint_is_loaded_on_two_ranks_and_without_fsdp2(
-    flatten: bool, dtype: torch.dtype, tmp_path: Path
+    flatten: bool, dtype: torch.dtype, states: Any, tmp_path: Path
 ) -> None:
     """Of torch.distributed.checkpoint."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     sharded, plain = model(dtype), model(dtype, ranks=0)
-    one, other = (S3(m.parameters(), lr=0.1, beta_ramp=True) for m in (sharded, plain))
+    one, other = (
+        S3(m.parameters(), lr=0.1, beta_ramp=True, state_dtype=states) for m in (sharded, plain)
+    )
     stepped(sharded, one, 0, 1, 2)
     stepped(plain, other, 0, 1, 2, 3)
     saved = {
@@ -193,7 +198,7 @@ def test_a_checkpoint_is_loaded_on_two_ranks_and_without_fsdp2(
         made = model(dtype, ranks)
         for param in made.parameters():
             param.data.zero_()
-        optimizer = S3(made.parameters(), lr=0.1, beta_ramp=True)
+        optimizer = S3(made.parameters(), lr=0.1, beta_ramp=True, state_dtype=states)
         loaded = {
             "model": get_model_state_dict(made),
             "optimizer": get_optimizer_state_dict(made, optimizer, options=options),

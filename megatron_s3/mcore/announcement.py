@@ -21,6 +21,7 @@ from megatron_s3.mcore.overrides import described
 from megatron_s3.mcore.state import Training
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
+from megatron_s3.optimizers.host import Host
 
 __all__ = ["announce", "announce_parts", "say_path"]
 
@@ -38,14 +39,17 @@ def announce(
     descriptions = {d.name: d for part in parts for d in part.optimizer.descriptions()}
     asked = hyperparameters(cls, config) | {"weight_decay": config.weight_decay}
     main = {
-        torch.float32 if part.optimizer.host.master_params else p.dtype
+        _main(part.optimizer.host, p)
         for part in parts
         for g in part.optimizer.param_groups
         for p in g["params"]
     }
     dtypes = {name: d for part in parts for name, d in part.optimizer.state_dtypes.items()}
+    fractions = {n: of for d in descriptions.values() for n, of in d.fractions.items()}
     states = ", ".join(
-        f"{name} {_name(dtype)}" for name, dtype in (dtypes or state_dtypes(cls, config)).items()
+        f"{name} {_name(dtype)}"
+        + (f", as fractions of {fractions[name]}" if dtype == torch.int8 else "")
+        for name, dtype in (dtypes or state_dtypes(cls, config)).items()
     )
     devices = {p.device.type for p in params}
     offloaded = ""
@@ -73,7 +77,7 @@ def announce(
         say(f"{description.label} with {settings}")
     say(
         f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
-        f"{', '.join(sorted(map(_name, main)))}; optimizer state ({states}) "
+        f"{', '.join(sorted(main))}; optimizer state ({states}) "
         f"{' and '.join(sorted(sharding))}{offloaded}"
     )
     say(f"step: {', '.join(paths)}; {clipping}")
@@ -165,6 +169,13 @@ def _path(
     (reason,) = reasons
     training.said.add(f"portable: {reason}")
     return f"torch operations on {device} ({reason})"
+
+
+def _main(host: Host, param: torch.Tensor) -> str:
+    """Returns the form in which the main parameter of one of the optimizer's is stored."""
+    if host.keeps_remainder(param):
+        return "bfloat16 with int16 remainders of float32"
+    return _name(torch.float32 if host.master_params else param.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

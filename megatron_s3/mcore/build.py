@@ -204,13 +204,19 @@ def _exchange(
     )
     in_fsdp = in_megatron_fsdp(part)  # it keeps the main parameters itself
     masters = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not in_fsdp
+    offloads = getattr(config, "optimizer_cpu_offload", False)
     # Only rank 0 logs which implementation is used.
-    optimizer.host = Host(master_params=masters, keep_hyperparameters=True, log_path=False)
+    optimizer.host = Host(
+        master_params=masters,
+        remainders=masters and not offloads and getattr(config, "store_param_remainders", False),
+        keep_hyperparameters=True,
+        log_path=False,
+    )
     # torch.optim rejects fp32 shards, which are views of parameters, in a constructor; so they are
     # assigned afterwards, as Megatron does.
     for group, adams in zip(optimizer.param_groups, adam.param_groups, strict=True):
         group["params"] = adams["params"]
-    if getattr(config, "optimizer_cpu_offload", False):
+    if offloads:
         optimizer.host.offload = Offload(
             (param for group in optimizer.param_groups for param in group["params"]),
             config.optimizer_offload_fraction,

@@ -211,5 +211,3 @@ def settle_precision(config: Any) -> None:
         getattr(config, "fp8_recipe", None) in (None, "delayed")
         or getattr(config, "optimizer_cpu_offload", False)
     )
-    if aware:
-        config.store_param_remainders = False  # main parameters are kept in full fp32

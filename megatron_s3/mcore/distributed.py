@@ -15,6 +15,8 @@ from megatron_s3.mcore import compat_before_0_19
 from megatron_s3.mcore.checkpoint import param_groups, shards
 from megatron_s3.mcore.one_pass import OnePass, Place, is_plain, place, require_memory
 from megatron_s3.optimizers import ElementwiseOptimizer
+from megatron_s3.optimizers.description import Description
+from megatron_s3.optimizers.values import excess, main_param_of, put, put_main_param, values
 
 __all__ = ["ElementwiseDistributedOptimizer", "names_in_shards", "sharded_class"]
 
@@ -28,8 +30,9 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     algorithms (:func:`names_in_shards`), so its checkpoints cannot be mistaken for Adam's.
 
     Under ``--use-precision-aware-optimizer`` the optimizer's parameters are shards of the model's,
-    and its state holds the fp32 ones as ``master_param``. Megatron leaves this to Transformer
-    Engine's FusedAdam and recognizes it by its methods.
+    and its state holds the fp32 ones as ``master_param``, or with ``store_param_remainders`` what
+    bf16 ones lack of them. Megatron leaves this to Transformer Engine's FusedAdam and recognizes it
+    by its methods. Checkpoints hold values, in whatever form the state is stored.
     """
 
     shard_fp32_from_float16_groups: list[list[Tensor]]
@@ -48,7 +51,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
             for name, own in zip(self.optimizer_state_keys, description.state, strict=False):
                 if name == key:
                     dtype: torch.dtype = self.optimizer.state_dtypes[own]
-                    return dtype
+                    return torch.bfloat16 if dtype == torch.int8 else dtype
         return torch.float32
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,7 +60,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         Megatron's method reads torch AdamW's ``step`` from every parameter's state, which does not
         exist here.
         """
-        saved = self.optimizer.state_dict()
+        saved = self.optimizer.saved_groups()
         if any("steps" in group for group in saved["param_groups"]):
             raise RuntimeError(
                 f"{self.optimizer.description.label}: some parameters of this rank had no "
@@ -145,7 +148,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
 
         Megatron does so with main parameters of its own, for the norm of all parameters for
         example. Before the main parameters exist, the attribute is missing on every rank, and the
-        parameter itself is used.
+        parameter itself is used, and so it is with remainders.
         """
         if not self._holds_master_params():
             return
@@ -158,6 +161,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
             for model, shard in zip(models, shards, strict=True)
         }
         made = None not in mains.values() if mains else self._made
+        made = made and not self.optimizer.host.remainders
         for param in (param for buffer in self.buffers for param in buffer.params):
             if made and param in mains:
                 param.main_param = mains[param]
@@ -170,11 +174,11 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         group, order = self.model_param_group_index_map[model_param]
         param = self.optimizer.param_groups[group]["params"][order]
         # The state exists before any format reads or fills it, also before the first step.
-        own = self._states_of(group)
+        own = self._description_of(group).state
         if not self.optimizer.state[param].keys() >= set(own):
             self.optimizer.init_state()
         # Megatron adds a step if it loads without FusedAdam.
-        state = self.optimizer.state[param]
+        state = values(self._description_of(group), param, self.optimizer.state[param])
         names = self.optimizer_state_keys
         tensors = {"param": state.get("master_param", param)}
         tensors |= {name: state[each] for name, each in zip(names, own, strict=False)}
@@ -183,19 +187,37 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
             tensors[name] = torch.zeros_like(param, dtype=dtype, device=state[own[0]].device)
         return tensors
 
-    def _states_of(self, group: int) -> tuple[str, ...]:
-        param_group = self.optimizer.param_groups[group]
-        names: tuple[str, ...] = self.optimizer.algorithm_of(param_group).description.state
-        return names
+    def _description_of(self, group: int) -> Description:
+        algorithm = self.optimizer.algorithm_of(self.optimizer.param_groups[group])
+        description: Description = algorithm.description
+        return description
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd protects
     def _set_main_param_and_optimizer_states(
         self, model_param: Any, tensors: dict[str, Any]
     ) -> None:
         shards.note_unlike(self, model_param, tensors)
-        for name, own in self._get_main_param_and_optimizer_states(model_param).items():
-            if isinstance(tensors[name], Tensor):
-                own.copy_(tensors[name])
+        group, order = self.model_param_group_index_map[model_param]
+        param = self.optimizer.param_groups[group]["params"][order]
+        self._get_main_param_and_optimizer_states(model_param)  # which makes the state
+        description, state = self._description_of(group), self.optimizer.state[param]
+        names = {"param": "master_param"} | dict(
+            zip(self.optimizer_state_keys, description.state, strict=False)
+        )
+        given = {
+            own: tensors[name] for name, own in names.items() if isinstance(tensors[name], Tensor)
+        }
+        for name in description.fractions.keys() & given.keys():
+            if state[name].dtype != torch.int8:
+                continue
+            if fault := excess(description, name, given):
+                raise ValueError(
+                    f"{description.label}: the {name} of a parameter of shape "
+                    f"{tuple(model_param.shape)} in the checkpoint {fault}."
+                )
+        if "master_param" in given and "master_param" not in state:
+            param.copy_(given["master_param"])
+        put(description, param, state, given)
 
     def _copy_model_params_to_main_params(self, *args: Any, **kwargs: Any) -> None:
         """Calls Megatron's method, also if the optimizer holds the main parameters.
@@ -215,10 +237,12 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         """Hides ``--use-precision-aware-optimizer`` from Megatron, inside a ``with``."""
         self._make_state()
         kept = self.shard_fp32_from_float16_groups, self.shard_fp32_groups
-        state = self.optimizer.state
-        # fp32 shards have a master_param only in the CPU's memory (--optimizer-cpu-offload).
+        state, mains = self.optimizer.state, {}
+        for shard in itertools.chain(*self.shard_float16_groups, *self.shard_fp32_groups):
+            # fp32 shards have a master_param only in the CPU's memory (--optimizer-cpu-offload).
+            mains[shard] = main_param_of(shard, state[shard])
         self.shard_fp32_from_float16_groups, self.shard_fp32_groups = (
-            [[state[shard].get("master_param", shard) for shard in group] for group in groups]
+            [[mains[shard] for shard in group] for group in groups]
             for groups in (self.shard_float16_groups, self.shard_fp32_groups)
         )
         self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
@@ -227,6 +251,8 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         finally:
             self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
             self.shard_fp32_from_float16_groups, self.shard_fp32_groups = kept
+        for shard, main in mains.items():
+            put_main_param(shard, state[shard], main)
 
     def _places(self) -> tuple[Place, ...]:
         memory = [b.param_data for buffer in self.buffers for b in buffer.buckets]

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.distributed import ElementwiseDistributedOptimizer
 from megatron_s3.mcore.one_pass import Place, is_plain, place, require_memory
+from megatron_s3.optimizers.values import values
 
 __all__ = ["ElementwiseFSDPOptimizer", "preprocess_fsdp_dtensor_state_dict"]
 
@@ -36,7 +37,14 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
         """
         self.optimizer.init_state()
         found: dict[str, Any] = super().sharded_param_state_fsdp_dtensor(is_loading)
-        return found | {"state": dict(sorted(found["state"].items()))}
+        state = dict(sorted(found["state"].items()))
+        for group in self.optimizer.param_groups:
+            description = self.optimizer.algorithm_of(group).description
+            for param in group["params"]:
+                name = self._param_name(param)
+                if name in state:
+                    state[name] = values(description, param, state[name])
+        return found | {"state": state}
 
     def _init_optimizer_states_with_dummy_values(self) -> None:
         self.optimizer.init_state()  # Megatron steps, which decays the weights

@@ -248,7 +248,10 @@ def test_main_parameters_are_a_state_where_the_model_has_none_of_their_own(way, 
     assert some < whole or way == "offloaded"
     for param, state in inner(optimizer).state.items():
         assert ("master_param" in state) == (param.dtype == BF16 or param in offloaded)
-        assert {t.dtype for t in state.values()} == {FP32}
+        dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        main = torch.int16 if way == "aware" and param.dtype == BF16 else FP32
+        assert dtypes.pop("master_param", main) == main
+        assert set(dtypes.values()) == {FP32}
 
 
 @pytest.mark.parametrize(
@@ -262,9 +265,30 @@ def test_weights_that_are_loaded_later_reach_main_parameters(dtype, settings):
     for param in model.parameters():
         param.data.fill_(3.0)
     optimizer.reload_model_params()
-    masters = [state["master_param"] for state in part.optimizer.state.values()]
+    masters = [tensors["param"] for tensors in held(part)]
     assert masters and all(bool((m == 3.0).all()) and m.dtype == FP32 for m in masters)
     assert part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+
+@pytest.mark.parametrize("remainders", [False, True])
+@on_ranks(2)
+def test_main_parameters_as_remainders_are_those_in_float32(remainders):
+    """Bitwise, of Megatron's own float32 main parameters; and the model's are the nearest."""
+    from megatron_s3.kernels.compact import split
+
+    model, optimizer = build(BF16, **AWARE, store_param_remainders=remainders)
+    plain, other = build(BF16)
+    for seed in range(3):
+        assert step(model, optimizer, seed)[0] and step(plain, other, seed)[0]
+    ours, theirs = (held(each.chained_optimizers[0]) for each in (optimizer, other))
+    assert ours and all(map(equal, ours, theirs))
+    if not remainders:
+        assert equal(snapshot(model), snapshot(plain))
+    (part,) = optimizer.chained_optimizers
+    for param, own in part._model_and_own_params():
+        main = part._get_main_param_and_optimizer_states(param)["param"]
+        nearest = split(main)[0] if remainders else main.bfloat16()
+        assert torch.equal(own, nearest)
 
 
 def held(part):

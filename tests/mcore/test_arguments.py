@@ -135,6 +135,7 @@ REFUSED = {
     ("--distributed-backend", "nccl"): "--distributed-backend nccl needs GPUs",
     (*AWARE, EXP_AVG, "fp16"): "--exp-avg-dtype fp16: .+ smallest number is 6e-8",
     (*AWARE, EXP_AVG_SQ, "fp8"): "--exp-avg-sq-dtype fp8: .+ too coarse",
+    (*AWARE, EXP_AVG, "fp8", "--s3-beta2", ".99"): "--exp-avg-dtype fp8: .+ beta2=0.99: int8 holds",
     (*AWARE, "--main-params-dtype", "fp16"): "--main-params-dtype fp16 is not supported",
     # 1 - 0.99 is above 2**-8, 1 - 0.99**(1/3) below.
     (*AWARE, EXP_AVG_SQ, "bf16", "--s3-beta", ".99"): "--exp-avg-sq-dtype bf16: .+ beta=0.99",

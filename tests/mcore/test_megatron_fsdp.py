@@ -123,7 +123,6 @@ def test_resumes_bitwise(case: str, tmp_path) -> None:
 
 
 AWARE = ("--bf16", "--use-precision-aware-optimizer")
-STATES_IN_BF16 = ("--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")
 SAME = {
     # name: flags of two runs.
     "without the kernel, optim_grads_params": (("--bf16",), ("--bf16", "--plugin-no-fused")),
@@ -153,8 +152,11 @@ def test_the_same_bits_in_another_way(case: str, tmp_path) -> None:
 
 
 @pytest.mark.thorough
-def test_states_in_bf16_resume_bitwise(tmp_path) -> None:
-    flags = (*S3, *WHOLE, *AWARE, *STATES_IN_BF16, "--clip-grad", "1.0", *SAVE)
+@pytest.mark.parametrize("first", ["bf16", "fp8"])
+def test_low_precision_states_resume_bitwise(first: str, tmp_path) -> None:
+    """Also exp_avg in int8, of which the checkpoint holds values in bf16."""
+    states = ("--exp-avg-dtype", first, "--exp-avg-sq-dtype", "bf16")
+    flags = (*S3, *WHOLE, *AWARE, *states, "--clip-grad", "1.0", *SAVE)
     through, resumed = tmp_path / "through", tmp_path / "resumed"
     one = train(*flags, "--save", through, ranks=2)
     two = train(*flags, "--load", through, "--ckpt-step", "3", "--save", resumed, ranks=2)

@@ -14,7 +14,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HOW = {
     "whole": {"sharded": False},
     "sharded": {},
-    "aware": {"use_precision_aware_optimizer": True},
+    "aware": {"use_precision_aware_optimizer": True, "store_param_remainders": False},
+    "aware, remainders": {"use_precision_aware_optimizer": True},
     "aware, not fused": {"use_precision_aware_optimizer": True, "plugin_no_fused": True},
     "aware, offloaded": {
         "use_precision_aware_optimizer": True,
@@ -225,6 +226,17 @@ def norm(model):
     utils = pytest.importorskip("megatron.training.utils.common_utils")
     utils.get_args = lambda: Namespace(bf16=True, use_megatron_fsdp=False)
     return utils.calc_params_l2_norm(model)
+
+
+@pytest.mark.parametrize("release", RELEASES[1:])
+@on_ranks(2)
+def test_the_norm_where_main_parameters_are_remainders(release):
+    """That of the bf16 parameters, since no tensor holds the main ones."""
+    model, optimizer = built(how="aware, remainders")
+    for i in range(2):
+        whole = torch.cat([param.detach().float().view(-1) for param in model.parameters()])
+        assert norm(model) == pytest.approx(whole.norm().item(), rel=1e-6)
+        assert step(model, optimizer, i)[0]
 
 
 @pytest.mark.parametrize("release", RELEASES[1:])

@@ -22,6 +22,7 @@ TP, PP = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size
 EP = ["--num-experts", "4", "--expert-model-parallel-size", "2"]
 AWARE = [*BF16, *SHARDED, "--use-precision-aware-optimizer"]
 BF16_STATES = ["--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]
+INT8_STATE = ["--exp-avg-dtype", "fp8", "--exp-avg-sq-dtype", "bf16"]
 CASES = {
     4: [BF16 + SHARDED + TP, BF16 + SHARDED + PP, SHARDED + TP + PP],
     2: [
@@ -41,6 +42,7 @@ CASES = {
         [*AWARE, *BF16_STATES, *BUCKETS],
         [*AWARE, *BF16_STATES, "--main-grads-dtype", "bf16"],
         [*AWARE, "--exp-avg-sq-dtype", "bf16", *EP],
+        [*AWARE, *INT8_STATE, "--main-grads-dtype", "bf16"],
     ],
     1: [[], BF16, ["--fp16"], BF16 + SHARDED],
 }
@@ -51,10 +53,11 @@ BYTES = {
     "s3 --bf16 --use-distributed-optimizer --grad-reduce-in-bf16": (4, 8, 0),
     "s3 --bf16 --grad-reduce-in-bf16": (4, 8, 0),
     "adam --bf16 --grad-reduce-in-bf16": (4, 8, 4),
-    f"s3 {' '.join(AWARE)}": (4, 8, 0),
-    f"s3 {' '.join([*AWARE, *BF16_STATES, *BUCKETS])}": (4, 4, 0),
-    f"s3 {' '.join([*AWARE, *BF16_STATES])} --main-grads-dtype bf16": (4, 4, 0),
-    f"s3 {' '.join([*AWARE, '--exp-avg-sq-dtype', 'bf16', *EP])}": (4, 6, 0),
+    f"s3 {' '.join(AWARE)}": (2, 8, 0),
+    f"s3 {' '.join([*AWARE, *INT8_STATE])} --main-grads-dtype bf16": (2, 3, 0),
+    f"s3 {' '.join([*AWARE, *BF16_STATES, *BUCKETS])}": (2, 4, 0),
+    f"s3 {' '.join([*AWARE, *BF16_STATES])} --main-grads-dtype bf16": (2, 4, 0),
+    f"s3 {' '.join([*AWARE, '--exp-avg-sq-dtype', 'bf16', *EP])}": (2, 6, 0),
 }
 
 

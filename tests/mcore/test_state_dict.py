@@ -38,7 +38,8 @@ def test_groups_are_saved_without_what_one_rank_alone_knows():
 @on_ranks(1)
 def test_the_main_parameter_is_what_is_saved_and_loaded(aware):
     """In fp32, whoever holds it, with the states beside it; what is no tensor is left out."""
-    model, optimizer = build(use_precision_aware_optimizer=aware)
+    settings = {"use_precision_aware_optimizer": aware, "store_param_remainders": False}
+    model, optimizer = build(**settings)
     (part,) = optimizer.chained_optimizers
     for param in model.parameters():
         found = part._get_main_param_and_optimizer_states(param)  # made by asking for it
@@ -52,6 +53,32 @@ def test_the_main_parameter_is_what_is_saved_and_loaded(aware):
     mains = [state["master_param"] for state in held.values()] if aware else held
     saved = [part._get_main_param_and_optimizer_states(p)["param"] for p in model.parameters()]
     assert set(map(id, saved)) >= set(map(id, mains))
+
+
+@on_ranks(1)
+def test_what_is_stored_in_another_form_is_saved_and_loaded_as_values():
+    """Main parameters in fp32 and exp_avg in bf16, whose tensors are copies."""
+    small = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.bfloat16}
+    model, optimizer = build(use_precision_aware_optimizer=True, **small)
+    (part,) = optimizer.chained_optimizers
+    for param in model.parameters():
+        found = part._get_main_param_and_optimizer_states(param)
+        assert [t.dtype for t in found.values()] == [torch.float32, *[torch.bfloat16] * 2]
+        assert [part._get_state_key_dtype(name) for name in found if name != "param"] == [
+            torch.bfloat16
+        ] * 2
+        given = {"param": 1 + 2**-20, "exp_avg": -0.5, "exp_pnorm": 1.0}
+        new = {name: torch.full_like(tensor, given[name]) for name, tensor in found.items()}
+        part._set_main_param_and_optimizer_states(param, new)
+        again = part._get_main_param_and_optimizer_states(param)
+        assert torch.equal(again["param"], new["param"])
+        assert torch.equal(again["exp_pnorm"], new["exp_pnorm"])
+        assert (again["exp_avg"] + 0.5).abs().max() < 0.5 / 127
+        new["exp_avg"].fill_(2.0)
+        with pytest.raises(
+            ValueError, match=r"exp_avg of a parameter of shape .* exceeds exp_pnorm"
+        ):
+            part._set_main_param_and_optimizer_states(param, new)
 
 
 @on_ranks(1)
@@ -74,7 +101,7 @@ def test_steps_that_differ_between_parameters_are_not_saved_as_one():
 @on_ranks(1)
 def test_states_are_loaded_in_the_precision_they_are_held_in():
     settings = {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16}
-    model, optimizer = build(**settings)
+    model, optimizer = build(**settings, store_param_remainders=False)
     step(model, optimizer)
     (part,) = optimizer.chained_optimizers
     held = {

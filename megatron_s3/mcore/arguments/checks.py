@@ -16,7 +16,12 @@ from megatron_s3.mcore.arguments.names import (
     flag,
     flag_named,
 )
-from megatron_s3.mcore.arguments.readers import changes_by_step, hyperparameters, switches
+from megatron_s3.mcore.arguments.readers import (
+    changes_by_step,
+    hyperparameters,
+    state_dtypes,
+    switches,
+)
 from megatron_s3.optimizers import ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
 
@@ -146,9 +151,10 @@ def _check_precision(args: Any, cls: type[ElementwiseOptimizer]) -> None:
             "below 6e-8 vanish. Add that, or use --bf16."
         )
     values = hyperparameters(cls, args)
+    stored = state_dtypes(cls, args)
     for state, name in zip(cls.description.state, STATE_DTYPES, strict=False):
         try:
-            cls.check_state_dtype(state, asked[name], values)
+            cls.check_state_dtype(state, stored[state], values)
         except ValueError as error:
             raise ValueError(f"{flag_named(name)} {dtype_name(asked[name])}: {error}") from None
 
@@ -202,6 +208,8 @@ def check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool 
             f"--weight-decay-incr-style {args.weight_decay_incr_style} changes a number that is "
             "recorded"
         )
+    elif torch.int8 in state_dtypes(cls, args).values():
+        why_not = "the rounding of --exp-avg-dtype fp8 changes each step"
     elif changes_by_step(cls, hyperparameters(cls, args)):
         why_not = "bias correction or a ramp changes a number each step that is recorded"
     if why_not:

@@ -71,11 +71,16 @@ def state_dtypes(cls: type[ElementwiseOptimizer], holder: Any) -> dict[str, torc
 
     ``--exp-avg-dtype`` sets the dtype of the first state and ``--exp-avg-sq-dtype`` that of the
     second, whatever their names are. Without ``--use-precision-aware-optimizer`` all are float32.
+    Where a state may be stored as fractions of another, the flag's 8-bit value ``fp8`` means int8.
     """
     if not getattr(holder, "use_precision_aware_optimizer", False):
         return dict.fromkeys(cls.description.state, torch.float32)
     pairs = zip(cls.description.state, STATE_DTYPES, strict=False)
-    return {name: dtype_of(getattr(holder, asked)) for name, asked in pairs}
+    found = {name: dtype_of(getattr(holder, asked)) for name, asked in pairs}
+    for name in cls.description.fractions.keys() & found.keys():
+        if found[name] == dtype_of("fp8"):
+            found[name] = torch.int8
+    return found
 
 
 def needs_grad_norm(holder: Any) -> bool:

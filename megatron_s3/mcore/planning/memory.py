@@ -73,9 +73,11 @@ class Rank:
         weights = self.updated * self.weights / sum(b.elements for b in self.buffers)
         if not self.main_parameters:  # the weights are the main parameters
             return gradient + weights + states, weights + states
+        # Remainders are added to the weights.
+        halves = weights if self.main_parameters == 2 * self.updated else 0
         # Copies of gradients are written, then read instead of the gradients.
         return (
-            gradient + self.main_gradients + self.main_parameters + states,
+            gradient + self.main_gradients + self.main_parameters + halves + states,
             self.main_gradients + self.main_parameters + states + weights,
         )
 
@@ -218,7 +220,9 @@ def checkpoint(args: argparse.Namespace, rank: Rank, form: str | None = None) ->
     fully = getattr(args, "dist_ckpt_optim_fully_reshardable", False)
     form = form or ("fully_reshardable" if fully else "dp_reshardable")
     if form == "dp_reshardable":
-        shard = (rank.main_parameters or 4 * rank.updated) + sum(rank.states.values())
+        # Values: of main parameters in fp32, and of a state in int8 in bf16.
+        states = (2 * size if size == rank.updated else size for size in rank.states.values())
+        shard = 4 * rank.updated + sum(states)
         return Checkpoint(form, shard, shard)
     # fp32, whatever the dtype of the states is: on each rank whole buffers without padding, and for
     # one bucket the tensor sent, the tensor received, and the tensor assembled from these.

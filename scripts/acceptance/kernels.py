@@ -20,7 +20,7 @@ from megatron_s3.rules.s3 import s3_bound, s3_update
 from scripts.acceptance.rows import Writer
 from scripts.acceptance.task import Task
 from tests.harness.reference import S3Reference
-from tests.harness.tensors import bitwise
+from tests.harness.tensors import bits, bitwise, compact
 
 __all__ = ["Case", "Placed", "check", "compare", "counted", "stepped"]
 
@@ -236,6 +236,8 @@ def check(writer: Writer, task: Task) -> None:
         kernels = [("Triton interpreted", gpu), ("C++", cpu)]
     for name, kernel in kernels:
         _check_kernel(writer, name, kernel, task)
+        if task.part == 0 and kernel.reason(s3_update, [], beta=0.95, p=3.0) is None:
+            _check_small(writer, name, kernel, task.device)
     if on_gpu:
         # The first of the parts begin these last, and the last has what takes longest.
         if task.part == task.parts - 1:
@@ -289,6 +291,32 @@ def _check_kernel(writer: Writer, name: str, kernel: ModuleType, task: Task) -> 
         else:
             with_bits = "bitwise portable, statistics, " if exact else ""
             writer.passed(check, f"{len(placed)} tensors: {with_bits}float64 within {TOLERANCE:g}")
+
+
+def _check_small(writer: Writer, name: str, kernel: ModuleType, device: str) -> None:
+    """Rows for fractions in int8 and remainders in int16, of all magnitudes, NaN and inf."""
+    interpreted = name.endswith("interpreted")
+    for remainders in (False, True):
+        wrong = set()
+        # The interpreter rounds to bfloat16 towards zero.
+        for norm in (F32,) if interpreted else (F32, BF16):
+            for count in (129, 16384 + 77):
+                start = compact(count, grad=BF16, norm=norm, remainders=remainders)
+                tensors = [start.param, start.grad, *start.state]
+                tensors += [] if start.model_param is None else [start.model_param]
+                x, g, m, r, *model = (tensor.to(device, copy=True) for tensor in tensors)
+                ours = Operands(x, g, (m, r), *model)
+                for seed in (1, (1 << 24) - 1):
+                    kernel.step(s3_update, [ours], seed=seed, **OPTIONS)
+                    portable.step(s3_update, [start], seed=seed, **OPTIONS)
+                for a, b in _written(ours, start):
+                    if not torch.equal(bits(a.cpu()), bits(b)):
+                        wrong.add(f"{a.dtype} with exp_pnorm in {norm}")
+        check = f"{name}: int8 state" + (", remainders" if remainders else "")
+        if wrong:
+            writer.failed(check, f"not bitwise the portable step's: {', '.join(sorted(wrong))}")
+        else:
+            writer.passed(check, "two steps, bitwise portable")
 
 
 #: Largest relative error of a sum in float32.

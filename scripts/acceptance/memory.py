@@ -15,10 +15,11 @@ def check(writer: Writer, task: Task) -> None:
     """One row for each precision of the states."""
     from megatron_s3 import S3
 
-    fp32, bf16 = torch.float32, torch.bfloat16
+    fp32, bf16, int8 = torch.float32, torch.bfloat16, torch.int8
+    states = [(fp32, fp32, 8), (bf16, fp32, 6), (fp32, bf16, 6), (bf16, bf16, 4), (int8, bf16, 3)]
     device = task.device
     total = _COUNT[device] * _SIZE
-    for avg, norm, wanted in ((fp32, fp32, 8), (bf16, fp32, 6), (fp32, bf16, 6), (bf16, bf16, 4)):
+    for avg, norm, wanted in states:
         params = [
             torch.nn.Parameter(torch.ones(_SIZE, device=device)) for _ in range(_COUNT[device])
         ]

@@ -2,7 +2,7 @@
 
 All runs are deterministic ones of a small GPT in bf16 with the distributed optimizer, on one rank
 and, where there are more GPUs, on one rank for each.  They run side by side, once with S3's
-defaults and once with what a kernel has beyond them: statistics, bounded gradients, bf16 states.
+defaults and once with what a kernel has beyond them: statistics, bounded gradients, int8 states.
 """
 
 import os
@@ -39,8 +39,8 @@ _LARGER = """--num-layers 4 --hidden-size 256 --seq-length 256
 #: S3's defaults, and all that its kernel has beyond them.
 _SETTINGS = {
     "": [],
-    "statistics, bounded gradients, bf16 states": """--plugin-log-updates --s3-grad-bound 5
-    --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16""".split(),
+    "statistics, bounded gradients, int8 states": """--plugin-log-updates --s3-grad-bound 5
+    --use-precision-aware-optimizer --exp-avg-dtype fp8 --exp-avg-sq-dtype bf16""".split(),
 }
 ENVIRONMENT = {
     # Megatron warms up compiled functions at every start, whatever the flags: half a minute.

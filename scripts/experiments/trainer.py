@@ -15,13 +15,13 @@ from megatron_s3.launch import lock
 from tests.harness.forks import TRAINER
 from tests.harness.gradients import change_gradients
 
-__all__ = ["main"]
+__all__ = ["main", "taken"]
 
 
 def main() -> None:
     """Trains like megatron_s3.pretrain_gpt, but disturbs one iteration or several."""
-    at, factor = int(_taken("--burst-at", "0")), float(_taken("--burst", "1"))
-    first, count = int(_taken("--corrupt-at", "0")), int(float(_taken("--corrupt", "0")))
+    at, factor = int(taken("--burst-at", "0")), float(taken("--burst", "1"))
+    first, count = int(taken("--corrupt-at", "0")), int(float(taken("--corrupt", "0")))
     if count:
         megatron_s3.register("auto")
         _corrupt(first, first + count - 1)
@@ -56,7 +56,7 @@ def _random(batch: dict[str, Any], seed: int) -> dict[str, Any]:
     return batch | {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
 
-def _taken(flag: str, default: str) -> str:
+def taken(flag: str, default: str) -> str:
     """Removes a flag from the command line, and returns its value or the default."""
     if flag not in sys.argv:
         return default

@@ -646,7 +646,7 @@ def test_a_rehearsal_of_the_trainer(tmp_path: Path) -> None:
     run = script("--cpu", "--only", "training", "gpt", "--output", tmp_path, "--limit", "400")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = json.loads((tmp_path / "acceptance.json").read_text())["rows"]
-    more = "1 rank, statistics, bounded gradients, bf16 states"
+    more = "1 rank, statistics, bounded gradients, int8 states"
     trained = {r["check"]: r["status"] for r in rows if r["section"] == "training"}
     assert trained == {
         "2 and more ranks": "skipped",

@@ -126,7 +126,7 @@ def _json(suites: Sequence[Suite]) -> str:
                     "iterations": run.iterations, "reached": run.reached,
                     "loss": [[i, runlog.finite(round(v, 4))] for i, v in run.loss],
                     "valid": [[i, runlog.finite(round(v, 5))] for i, v in run.valid],
-                    **({"test": runlog.finite(round(run.reported, 5))}
+                    **({"test": runlog.finite(round(run.reported, 7))}
                        if run.reported != run.final else {}),
                     "max_abs_update": max((v for _, v in run.update("max_abs")), default=None),
                     **({"seconds": round(run.seconds, 4)} if math.isfinite(run.seconds) else {}),

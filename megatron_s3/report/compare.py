@@ -339,8 +339,8 @@ def _robustness(suite: Suite) -> Table | None:
         rows,
         "Differences are to the run without the disturbance, on the same samples. Rise is the "
         "largest mean of 10 of them, area the sum of all after the disturbance (nats x "
-        f"iterations). A run has recovered when the mean of 20 is at most {BACK:g} nats; each "
-        "seed's number is given.",
+        "iterations). A run has recovered when, after the rise, the mean of 20 is at most "
+        f"{BACK:g} nats; each seed's number is given.",
     )
 
 

@@ -1,5 +1,6 @@
 """Recoveries from disturbances, each measured against the same run without one."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import accumulate
@@ -21,7 +22,8 @@ class Recovery(NamedTuple):
     Attributes:
         end: final loss minus that of the undisturbed run, in nats.
         rise: largest mean of 10 differences of the training loss, in nats.
-        back: iterations until the mean of 20 differences is at most 0.02; None if it never is.
+        back: iterations until the mean of 20 differences is at most 0.02 after the rise; None if it
+            never is.
         area: sum of all differences, in nats times iterations.
     """
 
@@ -47,11 +49,14 @@ def after(without: Trained, disturbed: Trained) -> list[float]:
 def recovery(without: Trained, disturbed: Trained) -> Recovery:
     """Returns the effect of a disturbance; NaN for the rise if the run ends with it."""
     found = after(without, disturbed)
-    back = next((k for k, mean in enumerate(means(found, WINDOW)) if mean <= BACK), None)
+    peaks = means(found, _PEAK)
+    rise = max(peaks, default=math.nan)
+    begin = peaks.index(rise) if rise > BACK else 0
+    late = enumerate(means(found, WINDOW))
     return Recovery(
         disturbed.final - without.final,
-        max(means(found, _PEAK), default=float("nan")),
-        back,
+        rise,
+        next((k for k, mean in late if k >= begin and mean <= BACK), None),
         sum(found),
     )
 

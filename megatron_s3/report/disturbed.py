@@ -38,12 +38,12 @@ def after(without: Trained, disturbed: Trained) -> list[float]:
 
     Args:
         without: the undisturbed run; each iteration is logged.
-        disturbed: the same run with a disturbance. The losses of corrupted batches are left out.
+        disturbed: the same run with a disturbance, which begins in its middle. The losses of
+            corrupted batches are left out.
     """
-    pairs = zip(without.loss, disturbed.loss, strict=False)
-    found = [b - a for (_, a), (_, b) in pairs]
-    begin = next((k for k, d in enumerate(found) if d != 0), len(found))
-    return found[begin + round(disturbed.tags.get("corrupted", 0)) :]
+    begin = without.iterations // 2 + max(1, round(disturbed.tags.get("corrupted", 0)))
+    calm = dict(without.loss)
+    return [loss - calm[i] for i, loss in disturbed.loss if i >= begin and i in calm]
 
 
 def recovery(without: Trained, disturbed: Trained) -> Recovery:

@@ -348,7 +348,7 @@ def test_a_recovery_is_measured_against_the_undisturbed_run(tmp_path) -> None:
         lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines()
                  if '"train"' not in line]  # fmt: skip
         for i in range(1, 101):
-            loss = 2.0 + 1.0 * (50 < i <= 50 + corrupted) + 0.5 * (50 < i <= 50 + high)
+            loss = 2.0 + 1.0 * (50 <= i < 50 + corrupted) + 0.5 * (50 < i <= 50 + high)
             loss -= 12.0 * (i == 51 and high > 0)
             lines.append(json.dumps({"kind": "train", "iteration": i, "loss": loss}))
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")

@@ -71,7 +71,7 @@ def test_the_links_of_a_page_lead_somewhere(page) -> None:
             assert anchor in pages.anchors(file.read_text(encoding="utf-8")), link
 
 
-@pytest.mark.parametrize("folder", ["2026-11-29-cpu-length"])
+@pytest.mark.parametrize("folder", ["2026-11-29-cpu-length", "2026-11-29-cpu-robustness"])
 def test_recorded_tables_are_those_of_the_recorded_runs(folder) -> None:
     """Except the one of times, which report.json does not hold."""
     record = REPOSITORY / "scripts/results" / folder

@@ -124,8 +124,8 @@ def _json(suites: Sequence[Suite]) -> str:
                     "experiment": run.experiment, "label": run.label, "optimizer": run.optimizer,
                     "lr": run.lr, "seed": run.seed, "tags": dict(run.tags),
                     "iterations": run.iterations, "reached": run.reached,
-                    "loss": [[i, runlog.finite(round(v, 4))] for i, v in run.loss],
-                    "valid": [[i, runlog.finite(round(v, 5))] for i, v in run.valid],
+                    "loss": [[i, runlog.finite(round(v, 6))] for i, v in run.loss],
+                    "valid": [[i, runlog.finite(round(v, 7))] for i, v in run.valid],
                     **({"test": runlog.finite(round(run.reported, 7))}
                        if run.reported != run.final else {}),
                     "max_abs_update": max((v for _, v in run.update("max_abs")), default=None),

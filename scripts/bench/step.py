@@ -448,6 +448,30 @@ def s3(
     )
 
 
+def small(memory: Memory, p: float, statistics: bool = False) -> Candidate:
+    """Returns S3 with 7 bytes an element: int8 and bf16 states, bf16 parameters and remainders.
+
+    Its step reads and writes parameter, remainder and both states, and reads a gradient in bf16.
+    """
+    bf16 = torch.bfloat16
+    groups, params = memory.param_groups(memory.model_params)
+    dtypes = {"exp_avg": torch.int8, "exp_pnorm": bf16}
+    optimizer = S3(groups, lr=1e-4, p=p, weight_decay=0.1, fused=True, state_dtype=dtypes)
+    optimizer.host.master_params = optimizer.host.remainders = True
+    if statistics:
+        optimizer.host.statistics = Statistics(params[0].device)
+    for param, gradient in zip(params, memory.grads[bf16], strict=True):
+        param.decoupled_grad = gradient
+    path, name = ("triton", "Triton") if params[0].is_cuda else ("cpp", "C++")
+    return Candidate(
+        f"s3-{path}-p{p:g}-bf16-grads-small-states" + ("-statistics" if statistics else ""),
+        f"S3 {name} p={p:g}, bf16 grads, 7 bytes" + (", statistics" if statistics else ""),
+        "kernel",
+        [("step", 2 + 2 * (2 + 2 + 1 + 2), optimizer.step)],
+        lambda: optimizer.path,
+    )
+
+
 def other(memory: Memory, name: str) -> Candidate:
     """Returns the kernel of another optimizer of the plugin, with Megatron's default clipping."""
     label = OPTIMIZERS[name].description.label
@@ -505,6 +529,9 @@ def candidates(
                 yield s3(memory, fused, p, grad, state)
                 if fused and grad == state:
                     yield s3(memory, fused, p, grad, state, statistics=True)
+            if fused:
+                yield small(memory, p)
+                yield small(memory, p, statistics=True)
     for name in others:
         yield other(memory, name)
 

@@ -109,8 +109,7 @@ def _scaled(values: Tensor, whole: Tensor) -> Tensor:
 
 
 def _codes(whole_numbers: Tensor) -> Tensor:
-    limited = whole_numbers.clamp_(-_LARGEST, _LARGEST)
-    return limited.nan_to_num_(nan=0.0).to(FRACTION)
+    return whole_numbers.nan_to_num_(nan=0.0).to(FRACTION)
 
 
 def _noise(grad: Tensor, whole: Tensor, seed: int) -> Tensor:

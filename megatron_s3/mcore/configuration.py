@@ -12,7 +12,7 @@ import torch
 from megatron_s3.mcore.arguments.flags import SWITCHES, Default
 from megatron_s3.mcore.arguments.mask import as_adam, replaced
 from megatron_s3.mcore.arguments.names import destination
-from megatron_s3.mcore.arguments.readers import hyperparameters, scalar_optimizer
+from megatron_s3.mcore.arguments.readers import hyperparameters, scalar_optimizer, switches
 from megatron_s3.mcore.arguments.rules import OVERRIDES, rules
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.renamed import RENAMED
@@ -211,3 +211,5 @@ def settle_precision(config: Any) -> None:
         getattr(config, "fp8_recipe", None) in (None, "delayed")
         or getattr(config, "optimizer_cpu_offload", False)
     )
+    if switches(config)["plugin_no_param_remainders"]:
+        config.store_param_remainders = False

@@ -140,6 +140,8 @@ REFUSED = {
     # 1 - 0.99 is above 2**-8, 1 - 0.99**(1/3) below.
     (*AWARE, EXP_AVG_SQ, "bf16", "--s3-beta", ".99"): "--exp-avg-sq-dtype bf16: .+ beta=0.99",
     (*AWARE, EXP_AVG, "bf16", "--s3-beta", ".999"): "--exp-avg-dtype bf16: .+ smaller beta",
+    ("--bf16", "--plugin-no-param-remainders"): "-remainders has no effect here: main parameters",
+    (*AWARE, OFFLOAD, FRACTION, "1", "--plugin-no-param-remainders"): "-remainders has no effect",
     (*AWARE, "--fp8-param-gather"): "--fp8-param-gather with --use-precision-aware-optimizer",
     (AWARE[0], AWARE[2]): "--use-precision-aware-optimizer needs --use-distributed-optimizer",
     ("--fp16", *AWARE[1:]): f"with --fp16 needs {GRADS_IN_FP32}",

@@ -79,16 +79,12 @@ def test_older_releases_resume(release: str, tmp_path: Path) -> None:
     assert_bitwise_equal(saved, tensors(resumed))
 
 
-def test_fp32_states_are_those_without_the_flag(tmp_path: Path) -> None:
-    """Bitwise, in losses and every tensor: only who holds the main parameters is another.
-
-    In fp16, because main parameters of bf16 ones are stored as remainders, and the model's are then
-    rounded in another way where two numbers are equally near.
-    """
-    fp16 = ["--fp16", "--initial-loss-scale", "65536", "--accumulate-allreduce-grads-in-fp32"]
-    plain = [*S3, *fp16, *RESHARDABLE]
+@pytest.mark.parametrize("grads", [[], BF16_GRADS], ids=["fp32", "bf16"])
+def test_fp32_states_are_those_without_the_flag(grads: list[str], tmp_path: Path) -> None:
+    """Bitwise, in losses and every tensor: only who holds the main parameters is another."""
+    plain = [*S3, "--bf16", *RESHARDABLE, *(["--grad-reduce-in-bf16"] if grads else [])]
     without = train(*plain, "--save", tmp_path / "without", ranks=2)
-    flags = [*plain, "--use-precision-aware-optimizer"]
+    flags = [*AWARE, *grads, *RESHARDABLE, "--plugin-no-param-remainders"]
     aware = train(*flags, "--save", tmp_path / "aware", ranks=2)
     assert without.losses == aware.losses
     assert_bitwise_equal(tensors(tmp_path / "without"), tensors(tmp_path / "aware"))
@@ -135,8 +131,10 @@ def test_weights_alone_reach_the_main_parameters(tmp_path: Path) -> None:
     train(*S3, "--bf16", "--save", tmp_path, ranks=2)
     load = ["--load", tmp_path, "--finetune", "--seed", "4321"]
     plain = train(*S3, "--bf16", *load, ranks=2)
-    aware = train(*AWARE, *load, ranks=2)
-    first = [list(run.losses.values())[:2] for run in (plain, aware)]
+    aware = train(*AWARE, "--plugin-no-param-remainders", *load, ranks=2)
+    assert plain.losses == aware.losses
+    remainders = train(*AWARE, *load, ranks=2)
+    first = [list(run.losses.values())[:2] for run in (plain, remainders)]
     assert first[0] == first[1]
 
 

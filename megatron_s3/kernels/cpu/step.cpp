@@ -213,7 +213,7 @@ INLINE void store_fractions(const Array& array, int64_t i, const Floats& values,
     Float x = values[k] / whole[k] * LARGEST;
     x = (Float)((Int)x & (x == x) & (whole[k] != 0.0f));
     x = at_least(at_most(x, Float{} + LARGEST), Float{} - LARGEST);
-    x = at_least(at_most(floor(x + noise[k]), Float{} + LARGEST), Float{} - LARGEST);
+    x = floor(x + noise[k]);  // the sum is exact and below 128
     write(to + k * sizeof(Byte), __builtin_convertvector(__builtin_convertvector(x, Int), Byte));
   }
 }

@@ -165,10 +165,10 @@ def _fractions(values, whole, noise):
     """Returns fractions in int8, rounded stochastically; see kernels/compact.py."""
     x = tl.div_rn(values, whole) * 127.0
     x = tl.where((x == x) & (whole != 0.0), x, 0.0)
-    x = tl.minimum(tl.maximum(x, -127.0), 127.0) + noise
+    x = tl.minimum(tl.maximum(x, -127.0), 127.0) + noise  # exact, and below 128
     down = x.to(tl.int32)
     down = down - (down.to(tl.float32) > x).to(tl.int32)
-    return tl.minimum(down, 127).to(tl.int8)
+    return down.to(tl.int8)
 
 
 @triton.jit

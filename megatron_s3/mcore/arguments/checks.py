@@ -111,7 +111,16 @@ def _check_precision(args: Any, cls: type[ElementwiseOptimizer]) -> None:
         for name in ("main_grads_dtype", "main_params_dtype", *STATE_DTYPES)
     }
     label = f"--optimizer {cls.description.name}"
-    if not getattr(args, "use_precision_aware_optimizer", False):
+    aware = getattr(args, "use_precision_aware_optimizer", False)
+    others = ("use_megatron_fsdp", "optimizer_cpu_offload")
+    stored = aware and args.bf16 and not any(getattr(args, name, False) for name in others)
+    if switches(args)["plugin_no_param_remainders"] and not stored:
+        raise ValueError(
+            "--plugin-no-param-remainders has no effect here: main parameters are in fp32 anyway. "
+            "It is for --use-precision-aware-optimizer with --bf16, without "
+            "--optimizer-cpu-offload and --use-megatron-fsdp. Leave it out."
+        )
+    if not aware:
         for name, dtype in asked.items():
             if dtype != torch.float32:
                 raise ValueError(
@@ -151,10 +160,10 @@ def _check_precision(args: Any, cls: type[ElementwiseOptimizer]) -> None:
             "below 6e-8 vanish. Add that, or use --bf16."
         )
     values = hyperparameters(cls, args)
-    stored = state_dtypes(cls, args)
+    dtypes = state_dtypes(cls, args)
     for state, name in zip(cls.description.state, STATE_DTYPES, strict=False):
         try:
-            cls.check_state_dtype(state, stored[state], values)
+            cls.check_state_dtype(state, dtypes[state], values)
         except ValueError as error:
             raise ValueError(f"{flag_named(name)} {dtype_name(asked[name])}: {error}") from None
 

@@ -59,6 +59,12 @@ SWITCHES = (
         "use the unfused PyTorch implementation of the step instead of a fused kernel: slower, "
         "because Megatron also copies gradients and parameters, with the same result",
     ),
+    (
+        "plugin_no_param_remainders",
+        "with --use-precision-aware-optimizer and --bf16, keep main parameters in fp32 (4 bytes) "
+        "instead of what bf16 parameters lack of them (2 bytes): the losses are then those without "
+        "--use-precision-aware-optimizer to the last digit",
+    ),
 )
 
 

@@ -93,6 +93,8 @@ def compact(
     if count > 20:
         g[[2, 7, 9]] = torch.tensor([math.nan, math.inf, -math.inf]).to(grad)
         r[3], r[5], g[4] = math.nan, math.inf, 0.0
+        if grad == torch.float32:  # a GPU's usual NaN, which an addition to its bits would lose
+            g.view(torch.int32)[8] = 0x7FFFFFFF
     x = torch.randn(count, generator=generator)
     m = codes if fractions else values_of_fractions(codes.clamp(min=-127), r).to(norm)
     high, low = split(x)

@@ -68,7 +68,7 @@ def test_precision_aware_needs_no_transformer_engine():
     made.finalize()
     assert made.use_precision_aware_optimizer and made.exp_avg_dtype == torch.bfloat16
     assert made.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-    assert not made.store_param_remainders
+    assert made.store_param_remainders
 
 
 @in_bridge

@@ -59,6 +59,9 @@ def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, 
                 expected[f"s3-{path}-p3-{kind}-statistics"] = count
             if path == "cpp":
                 expected[f"s3-cpp-p3-{kind}/in cache"] = count
+        if path == "cpp":
+            expected["s3-cpp-p3-bf16-grads-small-states"] = 16
+            expected["s3-cpp-p3-bf16-grads-small-states-statistics"] = 16
     assert counted == expected
     for c in one["candidates"]:
         assert len(c["rounds_ms"]) == 2 and c["launches"] is None
@@ -80,7 +83,8 @@ def test_what_is_measured_is_a_step(small):
     for at, candidate in enumerate(small.candidates(small.Memory(shards, "cpu"), *what)):
         memory = small.Memory(shards, "cpu")
         candidate = list(small.candidates(memory, *what))[at]
-        half = candidate.key == script.HALF
+        small_states = "small-states" in candidate.key  # of its own
+        half = candidate.key == script.HALF or small_states
         stepped = memory.model_params if half else memory.params
         before = [p.clone() for p in stepped]
         candidate.step()
@@ -91,7 +95,8 @@ def test_what_is_measured_is_a_step(small):
         states = [s for pairs in memory.states.values() for pair in pairs for s in pair]
         changed = [bool(s.any()) for s in states]
         one = candidate.key.startswith(("lion", "sgdm", "signsgd"))
-        assert sum(changed) == (1 if one else 2) * len(shards), candidate.key
+        own = 0 if small_states else 1 if one else 2
+        assert sum(changed) == own * len(shards), candidate.key
 
 
 def test_clipping_clips_every_time(small):
@@ -123,7 +128,7 @@ def test_statistics_are_counted_where_the_name_says_so(small, monkeypatch):
     keys = [c.key for c in small.candidates(memory, "cpu", [3.0]) if c.key.startswith("s3")]
     counting = [optimizer.host.statistics is not None for optimizer in made]
     assert counting == [key.endswith("-statistics") for key in keys]
-    assert sum(counting) == 2
+    assert sum(counting) == 3
 
 
 def test_megatron_is_asked_once_for_shards(small, monkeypatch, tmp_path):

@@ -37,6 +37,9 @@ MOMENTUM = "momentum"
 #: The keys of a param group that do not depend on its algorithm.
 _FOR_ALL = ("params", "param_names", "lr", "weight_decay", "algorithm", "format", "step")
 
+#: Arguments of the constructor that are not for a param group.
+_FOR_WHOLE = {"error_if_nonfinite", "fused", "state_dtype"}
+
 
 #: An object of each class whose algorithm a group of another class has, without parameters.
 _ALGORITHMS: dict[type, "ElementwiseOptimizer"] = {}
@@ -268,6 +271,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns a group with the hyperparameters of its algorithm, if that is given."""
+        group = self._without_whole(group)
         if "algorithm" not in group:
             return translated(self.description, group)
         description = self.algorithm_of(group).description
@@ -281,6 +285,23 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
                     f"{description.label} has no hyperparameter {name}; it has {', '.join(own)}"
                 )
         return group if description.name == self.description.name else own | group
+
+    def _without_whole(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns a group without settings of the whole optimizer, which it may only repeat."""
+        rest = dict(group)
+        for name in _FOR_WHOLE & group.keys():
+            value = rest.pop(name)
+            if isinstance(value, torch.dtype | Mapping):
+                same = self._state_dtypes(value) == self.state_dtypes
+            else:
+                same = plain(value) is getattr(self, name, self.state_dtypes)
+            if not same:
+                raise ValueError(
+                    f"a param group has {name}={value!r}, which is a setting of the whole "
+                    "optimizer. Pass it to the constructor, or make a second optimizer for these "
+                    "parameters"
+                )
+        return rest
 
     def check_hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Raises ValueError if hyperparameters of a group exclude each other."""

@@ -167,3 +167,27 @@ def test_fused_true_is_an_error_where_it_cannot_be() -> None:
     optimizer = S3([param])
     optimizer.step()
     assert optimizer.path.startswith("portable: ")
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ({}, {"fused": False}),
+        ({"fused": True}, {"fused": None}),
+        ({}, {"error_if_nonfinite": True}),
+        ({}, {"state_dtype": torch.bfloat16}),
+    ],
+    ids=str,
+)
+def test_settings_of_the_whole_optimizer_are_refused_in_a_group(own: dict, asked: dict) -> None:
+    """But for a repetition of the optimizer's own, which is left out."""
+    (name,) = asked
+    for algorithm in ({}, {"algorithm": "lion"}):
+        with pytest.raises(ValueError, match=f"a param group has {name}=.*whole optimizer"):
+            S3([{"params": [parameter()], **algorithm, **asked}], **own)
+    optimizer = S3([parameter()], **own)
+    with pytest.raises(ValueError, match=f"a param group has {name}="):
+        optimizer.add_param_group({"params": [parameter()], **asked})
+    assert len(optimizer.param_groups) == 1
+    repeated = S3([{"params": [parameter()], **asked}], **own | asked)
+    assert name not in repeated.param_groups[0]

@@ -113,13 +113,16 @@ def _codes(whole_numbers: Tensor) -> Tensor:
 
 
 def _noise(grad: Tensor, whole: Tensor, seed: int) -> Tensor:
-    """Returns numbers in [0, 1), multiples of 2**-16: the sum with a number below 128 is exact."""
+    """Returns odd multiples of 2**-17 in (0, 1), whose mean is a half.
+
+    The largest one and 127 have a sum below 128 in float32.
+    """
     h = _bits(grad).mul(_signed(0x9E3779B1)).bitwise_xor_(_bits(whole).mul(_signed(0x85EBCA6B)))
     h.bitwise_xor_(_signed(seed % (1 << 24) * 0xC2B2AE35))
     for shift, factor in ((15, 0x7FEB352D), (15, 0x846CA68B)):
         h.bitwise_xor_(_shifted(h, shift)).mul_(_signed(factor))
     h.bitwise_xor_(_shifted(h, 16))
-    return _shifted(h, 16).float().mul_(2.0**-16)
+    return _shifted(h, 16).float().add_(0.5).mul_(2.0**-16)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -191,13 +191,13 @@ INLINE void load_fractions(Floats& out, const Array& array, int64_t i, const Flo
 
 INLINE Bits mixed(Bits h, int shift, uint32_t factor) { return (h ^ (h >> shift)) * factor; }
 
-// Multiples of 2**-16 in [0, 1).
+// Odd multiples of 2**-17 in (0, 1).
 INLINE Float noise(const Float& grad, const Float& whole, float seed) {
   Bits h = (Bits)grad * 0x9e3779b1 ^ (Bits)whole * 0x85ebca6b;
   h ^= uint32_t(seed) * 0xc2b2ae35;
   h = mixed(mixed(h, 15, 0x7feb352d), 15, 0x846ca68b);
   h = (h ^ (h >> 16)) >> 16;
-  return __builtin_convertvector((Int)h, Float) * 0x1p-16f;
+  return (__builtin_convertvector((Int)h, Float) + 0.5f) * 0x1p-16f;
 }
 
 INLINE Float floor(const Float& x) {
@@ -213,7 +213,7 @@ INLINE void store_fractions(const Array& array, int64_t i, const Floats& values,
     Float x = values[k] / whole[k] * LARGEST;
     x = (Float)((Int)x & (x == x) & (whole[k] != 0.0f));
     x = at_least(at_most(x, Float{} + LARGEST), Float{} - LARGEST);
-    x = floor(x + noise[k]);  // the sum is exact and below 128
+    x = floor(x + noise[k]);  // the sum is below 128
     write(to + k * sizeof(Byte), __builtin_convertvector(__builtin_convertvector(x, Int), Byte));
   }
 }

@@ -151,13 +151,13 @@ def _mixed(h, SHIFT: tl.constexpr, FACTOR: tl.constexpr):
 
 @triton.jit
 def _noise(g, whole, seed):
-    """Returns multiples of 2**-16 in [0, 1); see kernels/compact.py."""
+    """Returns odd multiples of 2**-17 in (0, 1); see kernels/compact.py."""
     h = g.to(tl.uint32, bitcast=True) * tl.full(g.shape, 0x9E3779B1, tl.uint32)
     h = h ^ (whole.to(tl.uint32, bitcast=True) * tl.full(g.shape, 0x85EBCA6B, tl.uint32))
     h = h ^ (seed.to(tl.int32).to(tl.uint32) * tl.full((1,), 0xC2B2AE35, tl.uint32))
     h = _mixed(_mixed(h, 15, 0x7FEB352D), 15, 0x846CA68B)
     h = (h ^ (h >> 16)) >> 16
-    return h.to(tl.int32).to(tl.float32) * 0.0000152587890625
+    return (h.to(tl.int32).to(tl.float32) + 0.5) * 0.0000152587890625
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def _fractions(values, whole, noise):
     """Returns fractions in int8, rounded stochastically; see kernels/compact.py."""
     x = tl.div_rn(values, whole) * 127.0
     x = tl.where((x == x) & (whole != 0.0), x, 0.0)
-    x = tl.minimum(tl.maximum(x, -127.0), 127.0) + noise  # exact, and below 128
+    x = tl.minimum(tl.maximum(x, -127.0), 127.0) + noise  # below 128
     down = x.to(tl.int32)
     down = down - (down.to(tl.float32) > x).to(tl.int32)
     return down.to(tl.int8)

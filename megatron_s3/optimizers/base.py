@@ -108,10 +108,8 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         state_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
         **hyperparameters: Any,
     ) -> None:
-        if fused is not None and not isinstance(plain(fused), bool):
-            raise ValueError(f"fused must be True, False or None, not {fused!r}")
         self.error_if_nonfinite = error_if_nonfinite
-        self.fused = plain(fused)
+        self.fused = self._checked_fused(fused)
         #: The kernels of the last step: "C++ kernel", "Triton kernel", or "portable: " and the
         #: reason for torch operations; several, if only some parameters need torch operations.
         self.path = ""
@@ -286,9 +284,22 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
                 )
         return group if description.name == self.description.name else own | group
 
+    @staticmethod
+    def _checked_fused(fused: Any) -> bool | None:
+        value: bool | None = plain(fused)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"fused must be True, False or None, not {fused!r}")
+        return value
+
     def _without_whole(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns a group without settings of the whole optimizer, which it may only repeat."""
+        """Returns a group without settings of the whole optimizer, which it may only repeat.
+
+        torchtitan passes ``fused`` in each group: the first group sets it if the constructor does
+        not.
+        """
         rest = dict(group)
+        if self.fused is None and not self.param_groups:
+            self.fused = self._checked_fused(group.get("fused"))
         for name in _FOR_WHOLE & group.keys():
             value = rest.pop(name)
             if isinstance(value, torch.dtype | Mapping):

@@ -172,7 +172,7 @@ def test_fused_true_is_an_error_where_it_cannot_be() -> None:
 @pytest.mark.parametrize(
     ("own", "asked"),
     [
-        ({}, {"fused": False}),
+        ({"fused": True}, {"fused": False}),
         ({"fused": True}, {"fused": None}),
         ({}, {"error_if_nonfinite": True}),
         ({}, {"state_dtype": torch.bfloat16}),
@@ -191,3 +191,25 @@ def test_settings_of_the_whole_optimizer_are_refused_in_a_group(own: dict, asked
     assert len(optimizer.param_groups) == 1
     repeated = S3([{"params": [parameter()], **asked}], **own | asked)
     assert name not in repeated.param_groups[0]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_first_group_may_choose_the_kernel(fused: bool) -> None:
+    """As torchtitan asks for it; the constructor's value and other groups must not differ."""
+    groups = [{"params": [parameter()], "fused": fused} for _ in range(2)]
+    optimizer = S3(groups)
+    assert optimizer.fused is fused
+    assert not any("fused" in group for group in optimizer.param_groups)
+    trained(optimizer)
+    assert optimizer.path == ("C++ kernel" if fused else "portable: fused=False")
+    with pytest.raises(ValueError, match="a param group has fused="):
+        S3(
+            [
+                {"params": [parameter()], "fused": fused},
+                {"params": [parameter()], "fused": not fused},
+            ]
+        )
+    with pytest.raises(ValueError, match="a param group has fused="):
+        S3([{"params": [parameter()]}, {"params": [parameter()], "fused": fused}])
+    with pytest.raises(ValueError, match="fused must be True, False or None"):
+        S3([{"params": [parameter()], "fused": "yes"}])

@@ -195,7 +195,7 @@ def test_settings_of_the_whole_optimizer_are_refused_in_a_group(own: dict, asked
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_first_group_may_choose_the_kernel(fused: bool) -> None:
-    """As torchtitan asks for it; the constructor's value and other groups must not differ."""
+    """torchtitan does; the constructor's value and other groups must not differ."""
     groups = [{"params": [parameter()], "fused": fused} for _ in range(2)]
     optimizer = S3(groups)
     assert optimizer.fused is fused

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_s3.report import compare, page
+from megatron_s3.report import compare, margins, page, settings
 from megatron_s3.report.runs import RunError, Suite, load
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.telemetry import runlog
 
 if TYPE_CHECKING:
     from megatron_s3.report.pictures import Picture
+
+
+#: What a report keeps of a run's first record.
+_KEPT = ("world_size", "global_batch_size", "seq_length", "flops")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for damage in (damage for suite in suites for run in suite.runs for damage in run.damage):
         print(f"warning: {damage}", file=sys.stderr)
     tables = compare.tables(suites, args.peak_tflops)
+    tables += [*margins.tables(suites), *settings.tables(suites)]
     for table in tables:
         print(table, end="\n\n", flush=True)
     try:
@@ -131,6 +136,7 @@ def _json(suites: Sequence[Suite]) -> str:
                     "max_abs_update": max((v for _, v in run.update("max_abs")), default=None),
                     **({"seconds": round(run.seconds, 4)} if math.isfinite(run.seconds) else {}),
                     "bound": run.bound, "spikes": list(run.spikes),
+                    "start": {k: run.start[k] for k in _KEPT if k in run.start},
                 }
                 for run in suite.runs
             ],

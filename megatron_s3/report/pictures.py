@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_s3.report import settings
 from megatron_s3.report.compare import about, best_rate, finalists, labels, named_disturbance
 from megatron_s3.report.disturbed import after, means
+from megatron_s3.report.margins import adamw_label, margins
 from megatron_s3.report.runs import Suite, Trained
 from megatron_s3.report.styles import style as style_of
 from megatron_s3.report.styles import styles
@@ -76,6 +78,8 @@ def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture
         if burst := suite.of("burst"):
             found.append(_overlaid(suite, burst, "burst", "burst", "gradient x {:g}"))
         found += [p for p in (_margins(suite, size) for size in suite.sizes) if p]
+        if settings.varied(suite):
+            found.append(_settings(suite))
         if disturbed := suite.of("robustness"):
             found += _recoveries(suite, disturbed)
         found += [p for p in (_first_gradients(suite), _around_spikes(suite)) if p]
@@ -262,17 +266,8 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
 
 def _margins(suite: Suite, million: float) -> Picture | None:
     """Draws the loss of each label minus AdamW's by the tokens a parameter, of one model."""
-    runs = suite.of_size(million)
-    reference = _reference(runs)
-    points: dict[str, list[tuple[float, list[float]]]] = {}
-    for tokens in sorted({run.tags["tokens"] for run in runs}):
-        own = [run for run in runs if run.tags["tokens"] == tokens]
-        of = {run.seed: run.reported for run in finalists(own, reference)}
-        for label in labels(own):
-            final = [r for r in finalists(own, label) if r.seed in of and math.isfinite(r.reported)]
-            if final:
-                gaps = [run.reported - of[run.seed] for run in final]
-                points.setdefault(label, []).append((tokens, gaps))
+    reference = _reference(suite.of_size(million))
+    points = margins(suite, million, reference)
     shown = [label for label in points if label != reference]
     if not shown:
         return None
@@ -297,6 +292,33 @@ def _margins(suite: Suite, million: float) -> Picture | None:
     )
     name = f"{suite.name}-{million:.2g}m-margins"
     return Picture(name, title, drawn, "tokens a parameter", "nats per token")
+
+
+def _settings(suite: Suite) -> Picture:
+    """Draws the loss of each label minus AdamW's, one panel for each setting that is varied."""
+    of = settings.varied(suite)
+    drawn, panels = _panels(len(of), 3, (3.4, 2.6), sharey=True)
+    for panel, (experiment, by_setting) in zip(panels, of.items(), strict=True):
+        panel.axhline(0, color=DARK, linewidth=0.8)
+        every = [run for runs in by_setting.values() for run in runs]
+        against = adamw_label(every)
+        shown = [x for x in labels(r for r in every if "setting" in r.tags) if x != against]
+        for label, drawn_as in zip(shown, styles(shown), strict=True):
+            gaps = {k: settings.differences(runs, label, against or "")
+                    for k, runs in enumerate(by_setting.values())}  # fmt: skip
+            mean = {k: statistics.fmean(found) for k, found in gaps.items() if found}
+            panel.plot(mean.keys(), mean.values(), drawn_as.line, color=drawn_as.colour,
+                       linewidth=1.2, label=label)  # fmt: skip
+            each = [(k, gap) for k, found in gaps.items() for gap in found]
+            if each:
+                panel.plot(*zip(*each, strict=True), drawn_as.marker, color=drawn_as.colour,
+                           markersize=4, linewidth=0)  # fmt: skip
+        names = [textwrap.fill(setting, 12) for setting in by_setting]
+        panel.set_xticks(range(len(names)), names, fontsize=7)
+        panel.set_title(experiment, fontsize=8)
+    panels[0].legend(fontsize=7, frameon=False)
+    title = f"{suite.name}: final loss minus that of AdamW with the same setting; marks: seeds"
+    return Picture(f"{suite.name}-settings", title, drawn, "setting", "nats per token")
 
 
 def _recoveries(suite: Suite, runs: Sequence[Trained]) -> list[Picture]:

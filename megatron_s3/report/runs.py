@@ -37,7 +37,7 @@ class Trained:
     optimizer: str
     lr: float
     seed: int
-    tags: Mapping[str, float]
+    tags: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]] = field(repr=False)
     damage: Sequence[str]
 

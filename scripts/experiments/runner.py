@@ -16,7 +16,7 @@ from megatron_s3 import data
 from megatron_s3.launch import lock
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
-from scripts.experiments import halves, length, toy
+from scripts.experiments import halves, length, record, sweeps, toy
 from scripts.experiments.suite import EXPERIMENTS, ROBUST, SEARCHES, Run, plan, waiting
 from tests.harness import forks
 from tests.harness.models import LOCAL, SHAPE
@@ -24,15 +24,22 @@ from tests.harness.models import LOCAL, SHAPE
 __all__ = ["main", "results"]
 
 TRAINER = "scripts.experiments.trainer"
-DISTURBING = ("burst", "robustness")
+#: By experiment, what a launched configuration lacks.
+SMALL_ALONE = {
+    **dict.fromkeys(("burst", "robustness"), "trainer, which can disturb a run; a launch cannot"),
+    **dict.fromkeys(sweeps.SWEEPS, "model, whose settings it changes"),
+}
 #: Experiments that are run only where they are named: they take hours.
-LONG = ("robustness", "length")
+LONG = ("robustness", "length", *sweeps.SWEEPS)
+#: Experiments whose learning rates are chosen by other documents than those that are reported.
+TESTED = ("length", *sweeps.SWEEPS)
 #: The small model has 0.12M parameters; a step processes 16 samples of 64 bytes.
 SMALL = [
     *SHAPE,
     *"""--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 16
     --micro-batch-size 16 --global-batch-size 16 --attention-backend unfused --no-rope-fusion
-    --plugin-device cpu --eval-iters 100 --lr-decay-style cosine""".split(),
+    --plugin-device cpu --eval-iters 100 --lr-decay-style cosine --num-workers 0
+    --no-create-attention-mask-in-dataloader""".split(),
     *LOCAL,
 ]
 
@@ -46,9 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     _alike(args)
+    for known in args.known:
+        try:
+            print(f"{record.restore(known, args.out)} finished runs are taken from {known}")
+        except ValueError as error:
+            print(f"error: --known {error}", file=sys.stderr)
+            return 2
     chosen = [name for name in args.only if name != "toy"]
-    for name in [name for name in chosen if name in DISTURBING and args.config is not None]:
-        why = f"{name} needs the small suite's trainer, which can disturb a run; a launch cannot"
+    for name in [name for name in chosen if name in SMALL_ALONE and args.config is not None]:
+        why = f"{name} needs the small suite's {SMALL_ALONE[name]}"
         if args.only == [name]:
             print(f"error: {why}; leave out --config", file=sys.stderr)
             return 2
@@ -61,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer="bytes",
             overwrite=True,
         )
-        if "length" in chosen:
+        if not {*TESTED}.isdisjoint(chosen):
             halves.write(str(args.out / "text"))
     if args.dry_run:
         _show_plan(args, chosen)
@@ -87,6 +100,8 @@ def _show_plan(args: argparse.Namespace, chosen: list[str]) -> None:
     lines = waiting(found, chosen, args.of)
     if "length" in chosen:
         lines += length.cost(args.sizes, args.lengths, args.of)
+    swept = [name for name in chosen if name in sweeps.SWEEPS]
+    lines += sweeps.cost(swept, args.of, args.settings)
     print(*lines, sep="\n", end="\n" * bool(lines))
 
 
@@ -95,34 +110,17 @@ def _planned(found: dict[str, float], chosen: list[str], args: argparse.Namespac
     runs = plan(found, chosen, args.of)
     if "length" in chosen:
         runs += length.plan(found, args.sizes, args.lengths, args.of)
-    return runs
+    if swept := [name for name in chosen if name in sweeps.SWEEPS]:
+        runs += sweeps.plan(found, swept, args.of, args.settings)
+    return list({run.key: run for run in runs}.values())
 
 
 def _suite(args: argparse.Namespace, chosen: list[str]) -> int:
     if "toy" in args.only:
         toy.write(args.out / "toy.json")
-    failed: set[str] = set()
-    begun, done = time.monotonic(), 0
-    while True:
-        if args.config is not None:
-            _collect(_planned(results(args.out), chosen, args), args)
-        known = results(args.out)
-        runs = _planned(known, chosen, args)
-        missing = [run for run in runs if run.key not in known and run.key not in failed]
-        if not missing:
-            break
-        if args.slurm:
-            return _submit(missing, args)
-        batch = missing[: args.jobs] if args.config is None else missing[:1]
-        failed |= _side_by_side(batch, args) if args.config is None else _launch(batch[0], args)
-        done += len(batch)
-        left = (time.monotonic() - begun) / done * (len(missing) - len(batch))
-        print(
-            f"{len(runs) - len(missing) + len(batch)} of {len(runs)} known runs, "
-            f"{left / 60:.0f} minutes for the rest of these: "
-            + "; ".join(f"{r.key} {results(args.out).get(r.key, math.nan):.4f}" for r in batch),
-            flush=True,
-        )
+    failed = _train(chosen, args) if args.config is None else _launched(chosen, args)
+    if failed is None:
+        return 0  # submitted
     if results(args.out):
         report.main([str(args.out), "--output", str(args.out / "report")])
     for key in sorted(failed):
@@ -142,11 +140,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="Arguments after -- are Megatron's flags for every run, such as --hidden-size 128.",
     )
-    names = ("toy", *EXPERIMENTS, "length")
+    names = ("toy", *EXPERIMENTS, *TESTED)
     usual = [name for name in names if name not in LONG]
     parser.add_argument("--only", nargs="+", choices=names, default=usual, metavar="NAME",
                         help=f"experiments to run: {', '.join(names)} (default: all but "
-                        f"{' and '.join(LONG)})")  # fmt: skip
+                        f"{', '.join(LONG)})")  # fmt: skip
     labels = [label for of in (*SEARCHES.values(), length.OPTIMIZERS, ROBUST) for label in of]
     labels = list(dict.fromkeys(labels))
     parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
@@ -157,7 +155,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=float, default=list(length.LENGTHS),
                         metavar="N", help="of length: tokens a parameter (default: "
                         f"{' '.join(map(str, length.LENGTHS))})")  # fmt: skip
+    settings = [value for of in sweeps.SWEEPS.values() for value in of]
+    parser.add_argument("--settings", nargs="+", choices=settings, metavar="VALUE",
+                        help=f"of {', '.join(sweeps.SWEEPS)}: {'; '.join(settings)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--known", type=Path, nargs="+", default=[], metavar="REPORT.JSON",
+                        help="runs that are not trained again: files that megatron-s3 report "
+                        "wrote, such as scripts/results/*/report.json")  # fmt: skip
     parser.add_argument(
         "--iters",
         type=int,
@@ -201,28 +205,28 @@ def _alike(args: argparse.Namespace) -> None:
         settings = {"config": " ".join(args.config), "iters": args.iters}
     else:
         settings = {"iters": args.iters, "megatron": args.megatron}
-    record = args.out / "suite.json"
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
+    file = args.out / "suite.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
         if before != settings:
             raise SystemExit(
                 f"error: the runs in {args.out} have {before}, these {settings}: "
                 "they cannot be compared; give another --out"
             )
     else:
-        record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def results(out: Path) -> dict[str, float]:
     """Returns the final validation loss of every finished run by its key."""
     found = {}
-    for record in out.glob("*/*/run.json"):
+    for path in out.glob("*/*/run.json"):
         try:
-            run = json.loads(record.read_text(encoding="utf-8"))
+            run = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue  # the file is truncated; train the run again
         if "valid_loss" in run:
-            found[f"{record.parent.parent.name}/{record.parent.name}"] = float(run["valid_loss"])
+            found[f"{path.parent.parent.name}/{path.parent.name}"] = float(run["valid_loss"])
     return found
 
 
@@ -237,7 +241,7 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
         *run.words,
         *args.megatron,
     ]
-    if "tokens" in run.tags:
+    if not {"tokens", "setting"}.isdisjoint(run.tags):
         # These runs need no log of updates, which takes a tenth of their time.
         words.remove("--plugin-log-updates")
         words += [*halves.arguments(str(args.out / "text")), "--plugin-metrics"]
@@ -255,22 +259,74 @@ def _saved(run: Run, args: argparse.Namespace) -> Path:
     return Path(args.out, run.key, "checkpoints")
 
 
-def _side_by_side(runs: Sequence[Run], args: argparse.Namespace) -> set[str]:
-    """Trains each run in its own process, and returns the keys of the runs that failed."""
+def _train(chosen: list[str], args: argparse.Namespace) -> set[str]:
+    """Trains each run in its own process; returns the keys of the runs that failed."""
     _prepare(args)
-    started = []
-    for run in runs:
-        folder = args.out / run.key
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _saved(run, args).exists():
-            for old in ("log", "metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
-                (folder / old).unlink(missing_ok=True)
-        started.append((run, forks.start(_words(run, args), 1, folder / "log", TRAINER)))
-    failed = set()
-    for run, rank in started:
-        if forks.wait(rank).status or not _finish(run, args):
-            failed.add(run.key)
-    return failed
+    progress, failed = _Progress(), set[str]()
+    running: dict[int, Run] = {}
+    try:
+        while True:
+            known = results(args.out)
+            runs = _planned(known, chosen, args)
+            away = failed | {run.key for run in running.values()}
+            missing = [run for run in runs if run.key not in known and run.key not in away]
+            for run in missing[: args.jobs - len(running)]:
+                running[_start(run, args)] = run
+            if not running:
+                return failed
+            pid = forks.first(running)
+            run = running.pop(pid)
+            if forks.wait([pid]).status or not _finish(run, args):
+                failed.add(run.key)
+            progress.show(run, runs, args)
+    finally:
+        for pid in running:
+            forks.kill(pid)
+
+
+def _start(run: Run, args: argparse.Namespace) -> int:
+    """Starts a run, which goes on from its checkpoint if there is one; returns its process id."""
+    folder = args.out / run.key
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _saved(run, args).exists():
+        for old in ("log", "metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
+            (folder / old).unlink(missing_ok=True)
+    return forks.start(_words(run, args), 1, folder / "log", TRAINER)[0]
+
+
+def _launched(chosen: list[str], args: argparse.Namespace) -> set[str] | None:
+    """Launches each run; returns the keys of the runs that failed, None if jobs were submitted."""
+    progress, failed = _Progress(), set[str]()
+    while True:
+        _collect(_planned(results(args.out), chosen, args), args)
+        known = results(args.out)
+        runs = _planned(known, chosen, args)
+        missing = [run for run in runs if run.key not in known and run.key not in failed]
+        if not missing:
+            return failed
+        if args.slurm:
+            _submit(missing, args)
+            return None
+        failed |= _launch(missing[0], args)
+        progress.show(missing[0], runs, args)
+
+
+class _Progress:
+    """Prints each run's loss, and the time that the known runs will take."""
+
+    def __init__(self) -> None:
+        self._begun, self._done = time.monotonic(), 0
+
+    def show(self, run: Run, runs: Sequence[Run], args: argparse.Namespace) -> None:
+        self._done += 1
+        found = results(args.out)
+        finished = sum(each.key in found for each in runs)
+        left = (time.monotonic() - self._begun) / self._done * (len(runs) - finished)
+        print(
+            f"{finished} of {len(runs)} known runs, {left / 60:.0f} minutes for the rest of these: "
+            f"{run.key} {found.get(run.key, math.nan):.4f}",
+            flush=True,
+        )
 
 
 def _finish(run: Run, args: argparse.Namespace) -> bool:
@@ -285,7 +341,7 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
     if not valid or valid[-1][0] < records[0]["train_iters"]:
         return False
     tested = [r["loss"] for r in records if r["kind"] == "test"]
-    record = {
+    described = {
         "experiment": run.experiment,
         "optimizer": run.flags.split()[1],
         "label": run.label,
@@ -297,7 +353,7 @@ def _finish(run: Run, args: argparse.Namespace) -> bool:
         **({"test_loss": tested[-1]} if tested else {}),
     }
     temporary = folder / "run.json.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / "run.json")
     if args.config is None:
         shutil.rmtree(_saved(run, args), ignore_errors=True)

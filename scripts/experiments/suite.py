@@ -109,6 +109,8 @@ class Run:
         seed: seed of the initialization and the data order.
         tags: other values that distinguish the run, by name.
         model: Megatron's flags of a model and a length that are not those of the suite.
+        decay: learning rate times weight decay.
+        floor: final learning rate divided by the peak.
     """
 
     experiment: str
@@ -116,14 +118,16 @@ class Run:
     flags: str
     lr: float
     seed: int = SEEDS[0]
-    tags: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, float | str] = field(default_factory=dict)
     model: str = ""
+    decay: float = DECAY
+    floor: float = 0.1
 
     @property
     def name(self) -> str:
         """Returns the name of the run's folder in the folder of the experiment."""
         words = [self.label, f"lr {self.lr:g}", f"seed {self.seed}"]
-        words += [f"{key} {value:g}" for key, value in self.tags.items()]
+        words += [f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in self.tags.items()]
         plain = "-".join(words).lower().replace("%", "percent")
         return "-".join(re.sub(r"[^a-z0-9.+-]", " ", plain).split())
 
@@ -135,8 +139,8 @@ class Run:
     @property
     def words(self) -> list[str]:
         """Returns all flags of the run."""
-        rates = ["--lr", f"{self.lr:g}", "--min-lr", f"{self.lr / 10:g}"]
-        decay = ["--weight-decay", f"{DECAY / self.lr:g}"]
+        rates = ["--lr", f"{self.lr:g}", "--min-lr", f"{self.lr * self.floor:g}"]
+        decay = ["--weight-decay", f"{self.decay / self.lr:g}"]
         seed = ["--seed", str(self.seed)]
         return [*self.model.split(), *self.flags.split(), *rates, *decay, *seed]
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from megatron_s3.launch import lock
 from .ports import free_port
 
 __all__ = ["TIMED_OUT", "TRAINER", "Ended", "Forks", "fork", "kill", "prepare"]
-__all__ += ["run_program", "start", "wait"]
+__all__ += ["first", "run_program", "start", "wait"]
 
 TRAINER = "megatron_s3.pretrain_gpt"
 #: The exit status of ranks that were stopped at their limit, as timeout(1) has it.
@@ -210,6 +210,15 @@ def fork(function: Callable[[], object], logs: Sequence[str | Path]) -> list[int
         "LOCAL_WORLD_SIZE": str(len(logs)),
     }
     return [_fork(function, rank, log) for rank, log in enumerate(logs)]
+
+
+def first(pids: Iterable[int]) -> int:
+    """Returns the first of several ranks to end, which :func:`wait` then reaps."""
+    while True:
+        for pid in pids:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return pid
+        time.sleep(0.05)
 
 
 def wait(

@@ -1,0 +1,112 @@
+"""Final losses minus AdamW's by the length of the runs, and where they go."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from megatron_s3.report.compare import REFERENCE, Table, finalists, labels
+from megatron_s3.report.runs import Suite, Trained
+
+__all__ = ["MODELS", "Margins", "adamw_label", "extrapolated", "margins", "tables"]
+
+#: Of each label the tokens a parameter, and the differences seed by seed.
+Margins = dict[str, list[tuple[float, list[float]]]]
+#: How much longer than the longest run a margin is extrapolated.
+FURTHER = 10
+#: What a margin may be linear in: a line without an end, and one that ends at a constant.
+MODELS: dict[str, Callable[[float], float]] = {
+    "log(tokens)": math.log,
+    "1 / sqrt(tokens)": lambda tokens: 1 / math.sqrt(tokens),
+}
+
+
+class Extrapolated(NamedTuple):
+    """A value of a fitted line.
+
+    Attributes:
+        value: value in nats.
+        error: its standard error, which knows nothing of errors of the model.
+    """
+
+    value: float
+    error: float
+
+
+def margins(suite: Suite, million: float, reference: str) -> Margins:
+    """Returns the differences to a label, of one model and of all lengths."""
+    runs = suite.of_size(million)
+    found: Margins = {}
+    for tokens in sorted({run.tags["tokens"] for run in runs}):
+        own = [run for run in runs if run.tags["tokens"] == tokens]
+        of = {run.seed: run.reported for run in finalists(own, reference)}
+        for label in labels(own):
+            final = [r for r in finalists(own, label) if r.seed in of and math.isfinite(r.reported)]
+            if final:
+                gaps = [run.reported - of[run.seed] for run in final]
+                found.setdefault(label, []).append((tokens, gaps))
+    return found
+
+
+def extrapolated(
+    points: Sequence[tuple[float, Sequence[float]]], model: str, tokens: float
+) -> Extrapolated | None:
+    """Returns the value at a length of the line that fits the differences best.
+
+    It is an ordinary regression with a point for each seed.
+
+    Args:
+        points: lengths in tokens a parameter, and the differences at each.
+        model: a key of :data:`MODELS`.
+        tokens: length of the value.
+
+    Returns:
+        None if there are fewer than three lengths, or fewer than four points.
+    """
+    pairs = [(MODELS[model](at), gap) for at, gaps in points for gap in gaps]
+    if len(points) < 3 or len(pairs) < 4:
+        return None
+    xs = [x for x, _ in pairs]
+    slope, constant = statistics.linear_regression(xs, [y for _, y in pairs])
+    count, middle = len(pairs), statistics.fmean(xs)
+    variance = sum((y - constant - slope * x) ** 2 for x, y in pairs) / (count - 2)
+    spread = sum((x - middle) ** 2 for x in xs)
+    x = MODELS[model](tokens)
+    error = math.sqrt(variance * (1 / count + (x - middle) ** 2 / spread))
+    return Extrapolated(constant + slope * x, error)
+
+
+def tables(suites: Sequence[Suite]) -> list[Table]:
+    """Returns a table for each model that was trained at three lengths or more."""
+    found = [_table(suite, million) for suite in suites for million in suite.sizes]
+    return [table for table in found if table]
+
+
+def adamw_label(runs: Sequence[Trained]) -> str | None:
+    """Returns the label of AdamW."""
+    return min((run.label for run in runs if run.optimizer == REFERENCE), key=len, default=None)
+
+
+def _table(suite: Suite, million: float) -> Table | None:
+    against = adamw_label(suite.of_size(million))
+    if against is None:
+        return None
+    rows, longest = [], 0.0
+    for label, points in margins(suite, million, against).items():
+        longest = max(longest, *(tokens for tokens, _ in points))
+        for model in MODELS if label != against else ():
+            ends = [extrapolated(points, model, n * points[-1][0]) for n in (1, FURTHER)]
+            if ends[0] and ends[1]:
+                cells = [f"{end.value:+.3f} +- {end.error:.3f}" for end in ends if end]
+                seeds = ", ".join(f"{tokens:g}: {len(gaps)}" for tokens, gaps in points)
+                rows.append([label, model, *cells, seeds])
+    if not rows:
+        return None
+    return Table(
+        f"{suite.name}, {million:.2g}M parameters: loss minus that of {against}, extrapolated",
+        ["run", "linear in", f"{longest:g} tokens a parameter",
+         f"{FURTHER * longest:g} tokens a parameter", "seeds by length"],
+        rows,
+        "An ordinary regression with a point for each seed and its standard error. Both lines "
+        "are guesses: what lies between them is not known any better.",
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Runs in which one setting is varied, each against AdamW with the same setting."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from megatron_s3.report.compare import Table, about, finalists, labels
+from megatron_s3.report.margins import adamw_label
+from megatron_s3.report.runs import Suite, Trained
+
+__all__ = ["USUAL", "differences", "tables", "varied"]
+
+#: By experiment, the setting of the runs to which the others are compared.
+USUAL = {
+    "batch size": "16",
+    "beta": "0.95",
+    "schedule": "cosine to a tenth",
+    "lr x weight decay": "3e-05",
+    "layers": "2",
+}
+
+
+def varied(suite: Suite) -> dict[str, dict[str, list[Trained]]]:
+    """Returns the runs by experiment and setting, settings that are numbers in their order.
+
+    The runs with the usual settings are those of the smallest model and length of the suite.
+    """
+    lengths = [run for run in suite.runs if "tokens" in run.tags]
+    first = min(((r.tags["million"], r.tags["tokens"]) for r in lengths), default=None)
+    usual = [run for run in lengths if (run.tags["million"], run.tags["tokens"]) == first]
+    found = {}
+    for experiment, setting in USUAL.items():
+        of = {setting: list(usual)}
+        for run in suite.of(experiment):
+            of.setdefault(str(run.tags["setting"]), []).append(run)
+        if len(of) > 1:
+            found[experiment] = dict(sorted(of.items(), key=lambda item: _order(item[0])))
+    return found
+
+
+def _order(setting: str) -> tuple[float, str]:
+    try:
+        return float(setting), setting
+    except ValueError:
+        return math.inf, setting
+
+
+def differences(runs: Sequence[Trained], label: str, other: str) -> list[float]:
+    """Returns the final losses of a label minus those of another, seed by seed."""
+    of = {run.seed: run.reported for run in finalists(runs, other)}
+    return [r.reported - of[r.seed] for r in finalists(runs, label) if r.seed in of]
+
+
+def tables(suites: Sequence[Suite]) -> list[Table]:
+    """Returns a table for each setting that was varied."""
+    return [
+        _table(suite, experiment, of)
+        for suite in suites
+        for experiment, of in varied(suite).items()
+    ]
+
+
+def _table(suite: Suite, experiment: str, of: dict[str, list[Trained]]) -> Table:
+    every = [run for runs in of.values() for run in runs if run.finished]
+    trained = {run.label for runs in of.values() for run in runs if "setting" in run.tags}
+    against = adamw_label(every)
+    others = [label for label in labels(every) if label != against and label in trained]
+    rows = []
+    for setting, runs in of.items():
+        row = [setting]
+        for label in ([against] if against else []) + others:
+            final = finalists(runs, label)
+            losses = [run.reported for run in final]
+            row += [f"{statistics.fmean(losses):.4f}", f"{final[0].lr:g}"] if final else ["-", "-"]
+            if label != against:
+                found = differences(runs, label, against) if against else []
+                spread = f" +- {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+                row += [f"{statistics.fmean(found):+.3f}{spread}" if found else "-"]
+                row += [str(len(found))]
+        rows.append(row)
+    heads = [experiment, *([against, "its learning rate"] if against else [])]
+    for label in others:
+        heads += [label, "its learning rate", f"minus {against}", "seeds"]
+    return Table(
+        f"{about(suite, experiment)}final loss with other settings",
+        heads,
+        rows,
+        "Every learning rate is the best of those that were tried with the setting. Differences "
+        "are taken seed by seed.",
+    )

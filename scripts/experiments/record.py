@@ -1,0 +1,63 @@
+"""Finished runs of a committed report, with which an experiment goes on in another folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_s3.telemetry import runlog
+from scripts.experiments.suite import Run
+
+__all__ = ["restore"]
+
+
+def restore(report: Path, out: Path) -> int:
+    """Writes the runs of a ``report.json`` as the experiments do, except those that are there.
+
+    Args:
+        report: what ``megatron-s3 report`` wrote about a folder of experiments.
+        out: folder of the experiments that go on.
+
+    Returns:
+        The number of runs that were written.
+
+    Raises:
+        ValueError: it is no such file, or one of runs that cannot be told apart.
+    """
+    try:
+        suites = json.loads(report.read_text(encoding="utf-8"))
+        found = [(run, _run(run)) for suite in suites for run in suite["runs"]]
+        lines = [_lines(run) for run, _ in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{report}: not a report.json of experiments: {error}") from error
+    written = 0
+    for (run, planned), text in zip(found, lines, strict=True):
+        folder = out / planned.key
+        if run["reached"] < run["iterations"] or (folder / "run.json").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / runlog.NAME).write_text("".join(f"{json.dumps(line)}\n" for line in text))
+        names = ("experiment", "optimizer", "label", "lr", "seed", "tags", "iterations")
+        record = {name: run[name] for name in names}
+        record |= {"valid_loss": run["valid"][-1][1], "restored": report.name}
+        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        written += 1
+    return written
+
+
+def _run(run: dict[str, Any]) -> Run:
+    return Run(run["experiment"], run["label"], "", run["lr"], run["seed"], run["tags"])
+
+
+def _lines(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the records of a run's log that tables and pictures read."""
+    start = {"kind": "start", "iteration": 0, "train_iters": run["iterations"]}
+    start |= {"optimizer": run["optimizer"], "bound": run["bound"], **run["start"]}
+    lines = [start]
+    for iteration, loss in run["loss"]:
+        lines.append({"kind": "train", "iteration": iteration, "loss": loss})
+        if "seconds" in run:
+            lines[-1]["seconds"] = run["seconds"]
+    lines += [{"kind": "valid", "iteration": i, "loss": loss} for i, loss in run["valid"]]
+    if "test" in run:
+        lines.append({"kind": "test", "iteration": run["iterations"], "loss": run["test"]})
+    return lines + [{"kind": "spike", **spike} for spike in run["spikes"]]

@@ -1,0 +1,130 @@
+"""Tables and pictures of runs of several settings and lengths, whose logs are written here."""
+
+import json
+import math
+
+import pytest
+
+from megatron_s3.report import __main__ as verb
+from megatron_s3.report import compare, margins, settings
+from megatron_s3.report.runs import load
+from scripts.experiments import record
+from scripts.experiments.suite import Run
+
+from .test_runs import row, write
+
+pytest.importorskip("matplotlib")
+from megatron_s3.report.pictures import pictures
+
+USUAL = "0.12M parameters x 10 tokens"
+
+
+def varied(out):
+    """S3 is 0.1 better than AdamW as usual, and 0.2 worse with the batch 64 and a larger rate."""
+    of = [(USUAL, {"million": 0.12, "tokens": 10.0}, 0.2, -0.1)]
+    of += [("batch size", {"setting": "64"}, 0.4, 0.2), ("batch size", {"setting": "8"}, 0.1, 0.0)]
+    for experiment, tags, best, gap in of:
+        for label in ("S3", "AdamW"):
+            for lr in (0.1, 0.2, 0.4):
+                for seed in (1, 2) if lr == best else (1,):
+                    final = 2 + abs(math.log(lr / best)) + (gap * seed if label == "S3" else 0)
+                    run = Run(experiment, label, "", lr, seed, tags)
+                    write(out / run.key, label, lr, seed, final, tags=tags, experiment=experiment,
+                          test=final - 0.5)  # fmt: skip
+    return out
+
+
+def test_a_setting_is_compared_at_its_own_best_learning_rate(tmp_path) -> None:
+    runs = load([varied(tmp_path / "length")])
+    (table,) = settings.tables(runs)
+    assert table.title == "length, batch size: final loss with other settings"
+    assert [cells[0] for cells in table.rows] == ["8", "16", "64"]
+    assert row(table, "64") == {
+        "batch size": "64", "AdamW": "1.5000", "its learning rate": "0.4", "S3": "1.8000",
+        "minus AdamW": "+0.300 +- 0.141", "seeds": "2",
+    }  # fmt: skip
+    assert row(table, "16")["minus AdamW"] == "-0.150 +- 0.071"
+    assert row(table, "8")["minus AdamW"] == "+0.000 +- 0.000"
+    drawn = {picture.name: picture for picture in pictures(runs)}
+    panel = drawn["length-settings"].figure.axes[0]
+    mean, marks = panel.lines[1:3]
+    assert list(mean.get_ydata()) == pytest.approx([0, -0.15, 0.3])
+    assert list(marks.get_ydata()) == pytest.approx([0, 0, -0.1, -0.2, 0.2, 0.4])
+
+
+def test_a_report_without_other_settings_has_no_table_of_them(tmp_path) -> None:
+    runs = load([write(tmp_path / "run", "S3", 0.1, 1, 2.0)])
+    assert settings.tables(runs) == [] and margins.tables(runs) == []
+
+
+@pytest.mark.parametrize("model", margins.MODELS)
+def test_an_extrapolation_finds_the_line_it_was_made_from(model) -> None:
+    def line(tokens: float) -> float:
+        return 0.01 + 0.02 * margins.MODELS[model](tokens)
+
+    points = [(tokens, [line(tokens) - 0.001, line(tokens) + 0.001]) for tokens in (10, 20, 100)]
+    found = margins.extrapolated(points, model, 1000)
+    assert found is not None and found.value == pytest.approx(line(1000), abs=1e-12)
+    # The textbook's error: s^2 = 6e-6 / 4, and the leverage of the new point.
+    xs = [margins.MODELS[model](tokens) for tokens in (10, 20, 100)]
+    middle = sum(xs) / 3
+    leverage = (margins.MODELS[model](1000) - middle) ** 2 / (
+        2 * sum((x - middle) ** 2 for x in xs)
+    )
+    assert found.error == pytest.approx(math.sqrt(1.5e-6 * (1 / 6 + leverage)), rel=1e-9)
+    assert margins.extrapolated(points[:2], model, 1000) is None
+    assert margins.extrapolated([(n, gaps[:1]) for n, gaps in points], model, 1000) is None
+
+
+def test_margins_are_extrapolated_from_three_lengths(tmp_path) -> None:
+    for tokens, gap in ((10, 0.03), (20, 0.02), (40, 0.01)):
+        tags = {"million": 0.12, "tokens": float(tokens)}
+        for seed in (1, 2):
+            for label, loss in (("AdamW", 2.0), ("S3", 2.0 - gap)):
+                run = Run(f"x {tokens}", label, "", 0.1, seed, tags)
+                write(tmp_path / "length" / run.key, label, 0.1, seed, loss, 10 * tokens,
+                      experiment=run.experiment, tags=tags)  # fmt: skip
+    (table,) = margins.tables(load([tmp_path / "length"]))
+    assert table.title == "length, 0.12M parameters: loss minus that of AdamW, extrapolated"
+    (first, second) = table.rows
+    assert first[:2] == ["S3", "log(tokens)"] and second[:2] == ["S3", "1 / sqrt(tokens)"]
+    # The margin falls by 0.01 a doubling: 0.01 - 0.01 * log2(10) = -0.023 of a tenfold length.
+    assert first[2:] == ["-0.010 +- 0.000", "+0.023 +- 0.000", "10: 2, 20: 2, 40: 2"]
+    assert table.headings[2:4] == ["40 tokens a parameter", "400 tokens a parameter"]
+
+
+def test_runs_of_a_report_are_restored_with_the_same_tables(tmp_path, capsys) -> None:
+    out = varied(tmp_path / "length")
+    assert verb.main([str(out), "--output", str(tmp_path / "first")]) == 0
+    again = tmp_path / "again" / "length"
+    assert record.restore(tmp_path / "first/report.json", again) == 24
+    assert record.restore(tmp_path / "first/report.json", again) == 0
+    assert sorted(p.relative_to(again) for p in again.glob("*/*/run.json")) == sorted(
+        p.relative_to(out) for p in out.glob("*/*/run.json")
+    )
+
+    def kept(folder):
+        return [
+            [[cell for head, cell in zip(table.headings, cells, strict=True) if "|u|" not in head]
+             for cells in table.rows]
+            for table in [*compare.tables(load([folder])), *settings.tables(load([folder]))]
+        ]  # fmt: skip
+
+    assert kept(again) == kept(out)
+
+
+def test_what_is_no_report_is_not_restored(tmp_path) -> None:
+    file = tmp_path / "report.json"
+    for text in ("{", "[1]", '[{"runs": [{"label": "S3"}]}]'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"report.json: not a report.json of experiments"):
+            record.restore(file, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"none\.json"):
+        record.restore(tmp_path / "none.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    folder = write(tmp_path / "run", "S3", 0.1, 1, 2.0, until=50)
+    assert verb.main([str(folder), "--output", str(tmp_path / "report")]) == 0
+    assert record.restore(tmp_path / "report/report.json", tmp_path / "out") == 0  # not finished
+    assert json.loads((tmp_path / "report/report.json").read_text())[0]["runs"][0]["start"] == {
+        "global_batch_size": 8, "seq_length": 4,
+    }  # fmt: skip

@@ -7,8 +7,8 @@ each), and ``registration`` installs the changes. The other modules hold the wra
   OptimizerConfig.
 - ``arguments``: flags, their validation, and the code that reads them.
 - ``build``: the optimizer for the trainer, made of counted parts (``coverage``), with settings for
-  single parameters (``overrides``); ``chained`` steps them, ``announcement`` logs what was built,
-  and ``state`` holds the state of a training.
+  single parameters (``overrides``); ``muon``: one for what Megatron's Muon leaves; ``chained``
+  steps them, ``announcement`` logs what was built, and ``state`` holds the state of a training.
 - ``distributed``, ``megatron_fsdp``, ``torch_fsdp2``: sharded state; ``one_pass``: the step without
   copies.
 - ``checkpoint``: saving and loading; ``torch_adamw``: a repair of Megatron with torch's AdamW.

@@ -23,7 +23,9 @@ from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
 from megatron_s3.optimizers.host import Host
 
-__all__ = ["announce", "announce_parts", "say_path"]
+__all__ = ["announce", "announce_muon", "announce_parts", "say_path"]
+
+_COLUMNS = ("pattern", "parameters", "optimizer", "lr", "weight_decay")
 
 
 def announce(
@@ -103,7 +105,7 @@ def announce_parts(
     for name, param in named:
         for key in [key for key in keys if key.matches(param, name)] or [None]:
             owned[key] += param.numel()
-    rows = [("pattern", "parameters", "optimizer", "lr", "weight_decay")]
+    rows = []
     for key, count in owned.items():
         values = {} if key is None else asked[key]
         description = OPTIMIZERS[values.get("algorithm", cls.description.name)].description
@@ -116,6 +118,25 @@ def announce_parts(
                 str(values.get("start_wd", config.weight_decay)),
             )
         )
+    _say_table(rows)
+
+
+def announce_muon(matrices: int, others: int, cls: type[ElementwiseOptimizer], config: Any) -> None:
+    """Logs the table of :func:`announce_parts` for Muon and an optimizer of the plugin.
+
+    Args:
+        matrices: the number of rank 0's parameters that Muon updates.
+        others: the number of those that it leaves to the other.
+        cls: the other optimizer.
+        config: Megatron's OptimizerConfig.
+    """
+    values = (str(config.lr), str(config.weight_decay))
+    owners = ("matrices", matrices, "Muon"), ("all others", others, cls.description.label)
+    _say_table([(what, f"{count:,}", label, *values) for what, count, label in owners])
+
+
+def _say_table(lines: Sequence[tuple[str, ...]]) -> None:
+    rows = [_COLUMNS, *lines]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))

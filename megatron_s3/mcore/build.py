@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
-from megatron_s3.mcore import coverage, overrides, state
+from megatron_s3.mcore import coverage, muon, overrides, state
 from megatron_s3.mcore.announcement import announce, announce_parts
 from megatron_s3.mcore.arguments import (
     as_adam,
@@ -89,7 +89,7 @@ def get_megatron_optimizer(
     """
     cls = OPTIMIZERS.get(config.optimizer)
     if cls is None:
-        return original(config, *args, **kwargs)
+        return muon.get_megatron_optimizer(original, config, *args, **kwargs)
     settle(config)  # again, because a program may have set attributes since
     call = dict(zip(("model_chunks", "config_overrides"), args, strict=False)) | kwargs
     chunks = call["model_chunks"]
@@ -163,9 +163,13 @@ def build_part(
     cls = OPTIMIZERS.get(config.optimizer) if scalar_optimizer(_muons(config)) else None
     if cls is None:
         return coverage.build_part(original, config, model_chunks, *rest, **kwargs)
-    ddp_config = getattr(model_chunks[0], "ddp_config", None)
-    for holder in filter(None, (config, ddp_config)):
-        check_scalar(holder, cls)
+    check_scalar(config, cls, getattr(model_chunks[0], "ddp_config", None))
+    if kwargs.get("skip_megatron_wrapping"):  # it is sharded by layers, without DDP's layout
+        raise ValueError(
+            f"--muon-scalar-optimizer {cls.description.name} with sharded states needs DDP's "
+            "layout of the parameters. Leave --no-use-layer-wise-param-layout out; a program "
+            "passes a full_param_layout to DistributedDataParallel."
+        )
     with as_adam(config):
         part = coverage.build_part(original, config, model_chunks, *rest, **kwargs)
     if part.optimizer is not None:

@@ -16,7 +16,7 @@ from megatron_s3.log import say
 from megatron_s3.mcore.arguments import in_megatron_fsdp
 from megatron_s3.mcore.overrides import described
 
-__all__ = ["Part", "build_part", "check", "collected", "parts_of", "trainable"]
+__all__ = ["Part", "build_part", "check", "collected", "model_groups", "parts_of", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def parts_of(built: MegatronOptimizer) -> list[Part]:
     for part in getattr(built, "chained_optimizers", [built]):
         if part.optimizer is not None:
             settings = [_settings(group) for group in part.optimizer.param_groups]
-            parts.append(Part(part, [*_model_groups(part), _elsewhere(part)], [*settings, None]))
+            parts.append(Part(part, [*model_groups(part), _elsewhere(part)], [*settings, None]))
     return parts
 
 
-def _model_groups(part: MegatronOptimizer) -> list[list[Tensor]]:
+def model_groups(part: MegatronOptimizer) -> list[list[Tensor]]:
     """Returns the model's parameters of each param group, of which this rank has elements."""
     if _is_sharded(part):
         kinds = (part.model_float16_groups, part.model_fp32_groups)
@@ -103,7 +103,7 @@ def _elsewhere(part: MegatronOptimizer) -> list[Tensor]:
     """Returns the model's parameters that other ranks step; they are in some group there."""
     if not _is_sharded(part):
         return []
-    here = {id(param) for group in _model_groups(part) for param in group}
+    here = {id(param) for group in model_groups(part) for param in group}
     return [p for buffer in part.buffers for p in buffer.params if id(p) not in here]
 
 

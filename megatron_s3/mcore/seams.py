@@ -414,6 +414,16 @@ SEAMS: tuple[Seam, ...] = (
         needed=compat_before_0_19.needed,
     ),
     Replaced(
+        "megatron.core.optimizer.emerging_optimizers",
+        "_EMERGING_OPTIMIZERS",
+        "names the optimizer of --muon-scalar-optimizer in Muon's entry of this registry while it "
+        "is built, in 0.18, which reads the flag nowhere",
+        by="compat_before_0_19.leaves_to",
+        shape="a registry whose entries have default_param_overrides",
+        fits=lambda entries: all(hasattr(e, "default_param_overrides") for e in entries.values()),
+        needed=compat_before_0_19.needed_for_muon,
+    ),
+    Replaced(
         "megatron.core.transformer.fsdp_dtensor_checkpoint",
         "handle_swiglu_in_state_dict",
         "uses the names of the optimizer's states while it splits fused weights for "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.harness.releases import RELEASES
-from tests.harness.trainer import REPOSITORY, Run, assert_bitwise_equal, brief, tensors, train
+from tests.harness.trainer import assert_bitwise_equal, brief, tensors, train
 from tests.mcore.library import build, inner, on_ranks, step
 
 #: In the small model of the library: the weight and the bias of the second layer.
@@ -372,63 +372,4 @@ def test_another_rate_of_a_group_is_this_runs_and_is_said(dp2: Path) -> None:
 )
 def test_the_trainer_refuses_before_a_model_is_built(flags: list[str], message: str) -> None:
     run = train("--optimizer", "s3", "--plugin-overrides", *flags, ranks=2, check=False)
-    assert run.returncode == 2 and run.error.startswith(message), run.log[-3000:]
-
-
-# ---- Megatron's Muon, and an optimizer of the plugin for what it leaves -------------------------
-
-#: Where scripts/test.sh unpacks the package that has Muon.
-EMERGING = REPOSITORY / ".venv/emerging-optimizers/0.3.0"
-MUON = ["--optimizer", "muon", "--muon-scalar-optimizer", "s3", "--bf16"]
-
-
-def muon(*flags: object, check: bool = True) -> Run:
-    if not EMERGING.is_dir():
-        pytest.skip(f"emerging-optimizers is not unpacked at {EMERGING}; scripts/test.sh does it")
-    return train(*MUON, *flags, ranks=2, megatron=EMERGING, check=check)
-
-
-@pytest.mark.slow
-def test_s3_updates_what_muon_leaves_and_resumes_bitwise(tmp_path: Path) -> None:
-    through, resumed = tmp_path / "through", tmp_path / "resumed"
-    one = muon("--s3-p", 2, *SAVE, "--save", through)
-    two = muon("--s3-p", 2, *SAVE, "--load", through, "--ckpt-step", 3, "--save", resumed)
-    saved = tensors(through)
-    assert_bitwise_equal(saved, tensors(resumed))
-    assert one.losses_after(3) == two.losses_after(3)
-    owned = {
-        state: {name.partition(f".{state}.")[2] for name in saved if f".{state}." in name}
-        for state in ("exp_pnorm", "momentum_buffer")
-    }
-    assert "embedding.word_embeddings.weight" in owned["exp_pnorm"]
-    assert "decoder.layers.mlp.linear_fc1.weight" in owned["momentum_buffer"]
-    assert not owned["exp_pnorm"] & owned["momentum_buffer"]
-    assert owned["exp_pnorm"] | owned["momentum_buffer"] == {
-        name for name in saved if not name.startswith("optimizer.")
-    }
-    assert any(line.startswith("S3 (SoftSignSGD) with beta=0.95 p=2.0") for line in one.said)
-    for flags, why in (
-        (["--muon-scalar-optimizer", "adam"], "--muon-scalar-optimizer s3, whose"),
-        (["--s3-p", "3"], "was saved with --s3-p 2.0"),
-    ):
-        run = muon(*flags, "--load", through, check=False)
-        assert run.returncode and not run.trained
-        assert why in run.error and "Nothing was loaded" in run.error
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--use-distributed-optimizer"],
-            "error: --muon-scalar-optimizer s3 does not support --use",
-        ),
-        (["--s3-p", "0.5"], "error: --s3-p must be in [1, inf), not 0.5"),
-        (["--adamw-eps", "1"], "error: --adamw-eps is a flag of --optimizer adamw, but"),
-        (["--plugin-overrides", "*: lr=1"], "error: --plugin-overrides does nothing with --optim"),
-    ],
-)
-def test_what_muon_and_s3_cannot_do_together_is_refused(flags: list[str], message: str) -> None:
-    run = muon(*flags, check=False)
     assert run.returncode == 2 and run.error.startswith(message), run.log[-3000:]

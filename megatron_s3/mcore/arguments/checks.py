@@ -76,17 +76,22 @@ def check_several(
         )
 
 
-def check_scalar(config: Any, cls: type[ElementwiseOptimizer]) -> None:
-    """Raises ValueError if a setting is not supported with ``--muon-scalar-optimizer``.
+def check_scalar(config: Any, cls: type[ElementwiseOptimizer], ddp_config: Any = None) -> bool:
+    """Checks the settings that ``--muon-scalar-optimizer`` may be given with.
 
     Args:
         config: Megatron's OptimizerConfig or arguments.
         cls: the optimizer of the plugin that the flag names.
+        ddp_config: the model's DistributedDataParallelConfig; None with arguments.
+
+    Returns:
+        Whether the states of Muon and of the optimizer are sharded.
+
+    Raises:
+        ValueError: a setting is not supported.
     """
     label = f"--muon-scalar-optimizer {cls.description.name}"
     for name, reason in (
-        ("use_layer_wise_distributed_optimizer", "its state is not sharded beside Muon's"),
-        ("use_distributed_optimizer", "its state is not sharded beside Muon's"),
         ("use_precision_aware_optimizer", "Muon has no such states"),
         ("optimizer_cpu_offload", "Muon's states stay on the device"),
         ("optimizer_cuda_graph", "Muon's step is not captured"),
@@ -95,6 +100,41 @@ def check_scalar(config: Any, cls: type[ElementwiseOptimizer]) -> None:
             raise ValueError(
                 f"{label} does not support {flag_named(name)}: {reason}. Leave one of the two out."
             )
+    by = ("use_layer_wise_distributed_optimizer", "use_distributed_optimizer")
+    sharded = str(config.optimizer).startswith("dist_") or any(getattr(config, n, 0) for n in by)
+    if sharded:
+        _check_sharded_scalar(label, config, ddp_config)
+    return sharded
+
+
+def _check_sharded_scalar(label: str, config: Any, ddp_config: Any) -> None:
+    """Raises ValueError if Megatron does not shard Muon and another optimizer with a setting."""
+    is_trainers = hasattr(config, "ckpt_format")
+    instances = getattr(ddp_config or config, "num_distributed_optimizer_instances", 1)
+    for fault, why in (
+        (
+            is_trainers and not hasattr(config, "use_layer_wise_param_layout"),
+            "this release of Megatron: it does not shard the two separately. Use megatron-core "
+            "0.18 or newer, or --optimizer muon without --use-distributed-optimizer",
+        ),
+        (
+            not getattr(config, "use_layer_wise_param_layout", True),
+            "--no-use-layer-wise-param-layout: Megatron shards the two separately with that "
+            "layout alone. Leave it out",
+        ),
+        (
+            is_trainers and config.ckpt_format == "torch",
+            "--ckpt-format torch: Megatron cannot save the two in it. Leave it out (torch_dist)",
+        ),
+        (not config.bf16, "models in fp32: Megatron cannot chain the two. Add --bf16"),
+        (
+            instances > 1,
+            f"--num-distributed-optimizer-instances {instances}: Megatron shards Muon over all "
+            "data-parallel ranks. Leave it out",
+        ),
+    ):
+        if fault:
+            raise ValueError(f"{label} with sharded states does not support {why}.")
 
 
 def check_memory(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool = False) -> None:

@@ -6,12 +6,17 @@
 # Usage: ./scripts/reproduce.sh [--only NAME ...] [--of LABEL ...] [--out DIR] [--iters N]
 #                               [--jobs N] [--dry-run] [-- FLAG ...]
 #   --only NAME ...  only these comparisons: toy, optimizers, ablations, recipes, grid, "large rates",
-#                    burst, robustness, length (default: all but the last two)
+#                    burst, robustness, length, "batch size", beta, schedule, "lr x weight decay",
+#                    layers (default: all before robustness)
 #   --of LABEL ...   only these rows, such as S3 AdamW "NAdam, warmup 30 %" (default: all)
 #   --out DIR        folder for the results; each run gets a folder with run.json and metrics.jsonl
 #                    (default: runs/reproduce)
 #   --sizes SIZE ... of length: 0.12M, 0.8M, 3M (parameters; default: 0.12M)
 #   --lengths N ...  of length: tokens a parameter (default: 20 100)
+#   --settings VALUE ...
+#                    of "batch size" to layers: only these values, such as 64 0.98
+#   --seeds N        at most so many seeds of a run (default: 3)
+#   --known FILE ... report.json of finished runs, which are not trained again
 #   --iters N        iterations of a run (default: 600, or those of the configuration)
 #   --jobs N         number of runs at the same time (default: the number of cores)
 #   --dry-run        print the runs that are known so far, with their arguments, and the hours of length

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_s3.report import compare, margins, page, settings
+from megatron_s3.report import compare, page
 from megatron_s3.report.runs import RunError, Suite, load
+from megatron_s3.report.tables import tables
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.telemetry import runlog
 
@@ -63,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for damage in (damage for suite in suites for run in suite.runs for damage in run.damage):
         print(f"warning: {damage}", file=sys.stderr)
-    tables = compare.tables(suites, args.peak_tflops)
-    tables += [*margins.tables(suites), *settings.tables(suites)]
-    for table in tables:
+    found = tables(suites, args.peak_tflops)
+    for table in found:
         print(table, end="\n\n", flush=True)
     try:
         from megatron_s3.report.pictures import pictures
@@ -82,18 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = shlex.join(["megatron-s3", "report", *(sys.argv[1:] if argv is None else argv)])
         made_by = page.made(command)
-        _write(args.output, tables, shown, suites, made_by)
+        _write(args.output, found, shown, suites, made_by)
     except OSError as error:
         print(f"error: --output {args.output}: {error}", file=sys.stderr)
         return 2
     count = "1 picture" if len(shown) == 1 else f"{len(shown)} pictures"
-    print(f"wrote {args.output / 'report.html'}: {len(tables)} tables, {count}")
+    print(f"wrote {args.output / 'report.html'}: {len(found)} tables, {count}")
     return 0
 
 
 def _write(
     output: Path,
-    tables: Sequence[compare.Table],
+    made: Sequence[compare.Table],
     shown: "Sequence[tuple[Picture, bytes]]",
     suites: Sequence[Suite],
     made_by: str,
@@ -101,10 +101,10 @@ def _write(
     output.mkdir(parents=True, exist_ok=True)
     for picture, png in shown:
         (output / f"{picture.name}.png").write_bytes(png)
-    text = "\n\n".join(map(str, tables)) + "\n"
+    text = "\n\n".join(map(str, made)) + "\n"
     (output / "tables.txt").write_text(text, encoding="utf-8")
     (output / "report.json").write_text(_json(suites), encoding="utf-8")
-    html = page.page(page.title(suites), made_by, tables, shown)
+    html = page.page(page.title(suites), made_by, made, shown)
     (output / "report.html").write_text(html, encoding="utf-8")
 
 

@@ -306,20 +306,24 @@ def _burst(suite: Suite) -> Table | None:
 
 def _robustness(suite: Suite) -> Table | None:
     """Returns what disturbances do, each compared with the run of its seed without one."""
+
+    def key(run: Trained) -> tuple[int, float]:
+        return run.seed, run.tags.get("ranks", 1)
+
     runs = [run for run in suite.of("robustness") if run.finished]
     rows = []
     for label in labels(runs):
         own = [run for run in runs if run.label == label]
-        calm = {run.seed: run for run in own if named_disturbance(run) == ""}
-        final = [run.final for run in calm.values()]
+        calm = {key(run): run for run in own if named_disturbance(run) == ""}
         for name in dict.fromkeys(map(named_disturbance, own)):
-            pairs = [(calm[r.seed], r) for r in own
-                     if name and named_disturbance(r) == name and r.seed in calm]  # fmt: skip
+            pairs = [(calm[key(r)], r) for r in own
+                     if name and named_disturbance(r) == name and key(r) in calm]  # fmt: skip
             found = [recovery(*pair) for pair in pairs]
             if not found:
                 continue
             back = ["never" if one.back is None else str(one.back) for one in found]
-            row = [f"{label}: {name}", f"{statistics.fmean(final):.4f}"]
+            final = statistics.fmean(without.final for without, _ in pairs)
+            row = [f"{label}: {name}", f"{final:.4f}"]
             row += [_mean([one.end for one in found], 4), _mean([one.rise for one in found], 2)]
             row += [", ".join(back), _mean([one.area for one in found], 1), str(len(found))]
             rows.append(row)
@@ -346,9 +350,14 @@ def _robustness(suite: Suite) -> Table | None:
 
 def named_disturbance(run: Trained) -> str:
     """Returns what disturbs a run of the experiment "robustness"; empty for nothing."""
-    burst, corrupted = run.tags.get("burst", 1.0), run.tags.get("corrupted", 0.0)
-    parts = [f"gradient x {burst:g}"] if burst != 1 else []
-    return ", ".join(parts + ([f"{corrupted:g} corrupted batches"] if corrupted else []))
+    burst, ranks = run.tags.get("burst", 1.0), run.tags.get("ranks", 1)
+    parts = []
+    if burst != 1:
+        parts.append(f"gradient{f' of 1 of {ranks:g} ranks' if ranks > 1 else ''} x {burst:g}")
+    for tag, words in (("corrupted", "corrupted batches"), ("cpp", "batches of C++")):
+        if count := run.tags.get(tag):
+            parts.append(f"{count:g} {words}")
+    return ", ".join(parts)
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

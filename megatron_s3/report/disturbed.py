@@ -39,9 +39,10 @@ def after(without: Trained, disturbed: Trained) -> list[float]:
     Args:
         without: the undisturbed run; each iteration is logged.
         disturbed: the same run with a disturbance, which begins in its middle. The losses of
-            corrupted batches are left out.
+            replaced batches are left out.
     """
-    begin = without.iterations // 2 + max(1, round(disturbed.tags.get("corrupted", 0)))
+    replaced = max(disturbed.tags.get(tag, 0) for tag in ("corrupted", "cpp"))
+    begin = without.iterations // 2 + max(1, round(replaced))
     calm = dict(without.loss)
     return [loss - calm[i] for i, loss in disturbed.loss if i >= begin and i in calm]
 

@@ -328,6 +328,7 @@ def _recoveries(suite: Suite, runs: Sequence[Trained]) -> list[Picture]:
         pairs: dict[str, list[tuple[Trained, Trained]]] = {}
         for run in runs:
             calm = [r for r in runs if (r.label, r.seed) == (run.label, run.seed)
+                    and r.tags.get("ranks") == run.tags.get("ranks")
                     and named_disturbance(r) == ""]  # fmt: skip
             if name and named_disturbance(run) == name and calm:
                 pairs.setdefault(run.label, []).append((calm[0], run))

@@ -19,7 +19,7 @@ from megatron_s3.mcore.arguments.names import flag, flag_named
 from megatron_s3.mcore.arguments.rules import ABOUT_OVERRIDES, OVERRIDES
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import Hyperparameter
-from megatron_s3.report.compare import tables
+from megatron_s3.report.tables import tables
 from scripts.docs.pages import REPOSITORY
 from scripts.docs.recorded import suites
 from scripts.docs.troubleshooting import checkpoint_errors, troubleshooting

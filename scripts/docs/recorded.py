@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_s3.report.runs import Suite, Trained
+from scripts.experiments.record import records
 
 __all__ = ["suites"]
 
@@ -14,7 +15,7 @@ __all__ = ["suites"]
 def suites(path: Path) -> list[Suite]:
     """Returns the suites of a file that `megatron-s3 report` wrote, with rounded losses.
 
-    Times and updates are not in them.
+    The sizes of updates are not in them.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     return [
@@ -24,14 +25,8 @@ def suites(path: Path) -> list[Suite]:
 
 
 def _run(path: Path, run: Mapping[str, Any]) -> Trained:
-    start = {"kind": "start", "iteration": 0, "train_iters": run["iterations"]}
-    records: list[dict[str, Any]] = [start | {"bound": run["bound"]}]
-    records += [{"kind": "train", "iteration": i, "loss": loss} for i, loss in run["loss"]]
-    records += [{"kind": "valid", "iteration": i, "loss": loss} for i, loss in run["valid"]]
-    if "test" in run:
-        records.append({"kind": "test", "iteration": run["iterations"], "loss": run["test"]})
     lr = float(run["lr"]) if run["lr"] is not None else math.nan
     return Trained(
         path, run["experiment"], run["label"], run["optimizer"], lr, run["seed"], run["tags"],
-        records, (),
+        records(run), (),
     )  # fmt: skip

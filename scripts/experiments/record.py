@@ -1,13 +1,14 @@
 """Finished runs of a committed report, with which an experiment goes on in another folder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_s3.telemetry import runlog
 from scripts.experiments.suite import Run
 
-__all__ = ["restore"]
+__all__ = ["records", "restore"]
 
 
 def restore(report: Path, out: Path) -> int:
@@ -26,7 +27,7 @@ def restore(report: Path, out: Path) -> int:
     try:
         suites = json.loads(report.read_text(encoding="utf-8"))
         found = [(run, _run(run)) for suite in suites for run in suite["runs"]]
-        lines = [_lines(run) for run, _ in found]
+        lines = [records(run) for run, _ in found]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{report}: not a report.json of experiments: {error}") from error
     written = 0
@@ -48,15 +49,21 @@ def _run(run: dict[str, Any]) -> Run:
     return Run(run["experiment"], run["label"], "", run["lr"], run["seed"], run["tags"])
 
 
-def _lines(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the records of a run's log that tables and pictures read."""
+def records(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the records of a run's log that tables and pictures read.
+
+    The sizes of updates are not among them.
+
+    Args:
+        run: one of the runs of a ``report.json``.
+
+    Raises:
+        KeyError: something is not in it.
+    """
     start = {"kind": "start", "iteration": 0, "train_iters": run["iterations"]}
-    start |= {"optimizer": run["optimizer"], "bound": run["bound"], **run["start"]}
-    lines = [start]
-    for iteration, loss in run["loss"]:
-        lines.append({"kind": "train", "iteration": iteration, "loss": loss})
-        if "seconds" in run:
-            lines[-1]["seconds"] = run["seconds"]
+    lines = [start | {"optimizer": run["optimizer"], "bound": run["bound"], **run["start"]}]
+    timed = {"seconds": run["seconds"]} if "seconds" in run else {}
+    lines += [{"kind": "train", "iteration": i, "loss": loss} | timed for i, loss in run["loss"]]
     lines += [{"kind": "valid", "iteration": i, "loss": loss} for i, loss in run["valid"]]
     if "test" in run:
         lines.append({"kind": "test", "iteration": run["iterations"], "loss": run["test"]})

@@ -17,7 +17,7 @@ from megatron_s3.launch import lock
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 from scripts.experiments import halves, length, record, sweeps, toy
-from scripts.experiments.suite import EXPERIMENTS, ROBUST, SEARCHES, Run, plan, waiting
+from scripts.experiments.suite import EXPERIMENTS, ROBUST, SEARCHES, SEEDS, Run, plan, waiting
 from tests.harness import forks
 from tests.harness.models import LOCAL, SHAPE
 
@@ -112,7 +112,8 @@ def _planned(found: dict[str, float], chosen: list[str], args: argparse.Namespac
         runs += length.plan(found, args.sizes, args.lengths, args.of)
     if swept := [name for name in chosen if name in sweeps.SWEEPS]:
         runs += sweeps.plan(found, swept, args.of, args.settings)
-    return list({run.key: run for run in runs}.values())
+    few = SEEDS[: args.seeds]
+    return list({run.key: run for run in runs if run.seed in few}.values())
 
 
 def _suite(args: argparse.Namespace, chosen: list[str]) -> int:
@@ -155,6 +156,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=float, default=list(length.LENGTHS),
                         metavar="N", help="of length: tokens a parameter (default: "
                         f"{' '.join(map(str, length.LENGTHS))})")  # fmt: skip
+    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS),
+                        help=f"seeds of a run (default: {len(SEEDS)}); what waits for the losses "
+                        "of others is not planned")  # fmt: skip
     settings = [value for of in sweeps.SWEEPS.values() for value in of]
     parser.add_argument("--settings", nargs="+", choices=settings, metavar="VALUE",
                         help=f"of {', '.join(sweeps.SWEEPS)}: {'; '.join(settings)}")  # fmt: skip
@@ -249,8 +253,9 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
         words += ["--save", str(_saved(run, args)), "--load", str(_saved(run, args))]
     if "burst" in run.tags:
         words += ["--burst-at", str(iters // 2), "--burst", f"{run.tags['burst']:g}"]
-    if run.tags.get("corrupted"):
-        words += ["--corrupt-at", str(iters // 2), "--corrupt", f"{run.tags['corrupted']:g}"]
+    for tag, by in (("corrupted", "random"), ("cpp", "cpp")):
+        if count := run.tags.get(tag):
+            words += ["--replace-at", str(iters // 2), "--replace", f"{count:g}", "--by", by]
     return words
 
 
@@ -263,35 +268,40 @@ def _train(chosen: list[str], args: argparse.Namespace) -> set[str]:
     """Trains each run in its own process; returns the keys of the runs that failed."""
     _prepare(args)
     progress, failed = _Progress(), set[str]()
-    running: dict[int, Run] = {}
+    running: dict[tuple[int, ...], Run] = {}
     try:
         while True:
             known = results(args.out)
             runs = _planned(known, chosen, args)
             away = failed | {run.key for run in running.values()}
-            missing = [run for run in runs if run.key not in known and run.key not in away]
-            for run in missing[: args.jobs - len(running)]:
+            for run in (run for run in runs if run.key not in known and run.key not in away):
+                # A run of more ranks than jobs is trained alone.
+                busy = sum(map(len, running))
+                if busy and busy + run.ranks > args.jobs:
+                    break
                 running[_start(run, args)] = run
             if not running:
                 return failed
-            pid = forks.first(running)
-            run = running.pop(pid)
-            if forks.wait([pid]).status or not _finish(run, args):
+            ended = forks.first(pid for pids in running for pid in pids)
+            pids = next(pids for pids in running if ended in pids)
+            run = running.pop(pids)
+            if forks.wait(pids).status or not _finish(run, args):
                 failed.add(run.key)
             progress.show(run, runs, args)
     finally:
-        for pid in running:
-            forks.kill(pid)
+        for pids in running:
+            for pid in pids:
+                forks.kill(pid)
 
 
-def _start(run: Run, args: argparse.Namespace) -> int:
-    """Starts a run, which goes on from its checkpoint if there is one; returns its process id."""
+def _start(run: Run, args: argparse.Namespace) -> tuple[int, ...]:
+    """Starts a run, which goes on from its checkpoint if there is one; returns its processes."""
     folder = args.out / run.key
     folder.mkdir(parents=True, exist_ok=True)
     if not _saved(run, args).exists():
         for old in ("log", "metrics.jsonl", *(f.name for f in folder.glob("events.*"))):
             (folder / old).unlink(missing_ok=True)
-    return forks.start(_words(run, args), 1, folder / "log", TRAINER)[0]
+    return tuple(forks.start(_words(run, args), run.ranks, folder / "log", TRAINER))
 
 
 def _launched(chosen: list[str], args: argparse.Namespace) -> set[str] | None:

@@ -82,11 +82,15 @@ ROBUST = {
 }
 #: The best learning rate of S3, AdamW and NAdam alike, in the search of 600 iterations.
 ROBUST_RATE = 6e-3
-#: What disturbs the middle of a run: a multiplied gradient, or batches of random bytes.
-DISTURBED = (
+#: What disturbs the middle of a run: a multiplied gradient, of one of two ranks or of the only one;
+#: batches of random bytes; batches of C++ between those of Python.
+DISTURBED: tuple[dict[str, float], ...] = (
     {"burst": 1.0, "corrupted": 0.0},
     {"burst": BURST, "corrupted": 0.0},
     {"burst": 1.0, "corrupted": 10.0},
+    {"burst": 1.0, "corrupted": 0.0, "cpp": 60.0},
+    {"burst": 1.0, "corrupted": 0.0, "ranks": 2.0},
+    {"burst": BURST, "corrupted": 0.0, "ranks": 2.0},
 )
 EXPERIMENTS = (*SEARCHES, "grid", "large rates", "burst", "robustness")
 #: The optimizers at whose best learning rates an experiment runs, and its number of runs.
@@ -135,6 +139,11 @@ class Run:
     def key(self) -> str:
         """Returns the key of the run's result: the experiment and the name."""
         return f"{self.experiment.replace(' ', '-')}/{self.name}"
+
+    @property
+    def ranks(self) -> int:
+        """Returns the number of its processes."""
+        return int(self.tags.get("ranks", 1))
 
     @property
     def words(self) -> list[str]:
@@ -235,8 +244,9 @@ def _robustness() -> Iterator[Run]:
     model = "--log-interval 1 --eval-interval 1000000"
     for seed in SEEDS:
         for tags in DISTURBED:
+            of = f"{model} --micro-batch-size 8" if "ranks" in tags else model
             for label, flags in ROBUST.items():
-                yield Run("robustness", label, flags, ROBUST_RATE, seed, tags, model)
+                yield Run("robustness", label, flags, ROBUST_RATE, seed, tags, of)
 
 
 def best_rate(

@@ -214,8 +214,9 @@ def fork(function: Callable[[], object], logs: Sequence[str | Path]) -> list[int
 
 def first(pids: Iterable[int]) -> int:
     """Returns the first of several ranks to end, which :func:`wait` then reaps."""
+    running = list(pids)
     while True:
-        for pid in pids:
+        for pid in running:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return pid
         time.sleep(0.05)

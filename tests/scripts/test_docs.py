@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_s3.report import compare
+from megatron_s3.report.tables import tables
 from scripts.docs import pages, troubleshooting
 from scripts.docs.parts import PARTS
 from scripts.docs.recorded import suites
@@ -76,7 +76,7 @@ def test_recorded_tables_are_those_of_the_recorded_runs(folder) -> None:
     """Except the one of times, which report.json does not hold."""
     record = REPOSITORY / "scripts/results" / folder
     written = (record / "tables.txt").read_text(encoding="utf-8")
-    made = compare.tables(suites(record / "report.json"))
+    made = tables(suites(record / "report.json"))
     assert len(made) == len(written.strip().split("\n\n")) - 1
     for table in made:
         assert str(table) in written, table.title

@@ -124,6 +124,16 @@ def lengths() -> str:
     return _recorded("2026-11-29-cpu-length", "final")
 
 
+def settings() -> str:
+    """Returns the tables of runs in which one setting was varied."""
+    return _recorded("2026-11-29-cpu-length", "other settings")
+
+
+def extrapolations() -> str:
+    """Returns the table of the loss minus AdamW's at greater lengths."""
+    return _recorded("2026-11-29-cpu-length", "extrapolated")
+
+
 def recoveries() -> str:
     """Returns the table of runs that were disturbed."""
     return _recorded("2026-11-29-cpu-robustness", "disturbances")
@@ -238,7 +248,7 @@ PARTS: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): functools.cache(function)
     for function in (
         flags, optimizers, switches, verbs, configurations, support, ecosystem, versions,
-        patched_functions, lengths, recoveries,
+        patched_functions, lengths, settings, extrapolations, recoveries,
         troubleshooting, checkpoint_errors,
     )
 }  # fmt: skip

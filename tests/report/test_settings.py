@@ -37,7 +37,7 @@ def varied(out):
 def test_a_setting_is_compared_at_its_own_best_learning_rate(tmp_path) -> None:
     runs = load([varied(tmp_path / "length")])
     (table,) = settings.tables(runs)
-    assert table.title == "length, batch size: final loss with other settings"
+    assert table.title == "length, batch size: loss with other settings"
     assert [cells[0] for cells in table.rows] == ["8", "16", "64"]
     assert row(table, "64") == {
         "batch size": "64", "AdamW": "1.5000", "its learning rate": "0.4", "S3": "1.8000",

@@ -85,6 +85,10 @@ class S3(ElementwiseOptimizer):
             previous step (not in the paper; see :func:`megatron_s3.rules.s3.s3_update`).  In one
             step ``exp_pnorm`` then grows at most by the factor
             ``(beta + (1 - beta) grad_bound**p)**(1/p)``: 3.7 for 10, 1.1 for 2, and 1 for 1.
+        cautious: whether an element does not move in a step whose gradient points the other way
+            than its update, or is 0 (not in the paper; see
+            :func:`megatron_s3.rules.s3.s3_update`).  Fewer elements move, so that the best
+            learning rate is larger.
         error_if_nonfinite, fused, state_dtype: see
             :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`; a state may be bfloat16 if
             rounding cannot freeze it, and ``exp_avg`` int8 (:meth:`check_state_dtype`):
@@ -152,6 +156,13 @@ class S3(ElementwiseOptimizer):
                 1,
             ),
         ] = None,
+        cautious: Annotated[
+            bool,
+            About(
+                "leave an element where it is in a step whose gradient points the other way than "
+                "its update"
+            ),
+        ] = False,
         **options: Unpack[Options],
     ) -> None: ...
 
@@ -223,7 +234,6 @@ class S3(ElementwiseOptimizer):
                 if values[name] is not None:
                     values[name] = s3_beta_ramp(group["step"], values[name])
         if values.pop("bias_correction"):
-            grad_bound = values.pop("grad_bound")
-            values["correction"] = s3_correction(group["step"], **values)
-            values["grad_bound"] = grad_bound
+            known = {name: values[name] for name in ("beta", "p", "beta2", "nesterov")}
+            values["correction"] = s3_correction(group["step"], **known)
         return values

@@ -31,6 +31,7 @@ def _kernel_numbers(
     nesterov: bool = True,
     correction: float = 1.0,
     grad_bound: float | None = None,
+    cautious: bool = False,
 ) -> dict[str, Any]:
     beta_s = beta if beta2 is None else beta2
     exact = p in (1, 2, 3)
@@ -47,6 +48,7 @@ def _kernel_numbers(
         "nesterov": nesterov,
         "forgets": beta_s == 0,
         "bounded": grad_bound is not None,
+        "cautious": cautious,
         "inexact": None if exact else f"p = 1, 2 and 3, not {p:g}",
     }
 
@@ -60,7 +62,7 @@ def _kernel_numbers(
             *("beta", "one_minus_beta", "beta_s", "one_minus_beta_s"),
             *("correction", "bound", "p", "grad_bound"),
         ),
-        flags={"whole_p": 2, "nesterov": 1, "forgets": 1, "bounded": 1},
+        flags={"whole_p": 2, "nesterov": 1, "forgets": 1, "bounded": 1, "cautious": 1},
         numbers=_kernel_numbers,
     )
 )
@@ -75,6 +77,7 @@ def s3_update(
     nesterov: bool = True,
     correction: float = 1.0,
     grad_bound: float | None = None,
+    cautious: bool = False,
 ) -> Tensor:
     """Updates S3's state with one gradient and returns the update ``u = n / b``.
 
@@ -101,6 +104,10 @@ def s3_update(
             value without a bound, 0.997 for 10.  But while ``r`` grows back (see S3's
             ``grad_bound``), by one factor at each use of the row, ``u`` is nearly the sign of the
             last gradient.
+        cautious: whether ``u`` is 0 where its sign is not that of the gradient (not in the paper;
+            Liang et al., "Cautious Optimizers", arXiv:2411.16085, whose factor on the rest is left
+            out, because it would depend on how a tensor is sharded).  An element whose gradient is
+            0 then does not move.
 
     Returns:
         ``u``, shape and dtype of ``grad``; ``|u|`` never exceeds :func:`s3_update_bound` times
@@ -140,6 +147,9 @@ def s3_update(
     if correction != 1:
         u = u.mul_(correction)
     u = u.masked_fill_(untouched, 0)
+    if cautious:
+        # A NaN has no sign, and stays.
+        u = u.masked_fill_((u > 0) & (grad <= 0) | (u < 0) & (grad >= 0), 0)
     # The theorem bounds exact arithmetic; the clamp enforces it after the last rounding.
     bound = s3_bound(beta, p, beta2, correction)
     return u if math.isinf(bound) else u.clamp_(-bound, bound)

@@ -29,6 +29,7 @@ _RATE = _OF["S3"][1]
 #: By label: the optimizer's flags, and the middle learning rate of its search at the first length.
 OPTIMIZERS: dict[str, tuple[str, float]] = {
     "S3": _OF["S3"],
+    "S3, cautious": ("--optimizer s3 --s3-beta-ramp --s3-grad-bound 5 --s3-cautious", 1e-2),
     "S3, ramp, bound 5": ("--optimizer s3 --s3-beta-ramp --s3-grad-bound 5", _RATE),
     "AdamW": _OF["AdamW"],
     "NAdam": _OF["NAdam"],

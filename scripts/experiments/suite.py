@@ -75,6 +75,7 @@ ROBUST = {
         f"S3, ramp, bound {k:g}": f"--optimizer s3 --s3-beta-ramp --s3-grad-bound {k:g}"
         for k in (10, 5, 3, 2, 1.5)
     },
+    "S3, cautious": "--optimizer s3 --s3-beta-ramp --s3-grad-bound 5 --s3-cautious",
     "AdamW": _ADAMW,
     "AdamW, unclipped": _ADAMW.replace("--clip-grad 1", "--clip-grad 0"),
     "NAdam": _NADAM,

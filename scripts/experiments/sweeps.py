@@ -18,7 +18,7 @@ __all__ = ["SWEEPS", "Setting", "cost", "plan"]
 TOKENS = 10
 SIZE = length.SIZES["0.12M"]
 #: The optimizers that are compared unless others are asked for.
-OF = ("S3, ramp, bound 5", "AdamW")
+OF = ("S3, cautious", "AdamW")
 _SAMPLES = 16
 
 

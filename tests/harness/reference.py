@@ -38,6 +38,7 @@ class S3Reference:
     bias_correction: bool = False
     grad_bound: float | None = None
     beta_ramp: bool = False
+    cautious: bool = False
 
     def __post_init__(self) -> None:
         self.x = self.x.double().clone()
@@ -67,5 +68,7 @@ class S3Reference:
             k = self.t + 1 if self.nesterov else self.t
             n, b = n / (1 - beta**k), b / (1 - beta2**k) ** (1 / p)
         u = torch.where(b == 0, torch.zeros_like(n), n / b)  # b is 0 only if all g were 0
+        if self.cautious:
+            u = torch.where(u * grad.double().sign() > 0, u, torch.zeros_like(u))
         self.x = self.x - lr * self.weight_decay * self.x - lr * u  # line 8, decoupled decay
         return u

@@ -132,6 +132,9 @@ def test_half_precision_parameters(
         {"grad_bound": 3.3},
         {"grad_bound": 3.3, "nesterov": False, "correction": 1.7},
         {"grad_bound": 1.0, "beta2": 0.0},
+        {"cautious": True},
+        {"cautious": True, "nesterov": False},
+        {"cautious": True, "grad_bound": 3.3, "correction": 1.7},
         {"correction": 0.3, "beta2": 0.99},
         {"weight_decay": 0.0},
         {"lr": 0.0},
@@ -261,6 +264,7 @@ def test_arithmetic_is_ieee_where_denormals_are_flushed() -> None:
     st.one_of(st.none(), st.floats(1, 1e6)),
     st.sampled_from([0.0, 0.5, 0.95]),
     st.booleans(),
+    st.booleans(),
 )
 def test_any_numbers(
     elements: list[tuple[float, ...]],
@@ -268,11 +272,13 @@ def test_any_numbers(
     grad_bound: float | None,
     beta: float,
     nesterov: bool,
+    cautious: bool,
 ) -> None:
     """Bitwise the portable path: any gradient, exp_avg and exp_pnorm >= 0, NaN and inf included."""
     g, m, r = torch.tensor(elements, dtype=FP32).view(-1, 3).T.contiguous()
     o = Operands(torch.zeros_like(g), g, (m, r))
-    assert_same(*run(o, p=p, grad_bound=grad_bound, beta=beta, nesterov=nesterov))
+    changes = {"p": p, "grad_bound": grad_bound, "beta": beta, "nesterov": nesterov}
+    assert_same(*run(o, cautious=cautious, **changes))
 
 
 @pytest.mark.parametrize("grad_bound", [None, 3.3])

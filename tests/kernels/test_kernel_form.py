@@ -86,54 +86,54 @@ def test_each_hyperparameter_gives_the_portable_bits_or_is_refused(
     assert any(effects)
 
 
-def cautious_update(
-    grad: Tensor, exp_avg: Tensor, exp_pnorm: Tensor, *, cautious: bool = False, **others: Any
+def timid_update(
+    grad: Tensor, exp_avg: Tensor, exp_pnorm: Tensor, *, timid: bool = False, **others: Any
 ) -> Tensor:
     """S3, without the elements whose update points against their gradient."""
     update = s3_update(grad, exp_avg, exp_pnorm, **others)
-    return update * (update * grad > 0) if cautious else update
+    return update * (update * grad > 0) if timid else update
 
 
-class Cautious(S3):
+class Timid(S3):
     """S3 with an option that no kernel knows."""
 
     description = replace(
         S3.description,
-        name="cautious",
-        rule=with_kernel(s3_update.kernel)(cautious_update),
+        name="timid",
+        rule=with_kernel(s3_update.kernel)(timid_update),
         hyperparameters=(
             *S3.description.hyperparameters,
-            Hyperparameter("cautious", False, "leave out what points against the gradient"),
+            Hyperparameter("timid", False, "leave out what points against the gradient"),
         ),
     )
 
-    def __init__(self, params: Any, *, cautious: bool = False, **others: Any) -> None:
-        super(S3, self).__init__(params, cautious=cautious, **others)
+    def __init__(self, params: Any, *, timid: bool = False, **others: Any) -> None:
+        super(S3, self).__init__(params, timid=timid, **others)
 
 
-@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("timid", [False, True])
 def test_an_option_that_kernels_do_not_know_takes_torch_operations_by_name(
-    cautious: bool, caplog: pytest.LogCaptureFixture
+    timid: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     param = torch.nn.Parameter(torch.ones(8))
-    optimizer = Cautious([param], cautious=cautious, lr=0.1)
+    optimizer = Timid([param], timid=timid, lr=0.1)
     param.grad = torch.ones(8)
     optimizer.step()
     param.grad = -0.01 * torch.ones(8)
     before = param.detach().clone()
     with caplog.at_level(logging.WARNING):
         optimizer.step()
-    assert torch.equal(param, before) == cautious
-    if cautious:
-        assert "does not have the option cautious of cautious_update" in optimizer.path
+    assert torch.equal(param, before) == timid
+    if timid:
+        assert "does not have the option timid of timid_update" in optimizer.path
     else:
         assert optimizer.path == cpu.NAME
 
 
 def test_the_gpu_names_the_option_too() -> None:
-    values = {"beta": 0.95, "p": 3.0, "cautious": True}
-    assert "the option cautious" in gpu.reason(cautious_update, [], **values)
-    assert form(cautious_update, values | {"cautious": False}) == form(
+    values = {"beta": 0.95, "p": 3.0, "timid": True}
+    assert "the option timid" in gpu.reason(timid_update, [], **values)
+    assert form(timid_update, values | {"timid": False}) == form(
         s3_update, {"beta": 0.95, "p": 3.0}
     )
 

@@ -46,6 +46,7 @@ def test_the_defaults():
         "bias_correction": False,
         "beta_ramp": False,
         "grad_bound": None,
+        "cautious": False,
     }
 
 
@@ -54,8 +55,8 @@ def test_each_flag_has_its_effect():
     args = s3("--s3-beta", ".9", "--s3-p", "2", "--s3-beta2", ".99", "--s3-no-nesterov")
     assert (args.s3_beta, args.s3_p, args.s3_beta2, args.s3_nesterov) == (0.9, 2.0, 0.99, False)
     assert s3("--s3-bias-correction").s3_bias_correction is True
-    args = s3("--s3-beta-ramp", "--s3-grad-bound", "10")
-    assert args.s3_grad_bound == 10.0 and args.s3_beta_ramp is True
+    args = s3("--s3-beta-ramp", "--s3-grad-bound", "10", "--s3-cautious")
+    assert args.s3_grad_bound == 10.0 and args.s3_beta_ramp is True and args.s3_cautious is True
     assert s3("--plugin-log-updates", "--tensorboard-dir", "here").plugin_metrics
     assert s3("--clip-grad", "1.0").clip_grad == 1.0
     assert s3(*MEGATRON_FSDP).use_distributed_optimizer

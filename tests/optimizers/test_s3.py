@@ -67,6 +67,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"beta2": 0.99},
     {"weight_decay": 0.1},
     {"grad_bound": 1.2},
+    {"cautious": True},
+    {"cautious": True, "bias_correction": True, "grad_bound": 2.0},
     {"beta_ramp": True},
     {"beta_ramp": True, "beta2": 0.97},
     {"beta_ramp": True, "grad_bound": 2.0, "p": 2.0, "nesterov": False},

@@ -673,6 +673,44 @@ def test_bounded_gradient_after_silence(p: float, grad_bound: float) -> None:
         assert (r < r2).item() == (silence == 60)
 
 
+# ---- cautious updates ---------------------------------------------------------------------------
+
+
+@given(st.lists(fp32, min_size=1, max_size=20), orders, coefficients, st.booleans())
+def test_a_cautious_update_is_the_rules_own_or_nothing(
+    grads: list[float], p: float, beta: float, nesterov: bool
+) -> None:
+    """Bitwise; nothing where the gradient is 0 or points the other way.  The state is the same."""
+    options = {"beta": beta, "p": p, "nesterov": nesterov}
+    m, r, m2, r2 = torch.zeros(4, 1).unbind()
+    for value in grads:
+        g = torch.tensor([value])
+        u = s3_update(g, m, r, cautious=True, **options)
+        expected = s3_update(g, m2, r2, **options)
+        for one, other in ((m, m2), (r, r2)):
+            assert torch.equal(one.nan_to_num(nan=77.0), other.nan_to_num(nan=77.0))
+        opposed = math.copysign(1, value) != math.copysign(1, expected.item()) or value == 0
+        if expected.isnan():
+            assert u.isnan()
+        else:
+            assert u.item() == (0 if opposed else expected.item())
+
+
+@pytest.mark.parametrize("nesterov", [True, False], ids=["nag", "no-nag"])
+@pytest.mark.parametrize("p", PS)
+def test_cautious_updates_are_the_references(p: float, nesterov: bool) -> None:
+    """Float64's rounding, over the steps."""
+    grads = history("heavy-tailed", steps=60, elements=8)[:, 40:64].double()
+    run = S3Reference(torch.zeros_like(grads[0]), p=p, nesterov=nesterov, cautious=True)
+    m, r = torch.zeros(2, grads.shape[1], dtype=torch.float64).unbind()
+    still = 0
+    for grad in grads:
+        u = s3_update(grad, m, r, beta=0.95, p=p, nesterov=nesterov, cautious=True)
+        still += int((u == 0).sum())
+        torch.testing.assert_close(u, run.step(grad, 1.0), rtol=1e-10, atol=1e-12)
+    assert still > 100
+
+
 # ---- Theorem 2 (3): larger p, smaller update ----------------------------------------------------
 
 

@@ -8,8 +8,8 @@ namespace {
 
 // ---- rules, megatron_s3/rules: u and the new states from gradient and states ---------------------
 
-// m = state[0], r = state[1]. BOUNDED: there is a grad_bound.
-template <int P, bool NESTEROV, bool BOUNDED>
+// m = state[0], r = state[1]. grad_bound is 0 where there is none.
+template <int P, bool NESTEROV, bool CAUTIOUS>
 struct S3 {
   static constexpr int STATES = 2;
   using Scalars = S3Scalars;
@@ -20,7 +20,7 @@ struct S3 {
     Floats g, inverse, scale, share, d, w, y;
 
     EACH g[k] = gradient[k];
-    if (BOUNDED) {
+    if (s.grad_bound != 0) {
       EACH y[k] = s.grad_bound * r[k];
       EACH y[k] = r[k] < 0x1p-126f ? Float{} + __builtin_inff() : y[k];
       EACH g[k] = g[k] > y[k] ? y[k] : g[k];
@@ -74,6 +74,10 @@ struct S3 {
       EACH u[k] = u[k] / (untouched[k] ? Float{} + 1.0f : y[k]);
     }
     if (s.correction != 1) EACH u[k] = s.correction * u[k];
+    if (CAUTIOUS) {
+      EACH untouched[k] = ((u[k] > 0) & (g[k] <= 0)) | ((u[k] < 0) & (g[k] >= 0));
+      EACH u[k] = untouched[k] ? Float{} : u[k];
+    }
     EACH u[k] = at_most(u[k], Float{} + s.bound);
     EACH u[k] = at_least(u[k], Float{} - s.bound);
   }
@@ -185,8 +189,8 @@ Chunk rule_s3(int64_t variant) {
       {{chunk<S3<3, false, false>>, chunk<S3<3, false, true>>},
        {chunk<S3<3, true, false>>, chunk<S3<3, true, true>>}},
   };
-  // That nothing is kept of s (s3_forgets) is seen where it matters.
-  return chunks[s3_whole_p(variant) - 1][s3_nesterov(variant)][s3_bounded(variant)];
+  // That nothing is kept of s (s3_forgets) is seen where it matters, as is a bound (s3_bounded).
+  return chunks[s3_whole_p(variant) - 1][s3_nesterov(variant)][s3_cautious(variant)];
 }
 Chunk rule_adamw(int64_t) { return chunk<AdamW>; }
 Chunk rule_nadam(int64_t) { return chunk<NAdam>; }

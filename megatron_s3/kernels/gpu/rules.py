@@ -24,6 +24,7 @@ _WHOLE_PS = tl.constexpr(kernel_of(s3_update).flag("whole_p")[1] + 1)
 _NESTEROV = _place(kernel_of(s3_update), "nesterov")
 _FORGETS = _place(kernel_of(s3_update), "forgets")
 _BOUNDED = _place(kernel_of(s3_update), "bounded")
+_CAUTIOUS = _place(kernel_of(s3_update), "cautious")
 _SGDM_NESTEROV = _place(kernel_of(sgdm_update), "nesterov")
 
 
@@ -79,6 +80,7 @@ def s3(g, states, scalars, VARIANT: tl.constexpr):
     NESTEROV: tl.constexpr = VARIANT // _NESTEROV % 2
     FORGETS: tl.constexpr = VARIANT // _FORGETS % 2  # beta_s is 0
     BOUNDED: tl.constexpr = VARIANT // _BOUNDED % 2
+    CAUTIOUS: tl.constexpr = VARIANT // _CAUTIOUS % 2
     m, r = states
     beta, one_minus_beta, beta_s, one_minus_beta_s, correction, bound, p, grad_bound = scalars
     if BOUNDED:
@@ -140,6 +142,8 @@ def s3(g, states, scalars, VARIANT: tl.constexpr):
     u = u * correction
     r = tl.where(untouched, 0.0, r)
     u = tl.where(untouched, 0.0, u)
+    if CAUTIOUS:
+        u = tl.where(((u > 0) & (g <= 0)) | ((u < 0) & (g >= 0)), 0.0, u)
     return _limited(u, bound), (m, r)
 
 

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bounded": {"grad_bound": 1.3},
     "bounded, p=2": {"grad_bound": 1.3, "p": 2.0},
     "bounded, beta=0": {"grad_bound": 1.3, "beta": 0.0},
+    "cautious": {"cautious": True},
 }
 #: Those of a rehearsal; the tests have the interpreter take all.
 _REHEARSED = ("beta=0", "bounded", "bounded, p=2")
@@ -161,7 +162,7 @@ def _against_reference(
     ours: Operands, start: Operands, interpreted: bool, **options: Any
 ) -> str | None:
     lr, decay, p = options["lr"], options["weight_decay"], options["p"]
-    names = ("beta", "p", "beta2", "nesterov", "grad_bound")
+    names = ("beta", "p", "beta2", "nesterov", "grad_bound", "cautious")
     given = {name: options[name] for name in names if name in options}
     reference = S3Reference(start.param, weight_decay=decay, **given)
     reference.m, reference.s = start.state[0].double(), start.state[1].double() ** p

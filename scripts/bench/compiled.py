@@ -79,6 +79,8 @@ VARIANTS = {
     "the same, statistics": Variant(_s3(), "bf16", "int8 and bf16", "bf16", True, "int16"),
     "bounded, statistics": Variant(_s3(grad_bound=10.0), statistics=True),
     "fp32, bounded gradients": Variant(_s3(grad_bound=10.0)),
+    "cautious, statistics": Variant(_s3(cautious=True), statistics=True),
+    "fp32, cautious": Variant(_s3(cautious=True)),
     "fp32, p=2": Variant(_s3(2)),
     "fp32, p=1": Variant(_s3(1)),
     "fp32, any p": Variant(_s3(2.5)),

@@ -73,10 +73,10 @@ def test_the_links_of_a_page_lead_somewhere(page) -> None:
 
 @pytest.mark.parametrize("folder", ["2026-11-29-cpu-length", "2026-11-29-cpu-robustness"])
 def test_recorded_tables_are_those_of_the_recorded_runs(folder) -> None:
-    """Except the one of times, which report.json does not hold."""
+    """Except the one of times, which report.json holds with fewer digits."""
     record = REPOSITORY / "scripts/results" / folder
     written = (record / "tables.txt").read_text(encoding="utf-8")
-    made = tables(suites(record / "report.json"))
+    made = [t for t in tables(suites(record / "report.json")) if not t.title.endswith("speed")]
     assert len(made) == len(written.strip().split("\n\n")) - 1
     for table in made:
         assert str(table) in written, table.title

@@ -5,6 +5,7 @@ gradients, the optimizer steps the main parameters, and it copies these to the m
 optimizer gets the tensors at both ends.
 """
 
+import inspect
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_s3.kernels.operands import local
 from megatron_s3.mcore.arguments import needs_grad_norm
+from megatron_s3.mcore.checkpoint import param_groups
 from megatron_s3.mcore.compat_before_0_19 import MainGradsForNorm
 from megatron_s3.optimizers import ElementwiseOptimizer
 
@@ -152,6 +154,11 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc] 
 # Megatron is not typed.
 class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
     """Megatron's unsharded optimizer of half-precision models, with a step in one pass."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Calls Megatron's method; each group gets its own values, wrapped or not."""
+        upstreams = inspect.unwrap(Float16OptimizerWithFloat16Params.load_state_dict)
+        param_groups.load_state_dict(upstreams, self, state_dict)
 
     def _places(self) -> tuple[Place, ...]:
         return tuple(place(param) for group in self.float16_groups for param in group)

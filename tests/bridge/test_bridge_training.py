@@ -27,6 +27,12 @@ FORMATS = {
     "fully_reshardable": [BUCKETS, "checkpoint.dist_ckpt_optim_fully_reshardable=true"],
 }
 
+UNSHARDED = [
+    f"{part}.{each}"
+    for part in ("ddp", "optimizer")
+    for each in ("use_distributed_optimizer=false", "overlap_param_gather=false")
+]
+
 
 def trained(folder: Path, how: str, *overrides: str, ranks: int = 2) -> Run:
     """Trains, and saves iterations 3 and 6 in the folder."""
@@ -69,6 +75,41 @@ def test_it_trains_saves_and_resumes_bitwise(name, finished, tmp_path):
     assert any(each.endswith("exp_pnorm") or ".exp_pnorm." in each for each in tensors(whole))
 
 
+#: Some parameters have another optimizer, others another rate, coefficient or order.
+RULES = (
+    "*word_embeddings*: optimizer=adamw lr=0.0003 beta2=0.99",
+    "*linear_proj*: optimizer=lion weight_decay=0.2",
+    "*linear_fc1.weight: beta=0.8 p=2",
+)
+
+
+@pytest.mark.parametrize("name", brief(FORMATS, "dp_reshardable"))
+def test_several_optimizers_in_one_model_resume_bitwise(name, finished, tmp_path):
+    """Without a wrapper; with the plugin registered the bits are the same."""
+    overrides = [*FORMATS[name], f"optimizer.plugin_overrides={list(RULES)}"]
+    whole = finished("s3", *overrides)
+    log = Run(0, whole.with_suffix(".log").read_text())
+    head = next(i for i, line in enumerate(log.said) if line.startswith("pattern"))
+    rows = [line.split() for line in log.said[head + 1 : head + 5]]
+    assert [(row[0], row[-3], row[-2]) for row in rows] == [
+        ("*word_embeddings*", "AdamW", "0.0003"),
+        ("*linear_proj*", "Lion", "0.003"),
+        ("*linear_fc1.weight", "(SoftSignSGD)", "0.003"),
+        ("all", "(SoftSignSGD)", "0.003"),
+    ]
+    halves = [f"checkpoint.load={whole}", "checkpoint.ckpt_step=3"]
+    run = trained(tmp_path / "resumed", "s3", *overrides, *halves)
+    assert run.returncode == 0, run.log[-6000:]
+    losses = log.column("lm loss")
+    assert run.column("lm loss") == {i: loss for i, loss in losses.items() if i > 3} != {}
+    assert_bitwise_equal(tensors(tmp_path / "resumed"), tensors(whole))
+    assert_bitwise_equal(tensors(finished("registered", *overrides)), tensors(whole))
+    assert any("exp_pnorm_or_exp_avg_sq" in each for each in tensors(whole))
+    run = trained(tmp_path / "plain", "registered", *FORMATS[name], *halves)
+    assert run.returncode != 0 and not run.trained
+    assert "and adamw for '*word_embeddings*', and this run has s3" in run.error
+
+
 def test_the_command_line_sets_hyperparameters_that_are_recorded(finished, tmp_path):
     changed = finished("s3", BUCKETS, "optimizer.s3_p=2.0", "optimizer.s3_beta=0.9")
     config = yaml.safe_load((changed / "iter_0000006/run_config.yaml").read_text())["optimizer"]
@@ -95,19 +136,27 @@ def test_the_weight_decay_of_the_recipe_is_in_force(finished):
     assert "optimizer.lr 0.0003 -> 0.003" in log and "optimizer.clip_grad 1.0 -> 0.0" in log
 
 
-@pytest.mark.parametrize("how", ["s3", "registered"])
-def test_a_resumed_run_uses_the_rates_that_the_schedule_names(how, finished, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "layout"),
+    [
+        ("s3", FORMATS["dp_reshardable"]),
+        ("registered", FORMATS["dp_reshardable"]),
+        ("s3", UNSHARDED),
+    ],
+)
+def test_a_resumed_run_uses_the_rates_that_the_schedule_names(how, layout, finished, tmp_path):
     """Those of the checkpoint, with the losses of a run that did not stop; or its own."""
-    whole = finished(how, *FORMATS["dp_reshardable"])
+    whole = finished(how, *layout)
     losses = Run(0, whole.with_suffix(".log").read_text()).column("lm loss")
     more = [f"checkpoint.load={whole}", "checkpoint.ckpt_step=3", "optimizer.lr=0.001"]
     more += ["optimizer.min_lr=0.0001"]
+    more += ["scheduler.start_weight_decay=0.5", "scheduler.end_weight_decay=0.5"]
     found = {}
     for checkpoints, own in ("true", "false"), ("false", "true"):
         run = trained(
             tmp_path / checkpoints,
             how,
-            *FORMATS["dp_reshardable"],
+            *layout,
             *more,
             f"scheduler.use_checkpoint_opt_param_scheduler={checkpoints}",
             f"scheduler.override_opt_param_scheduler={own}",
@@ -122,8 +171,7 @@ def test_a_resumed_run_uses_the_rates_that_the_schedule_names(how, finished, tmp
 
 @pytest.mark.thorough
 def test_without_the_distributed_optimizer_the_losses_are_the_same(finished):
-    off = ("use_distributed_optimizer=false", "overlap_param_gather=false")
-    whole = finished("s3", *(f"{part}.{each}" for part in ("ddp", "optimizer") for each in off))
+    whole = finished("s3", *UNSHARDED)
     sharded = finished("s3", *FORMATS["dp_reshardable"])
     runs = [Run(0, each.with_suffix(".log").read_text()) for each in (whole, sharded)]
     assert runs[0].column("lm loss") == runs[1].column("lm loss")

@@ -52,7 +52,25 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
         from_checkpoint = _from_checkpoint(part)
         for each in loaded:
             each.apply(from_checkpoint)
+        if from_checkpoint and _schedule(part) is not None:
+            _keep_decays(part.optimizer)
     return result
+
+
+def _keep_decays(inner: torch.optim.Optimizer) -> None:
+    """Makes the next step use the weight decays that were loaded.
+
+    Megatron's scheduler sets this run's when it is loaded, and the checkpoint's after the first
+    step only.  :func:`load_schedule` sets them before, where the plugin is registered.
+    """
+    saved = [group["weight_decay"] for group in inner.param_groups]
+
+    def restore(stepped: torch.optim.Optimizer, *rest: Any) -> None:
+        for group, decay in zip(stepped.param_groups, saved, strict=False):  # none the next time
+            group["weight_decay"] = decay
+        saved.clear()
+
+    inner.register_step_pre_hook(restore)
 
 
 def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, Any]) -> Any:
@@ -73,12 +91,17 @@ def load_schedule(original: Callable[..., Any], schedule: Any, saved: dict[str, 
     return result
 
 
+def _schedule(part: Any) -> Any:
+    """Returns the configuration of the schedule that Megatron-Bridge's optimizer knows, or None."""
+    return getattr(getattr(part, "config", None), "schedule", None)
+
+
 def _from_checkpoint(part: Any) -> bool:
     """Returns whether the checkpoint's schedule is used, as far as that is known here.
 
     Megatron-Bridge's configuration of the optimizer may know it, and Megatron's trainer does.
     """
-    schedule = getattr(getattr(part, "config", None), "schedule", None)
+    schedule = _schedule(part)
     if schedule is not None:
         return bool(schedule.use_checkpoint_opt_param_scheduler)
     if importlib.util.find_spec("megatron.training") is None:

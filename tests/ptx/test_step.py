@@ -88,7 +88,7 @@ def test_dtypes(executed: launch.Executed, name: str) -> None:
 EXACT = [name for name, changes in VARIANTS.items() if changes.get("p", 3.0) in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("variant", brief(EXACT, "bounded"))
+@pytest.mark.parametrize("variant", brief(EXACT, "bounded", "cautious"))
 def test_variants(executed: launch.Executed, variant: str) -> None:
     assert fault(executed, Case(), **VARIANTS[variant]) is None
 

@@ -23,6 +23,7 @@ WIDE = {
     "bf16 gradient and states": (1, 1),
     "fp32, p=2": (4, 3),
     "fp32, bounded gradients": (4, 3),
+    "fp32, cautious": (4, 3),
     "adamw": (4, 3),
 }
 
@@ -51,6 +52,7 @@ COPIED = {
     "bf16 states, statistics": ({128: 6, 64: 6}, 1),
     "bf16 both, statistics": ({128: 3, 64: 9}, 1),
     "bounded, statistics": ({128: 12}, 3),
+    "cautious, statistics": ({128: 12}, 3),
 }
 
 

@@ -121,22 +121,22 @@ def _recorded(folder: str, words: str) -> str:
 
 def lengths() -> str:
     """Returns the tables of the long runs: test losses, and AdamW's steps to the same ones."""
-    return _recorded("2026-11-29-cpu-length", "final")
+    return _recorded("2026-11-30-cpu-length", "final")
 
 
 def settings() -> str:
     """Returns the tables of runs in which one setting was varied."""
-    return _recorded("2026-11-29-cpu-length", "other settings")
+    return _recorded("2026-11-30-cpu-length", "other settings")
 
 
 def extrapolations() -> str:
     """Returns the table of the loss minus AdamW's at greater lengths."""
-    return _recorded("2026-11-29-cpu-length", "extrapolated")
+    return _recorded("2026-11-30-cpu-length", "extrapolated")
 
 
 def recoveries() -> str:
     """Returns the table of runs that were disturbed."""
-    return _recorded("2026-11-29-cpu-robustness", "disturbances")
+    return _recorded("2026-11-30-cpu-robustness", "disturbances")
 
 
 def verbs() -> str:

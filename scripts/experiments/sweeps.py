@@ -1,4 +1,4 @@
-"""What decides: one setting of a run at a time, each against AdamW with the same setting.
+"""Sweeps: one setting of a run at a time, each against AdamW with the same setting.
 
 The runs have the model of :mod:`~scripts.experiments.length` and 10 tokens a parameter; its runs of
 that length are the row of the usual setting.  Every optimizer's learning rate is searched at every

@@ -71,7 +71,7 @@ def test_the_links_of_a_page_lead_somewhere(page) -> None:
             assert anchor in pages.anchors(file.read_text(encoding="utf-8")), link
 
 
-@pytest.mark.parametrize("folder", ["2026-11-29-cpu-length", "2026-11-29-cpu-robustness"])
+@pytest.mark.parametrize("folder", ["2026-11-30-cpu-length", "2026-11-30-cpu-robustness"])
 def test_recorded_tables_are_those_of_the_recorded_runs(folder) -> None:
     """Except the one of times, which report.json holds with fewer digits."""
     record = REPOSITORY / "scripts/results" / folder

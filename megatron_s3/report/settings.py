@@ -82,7 +82,7 @@ def _table(suite: Suite, experiment: str, of: dict[str, list[Trained]]) -> Table
     for label in others:
         heads += [label, "its learning rate", f"minus {against}", "seeds"]
     return Table(
-        f"{about(suite, experiment)}final loss with other settings",
+        f"{about(suite, experiment)}loss with other settings",
         heads,
         rows,
         "Every learning rate is the best of those that were tried with the setting. Differences "

@@ -11,7 +11,7 @@ from megatron_s3.report.runs import load
 from scripts.experiments import record
 from scripts.experiments.suite import Run
 
-from .test_runs import row, write
+from .logs import row, write
 
 pytest.importorskip("matplotlib")
 from megatron_s3.report.pictures import pictures

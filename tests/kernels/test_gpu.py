@@ -47,8 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bounded, p=1": {"grad_bound": 1.3, "p": 1.0},
     "bounded, p=2": {"grad_bound": 1.3, "p": 2.0},
     "bounded, beta=0": {"grad_bound": 1.3, "beta": 0.0},
-    "cautious": {"cautious": True},
-    "cautious, p=2, bounded": {"cautious": True, "p": 2.0, "grad_bound": 1.3},
+    "cautious, bounded": {"cautious": True, "grad_bound": 1.3},
     "correction": {"correction": 4.7, "weight_decay": 0.0},
 }
 

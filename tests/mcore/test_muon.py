@@ -194,7 +194,7 @@ def owned(folder: Path) -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize("layout", brief(LAYOUTS, "not sharded", "sharded", "tp2"))
+@pytest.mark.parametrize("layout", brief(LAYOUTS, "not sharded", "sharded"))
 def test_a_run_resumes_bitwise(layout: str, tmp_path: Path) -> None:
     check_resumed(tmp_path, *LAYOUTS[layout])
 
@@ -249,6 +249,7 @@ def test_other_numbers_of_ranks_load_bitwise(how: str, dp2: Path, tmp_path: Path
     assert_bitwise_equal(tensors(dp2), tensors(tmp_path / "on"))
 
 
+@pytest.mark.thorough
 def test_sharded_states_have_the_bits_of_whole_ones(dp2: Path, tmp_path: Path) -> None:
     """Without clipping, because a norm is summed in another order."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
@@ -258,7 +259,7 @@ def test_sharded_states_have_the_bits_of_whole_ones(dp2: Path, tmp_path: Path) -
     assert_bitwise_equal(tensors(whole), pairs)
 
 
-@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("sharded", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_a_run_with_another_optimizer_for_the_rest_is_refused(
     sharded: bool, dp2: Path, tmp_path: Path
 ) -> None:
@@ -296,17 +297,30 @@ WITHOUT = "error: --muon-scalar-optimizer s3 with sharded states does not suppor
     ("flags", "message"),
     [
         ([*SHARDED, "--no-use-layer-wise-param-layout"], WITHOUT + "--no-use-layer-wise-param-lay"),
-        ([*SHARDED, "--ckpt-format", "torch"], WITHOUT + "--ckpt-format torch: Megatron cannot"),
-        (
+        pytest.param(
+            [*SHARDED, "--ckpt-format", "torch"],
+            WITHOUT + "--ckpt-format torch: Megatron cannot",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
             [*SHARDED, "--num-distributed-optimizer-instances", "2"],
             WITHOUT + "--num-distributed-optimizer-instances 2: ",
+            marks=pytest.mark.thorough,
         ),
         (
             ["--use-precision-aware-optimizer"],
             "error: --muon-scalar-optimizer s3 does not support --use-precision-aware-optimizer",
         ),
-        (["--s3-p", "0.5"], "error: --s3-p must be in [1, inf), not 0.5"),
-        (["--adamw-eps", "1"], "error: --adamw-eps is a flag of --optimizer adamw, but"),
+        pytest.param(
+            ["--s3-p", "0.5"],
+            "error: --s3-p must be in [1, inf), not 0.5",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            ["--adamw-eps", "1"],
+            "error: --adamw-eps is a flag of --optimizer adamw, but",
+            marks=pytest.mark.thorough,
+        ),
         (["--plugin-overrides", "*: lr=1"], "error: --plugin-overrides does nothing with --optim"),
     ],
 )

@@ -135,7 +135,7 @@ def test_another_layout_loads_bitwise(layout: str, dp2: tuple[Path, Run], tmp_pa
     assert_bitwise_equal(tensors(dp2[0], 3), tensors(tmp_path / "torch_dist", 3))
 
 
-@pytest.mark.parametrize("layout", RESHARDED)
+@pytest.mark.parametrize("layout", brief(RESHARDED, "tp2"))
 def test_another_layout_continues_the_run(layout: str, dp2: tuple[Path, Run]) -> None:
     """Within a bound: another layout sums gradients in another order and rounds at other places."""
     ranks, flags, bound = RESHARDED[layout]

@@ -110,6 +110,13 @@ class Job:
         shown = self.cluster.run("scontrol", "show", "job", self.number)
         return re.findall(r"JobState=(\S+)", shown)[0]
 
+    @property
+    def seconds(self) -> int:
+        """The time for which its present attempt has run."""
+        shown = self.cluster.run("scontrol", "show", "job", self.number)
+        hours, minutes, seconds = re.findall(r"RunTime=(\d+):(\d+):(\d+)", shown)[0]
+        return int(hours) * 3600 + int(minutes) * 60 + int(seconds)
+
     def wait(self, what: Callable[[], object], why: str, seconds: float = 180) -> None:
         """Waits until something is true; no test is about how long that takes."""
         deadline = time.monotonic() + seconds

@@ -156,8 +156,9 @@ def test_time_limit_saves_requeues_and_resumes(cluster, tmp_path: Path) -> None:
     words = [*TWO_NODES, *SLOW, "--set", "train_iters=400"]
     job = cluster.submit(tmp_path / "run", *words, options="--nodes=2 --time=10")
     job.wait_for("iteration +1/")
-    # Less than the 180 s of --signal are left now: SLURM sends it when it looks next.
-    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=3")
+    # Of the 180 s of --signal 120 to 180 are left now: SLURM sends it when it looks next.
+    limit = (job.seconds + 180) // 60
+    cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={limit}")
     saved = int(job.wait_for(r"stopped before the end, checkpoint 0 -> (\d+); requeued, 1 of at"))
     assert "received USR1" in job.log
     job.wait(lambda: job.state == "PENDING", "the requeue")

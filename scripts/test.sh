@@ -82,16 +82,21 @@ run_pytest() {
 if [ $# -gt 0 ]; then
   run_pytest "$@"
 else
-  # The tests of a file run in one process, which prepares what they share once.
-  run_pytest -q -n 2 --dist loadfile -m "not slow and not thorough and not cluster and not container"
-  # The cluster's tests wait for SLURM's clocks most of the time, and images for their packages, so
-  # both run beside the slow tests.  With job control on they do not ignore SIGINT.
+  # Images wait for their packages most of the time, so they are tested beside all others, and the
+  # cluster, which waits for SLURM's clocks, beside the slow ones.  With job control on they do not
+  # ignore SIGINT.
   logs=$(mktemp -d)
   trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true; rm -rf "$logs"' EXIT
   set -m
-  run_pytest -q -m "container and not thorough" --durations=5 -rs \
-    >"$logs/images" 2>&1 </dev/null &
+  {
+    renice -n 10 -p "$BASHPID" >/dev/null
+    run_pytest -q -m "container and not thorough" --durations=5 -rs
+  } >"$logs/images" 2>&1 </dev/null &
   images=$!
+  set +m
+  # The tests of a file run in one process, which prepares what they share once.
+  run_pytest -q -n 2 --dist loadfile -m "not slow and not thorough and not cluster and not container"
+  set -m
   run_pytest -q -m "cluster and not container and not thorough" --durations=5 -rs \
     >"$logs/cluster" 2>&1 </dev/null &
   cluster=$!

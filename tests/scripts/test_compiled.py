@@ -52,6 +52,7 @@ COPIED = {
     "bf16 states, statistics": ({128: 6, 64: 6}, 1),
     "bf16 both, statistics": ({128: 3, 64: 9}, 1),
     "bounded, statistics": ({128: 12}, 3),
+    "cautious, statistics": ({128: 12}, 3),
 }
 
 

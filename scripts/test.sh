@@ -102,8 +102,8 @@ else
   cluster=$!
   set +m
   status=0
-  run_pytest -q -n 2 --dist loadfile -m "slow and not thorough and not cluster and not container" \
-    --durations=10 || status=$?
+  run_pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 \
+    -m "slow and not thorough and not cluster and not container" || status=$?
   echo "waiting for the tests on a cluster, and of images"
   wait "$cluster" || status=$?
   cat "$logs/cluster"

@@ -14,6 +14,11 @@ settings.load_profile("reproducible")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the file with the longest test first, or other processes wait for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
 @pytest.fixture(autouse=True)
 def process_stays_as_it_is() -> Iterator[None]:
     """Fails a test after which the next ones would run in a process for the CPU."""

@@ -41,7 +41,8 @@ ensure_venv() {
     "$python" -m venv .venv
   fi
   echo "installing into .venv: $extras (this takes a few minutes and about 5 GB the first time)"
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -e ".[$extras]" || {
+  # Python compiles a module when it first imports it; most modules are never imported.
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-compile -e ".[$extras]" || {
     echo "error: pip could not install .[$extras]; its messages are above. Run the script again to retry." >&2
     return 1
   }

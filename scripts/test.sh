@@ -21,47 +21,30 @@ esac
 
 ensure_venv quickstart,test
 
-# Other packages, each in its folder: the other supported releases, for the compatibility tests.
+# unpack FOLDER PACKAGE...: installs packages, without what they need, into a folder below .venv.
+unpack() {
+  local folder=.venv/$1
+  shift
+  [ ! -d "$folder" ] || return 0
+  echo "installing $* into $folder"
+  rm -rf "$folder.part"
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-compile --no-deps \
+    --target "$folder.part" "$@" && mv "$folder.part" "$folder"
+}
+
 if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
-  for release in 0.17.1 0.18.2; do
-    target=.venv/megatron-core/$release
-    [ ! -d "$target" ] || continue
-    echo "installing megatron-core $release into $target"
-    rm -rf "$target.part"
-    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps \
-      --target "$target.part" "megatron-core==$release"
-    mv "$target.part" "$target"
-  done
-  # Upstream's Lion, for the report of its fault.
-  emerging=.venv/emerging-optimizers/0.3.0
-  if [ ! -d "$emerging" ]; then
-    echo "installing emerging-optimizers 0.3.0 into $emerging"
-    rm -rf "$emerging.part"
-    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps \
-      --target "$emerging.part" emerging-optimizers==0.3.0
-    mv "$emerging.part" "$emerging"
-  fi
-  # Megatron-Bridge, with what the tests of it need beside the packages that are there.
-  bridge=.venv/megatron-bridge/0.6.2
-  if [ ! -d "$bridge" ]; then
-    echo "installing megatron-bridge 0.6.2 into $bridge"
-    rm -rf "$bridge.part"
-    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --target "$bridge.part" \
-      megatron-bridge==0.6.2 omegaconf==2.4.0 hydra-core==1.3.8 antlr4-python3-runtime==4.9.3 &&
-      mv "$bridge.part" "$bridge" ||
-      echo "megatron-bridge cannot be installed here; its tests will be skipped"
-  fi
-  # torchtitan, likewise.
-  titan=.venv/torchtitan/0.3.0
-  if [ ! -d "$titan" ]; then
-    echo "installing torchtitan 0.3.0 into $titan"
-    rm -rf "$titan.part"
-    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --target "$titan.part" \
-      torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 spmd_types==0.2.3 \
-      tyro==1.0.17 docstring_parser==0.18.0 typeguard==4.6.1 &&
-      mv "$titan.part" "$titan" ||
-      echo "torchtitan cannot be installed here; its test will be skipped"
-  fi
+  # The other supported releases, for the tests of compatibility.
+  unpack megatron-core/0.17.1 megatron-core==0.17.1
+  unpack megatron-core/0.18.2 megatron-core==0.18.2
+  # Upstream's Muon and Lion.
+  unpack emerging-optimizers/0.3.0 emerging-optimizers==0.3.0
+  # Megatron-Bridge and torchtitan, with what their tests need beside the packages that are there.
+  unpack megatron-bridge/0.6.2 megatron-bridge==0.6.2 \
+    omegaconf==2.4.0 hydra-core==1.3.8 antlr4-python3-runtime==4.9.3 ||
+    echo "megatron-bridge cannot be installed here; its tests will be skipped"
+  unpack torchtitan/0.3.0 torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 \
+    spmd_types==0.2.3 tyro==1.0.17 docstring_parser==0.18.0 typeguard==4.6.1 ||
+    echo "torchtitan cannot be installed here; its test will be skipped"
 fi
 
 echo "ruff"

@@ -10,7 +10,7 @@ from megatron_s3.report.disturbed import BACK, recovery
 from megatron_s3.report.runs import Suite, Trained
 from megatron_s3.telemetry.detectors import DETECTORS
 
-__all__ = ["Table", "about", "best_rate", "finalists", "named_disturbance", "tables"]
+__all__ = ["Table", "about", "best_rate", "difference", "finalists", "named_disturbance", "tables"]
 
 NOTHING = "-"
 #: The optimizers with which others are compared; the last one is the paper's own.  Descriptions of
@@ -143,7 +143,7 @@ def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | No
         ]
         mean = f"{statistics.fmean(losses):.4f}"
         row = [label, f"{final[0].lr:g}", _between(rates), mean, _spread(losses)]
-        row += [_difference(final, other) for other in against.values()]
+        row += [difference(final, other) for other in against.values()]
         row += [f"{max(largest):.3f}" if largest else NOTHING]
         row += [NOTHING if final[0].bound is None else f"{final[0].bound:.4g}"]
         rows.append((statistics.fmean(losses), [*row, str(len(final))]))
@@ -220,7 +220,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.stdev(values):.4f}" if len(values) > 1 and finite else NOTHING
 
 
-def _difference(runs: Sequence[Trained], others: Sequence[Trained]) -> str:
+def difference(runs: Sequence[Trained], others: Sequence[Trained]) -> str:
+    """Returns the mean and the standard deviation of differences of final losses, seed by seed."""
     by_seed = {run.seed: run.reported for run in others}
     found = [run.reported - by_seed[run.seed] for run in runs if run.seed in by_seed]
     if not found or list(runs) == list(others):
@@ -361,6 +362,8 @@ def named_disturbance(run: Trained) -> str:
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
+    if not all(map(math.isfinite, values)):
+        return "diverged"
     spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):+.{digits}f}{spread}"
 

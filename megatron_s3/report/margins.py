@@ -34,16 +34,18 @@ class Extrapolated(NamedTuple):
 
 
 def margins(suite: Suite, million: float, reference: str) -> Margins:
-    """Returns the differences to a label, of one model and of all lengths."""
+    """Returns the differences to a label, of one model and of all lengths.
+
+    A difference is inf or NaN if one of the two runs has diverged.
+    """
     runs = suite.of_size(million)
     found: Margins = {}
     for tokens in sorted({run.tags["tokens"] for run in runs}):
         own = [run for run in runs if run.tags["tokens"] == tokens]
         of = {run.seed: run.reported for run in finalists(own, reference)}
         for label in labels(own):
-            final = [r for r in finalists(own, label) if r.seed in of and math.isfinite(r.reported)]
-            if final:
-                gaps = [run.reported - of[run.seed] for run in final]
+            gaps = [r.reported - of[r.seed] for r in finalists(own, label) if r.seed in of]
+            if gaps:
                 found.setdefault(label, []).append((tokens, gaps))
     return found
 
@@ -61,11 +63,14 @@ def extrapolated(
         tokens: length of the value.
 
     Returns:
-        None if there are fewer than three lengths, or fewer than four points.
+        None if there are fewer than three lengths, or fewer than four points; NaN if a difference
+        is not finite.
     """
     pairs = [(MODELS[model](at), gap) for at, gaps in points for gap in gaps]
     if len(points) < 3 or len(pairs) < 4:
         return None
+    if not all(math.isfinite(gap) for _, gap in pairs):
+        return Extrapolated(math.nan, math.nan)
     xs = [x for x, _ in pairs]
     slope, constant = statistics.linear_regression(xs, [y for _, y in pairs])
     count, middle = len(pairs), statistics.fmean(xs)
@@ -87,21 +92,29 @@ def adamw_label(runs: Sequence[Trained]) -> str | None:
     return min((run.label for run in runs if run.optimizer == REFERENCE), key=len, default=None)
 
 
+def _cell(end: Extrapolated) -> str:
+    return "diverged" if math.isnan(end.value) else f"{end.value:+.3f} +- {end.error:.3f}"
+
+
 def _table(suite: Suite, million: float) -> Table | None:
     against = adamw_label(suite.of_size(million))
     if against is None:
         return None
-    rows, longest = [], 0.0
-    for label, points in margins(suite, million, against).items():
-        longest = max(longest, *(tokens for tokens, _ in points))
-        for model in MODELS if label != against else ():
-            ends = [extrapolated(points, model, n * points[-1][0]) for n in (1, FURTHER)]
-            if ends[0] and ends[1]:
-                cells = [f"{end.value:+.3f} +- {end.error:.3f}" for end in ends if end]
-                seeds = ", ".join(f"{tokens:g}: {len(gaps)}" for tokens, gaps in points)
-                rows.append([label, model, *cells, seeds])
-    if not rows:
+    found = margins(suite, million, against)
+    shown = {
+        label: points
+        for label, points in found.items()
+        if label != against and extrapolated(points, next(iter(MODELS)), 1)
+    }
+    if not shown:
         return None
+    longest = max(points[-1][0] for points in shown.values())
+    rows = []
+    for label, points in shown.items():
+        seeds = ", ".join(f"{tokens:g}: {len(gaps)}" for tokens, gaps in points)
+        for model in MODELS:
+            ends = [extrapolated(points, model, n * longest) for n in (1, FURTHER)]
+            rows.append([label, model, *(_cell(end) for end in ends if end), seeds])
     return Table(
         f"{suite.name}, {million:.2g}M parameters: loss minus that of {against}, extrapolated",
         ["run", "linear in", f"{longest:g} tokens a parameter",

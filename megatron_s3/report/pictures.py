@@ -274,10 +274,11 @@ def _margins(suite: Suite, million: float) -> Picture | None:
     drawn, (panel,) = _panels(1, 1, (6.4, 4.2))
     panel.axhline(0, color=DARK, linewidth=0.8)
     for k, (label, drawn_as) in enumerate(zip(shown, styles([reference, *shown])[1:], strict=True)):
-        at = [tokens * 1.03 ** (k - len(shown) / 2) for tokens, _ in points[label]]
-        mean = [statistics.fmean(gaps) for _, gaps in points[label]]
-        low = [statistics.fmean(gaps) - min(gaps) for _, gaps in points[label]]
-        high = [max(gaps) - statistics.fmean(gaps) for _, gaps in points[label]]
+        own = [(tokens, gaps) for tokens, gaps in points[label] if all(map(math.isfinite, gaps))]
+        at = [tokens * 1.03 ** (k - len(shown) / 2) for tokens, _ in own]
+        mean = [statistics.fmean(gaps) for _, gaps in own]
+        low = [statistics.fmean(gaps) - min(gaps) for _, gaps in own]
+        high = [max(gaps) - statistics.fmean(gaps) for _, gaps in own]
         panel.errorbar(at, mean, [low, high], linestyle=drawn_as.line, marker=drawn_as.marker,
                        color=drawn_as.colour, markersize=5, capsize=3, label=label)  # fmt: skip
     panel.set_xscale("log")
@@ -306,10 +307,11 @@ def _settings(suite: Suite) -> Picture:
         for label, drawn_as in zip(shown, styles(shown), strict=True):
             gaps = {k: settings.differences(runs, label, against or "")
                     for k, runs in enumerate(by_setting.values())}  # fmt: skip
-            mean = {k: statistics.fmean(found) for k, found in gaps.items() if found}
+            mean = {k: statistics.fmean(found) for k, found in gaps.items()
+                    if found and all(map(math.isfinite, found))}  # fmt: skip
             panel.plot(mean.keys(), mean.values(), drawn_as.line, color=drawn_as.colour,
                        linewidth=1.2, label=label)  # fmt: skip
-            each = [(k, gap) for k, found in gaps.items() for gap in found]
+            each = [(k, gap) for k, found in gaps.items() for gap in found if math.isfinite(gap)]
             if each:
                 panel.plot(*zip(*each, strict=True), drawn_as.marker, color=drawn_as.colour,
                            markersize=4, linewidth=0)  # fmt: skip

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from megatron_s3.report.compare import Table, about, finalists, labels
+from megatron_s3.report.compare import Table, about, difference, finalists, labels
 from megatron_s3.report.margins import adamw_label
 from megatron_s3.report.runs import Suite, Trained
 
@@ -23,19 +23,26 @@ USUAL = {
 def varied(suite: Suite) -> dict[str, dict[str, list[Trained]]]:
     """Returns the runs by experiment and setting, settings that are numbers in their order.
 
-    The runs with the usual settings are those of the smallest model and length of the suite.
+    The runs with the usual settings are those of the suite's smallest model that were trained on as
+    many samples as the others.
     """
-    lengths = [run for run in suite.runs if "tokens" in run.tags]
-    first = min(((r.tags["million"], r.tags["tokens"]) for r in lengths), default=None)
-    usual = [run for run in lengths if (run.tags["million"], run.tags["tokens"]) == first]
+    smallest = suite.of_size(suite.sizes[0]) if suite.sizes else []
     found = {}
     for experiment, setting in USUAL.items():
-        of = {setting: list(usual)}
-        for run in suite.of(experiment):
+        others = suite.of(experiment)
+        if not others:
+            continue
+        count = _samples(others[0])
+        alike = [run for run in smallest if math.isclose(_samples(run), count, rel_tol=0.01)]
+        of = {setting: alike} if alike else {}
+        for run in others:
             of.setdefault(str(run.tags["setting"]), []).append(run)
-        if len(of) > 1:
-            found[experiment] = dict(sorted(of.items(), key=lambda item: _order(item[0])))
+        found[experiment] = dict(sorted(of.items(), key=lambda item: _order(item[0])))
     return found
+
+
+def _samples(run: Trained) -> int:
+    return run.iterations * int(run.start.get("global_batch_size", 1))
 
 
 def _order(setting: str) -> tuple[float, str]:
@@ -73,10 +80,8 @@ def _table(suite: Suite, experiment: str, of: dict[str, list[Trained]]) -> Table
             losses = [run.reported for run in final]
             row += [f"{statistics.fmean(losses):.4f}", f"{final[0].lr:g}"] if final else ["-", "-"]
             if label != against:
-                found = differences(runs, label, against) if against else []
-                spread = f" +- {statistics.stdev(found):.3f}" if len(found) > 1 else ""
-                row += [f"{statistics.fmean(found):+.3f}{spread}" if found else "-"]
-                row += [str(len(found))]
+                row += [difference(final, finalists(runs, against)) if against else "-"]
+                row += [str(len(differences(runs, label, against or "")))]
         rows.append(row)
     heads = [experiment, *([against, "its learning rate"] if against else [])]
     for label in others:

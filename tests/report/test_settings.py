@@ -93,6 +93,78 @@ def test_margins_are_extrapolated_from_three_lengths(tmp_path) -> None:
     assert table.headings[2:4] == ["40 tokens a parameter", "400 tokens a parameter"]
 
 
+def test_every_margin_is_extrapolated_to_the_lengths_of_the_headings(tmp_path) -> None:
+    """Also that of an optimizer whose longest run is shorter."""
+    for tokens in (10, 20, 40, 80):
+        tags = {"million": 0.12, "tokens": float(tokens)}
+        for label in ("AdamW", "S3", "S3, ramp")[: 2 if tokens == 80 else 3]:
+            for seed in (1, 2):
+                run = Run(f"x {tokens}", label, "", 0.1, seed, tags)
+                loss = 2.0 if label == "AdamW" else 2 - 0.01 * math.log2(tokens)
+                write(tmp_path / "length" / run.key, label, 0.1, seed, loss, 10 * tokens,
+                      experiment=run.experiment, tags=tags)  # fmt: skip
+    (table,) = margins.tables(load([tmp_path / "length"]))
+    assert table.headings[2:4] == ["80 tokens a parameter", "800 tokens a parameter"]
+    cells = {(line[0], line[1]): line[2:] for line in table.rows}
+    ends = ["-0.063 +- 0.000", "-0.096 +- 0.000"]  # 0.01 * log2(80), and of 800
+    assert cells["S3", "log(tokens)"] == [*ends, "10: 2, 20: 2, 40: 2, 80: 2"]
+    assert cells["S3, ramp", "log(tokens)"] == [*ends, "10: 2, 20: 2, 40: 2"]
+
+
+@pytest.mark.parametrize("diverged", [["S3"], ["AdamW"], ["S3", "AdamW"]], ids=" and ".join)
+def test_a_seed_that_diverged_is_said_and_not_left_out(tmp_path, diverged) -> None:
+    of = [(f"x {n}", {"million": 0.12, "tokens": float(n)}, 10 * n) for n in (10, 20, 40)]
+    for experiment, tags, iterations in [*of, ("batch size", {"setting": "64"}, 100)]:
+        for label in ("S3", "AdamW"):
+            for seed in (1, 2):
+                run = Run(experiment, label, "", 0.1, seed, tags)
+                bad = seed == 2 and label in diverged and tags.get("tokens") != 10
+                write(tmp_path / "length" / run.key, label, 0.1, seed, 2.0, iterations, tags=tags,
+                      experiment=experiment, test="nan" if bad else 1.5)  # fmt: skip
+    runs = load([tmp_path / "length"])
+    (table,) = margins.tables(runs)
+    assert [line[2:4] for line in table.rows] == [["diverged"] * 2] * 2
+    (table,) = settings.tables(runs)
+    assert row(table, "64")["minus AdamW"] == "diverged" and row(table, "64")["seeds"] == "2"
+    assert row(table, "16")["minus AdamW"] == "+0.000 +- 0.000"
+    drawn = {picture.name: picture for picture in pictures(runs)}
+    mean, marks = drawn["length-settings"].figure.axes[0].lines[1:3]
+    assert list(mean.get_xdata()) == [0] and list(marks.get_xdata()) == [0, 0, 1]
+    (bars,) = drawn["length-0.12m-margins"].figure.axes[0].containers
+    assert list(bars[0].get_ydata()) == [0.0]
+
+
+def test_a_disturbed_seed_that_diverged_is_said(tmp_path) -> None:
+    for seed in (1, 2):
+        for burst in (1.0, 1000.0):
+            run = Run("robustness", "S3", "", 0.1, seed, {"burst": burst})
+            folder = write(tmp_path / "robust" / run.key, "S3", 0.1, seed, 2.0, tags=run.tags,
+                           experiment=run.experiment)  # fmt: skip
+            if burst > 1 and seed == 2:
+                log = folder / "metrics.jsonl"
+                log.write_text(log.read_text().replace('"loss": 2.0', '"loss": "nan"'))
+    (table,) = [t for t in compare.tables(load([tmp_path / "robust"])) if "disturb" in t.title]
+    cells = row(table, "S3: gradient x 1000")
+    assert cells["difference at the end"] == "diverged" and cells["seeds"] == "2"
+
+
+def test_usual_runs_are_those_on_as_many_samples(tmp_path) -> None:
+    """A shorter length and another model are in the folder too."""
+    out = varied(tmp_path / "length")
+    for million, tokens, iterations in ((0.12, 5.0, 50), (0.8, 10.0, 100)):
+        tags = {"million": million, "tokens": tokens}
+        for label, loss in (("S3", 1.0), ("AdamW", 3.0)):
+            run = Run(f"{million}M x {tokens:g}", label, "", 0.1, 1, tags)
+            write(out / run.key, label, 0.1, 1, loss, iterations, experiment=run.experiment,
+                  tags=tags)  # fmt: skip
+    (table,) = settings.tables(load([out]))
+    assert row(table, "16")["minus AdamW"] == "-0.150 +- 0.071"
+    for each in out.glob("0.12M-parameters*"):
+        each.rename(tmp_path / each.name)
+    (table,) = settings.tables(load([out]))
+    assert [cells[0] for cells in table.rows] == ["8", "64"]
+
+
 def test_runs_of_a_report_are_restored_with_the_same_tables(tmp_path, capsys) -> None:
     out = varied(tmp_path / "length")
     assert verb.main([str(out), "--output", str(tmp_path / "first")]) == 0

@@ -172,6 +172,14 @@ def test_refusals(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_sharded_muon_is_refused():
+    """Its optimizer is a chain in a chain, which the plan does not look into."""
+    from megatron_s3.mcore.planning import job
+
+    with pytest.raises(ValueError, match=r"^--use-distributed-optimizer with Muon cannot be pl"):
+        job.plan_rank(Namespace(use_layer_wise_distributed_optimizer=True), 0)
+
+
 def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsys):
     """As multi-latent attention, whose layers need a GPU."""
     from megatron_s3.launch import planning as module

@@ -27,6 +27,11 @@ _UNSUPPORTED = (
     ("fp8", "--fp8-format", "its weights are Transformer Engine's"),
     ("fp4", "--fp4-format", "its weights are Transformer Engine's"),
     ("optimizer_cpu_offload", "--optimizer-cpu-offload", "it keeps states in two memories"),
+    (
+        "use_layer_wise_distributed_optimizer",
+        "--use-distributed-optimizer with Muon",
+        "Megatron gives each matrix to one rank as a whole",
+    ),
 )
 
 

@@ -27,6 +27,7 @@ class S3Reference:
         grad_bound: limit each element of the gradient to so many times ``s**(1/p)`` of the step
             before, where that is not 0; or None.
         beta_ramp: take the smaller of beta and ``(t - 1) / (t + 8)``, and so for beta2.
+        cautious: take 0 for an ``n / b`` whose sign is not that of the gradient.
     """
 
     x: Tensor

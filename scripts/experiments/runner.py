@@ -53,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     _alike(args)
-    for known in args.known:
-        try:
-            print(f"{record.restore(known, args.out)} finished runs are taken from {known}")
-        except ValueError as error:
-            print(f"error: --known {error}", file=sys.stderr)
-            return 2
+    try:
+        _take_known(args)
+    except lock.InUse as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: --known {error}", file=sys.stderr)
+        return 2
     chosen = [name for name in args.only if name != "toy"]
     for name in [name for name in chosen if name in SMALL_ALONE and args.config is not None]:
         why = f"{name} needs the small suite's {SMALL_ALONE[name]}"
@@ -85,6 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except lock.InUse as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _take_known(args: argparse.Namespace) -> None:
+    """Writes the finished runs of other reports into the folder.
+
+    Raises:
+        lock.InUse: another process trains in the folder.
+        ValueError: a file is no report, or of runs that cannot be compared.
+    """
+    if args.known:
+        with lock.hold([args.out]):
+            for known in args.known:
+                count = record.restore(known, args.out, args.iters, args.megatron)
+                print(f"{count} finished runs are taken from {known}")
 
 
 def _show_plan(args: argparse.Namespace, chosen: list[str]) -> None:
@@ -194,6 +210,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.sizes = [length.configured(args.config)]
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
+    if args.known and args.config is not None:
+        parser.error("--known is for the small suite: a report does not name its configuration")
+    swept = [name for name in args.only if name in sweeps.SWEEPS]
+    for value in args.settings or ():
+        if not any(value in sweeps.SWEEPS[name] for name in swept):
+            of = [name for name, values in sweeps.SWEEPS.items() if value in values]
+            parser.error(f"--settings {value}: name a part that has it: --only {shlex.join(of)}")
     if args.slurm and args.config is None:
         parser.error("--slurm is for --config: the small suite runs on this machine")
     return args
@@ -245,7 +268,7 @@ def _words(run: Run, args: argparse.Namespace) -> list[str]:
         *run.words,
         *args.megatron,
     ]
-    if not {"tokens", "setting"}.isdisjoint(run.tags):
+    if not record.OWN_LENGTH.isdisjoint(run.tags):
         # These runs need no log of updates, which takes a tenth of their time.
         words.remove("--plugin-log-updates")
         words += [*halves.arguments(str(args.out / "text")), "--plugin-metrics"]

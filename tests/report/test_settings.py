@@ -169,8 +169,8 @@ def test_runs_of_a_report_are_restored_with_the_same_tables(tmp_path, capsys) ->
     out = varied(tmp_path / "length")
     assert verb.main([str(out), "--output", str(tmp_path / "first")]) == 0
     again = tmp_path / "again" / "length"
-    assert record.restore(tmp_path / "first/report.json", again) == 24
-    assert record.restore(tmp_path / "first/report.json", again) == 0
+    assert record.restore(tmp_path / "first/report.json", again, 600, []) == 24
+    assert record.restore(tmp_path / "first/report.json", again, 600, []) == 0
     assert sorted(p.relative_to(again) for p in again.glob("*/*/run.json")) == sorted(
         p.relative_to(out) for p in out.glob("*/*/run.json")
     )
@@ -190,13 +190,37 @@ def test_what_is_no_report_is_not_restored(tmp_path) -> None:
     for text in ("{", "[1]", '[{"runs": [{"label": "S3"}]}]'):
         file.write_text(text)
         with pytest.raises(ValueError, match=r"report.json: not a report.json of experiments"):
-            record.restore(file, tmp_path / "out")
+            record.restore(file, tmp_path / "out", 600, [])
     with pytest.raises(ValueError, match=r"none\.json"):
-        record.restore(tmp_path / "none.json", tmp_path / "out")
+        record.restore(tmp_path / "none.json", tmp_path / "out", 600, [])
     assert not (tmp_path / "out").exists()
     folder = write(tmp_path / "run", "S3", 0.1, 1, 2.0, until=50)
     assert verb.main([str(folder), "--output", str(tmp_path / "report")]) == 0
-    assert record.restore(tmp_path / "report/report.json", tmp_path / "out") == 0  # not finished
+    known = tmp_path / "report/report.json"
+    assert record.restore(known, tmp_path / "out", 100, []) == 0  # not finished
     assert json.loads((tmp_path / "report/report.json").read_text())[0]["runs"][0]["start"] == {
         "global_batch_size": 8, "seq_length": 4,
     }  # fmt: skip
+
+
+def test_runs_of_another_length_or_model_are_not_restored(tmp_path) -> None:
+    run = Run("optimizers", "S3", "", 0.1, 1)
+    write(tmp_path / "suite" / run.key, "S3", 0.1, 1, 2.0, experiment="optimizers")
+    assert verb.main([str(tmp_path / "suite"), "--output", str(tmp_path / "report")]) == 0
+    known = tmp_path / "report/report.json"
+    with pytest.raises(ValueError, match=r"its runs have 100 iterations, these 600: they cannot"):
+        record.restore(known, tmp_path / "out", 600, [])
+    flags = ["--hidden-size", "128"]
+    with pytest.raises(ValueError, match="these \\['--hidden-size', '128'\\]: they cannot"):
+        record.restore(known, tmp_path / "out", 100, flags)
+    assert not (tmp_path / "out").exists()
+    assert record.restore(known, tmp_path / "out", 100, []) == 1
+
+
+def test_a_run_that_was_not_evaluated_at_its_end_is_not_restored(tmp_path) -> None:
+    run = Run("optimizers", "S3", "", 0.1, 1)
+    log = write(tmp_path / "suite" / run.key, "S3", 0.1, 1, 2.0, experiment="optimizers")
+    kept = [line for line in (log / "metrics.jsonl").open() if '"valid"' not in line]
+    (log / "metrics.jsonl").write_text("".join(kept))
+    assert verb.main([str(tmp_path / "suite"), "--output", str(tmp_path / "report")]) == 0
+    assert record.restore(tmp_path / "report/report.json", tmp_path / "out", 100, []) == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from megatron_s3 import data
 from megatron_s3.data import indexed
 from scripts.experiments import halves, length, runner
 from scripts.experiments.suite import FIRST, SEEDS, Run
+from tests.harness.trainer import REPOSITORY
 
 SMALL = [length.SIZES["0.12M"]]
 
@@ -86,6 +88,18 @@ def test_the_cost_is_said_beforehand() -> None:
             iters = SMALL[0].iterations(tokens)
             assert f"{iters:,} iterations" in line and "hours each" in line
             assert abs(iters * SMALL[0].batch - tokens * SMALL[0].parameters) <= SMALL[0].batch / 2
+
+
+def test_the_cost_is_what_the_page_says() -> None:
+    page = (REPOSITORY / "scripts/README.md").read_text(encoding="utf-8")
+    sizes = [length.SIZES[name] for name in ("0.12M", "0.8M", "3M")]
+    for line in length.cost(sizes):
+        size, tokens, runs, iters, each, hours = re.fullmatch(
+            r"(\S+) parameters x (\d+) tokens: (\d+ to \d+) runs of ([\d,]+) iterations with \S+ "
+            r"tokens, (\S+) hours each on one core, (.+) in all",
+            line,
+        ).groups()
+        assert f"| {size} | {tokens} | {iters} | {each} | {runs} | {hours} |" in page
 
 
 def test_only_long_runs_save_checkpoints() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_s3.launch import lock
 from megatron_s3.report.settings import USUAL
 from scripts.experiments import length, runner, sweeps
 from scripts.experiments.suite import FIRST, SEEDS, Run
@@ -112,3 +113,25 @@ def test_a_launch_has_no_sweeps(tmp_path, capsys) -> None:
     words = ["--config", "tiny-s3", "--out", str(tmp_path), "--dry-run", "--only"]
     assert runner.main([*words, "batch size"]) == 2
     assert "error: batch size needs the small suite's model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("only", [["beta"], ["optimizers"], ["schedule", "layers"]])
+def test_a_value_that_no_part_has_is_refused(only: list[str], tmp_path, capsys) -> None:
+    words = ["--out", str(tmp_path), "--dry-run", "--only", *only, "--settings", "64"]
+    with pytest.raises(SystemExit):
+        runner.main(words)
+    expected = "--settings 64: name a part that has it: --only 'batch size'"
+    assert expected in capsys.readouterr().err
+
+
+def test_known_runs_are_not_of_a_configuration(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--config", "tiny-s3", "--out", str(tmp_path), "--known", "report.json"])
+    assert "--known is for the small suite" in capsys.readouterr().err
+
+
+def test_nothing_is_written_into_a_folder_in_which_another_process_trains(tmp_path, capsys) -> None:
+    with lock.hold([tmp_path]):
+        words = ["--only", "optimizers", "--out", str(tmp_path), "--dry-run"]
+        assert runner.main([*words, "--known", str(tmp_path / "report.json")]) == 2
+    assert "is in use by another launch" in capsys.readouterr().err

@@ -8,8 +8,8 @@ __all__ = ["GPT2", "ITERATIONS", "LOCAL", "PARAMETERS", "SHAPE", "TINY"]
 #: 2 layers, 120,576 parameters.
 SHAPE = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
 --max-position-embeddings 64""".split()
-#: :data:`SHAPE` with 8 sequences of 64 made-up tokens a step. Each rank makes them by itself: forking
-#: processes that load data takes a third of such a short run.
+#: :data:`SHAPE` with 8 sequences of 64 made-up tokens a step. Each rank makes them by itself:
+#: forking processes that load data takes a third of such a short run.
 TINY = [
     *SHAPE,
     *"""--micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --lr-warmup-iters 2

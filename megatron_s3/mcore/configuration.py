@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import torch
 
-from megatron_s3.mcore.arguments.flags import SWITCHES, Default
+from megatron_s3.mcore.arguments.flags import SWITCHES, Default, without_effect
 from megatron_s3.mcore.arguments.mask import as_adam, replaced
 from megatron_s3.mcore.arguments.names import destination
 from megatron_s3.mcore.arguments.readers import hyperparameters, scalar_optimizer, switches
@@ -149,9 +149,12 @@ def settle(config: Any) -> None:
     # The trainer makes the configuration while ``args.optimizer`` reads "adam".
     name = getattr(config.optimizer, "asked", config.optimizer)
     chosen = OPTIMIZERS.get(name)
-    if rules(getattr(config, OVERRIDES, None)) and chosen is None:
+    scalar = scalar_optimizer(config)
+    asked = [OVERRIDES] if rules(getattr(config, OVERRIDES, None)) else []
+    asked += [each for each in without_effect(scalar) if each not in _ON and switches(config)[each]]
+    if asked and chosen is None:
         raise ValueError(
-            f"plugin_overrides does nothing with optimizer={str(name)!r}: it is for the plugin's "
+            f"{asked[0]} does nothing with optimizer={str(name)!r}: it is for the plugin's "
             f"optimizers ({', '.join(OPTIMIZERS)}). Leave it out, or choose one of these."
         )
     if isinstance(config.clip_grad, Default):
@@ -161,7 +164,6 @@ def settle(config: Any) -> None:
     for name, default in added.items():
         if getattr(config, name, None) is None:
             setattr(config, name, default)
-    scalar = scalar_optimizer(config)
     for cls in OPTIMIZERS.values():
         _check_own(config, cls, cls in (chosen, scalar))
     # --use-mup derives the eps of hidden layers from this field.

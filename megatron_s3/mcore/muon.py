@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_s3.mcore import compat_before_0_19
 from megatron_s3.mcore.announcement import announce_muon
 from megatron_s3.mcore.arguments import check_scalar, scalar_optimizer
+from megatron_s3.mcore.configuration import settle
 from megatron_s3.mcore.coverage import Part, check, collected, model_groups, trainable
 from megatron_s3.optimizers import ElementwiseOptimizer
 
@@ -26,12 +27,14 @@ def get_megatron_optimizer(
     to ``muon_scalar_optimizer``.  With any other configuration the builder is called alone.
 
     Raises:
-        ValueError: the two cannot train this model together, or not exactly one of them updates a
-            trainable parameter.  All ranks raise it before training.
+        ValueError: a field of the configuration is not valid, the two cannot train this model
+            together, or not exactly one of them updates a trainable parameter.  All ranks raise it
+            before training.
     """
     cls = scalar_optimizer(config)
     if cls is None:
         return original(config, *args, **kwargs)
+    settle(config)  # again, because a program may have set attributes since
     call = dict(zip(("model_chunks", "config_overrides"), args, strict=False)) | kwargs
     chunks = call["model_chunks"]
     named = trainable(chunks)

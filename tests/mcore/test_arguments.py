@@ -179,6 +179,14 @@ def test_what_adam_has_nothing_of_is_refused(flags, message):
         parse("--optimizer", "adam", *flags.split())
 
 
+@on_ranks()
+def test_a_switch_for_what_muon_leaves_is_taken():
+    muon = ("--optimizer", "muon", "--muon-scalar-optimizer")
+    assert parse(*muon, "s3", "--plugin-no-fused").plugin_no_fused
+    with pytest.raises(ValueError, match="--plugin-no-fused does nothing with --optimizer muon"):
+        parse(*muon, "adam", "--plugin-no-fused")
+
+
 GRAPH = {
     "optimizer_cuda_graph": True,
     "plugin_no_fused": False,

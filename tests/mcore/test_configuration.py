@@ -80,15 +80,53 @@ def test_a_wrong_field_is_refused_where_the_configuration_is_made():
         ("nadam_eps", 1e-3, "nadam_eps=0.001 is a hyperparameter of the optimizer nadam"),
     ],
 )
+@pytest.mark.parametrize("muon", [False, True], ids=["s3", "s3 beside muon"])
 @on_ranks()
-def test_what_was_set_afterwards_is_checked_before_training(name, value, said):
+def test_what_was_set_afterwards_is_checked_before_training(name, value, said, muon):
     """An instance takes any attribute."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    made = config()
+    made = config(optimizer="muon", muon_scalar_optimizer="s3") if muon else config()
     setattr(made, name, value)
     with pytest.raises(ValueError, match=said):
         get_megatron_optimizer(made, [wrap(dtype=torch.float32, sharded=False)])
+
+
+@pytest.mark.parametrize(
+    ("switch", "heeded"),
+    [
+        ("plugin_log_updates", {"s3"}),
+        ("plugin_no_fused", {"s3", "s3 beside muon"}),
+        ("plugin_no_verify_checkpoint", {"s3", "s3 beside muon", "muon", "adam"}),
+    ],
+)
+@on_ranks()
+def test_a_switch_that_does_nothing_is_refused(switch, heeded):
+    for name, own in {
+        "s3": {},
+        "s3 beside muon": {"optimizer": "muon", "muon_scalar_optimizer": "s3"},
+        "muon": {"optimizer": "muon"},
+        "adam": {"optimizer": "adam"},
+    }.items():
+        assert not getattr(config(**own), switch)
+        if name in heeded:
+            assert getattr(config(**own, **{switch: True}), switch)
+        else:
+            with pytest.raises(ValueError, match=f"{switch} does nothing with optimizer='"):
+                config(**own, **{switch: True})
+
+
+@on_ranks()
+def test_what_sharded_muon_is_refused_for_is_the_reason():
+    """Megatron says itself that its Muon does not train in fp16."""
+    from megatron_s3.mcore.arguments import check_scalar
+    from megatron_s3.optimizers import S3
+
+    fields = {"muon_scalar_optimizer": "s3", "use_layer_wise_distributed_optimizer": True}
+    for precision in ({"bf16": True}, {"fp16": True}):
+        assert check_scalar(config(optimizer="muon", **fields, **precision), S3)
+    with pytest.raises(ValueError, match="does not support models in fp32"):
+        check_scalar(config(optimizer="muon", **fields), S3)
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -90,8 +90,9 @@ def test_what_may_differ_between_two_runs_is_said():
 
     from megatron_s3.mcore.checkpoint.differences import compare_optimizers
 
-    def said(**then):
-        now = Namespace(optimizer="s3", s3_beta=0.95, use_precision_aware_optimizer=True)
+    def said(optimizer="s3", **then):
+        now = Namespace(optimizer=optimizer, s3_beta=0.95, use_precision_aware_optimizer=True)
+        now.muon_scalar_optimizer = "s3" if optimizer == "muon" else "adam"
         now.exp_avg_dtype = now.exp_avg_sq_dtype = torch.float32
         with contextlib.redirect_stdout(io.StringIO()) as lines:
             compare_optimizers("there", now, Namespace(**vars(now) | then))
@@ -100,6 +101,10 @@ def test_what_may_differ_between_two_runs_is_said():
     assert said() == []
     assert said(s3_beta=0.9) == [
         "[megatron_s3] there was saved with beta=0.9; the run continues with beta=0.95"
+    ]
+    assert said("muon") == []
+    assert said("muon", s3_cautious=True) == [
+        "[megatron_s3] there was saved with cautious=True; the run continues with cautious=False"
     ]
     assert said(exp_avg_dtype=torch.bfloat16) == [
         "[megatron_s3] there was saved with exp_avg in torch.bfloat16; "

@@ -126,7 +126,10 @@ def _check_sharded_scalar(label: str, config: Any, ddp_config: Any) -> None:
             is_trainers and config.ckpt_format == "torch",
             "--ckpt-format torch: Megatron cannot save the two in it. Leave it out (torch_dist)",
         ),
-        (not config.bf16, "models in fp32: Megatron cannot chain the two. Add --bf16"),
+        (
+            not (config.bf16 or config.fp16),  # Megatron itself refuses fp16
+            "models in fp32: Megatron cannot chain the two. Add --bf16",
+        ),
         (
             instances > 1,
             f"--num-distributed-optimizer-instances {instances}: Megatron shards Muon over all "

@@ -12,6 +12,7 @@ from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.renamed import RENAMED, renamed
 
 __all__ = ["CPU_DEFAULTS", "DEVICES", "FOR_ALL", "SWITCHES", "Default", "add_megatron_arguments"]
+__all__ += ["without_effect"]
 
 #: Values of ``--plugin-device``.
 DEVICES = ("auto", "cuda", "cpu")
@@ -95,6 +96,16 @@ class _Renamed(argparse.Action):
     ) -> None:
         say_once(renamed(self.option_strings[0], flag_named(self.dest)))
         setattr(namespace, self.dest, True if self.nargs == 0 else values)
+
+
+def without_effect(scalar: Any) -> list[str]:
+    """Returns the switches that do nothing with an optimizer of Megatron.
+
+    Args:
+        scalar: the plugin's optimizer for what Megatron's Muon leaves, or None.
+    """
+    heeded = {*FOR_ALL, *(["plugin_no_fused"] if scalar is not None else [])}
+    return [name for name, _ in SWITCHES if name not in heeded]
 
 
 class Default(float):

@@ -16,7 +16,7 @@ from megatron_s3.mcore.arguments.checks import (
     check_several,
     refuse_flags_of,
 )
-from megatron_s3.mcore.arguments.flags import FOR_ALL, SWITCHES, Default
+from megatron_s3.mcore.arguments.flags import Default, without_effect
 from megatron_s3.mcore.arguments.mask import as_adam
 from megatron_s3.mcore.arguments.names import (
     STATE_DTYPES,
@@ -85,8 +85,8 @@ def _validate(
         _settle_own(args, scalar)
         check_scalar(args, scalar)
     if cls is None:
-        for name, _ in SWITCHES:
-            if getattr(args, name) and name not in FOR_ALL:
+        for name in without_effect(scalar):
+            if getattr(args, name):
                 known = ", ".join(OPTIMIZERS)
                 raise ValueError(
                     f"{flag_named(name)} does nothing with --optimizer {args.optimizer}: "

@@ -1,5 +1,6 @@
 """Differences between a checkpoint's run and this one: errors or log lines."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_s3.log import say_once
@@ -103,16 +104,20 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
             f"{load_dir} was saved with {flag_named(OVERRIDES)} {written_rules}; the run continues "
             f"with {rules}"
         )
-    for name in now:
-        if now[name] != then[name]:
-            was, is_now = f"{name}={then[name]}", f"{name}={now[name]}"
-            say_once(f"{load_dir} was saved with {was}; the run continues with {is_now}")
+    _say_changes(load_dir, now, then)
     now, then = (state_dtypes(OPTIMIZERS[running], each) for each in (args, saved))
     for name in now:
         if now[name] != then[name]:
             say_once(
                 f"{load_dir} was saved with {name} in {then[name]}; it is loaded as {now[name]}"
             )
+
+
+def _say_changes(load_dir: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    for name in now:
+        if name in then and now[name] != then[name]:
+            was, is_now = f"{name}={then[name]}", f"{name}={now[name]}"
+            say_once(f"{load_dir} was saved with {was}; the run continues with {is_now}")
 
 
 def _compare_scalars(load_dir: str, args: Any, saved: Any) -> None:
@@ -123,9 +128,13 @@ def _compare_scalars(load_dir: str, args: Any, saved: Any) -> None:
     flag_name = "--muon-scalar-optimizer"
     labels = {"optimizer": flag_name}
     names = (getattr(each, "muon_scalar_optimizer", None) for each in (args, saved))
-    own, others = (
-        {} if cls is None else settings(cls.description, hyperparameters(cls, each))
+    values, saved_values = (
+        {} if cls is None else hyperparameters(cls, each)
         for cls, each in ((now, args), (then, saved))
+    )
+    own, others = (
+        {} if cls is None else settings(cls.description, known)
+        for cls, known in ((now, values), (then, saved_values))
     )
     for cls in filter(None, (now, then)):
         labels |= {h.name: flag(cls.description, h) for h in cls.description.hyperparameters}
@@ -136,6 +145,7 @@ def _compare_scalars(load_dir: str, args: Any, saved: Any) -> None:
         called=lambda name, value: f"{labels[name]} {value}",
         advice="load the model's weights alone with --no-load-optim",
     )
+    _say_changes(load_dir, values, saved_values)
 
 
 def _parts(args: Any) -> list[dict[str, Any]]:

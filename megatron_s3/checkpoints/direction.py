@@ -9,7 +9,7 @@ from megatron_s3.checkpoints.errors import TransferError
 from megatron_s3.checkpoints.transfer import ADAM, Settings, convertible, from_adam_of, short
 from megatron_s3.mcore.arguments import flag
 from megatron_s3.mcore.arguments.rules import OVERRIDES
-from megatron_s3.optimizers import AdamW
+from megatron_s3.optimizers import OPTIMIZERS, AdamW
 from megatron_s3.optimizers.description import Description
 from megatron_s3.optimizers.stamp import PATTERN
 
@@ -100,7 +100,10 @@ def _from_groups(found: list[dict[str, Any]], sharded: bool) -> argparse.Namespa
 
 def _check_one(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Raises TransferError if parameters of the model have optimizers or settings of their own."""
-    names = list(dict.fromkeys(group.get("algorithm", ADAM) for group in found))
+    # Only the plugin's optimizers name themselves.
+    written = getattr(args, "optimizer", ADAM)
+    megatrons = ADAM if written in OPTIMIZERS else written
+    names = list(dict.fromkeys(group.get("algorithm", megatrons) for group in found))
     rules = getattr(args, OVERRIDES, None)
     if len(names) > 1 or rules or any(PATTERN in group for group in found):
         several = " and ".join(names) if len(names) > 1 else " ".join(map(repr, rules or ()))

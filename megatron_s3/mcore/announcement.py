@@ -101,38 +101,69 @@ def announce_parts(
     """
     # Megatron's own overrides have predicates; they hold for parameters of any optimizer.
     keys = [key for key in asked if key.name and not (key.predicate or key.with_name_predicate)]
-    owned: dict[Any, int] = dict.fromkeys([*keys, None], 0)
+    owned: dict[Any, list[tuple[str, torch.Tensor]]] = {key: [] for key in [*keys, None]}
     for name, param in named:
         for key in [key for key in keys if key.matches(param, name)] or [None]:
-            owned[key] += param.numel()
+            owned[key].append((name, param))
     rows = []
-    for key, count in owned.items():
+    for key, own in owned.items():
         values = {} if key is None else asked[key]
         description = OPTIMIZERS[values.get("algorithm", cls.description.name)].description
         rows.append(
             (
                 "all others" if key is None else _pattern_of(key),
-                f"{count:,}",
+                _count(own),
                 description.label,
-                str(values.get("max_lr", config.lr)),
+                _rates(own, asked, config) or str(values.get("max_lr", config.lr)),
                 str(values.get("start_wd", config.weight_decay)),
             )
         )
     _say_table(rows)
 
 
-def announce_muon(matrices: int, others: int, cls: type[ElementwiseOptimizer], config: Any) -> None:
+def announce_muon(
+    matrices: Sequence[tuple[str, torch.Tensor]],
+    others: Sequence[tuple[str, torch.Tensor]],
+    asked: Mapping[Any, Mapping[str, Any]],
+    cls: type[ElementwiseOptimizer],
+    config: Any,
+) -> None:
     """Logs the table of :func:`announce_parts` for Muon and an optimizer of the plugin.
 
     Args:
-        matrices: the number of rank 0's parameters that Muon updates.
-        others: the number of those that it leaves to the other.
+        matrices: the parameters of rank 0 that Muon updates, by name.
+        others: those that it leaves to the other.
+        asked: the overrides in Megatron's form.
         cls: the other optimizer.
         config: Megatron's OptimizerConfig.
     """
-    values = (str(config.lr), str(config.weight_decay))
-    owners = ("matrices", matrices, "Muon"), ("all others", others, cls.description.label)
-    _say_table([(what, f"{count:,}", label, *values) for what, count, label in owners])
+    _say_table(
+        [
+            (what, _count(own), label, _rates(own, asked, config), str(config.weight_decay))
+            for what, own, label in (
+                ("matrices", matrices, "Muon"),
+                ("all others", others, cls.description.label),
+            )
+        ]
+    )
+
+
+def _count(named: Sequence[tuple[str, torch.Tensor]]) -> str:
+    return f"{sum(param.numel() for _, param in named):,}"
+
+
+def _rates(
+    named: Sequence[tuple[str, torch.Tensor]], asked: Mapping[Any, Mapping[str, Any]], config: Any
+) -> str:
+    """Returns the learning rates that parameters have, such as those of ``--decoupled-lr``."""
+    found = (
+        next(
+            (v["max_lr"] for key, v in asked.items() if "max_lr" in v and key.matches(param, name)),
+            config.lr,
+        )
+        for name, param in named
+    )
+    return " or ".join(map(str, dict.fromkeys(found)))
 
 
 def _say_table(lines: Sequence[tuple[str, ...]]) -> None:

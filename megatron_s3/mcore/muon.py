@@ -49,10 +49,14 @@ def get_megatron_optimizer(
         built = original(config, *args, **kwargs)
     _require_ours(found, cls)
     muons = list(_muons(built, {id(part.optimizer) for part in found}))
-    check([*found, *muons], built, chunks, call.get("config_overrides") or {})
+    asked = call.get("config_overrides") or {}
+    check([*found, *muons], built, chunks, asked)
     owned = {id(param) for part in muons for group in part.groups for param in group}
-    count = sum(param.numel() for _, param in named if id(param) in owned)
-    announce_muon(count, sum(param.numel() for _, param in named) - count, cls, config)
+    matrices, others = (
+        [(name, param) for name, param in named if (id(param) in owned) is by_muon]
+        for by_muon in (True, False)
+    )
+    announce_muon(matrices, others, asked, cls, config)
     return built
 
 

@@ -271,6 +271,10 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     assert "the step counts [3, 100]" in refused(
         write(tmp_path / "two", states(), common(optimizer=two))
     )
+    muon = {"param_groups": [GROUP, GROUP | {"algorithm": "s3"}]}
+    assert "settings of their own (muon and s3), and" in refused(
+        write(tmp_path / "muon", states(), common(args=arguments(optimizer="muon"), optimizer=muon))
+    )
     l2 = {"param_groups": [GROUP | {"decoupled_weight_decay": False}]}
     assert "not AdamW" in refused(write(tmp_path / "l2", states(), common(optimizer=l2)))
     eight = states() | {SHARDED.format("exp_avg_sq"): torch.zeros(3, dtype=torch.uint8)}

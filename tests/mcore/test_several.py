@@ -59,6 +59,32 @@ def test_overrides_of_a_program_are_those_of_the_rules():
     assert [{**g, "params": 0} for g in groups] == [{**g, "params": 0} for g in same]
 
 
+@on_ranks(1)
+def test_the_table_has_the_learning_rates_of_megatrons_own_overrides():
+    """As ``--decoupled-lr``, for what a rule or Muon leaves."""
+    from megatron.core.optimizer import OptimizerConfig, ParamKey
+
+    from megatron_s3.mcore import announcement
+    from megatron_s3.optimizers import S3
+
+    named = [(name, torch.nn.Parameter(torch.zeros(2, 3))) for name in ("embedding", "fc1", "fc2")]
+    named[0][1].is_embedding_or_output_parameter = True
+    rule = {ParamKey(name="fc2"): {"algorithm": "adamw", "max_lr": 0.3}}
+    decoupled = {ParamKey(attr="is_embedding_or_output_parameter"): {"max_lr": 0.01}}
+    config = OptimizerConfig(optimizer="s3", lr=0.1, weight_decay=0.5)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        announcement.announce_parts(rule | decoupled, named, S3, config)
+        announcement.announce_muon(named[1:], named[:1], decoupled, S3, config)
+    assert [line.split()[1:] for line in said.getvalue().splitlines()] == [
+        ["pattern", "parameters", "optimizer", "lr", "weight_decay"],
+        ["fc2", "6", "AdamW", "0.3", "0.5"],
+        ["all", "others", "12", "S3", "(SoftSignSGD)", "0.01", "or", "0.1", "0.5"],
+        ["pattern", "parameters", "optimizer", "lr", "weight_decay"],
+        ["matrices", "12", "Muon", "0.1", "0.5"],
+        ["all", "others", "6", "S3", "(SoftSignSGD)", "0.01", "0.5"],
+    ]
+
+
 @on_ranks(2)
 def test_a_state_is_saved_by_its_position_and_no_memory_is_added():
     """Lion has one state: at the second position the file has zeros for its parameters."""

@@ -85,8 +85,8 @@ class S3(ElementwiseOptimizer):
             previous step (not in the paper; see :func:`megatron_s3.rules.s3.s3_update`).  In one
             step ``exp_pnorm`` then grows at most by the factor
             ``(beta + (1 - beta) grad_bound**p)**(1/p)``: 3.7 for 10, 1.1 for 2, and 1 for 1.
-        cautious: whether an element does not move in a step whose gradient points the other way
-            than its update, or is 0 (not in the paper; see
+        cautious: whether weight decay alone moves an element in a step whose gradient points the
+            other way than its update, or is 0 (not in the paper; see
             :func:`megatron_s3.rules.s3.s3_update`).  Fewer elements move, so that the best
             learning rate is larger.
         error_if_nonfinite, fused, state_dtype: see
@@ -159,8 +159,8 @@ class S3(ElementwiseOptimizer):
         cautious: Annotated[
             bool,
             About(
-                "leave an element where it is in a step whose gradient points the other way than "
-                "its update"
+                "move an element by weight decay alone in a step whose gradient is 0 or points "
+                "the other way than its update"
             ),
         ] = False,
         **options: Unpack[Options],

@@ -106,8 +106,8 @@ def s3_update(
             last gradient.
         cautious: whether ``u`` is 0 where its sign is not that of the gradient (not in the paper;
             Liang et al., "Cautious Optimizers", arXiv:2411.16085, whose factor on the rest is left
-            out, because it would depend on how a tensor is sharded).  An element whose gradient is
-            0 then does not move.
+            out, because it would depend on how a tensor is sharded).  ``u`` of an element whose
+            gradient is 0 is then 0.
 
     Returns:
         ``u``, shape and dtype of ``grad``; ``|u|`` never exceeds :func:`s3_update_bound` times

@@ -17,7 +17,16 @@ from megatron_s3.launch import lock
 from megatron_s3.report import __main__ as report
 from megatron_s3.telemetry.runlog import read
 from scripts.experiments import halves, length, record, sweeps, toy
-from scripts.experiments.suite import EXPERIMENTS, ROBUST, SEARCHES, SEEDS, Run, plan, waiting
+from scripts.experiments.suite import (
+    EXPERIMENTS,
+    NEEDS,
+    ROBUST,
+    SEARCHES,
+    SEEDS,
+    Run,
+    plan,
+    waiting,
+)
 from tests.harness import forks
 from tests.harness.models import LOCAL, SHAPE
 
@@ -166,10 +175,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     labels = list(dict.fromkeys(labels))
     parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
                         help=f"rows to search: {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip
-    parser.add_argument("--sizes", nargs="+", choices=length.SIZES, default=["0.12M"],
+    parser.add_argument("--sizes", nargs="+", choices=length.SIZES,
                         metavar="SIZE", help="of length: models, of "
                         f"{', '.join(length.SIZES)} parameters (default: 0.12M)")  # fmt: skip
-    parser.add_argument("--lengths", nargs="+", type=float, default=list(length.LENGTHS),
+    parser.add_argument("--lengths", nargs="+", type=float,
                         metavar="N", help="of length: tokens a parameter (default: "
                         f"{' '.join(map(str, length.LENGTHS))})")  # fmt: skip
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS),
@@ -187,7 +196,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="iterations of each run (default: 600, or those of --config)",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: the number of cores)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs known so far")
     parser.add_argument("--config", nargs="+", metavar="NAME", help="train this configuration, "
                         "and overlays, through megatron-s3 launch")  # fmt: skip
@@ -198,28 +207,52 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.megatron = megatron
     if megatron and args.config is not None:
         parser.error("-- is for the small suite: change what --config launches in its file")
+    if why := _no_effect(args):
+        parser.error(why)
     if args.iters is None and args.config is None:
         args.iters = 600
     if args.iters is not None and args.iters < 20:
         parser.error(f"--iters {args.iters} is too few: give at least 20")
+    args.lengths = args.lengths or list(length.LENGTHS)
     if min(args.lengths) <= 0:
         parser.error(f"--lengths {min(args.lengths):g}: give more than 0 tokens a parameter")
     if args.config is None:
-        args.sizes = [length.SIZES[name] for name in args.sizes]
+        args.sizes = [length.SIZES[name] for name in args.sizes or ["0.12M"]]
     elif "length" in args.only:
         args.sizes = [length.configured(args.config)]
+    if args.jobs is None:
+        args.jobs = os.cpu_count() or 1
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
     if args.known and args.config is not None:
         parser.error("--known is for the small suite: a report does not name its configuration")
-    swept = [name for name in args.only if name in sweeps.SWEEPS]
-    for value in args.settings or ():
-        if not any(value in sweeps.SWEEPS[name] for name in swept):
-            of = [name for name, values in sweeps.SWEEPS.items() if value in values]
-            parser.error(f"--settings {value}: name a part that has it: --only {shlex.join(of)}")
     if args.slurm and args.config is None:
         parser.error("--slurm is for --config: the small suite runs on this machine")
     return args
+
+
+def _no_effect(args: argparse.Namespace) -> str | None:
+    """Returns why a given argument would have no effect; None if all have one."""
+    for name in ("sizes", "lengths"):
+        if getattr(args, name) is not None and "length" not in args.only:
+            return f"--{name} has no effect without --only length"
+    if args.config is not None:
+        for name in ("sizes", "jobs"):
+            if getattr(args, name) is not None:
+                return f"--{name} is for the small suite: leave out --config"
+    if args.iters is not None and {*TESTED}.issuperset(args.only):
+        return f"--iters has no effect on {', '.join(args.only)}, which have lengths of their own"
+    rows = {**SEARCHES, **dict.fromkeys(TESTED, length.OPTIMIZERS), "robustness": ROBUST}
+    rows |= {name: of for name, (of, _) in NEEDS.items()}
+    for flag, wanted, had in (
+        ("--of", args.of, rows),
+        ("--settings", args.settings, sweeps.SWEEPS),
+    ):
+        for value in wanted or ():
+            if not any(value in had.get(name, ()) for name in args.only):
+                parts = shlex.join(name for name, values in had.items() if value in values)
+                return f"{flag} {shlex.quote(value)}: name a part that has it: --only {parts}"
+    return None
 
 
 def _alike(args: argparse.Namespace) -> None:

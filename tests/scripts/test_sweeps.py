@@ -115,12 +115,30 @@ def test_a_launch_has_no_sweeps(tmp_path, capsys) -> None:
     assert "error: batch size needs the small suite's model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("only", [["beta"], ["optimizers"], ["schedule", "layers"]])
-def test_a_value_that_no_part_has_is_refused(only: list[str], tmp_path, capsys) -> None:
-    words = ["--out", str(tmp_path), "--dry-run", "--only", *only, "--settings", "64"]
+WHICH = "name a part that has it: --only"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--only beta --settings 64", f"--settings 64: {WHICH} 'batch size'"),
+        ("--only optimizers --settings 64", f"--settings 64: {WHICH} 'batch size'"),
+        ("--only schedule layers --settings 64", f"--settings 64: {WHICH} 'batch size'"),
+        ("--only length --of Tiger", "argument --of: invalid choice: 'Tiger'"),
+        ("--only recipes --of AdamW Lion", f"--of AdamW: {WHICH} optimizers length"),
+        ("--only grid --of NAdam", f"--of NAdam: {WHICH} optimizers length"),
+        ("--only robustness --of Adan", f"--of Adan: {WHICH} optimizers length 'batch size'"),
+        ("--only toy --of S3", f"--of S3: {WHICH} optimizers"),
+        ("--sizes 0.8M", "--sizes has no effect without --only length"),
+        ("--only beta --lengths 20", "--lengths has no effect without --only length"),
+        ("--only length beta --iters 50", "--iters has no effect on length, beta, which have"),
+        ("--config tiny-s3 --jobs 2", "--jobs is for the small suite: leave out --config"),
+        ("--config tiny-s3 --only length --sizes 3M", "--sizes is for the small suite: leave out"),
+    ],
+)
+def test_what_has_no_effect_is_refused(words: str, expected: str, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
-        runner.main(words)
-    expected = "--settings 64: name a part that has it: --only 'batch size'"
+        runner.main(["--out", str(tmp_path), "--dry-run", *words.split()])
     assert expected in capsys.readouterr().err
 
 

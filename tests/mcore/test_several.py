@@ -61,7 +61,7 @@ def test_overrides_of_a_program_are_those_of_the_rules():
 
 @on_ranks(1)
 def test_the_table_has_the_learning_rates_of_megatrons_own_overrides():
-    """As ``--decoupled-lr``, for what a rule or Muon leaves."""
+    """``--decoupled-lr`` is in force for what a rule or Muon leaves."""
     from megatron.core.optimizer import OptimizerConfig, ParamKey
 
     from megatron_s3.mcore import announcement

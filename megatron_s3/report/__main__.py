@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_s3.report import compare, page
-from megatron_s3.report.runs import RunError, Suite, load
+from megatron_s3.report.runs import RunError, Suite, load, written
 from megatron_s3.report.tables import tables
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.telemetry import runlog
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_unwritable(args.output, "--output")
         suites = load(args.runs)
+        toys = [written(toy) for run in args.runs if (toy := run / "toy.json").exists()]
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from megatron_s3.report.pictures import pictures
 
-        drawn = pictures(suites, [p for run in args.runs if (p := run / "toy.json").exists()])
-        shown = [(picture, _png(picture)) for picture in drawn]
+        shown = [(picture, _png(picture)) for picture in pictures(suites, toys)]
     except ImportError as error:
         print(
             f"error: pictures need matplotlib, which cannot be imported ({error}): "
@@ -86,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --output {args.output}: {error}", file=sys.stderr)
         return 2
-    count = "1 picture" if len(shown) == 1 else f"{len(shown)} pictures"
-    print(f"wrote {args.output / 'report.html'}: {len(found)} tables, {count}")
+    counts = {"table": len(found), "picture": len(shown)}
+    text = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
+    print(f"wrote {args.output / 'report.html'}: {text}")
     return 0
 
 
@@ -127,13 +128,16 @@ def _json(suites: Sequence[Suite]) -> str:
             "runs": [
                 {
                     "experiment": run.experiment, "label": run.label, "optimizer": run.optimizer,
-                    "lr": run.lr, "seed": run.seed, "tags": dict(run.tags),
+                    "lr": None if math.isnan(run.lr) else run.lr,
+                    "seed": run.seed, "tags": dict(run.tags),
                     "iterations": run.iterations, "reached": run.reached,
                     "loss": [[i, runlog.finite(round(v, 6))] for i, v in run.loss],
                     "valid": [[i, runlog.finite(round(v, 7))] for i, v in run.valid],
                     **({"test": runlog.finite(round(run.reported, 7))}
                        if run.reported != run.final else {}),
-                    "max_abs_update": max((v for _, v in run.update("max_abs")), default=None),
+                    "max_abs_update": runlog.finite(
+                        max((v for _, v in run.update("max_abs")), default=None)
+                    ),
                     **({"seconds": round(run.seconds, 4)} if math.isfinite(run.seconds) else {}),
                     "bound": run.bound, "spikes": list(run.spikes),
                     "start": {k: run.start[k] for k in _KEPT if k in run.start},

@@ -1,21 +1,23 @@
 """Tables that compare runs. Losses are in nats per token."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from megatron_s3.report.disturbed import BACK, recovery
+from megatron_s3.report.disturbed import BACK, pairs, recovery
 from megatron_s3.report.runs import Suite, Trained
 from megatron_s3.telemetry.detectors import DETECTORS
 
-__all__ = ["Table", "about", "best_rate", "difference", "finalists", "named_disturbance", "tables"]
+__all__ = ["Table", "about", "adamw_label", "best_rate", "difference", "finalists", "gaps"]
+__all__ += ["labels", "tables"]
 
 NOTHING = "-"
-#: The optimizers with which others are compared; the last one is the paper's own.  Descriptions of
-#: optimizers are not imported, because they import torch.
-REFERENCE, OWN = AGAINST = ("adamw", "s3")
+#: The optimizers with which others are compared, by the names of --optimizer: AdamW, the plugin's
+#: and Megatron's own, and the paper's.  Descriptions of optimizers are not imported, because they
+#: import torch.
+REFERENCE, OWN = AGAINST = (("adamw", "adam"), ("s3",))
 #: Experiments that provoke spikes.
 PROVOKED = ("burst", "large rates", "robustness")
 #: Published spike scores: a heading, and the detector that flags a loss.
@@ -68,7 +70,17 @@ def about(suite: Suite, experiment: str = "") -> str:
 def labels(runs: Iterable[Trained]) -> list[str]:
     """Returns the labels of the runs: S3's first, the others in the order of the runs."""
     found = {run.label: run.optimizer for run in runs}
-    return sorted(found, key=lambda label: (found[label] != OWN, label.lower() != OWN))
+    return sorted(found, key=lambda label: (found[label] not in OWN, label.lower() not in OWN))
+
+
+def _label(runs: Iterable[Trained], optimizers: Sequence[str]) -> str | None:
+    """Returns the shortest label of some optimizers, which names no settings; None without one."""
+    return min((run.label for run in runs if run.optimizer in optimizers), key=len, default=None)
+
+
+def adamw_label(runs: Iterable[Trained]) -> str | None:
+    """Returns the label of AdamW."""
+    return _label(runs, REFERENCE)
 
 
 def best_rate(runs: Iterable[Trained], label: str) -> float:
@@ -87,7 +99,8 @@ def best_rate(runs: Iterable[Trained], label: str) -> float:
 def finalists(runs: Sequence[Trained], label: str) -> list[Trained]:
     """Returns the finished runs of a label at its best learning rate, sorted by seed."""
     rate = best_rate(runs, label)
-    own = [run for run in runs if run.label == label and run.finished and run.lr == rate]
+    own = [run for run in runs if run.label == label and run.finished]
+    own = [run for run in own if run.lr == rate or math.isnan(rate)]  # unknown
     return sorted(own, key=lambda run: run.seed)
 
 
@@ -98,115 +111,74 @@ def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Ta
         suites: the runs.
         peak_tflops: peak of one device in the precision of the training, for the MFU.
     """
-    found = []
+    found: list[Table | None] = []
     for suite in suites:
-        for experiment in suite.compared:
-            if table := _final(suite, experiment, suite.of(experiment)):
-                found.append(table)
-        found += [
-            t
-            for t in (
-                _grid(suite),
-                _large(suite),
-                _burst(suite),
-                _robustness(suite),
-                _spikes(suite),
-            )
-            if t
-        ]
-        found += [t for t in [_speed(suite, peak_tflops)] if t]
-    return [*found, *_equal_steps(suites), *_running(suites)]
+        found += [_final(suite, experiment, runs) for experiment, runs in suite.compared.items()]
+        found += [_grid(suite), _large(suite), _burst(suite), _robustness(suite), _spikes(suite)]
+        found.append(_speed(suite, peak_tflops))
+    found += [*_equal_steps(suites), _running(suites)]
+    return [table for table in found if table]
 
 
 def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | None:
     """Returns the paper's tables II and IV; None if no run has finished."""
+    usual = suite.of("optimizers") or runs
     against = {}
-    for optimizer in AGAINST:
-        of = [x for x in labels(runs) if _optimizer(runs, x) == optimizer]
-        if not of or optimizer == OWN:  # S3 itself rather than the one that is varied
-            runs_of = suite.of("optimizers") or runs
-            of = [x for x in labels(runs_of) if _optimizer(runs_of, x) == optimizer] or of
-        else:
-            runs_of = runs
-        if of:
-            label = min(of, key=len)
-            against[label] = finalists(runs_of, label)
+    # S3 itself rather than the one that an experiment varies.
+    for optimizer, places in zip(AGAINST, ((runs, usual), (usual, runs)), strict=True):
+        for among in places:
+            if (label := _label(among, optimizer)) is not None:
+                against[f"loss minus that of {label}"] = finalists(among, label)
+                break
     rows = []
     for label in labels(runs):
         final = finalists(runs, label)
         if not final:
             continue
         losses = [run.reported for run in final]
-        rates = sorted({run.lr for run in runs if run.label == label})
-        largest = [
-            max(v for _, v in run.update("max_abs")) for run in final if run.update("max_abs")
-        ]
-        mean = f"{statistics.fmean(losses):.4f}"
-        row = [label, f"{final[0].lr:g}", _between(rates), mean, _spread(losses)]
-        row += [difference(final, other) for other in against.values()]
-        row += [f"{max(largest):.3f}" if largest else NOTHING]
-        row += [NOTHING if final[0].bound is None else f"{final[0].bound:.4g}"]
-        rows.append((statistics.fmean(losses), [*row, str(len(final))]))
+        largest = [v for run in final for _, v in run.update("max_abs")]
+        row = {
+            "run": label,
+            "learning rate": NOTHING if math.isnan(final[0].lr) else f"{final[0].lr:g}",
+            "learning rates tried": _between(sorted({r.lr for r in runs if r.label == label})),
+            "loss": f"{statistics.fmean(losses):.4f}",
+            "s.d.": _spread(losses),
+            **{head: difference(final, others) for head, others in against.items()},
+            "largest |u|": f"{max(largest):.3f}" if largest else NOTHING,
+            "bound of |u|": NOTHING if final[0].bound is None else f"{final[0].bound:.4g}",
+            "seeds": str(len(final)),
+        }
+        rows.append((statistics.fmean(losses), row))
     if not rows:
         return None
-    rows.sort(key=lambda row: row[0])
-    heads = ["run", "learning rate", "learning rates tried", "loss", "s.d.",
-             *(f"loss minus that of {label}" for label in against),
-             "largest |u|", "bound of |u|", "seeds"]  # fmt: skip
-    cells = [row for _, row in rows]
-    chosen = any(row[2] != "1" for row in cells)
-    differ = any(cell != NOTHING for row in cells for cell in row[5 : 5 + len(against)])
-    several = any(row[-1] != "1" for row in cells)
-    if not chosen:
-        heads, cells = _without(heads, cells, "learning rates tried")
-    lengths = {run.iterations for run in runs if run.finished}
-    upto = "up to " if len(lengths) > 1 else ""
+    cells = [row for _, row in sorted(rows, key=lambda row: row[0])]
+    empty = {"learning rates tried": "1"}
+    heads = [h for h in cells[0] if any(row[h] != empty.get(h, NOTHING) for row in cells)]
     notes = ["Losses are in nats per token" + ("; the lowest comes first." if rows[1:] else ".")]
-    if differ:
-        notes.append(
-            "Differences are taken seed by seed"
-            + (", with their mean and standard deviation (s.d.)." if several else ".")
-        )
-    tested = any(run.reported != run.final for run in runs if run.finished)
-    if chosen:
+    if not against.keys().isdisjoint(heads):
+        several = any(row["seeds"] != "1" for row in cells)
+        spread = ", with their mean and standard deviation (s.d.)" if several else ""
+        notes.append(f"Differences are taken seed by seed{spread}.")
+    finished = [run for run in runs if run.finished]
+    tested = any(run.reported != run.final for run in finished)
+    if "learning rates tried" in heads:
+        same = "the same validation data"
+        data = "validation data that are not the test data" if tested else same
         notes.append(
             "The learning rate of each row is the best of those that were tried; it was chosen on "
-            + (
-                "validation data that are not the test data."
-                if tested
-                else "the same validation data."
-            )
+            f"{data}."
         )
-    heads, cells = _filled(heads, cells)
     if any("|u|" in head for head in heads):
         notes.append("|u| is the absolute value of an update divided by the learning rate.")
+    lengths = {run.iterations for run in finished}
+    upto = "up to " if len(lengths) > 1 else ""
     kind = "test" if tested else "validation"
     return Table(
         f"{about(suite, experiment)}final {kind} loss after {upto}{max(lengths):,} iterations",
         heads,
-        cells,
+        [[row[head] for head in heads] for row in cells],
         " ".join(notes),
     )
-
-
-def _without(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *left_out: str
-) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and rows without some columns."""
-    kept = [k for k, head in enumerate(heads) if head not in left_out]
-    return [heads[k] for k in kept], [[row[k] for k in kept] for row in rows]
-
-
-def _filled(
-    heads: Sequence[str], rows: Sequence[Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and rows without columns in which no row has a value."""
-    empty = [head for k, head in enumerate(heads) if all(row[k] == NOTHING for row in rows)]
-    return _without(heads, rows, *empty)
-
-
-def _optimizer(runs: Sequence[Trained], label: str) -> str:
-    return next(run.optimizer for run in runs if run.label == label)
 
 
 def _between(rates: Sequence[float]) -> str:
@@ -220,31 +192,43 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.stdev(values):.4f}" if len(values) > 1 and finite else NOTHING
 
 
+def gaps(runs: Iterable[Trained], others: Iterable[Trained]) -> list[float]:
+    """Returns the final losses of runs minus those of others with the same seeds."""
+    by_seed = {run.seed: run.reported for run in others}
+    return [run.reported - by_seed[run.seed] for run in runs if run.seed in by_seed]
+
+
 def difference(runs: Sequence[Trained], others: Sequence[Trained]) -> str:
     """Returns the mean and the standard deviation of differences of final losses, seed by seed."""
-    by_seed = {run.seed: run.reported for run in others}
-    found = [run.reported - by_seed[run.seed] for run in runs if run.seed in by_seed]
-    if not found or list(runs) == list(others):
-        return NOTHING
-    if not all(map(math.isfinite, found)):
+    found = gaps(runs, others)
+    return NOTHING if not found or list(runs) == list(others) else _mean(found, 3)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    if not all(map(math.isfinite, values)):
         return "diverged"
-    spread = f" +- {statistics.stdev(found):.3f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):+.3f}{spread}"
+    spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.{digits}f}{spread}"
+
+
+def _loss(run: Trained | None) -> str:
+    """Returns the final validation loss of a run that has finished."""
+    return f"{run.final:.4f}" if run is not None and run.finished else NOTHING
 
 
 def _grid(suite: Suite) -> Table | None:
     """Returns the paper's figure 9 as a table."""
-    cells = {(run.tags["p"], run.tags["beta"]): run.final for run in suite.of("grid")}
-    if not cells:
+    runs = {(run.tags["p"], run.tags["beta"]): run for run in suite.of("grid")}
+    if not runs:
         return None
-    betas = sorted({beta for _, beta in cells})
+    betas = sorted({beta for _, beta in runs})
     return Table(
         f"{suite.name}: S3, final validation loss by p and beta, learning rate "
-        f"{suite.of('grid')[0].lr:g}",
+        f"{next(iter(runs.values())).lr:g}",
         ["p", *(f"beta {beta:g}" for beta in betas)],
         [
-            [f"{p:g}", *(f"{cells.get((p, beta), math.nan):.4f}" for beta in betas)]
-            for p in sorted({p for p, _ in cells})
+            [f"{p:g}", *(_loss(runs.get((p, beta))) for beta in betas)]
+            for p in sorted({p for p, _ in runs})
         ],
         "One seed.",
     )
@@ -258,12 +242,11 @@ def _large(suite: Suite) -> Table | None:
     rows = []
     for label in labels(runs):
         own = {run.tags["times"]: run for run in runs if run.label == label}
-        first = finalists(suite.of("optimizers"), label)
-        of_first = [run for run in first if own and run.seed == next(iter(own.values())).seed]
-        cells = [of_first[0].final if of_first else math.nan]
-        cells += [own[t].final if t in own else math.nan for t in times]
-        spikes = [str(len(own[t].spikes)) if t in own else NOTHING for t in times]
-        rows.append([label, *(f"{cell:.4f}" for cell in cells), *spikes])
+        seed = next(iter(own.values())).seed
+        usual = {run.seed: run for run in finalists(suite.of("optimizers"), label)}
+        losses = map(_loss, [usual.get(seed), *map(own.get, times)])
+        spikes = (str(len(own[t].spikes)) if t in own else NOTHING for t in times)
+        rows.append([label, *losses, *spikes])
     return Table(
         f"{suite.name}: final validation loss at learning rates that are too large",
         [
@@ -278,18 +261,15 @@ def _large(suite: Suite) -> Table | None:
 
 
 def _burst(suite: Suite) -> Table | None:
-    runs = suite.of("burst")
-    if not runs:
-        return None
+    runs = [run for run in suite.of("burst") if run.finished]
     rows = []
     for label in labels(runs):
         own = {run.tags["burst"]: run for run in runs if run.label == label}
         if len(own) != 2:
             continue
         without, burst = own[min(own)], own[max(own)]
-        rise, back = _excursion(without, burst)
         rows.append([label, f"{without.final:.4f}", f"{burst.final:.4f}",
-                     f"{burst.final - without.final:+.4f}", f"{rise:.3f}", back,
+                     _mean([burst.final - without.final], 4), *_excursion(without, burst),
                      str(len(burst.spikes))])  # fmt: skip
     if not rows:
         return None
@@ -307,82 +287,56 @@ def _burst(suite: Suite) -> Table | None:
 
 def _robustness(suite: Suite) -> Table | None:
     """Returns what disturbances do, each compared with the run of its seed without one."""
-
-    def key(run: Trained) -> tuple[int, float]:
-        return run.seed, run.tags.get("ranks", 1)
-
     runs = [run for run in suite.of("robustness") if run.finished]
+    found = pairs(runs)
     rows = []
     for label in labels(runs):
-        own = [run for run in runs if run.label == label]
-        calm = {key(run): run for run in own if named_disturbance(run) == ""}
-        for name in dict.fromkeys(map(named_disturbance, own)):
-            pairs = [(calm[key(r)], r) for r in own
-                     if name and named_disturbance(r) == name and key(r) in calm]  # fmt: skip
-            found = [recovery(*pair) for pair in pairs]
-            if not found:
+        for name, by_label in found.items():
+            own = by_label.get(label)
+            if not own:
                 continue
-            back = ["never" if one.back is None else str(one.back) for one in found]
-            final = statistics.fmean(without.final for without, _ in pairs)
-            row = [f"{label}: {name}", f"{final:.4f}"]
-            row += [_mean([one.end for one in found], 4), _mean([one.rise for one in found], 2)]
-            row += [", ".join(back), _mean([one.area for one in found], 1), str(len(found))]
-            rows.append(row)
+            effects = [recovery(*pair) for pair in own]
+            rows.append([
+                f"{label}: {name}",
+                f"{statistics.fmean(without.final for without, _ in own):.4f}",
+                _mean([one.end for one in effects], 4),
+                _mean([one.rise for one in effects], 2),
+                ", ".join("never" if one.back is None else str(one.back) for one in effects),
+                _mean([one.area for one in effects], 1),
+                str(len(effects)),
+            ])  # fmt: skip
     if not rows:
         return None
     return Table(
         f"{suite.name}: disturbances in the middle of the run",
-        [
-            "run",
-            "loss without it",
-            "difference at the end",
-            "rise",
-            "iterations to recover",
-            "area",
-            "seeds",
-        ],
+        ["run", "loss without it", "difference at the end", "rise", "iterations to recover",
+         "area", "seeds"],
         rows,
         "Differences are to the run without the disturbance, on the same samples. Rise is the "
         "largest mean of 10 of them, area the sum of all after the disturbance (nats x "
         "iterations). A run has recovered when, after the rise, the mean of 20 is at most "
         f"{BACK:g} nats; each seed's number is given.",
-    )
+    )  # fmt: skip
 
 
-def named_disturbance(run: Trained) -> str:
-    """Returns what disturbs a run of the experiment "robustness"; empty for nothing."""
-    burst, ranks = run.tags.get("burst", 1.0), run.tags.get("ranks", 1)
-    parts = []
-    if burst != 1:
-        parts.append(f"gradient{f' of 1 of {ranks:g} ranks' if ranks > 1 else ''} x {burst:g}")
-    for tag, words in (("corrupted", "corrupted batches"), ("cpp", "batches of C++")):
-        if count := run.tags.get(tag):
-            parts.append(f"{count:g} {words}")
-    return ", ".join(parts)
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    if not all(map(math.isfinite, values)):
-        return "diverged"
-    spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):+.{digits}f}{spread}"
-
-
-def _excursion(without: Trained, burst: Trained) -> tuple[float, str]:
-    pairs = [(i, b - a) for (i, a), (_, b) in zip(without.loss, burst.loss, strict=False)]
-    begin = next((i for i, d in pairs if d != 0), None)
+def _excursion(without: Trained, burst: Trained) -> tuple[str, str]:
+    """Returns how far a run rises above another one, and the iterations until it has recovered."""
+    gap = [(i, b - a) for (i, a), (_, b) in zip(without.loss, burst.loss, strict=False)]
+    begin = next((i for i, d in gap if d != 0), None)
     if begin is None:
-        return 0.0, "0"
+        return "0.000", "0"
+    if not all(math.isfinite(d) for _, d in gap):
+        return "diverged", "not in this run"
     smooth = [
-        (pairs[k][0], statistics.median(d for _, d in pairs[max(0, k - 2) : k + 3]))
-        for k in range(len(pairs))
+        (i, statistics.median(d for _, d in gap[max(0, k - 2) : k + 3]))
+        for k, (i, _) in enumerate(gap)
     ]
-    rise = max(d for i, d in pairs if i >= begin)
-    peak = max((d, -i) for i, d in smooth if i >= begin)[1] * -1
-    back = next((i for i, d in smooth if i >= peak and d <= 0.05), None)
+    rise = max(d for i, d in gap if i >= begin)
     if rise <= 0.05:
-        return rise, "0"
-    return rise, "not in this run" if back is None else str(back - begin)
+        return f"{rise:.3f}", "0"
+    peak = -max((d, -i) for i, d in smooth if i >= begin)[1]
+    back = next((i for i, d in smooth if i >= peak and d <= 0.05), None)
+    return f"{rise:.3f}", "not in this run" if back is None else str(back - begin)
 
 
 def _spikes(suite: Suite) -> Table | None:
@@ -396,10 +350,11 @@ def _spikes(suite: Suite) -> Table | None:
         if iterations:
             each = [f"{1e4 * count / iterations:.2f}", str(count), f"{iterations:,}", str(len(own))]
             rows.append([optimizer, *each, *(_spike_score(own, rule) for rule in SCORES.values())])
-    every = {b - a for run in runs for (a, _), (b, _) in pairwise(run.loss)}
     if not rows:
         return None
-    interval = max(every, default=1)
+    interval = max(
+        (b - a for run in runs for (a, _), (b, _) in itertools.pairwise(run.loss)), default=1
+    )
     notes = []
     if len({run.lr for run in runs}) > 1:
         notes.append("Runs at all learning rates are counted.")
@@ -436,12 +391,12 @@ def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
         ranks = start["world_size"]
         tokens = start["global_batch_size"] * start["seq_length"]
         flops = start.get("flops")
-        each = math.nan if flops is None else flops / seconds / ranks / 1e12
+        each = None if flops is None else flops / seconds / ranks / 1e12
         named = label if size is None else f"{label}, {size:.2g}M"
         row = [named, f"{1e3 * seconds:,.1f}", f"{tokens / seconds:,.0f}", str(ranks)]
-        row += [NOTHING if math.isnan(each) else f"{each:.3g}"]
+        row.append(NOTHING if each is None else f"{each:.3g}")
         if peak_tflops is not None:
-            row += [NOTHING if math.isnan(each) else f"{100 * each / peak_tflops:.1f}"]
+            row.append(NOTHING if each is None else f"{100 * each / peak_tflops:.1f}")
         rows.append([*row, str(len(own))])
     if not rows:
         return None
@@ -455,7 +410,7 @@ def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
     )
 
 
-def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
+def _equal_steps(suites: Sequence[Suite]) -> list[Table | None]:
     """Returns tables of the steps that AdamW needs for the losses that others reach."""
     found = []
     for model in dict.fromkeys(suite.model for suite in suites):
@@ -467,7 +422,7 @@ def _equal_steps(suites: Sequence[Suite]) -> list[Table]:
         for size in dict.fromkeys(size for suite in alike for size in suite.sizes):
             parts = [suite.of_size(size) for suite in alike]
             found.append(_equal_steps_of(f"{named}: {size:.2g}M parameters", parts))
-    return [table for table in found if table]
+    return found
 
 
 def _equal_steps_of(title: str, parts: Sequence[Sequence[Trained]]) -> Table | None:
@@ -478,16 +433,12 @@ def _equal_steps_of(title: str, parts: Sequence[Sequence[Trained]]) -> Table | N
         parts: the runs; best learning rates are chosen within one part and length.
     """
     ends: dict[str, dict[int, float]] = {}
-    names = {}
     for runs in parts:
-        for label in labels(runs):
-            for length in {run.iterations for run in runs if run.label == label}:
-                final = finalists([r for r in runs if r.iterations == length], label)
-                if final:
-                    mean = statistics.fmean(run.reported for run in final)
-                    ends.setdefault(label, {})[length] = mean
-                    names[label] = final[0].optimizer
-    reference = next((label for label in ends if names[label] == REFERENCE), None)
+        for label, length in itertools.product(labels(runs), {run.iterations for run in runs}):
+            if final := finalists([run for run in runs if run.iterations == length], label):
+                mean = statistics.fmean(run.reported for run in final)
+                ends.setdefault(label, {})[length] = mean
+    reference = adamw_label(run for runs in parts for run in runs if run.label in ends)
     lengths = sorted({n for label in ends.values() for n in label})
     if reference is None or len(lengths) < 2 or len(ends) < 2:
         return None
@@ -513,22 +464,18 @@ def _ratio(loss: float, steps: int, reference: Mapping[int, float]) -> str:
         return f"> {known[-1][0] / steps:.2f}"
     if loss > known[0][1]:
         return f"< {known[0][0] / steps:.2f}"
-    for (n1, y1), (n2, y2) in pairwise(known):
+    for (n1, y1), (n2, y2) in itertools.pairwise(known):
         if y2 <= loss <= y1:
             share = (y1 - loss) / (y1 - y2) if y1 > y2 else 0.0
             return f"{math.exp(math.log(n1) + share * math.log(n2 / n1)) / steps:.2f}"
     return f"{known[-1][0] / steps:.2f}"
 
 
-def _running(suites: Sequence[Suite]) -> list[Table]:
-    rows = [
-        [str(run.folder), f"{run.reached:,} of {run.iterations:,}", f"{run.loss[-1][1]:.4f}"]
-        for suite in suites
-        for run in suite.runs
-        if not run.finished and run.loss
-    ]
-    return (
-        [Table("Runs that are not finished", ["folder", "iterations", "training loss"], rows)]
-        if rows
-        else []
-    )
+def _running(suites: Sequence[Suite]) -> Table | None:
+    rows = []
+    for run in (run for suite in suites for run in suite.runs if not run.finished):
+        whole = f" of {run.iterations:,}" if run.start["train_iters"] else ""
+        loss = f"{run.loss[-1][1]:.4f}" if run.loss else NOTHING
+        rows.append([str(run.folder), f"{run.reached:,}{whole}", loss])
+    heads = ["folder", "iterations", "training loss"]
+    return Table("Runs that are not finished", heads, rows) if rows else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_s3.report.runs import Trained
 
-__all__ = ["BACK", "Recovery", "after", "recovery"]
+__all__ = ["BACK", "Recovery", "after", "means", "pairs", "recovery"]
 
 #: A run is back when the mean of so many differences is at most so many nats.
 WINDOW, BACK = 20, 0.02
@@ -31,6 +31,36 @@ class Recovery(NamedTuple):
     rise: float
     back: int | None
     area: float
+
+
+def pairs(runs: Sequence[Trained]) -> dict[str, dict[str, list[tuple[Trained, Trained]]]]:
+    """Returns the disturbed runs by disturbance and label.
+
+    Each comes after the run of its seed without a disturbance; it is left out if there is none.
+    """
+
+    def key(run: Trained) -> tuple[object, ...]:
+        return run.label, run.seed, run.tags.get("ranks", 1)
+
+    calm = {key(run): run for run in runs if not _disturbance(run)}
+    found: dict[str, dict[str, list[tuple[Trained, Trained]]]] = {}
+    for run in runs:
+        name = _disturbance(run)
+        if name and key(run) in calm:
+            found.setdefault(name, {}).setdefault(run.label, []).append((calm[key(run)], run))
+    return found
+
+
+def _disturbance(run: Trained) -> str:
+    """Returns what disturbs a run of the experiment "robustness"; empty for nothing."""
+    burst, ranks = run.tags.get("burst", 1.0), run.tags.get("ranks", 1)
+    parts = []
+    if burst != 1:
+        parts.append(f"gradient{f' of 1 of {ranks:g} ranks' if ranks > 1 else ''} x {burst:g}")
+    for tag, words in (("corrupted", "corrupted batches"), ("cpp", "batches of C++")):
+        if count := run.tags.get(tag):
+            parts.append(f"{count:g} {words}")
+    return ", ".join(parts)
 
 
 def after(without: Trained, disturbed: Trained) -> list[float]:

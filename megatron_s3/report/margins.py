@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from megatron_s3.report.compare import REFERENCE, Table, finalists, labels
-from megatron_s3.report.runs import Suite, Trained
+from megatron_s3.report.compare import Table, adamw_label, finalists, gaps, labels
+from megatron_s3.report.runs import Suite
 
-__all__ = ["MODELS", "Margins", "adamw_label", "extrapolated", "margins", "tables"]
+__all__ = ["MODELS", "Margins", "extrapolated", "margins", "tables"]
 
 #: Of each label the tokens a parameter, and the differences seed by seed.
 Margins = dict[str, list[tuple[float, list[float]]]]
@@ -42,11 +42,9 @@ def margins(suite: Suite, million: float, reference: str) -> Margins:
     found: Margins = {}
     for tokens in sorted({run.tags["tokens"] for run in runs}):
         own = [run for run in runs if run.tags["tokens"] == tokens]
-        of = {run.seed: run.reported for run in finalists(own, reference)}
         for label in labels(own):
-            gaps = [r.reported - of[r.seed] for r in finalists(own, label) if r.seed in of]
-            if gaps:
-                found.setdefault(label, []).append((tokens, gaps))
+            if each := gaps(finalists(own, label), finalists(own, reference)):
+                found.setdefault(label, []).append((tokens, each))
     return found
 
 
@@ -66,7 +64,7 @@ def extrapolated(
         None if there are fewer than three lengths, or fewer than four points; NaN if a difference
         is not finite.
     """
-    pairs = [(MODELS[model](at), gap) for at, gaps in points for gap in gaps]
+    pairs = [(MODELS[model](at), gap) for at, each in points for gap in each]
     if len(points) < 3 or len(pairs) < 4:
         return None
     if not all(math.isfinite(gap) for _, gap in pairs):
@@ -85,11 +83,6 @@ def tables(suites: Sequence[Suite]) -> list[Table]:
     """Returns a table for each model that was trained at three lengths or more."""
     found = [_table(suite, million) for suite in suites for million in suite.sizes]
     return [table for table in found if table]
-
-
-def adamw_label(runs: Sequence[Trained]) -> str | None:
-    """Returns the label of AdamW."""
-    return min((run.label for run in runs if run.optimizer == REFERENCE), key=len, default=None)
 
 
 def _cell(end: Extrapolated) -> str:
@@ -111,7 +104,7 @@ def _table(suite: Suite, million: float) -> Table | None:
     longest = max(points[-1][0] for points in shown.values())
     rows = []
     for label, points in shown.items():
-        seeds = ", ".join(f"{tokens:g}: {len(gaps)}" for tokens, gaps in points)
+        seeds = ", ".join(f"{tokens:g}: {len(each)}" for tokens, each in points)
         for model in MODELS:
             ends = [extrapolated(points, model, n * longest) for n in (1, FURTHER)]
             rows.append([label, model, *(_cell(end) for end in ends if end), seeds])

@@ -1,18 +1,16 @@
 """Pictures that compare runs, drawn by matplotlib; they are legible without colour."""
 
 import itertools
-import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.report import settings
-from megatron_s3.report.compare import about, best_rate, finalists, labels, named_disturbance
-from megatron_s3.report.disturbed import after, means
-from megatron_s3.report.margins import adamw_label, margins
+from megatron_s3.report.compare import about, adamw_label, best_rate, finalists, gaps, labels
+from megatron_s3.report.disturbed import after, means, pairs
+from megatron_s3.report.margins import margins
 from megatron_s3.report.runs import Suite, Trained
 from megatron_s3.report.styles import style as style_of
 from megatron_s3.report.styles import styles
@@ -54,36 +52,28 @@ class Picture:
             figure.supylabel(y, fontsize=9)
 
 
-def pictures(suites: Sequence[Suite], toys: Sequence[Path] = ()) -> list[Picture]:
+def pictures(
+    suites: Sequence[Suite], toys: Iterable[Mapping[str, Mapping[str, Any]]] = ()
+) -> list[Picture]:
     """Returns all pictures of the runs.
 
     Args:
         suites: result of :func:`megatron_s3.report.runs.load`.
-        toys: paths of the suites' ``toy.json``.
+        toys: contents of the suites' ``toy.json``.
     """
-    found = [_toy(path) for path in toys]
+    found: list[Picture | None] = [_toy(toy) for toy in toys]
     for suite in suites:
-        for experiment in suite.compared:
-            runs = suite.of(experiment)
-            if any(run.loss for run in runs):
-                found.append(_curves(suite, experiment, runs))
-            if any(run.update("max_abs") for run in runs):
-                found.append(_updates(suite, experiment, runs))
-            if any(len({r.lr for r in runs if r.label == label}) > 1 for label in labels(runs)):
-                found.append(_rates(suite, experiment, runs))
-        if grid := suite.of("grid"):
-            found.append(_grid(suite, grid))
-        if large := suite.of("large rates"):
-            found.append(_overlaid(suite, large, "large rates", "times", "x {:g}"))
-        if burst := suite.of("burst"):
-            found.append(_overlaid(suite, burst, "burst", "burst", "gradient x {:g}"))
-        found += [p for p in (_margins(suite, size) for size in suite.sizes) if p]
-        if settings.varied(suite):
-            found.append(_settings(suite))
-        if disturbed := suite.of("robustness"):
-            found += _recoveries(suite, disturbed)
-        found += [p for p in (_first_gradients(suite), _around_spikes(suite)) if p]
-    return found
+        for experiment, runs in suite.compared.items():
+            found.append(_curves(suite, experiment, runs))
+            found.append(_updates(suite, experiment, runs))
+            found.append(_rates(suite, experiment, runs))
+        found.append(_grid(suite))
+        found.append(_overlaid(suite, "large rates", "times", "x {:g}"))
+        found.append(_overlaid(suite, "burst", "burst", "gradient x {:g}"))
+        found += [_margins(suite, size) for size in suite.sizes]
+        found += [_settings(suite), *_recoveries(suite)]
+        found += [_first_gradients(suite), _around_spikes(suite)]
+    return [picture for picture in found if picture]
 
 
 def _panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
@@ -105,10 +95,29 @@ def _panels(count: int, columns: int, size: tuple[float, float], **options: Any)
     return drawn, axes[:count]
 
 
+def _line(
+    panel: Any, points: Iterable[tuple[float, float]], style: Any = "-", **options: Any
+) -> None:
+    """Draws a line through points, if there are any; marks alone with the style "none"."""
+    if xy := list(points):
+        panel.plot(*zip(*xy, strict=True), linestyle=style, **options)
+
+
+def _legend(panel: Any, size: float = 7, **options: Any) -> None:
+    """Draws the legend, if a line has a label."""
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=size, frameon=False, **options)
+
+
+def _ends(values: Iterable[float], share: float) -> tuple[float, float] | None:
+    """Returns the lowest of the finite values, and the one below which a share of them lies."""
+    known = sorted(filter(math.isfinite, values))
+    return (known[0], known[int(share * (len(known) - 1))]) if known else None
+
+
 def _reference(runs: Sequence[Trained]) -> str:
     """Returns the label that each panel shows: AdamW's, or the first one without AdamW."""
-    of = [run.label for run in runs if run.optimizer in ("adamw", "adam")]
-    return min(of, key=len) if of else labels(runs)[0]
+    return adamw_label(runs) or labels(runs)[0]
 
 
 def _band(
@@ -158,14 +167,13 @@ def _shown(runs: Sequence[Trained], label: str) -> list[Trained]:
     return finalists(runs, label) or own[:1]
 
 
-def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
+def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture | None:
     """Draws the paper's figures 5 and 8: one panel for each label, and the reference in all."""
+    if not any(run.loss for run in runs):
+        return None
     reference = _reference(runs)
     others = [x for x in labels(runs) if x != reference and _shown(runs, x)] or [reference]
     drawn, panels = _panels(len(others), 3, (3.6, 2.9), sharex=True, sharey=True)
-    late = [(*_smooth(run)[-len(run.loss) // 2 :], *run.valid[-1:]) for run in runs]
-    known = [v for series in late for _, v in series]
-    known = sorted(v for v in known if math.isfinite(v))
     for panel, label in zip(panels, others, strict=True):
         for name in dict.fromkeys((reference, label)):
             shown = _shown(runs, name)
@@ -175,12 +183,12 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
             colour = _unlike(label, reference) if name == label else _colour(reference, DARK)
             _band(panel, shown, _smooth, line, colour, f"{name}, learning rate {shown[0].lr:g}")
             for run in shown:
-                if run.valid:
-                    panel.plot(*zip(*run.valid, strict=True), "o" if name == label else "x",
-                               color=colour, markersize=4, linewidth=0)  # fmt: skip
-        panel.legend(fontsize=7, frameon=False)
-    if known:
-        low, high = known[0], known[int(0.98 * (len(known) - 1))]
+                mark = "o" if name == label else "x"
+                _line(panel, run.valid, "none", marker=mark, color=colour, markersize=4)
+        _legend(panel)
+    late = (_smooth(run)[-len(run.loss) // 2 :] + run.valid[-1:] for run in runs)
+    if ends := _ends((v for series in late for _, v in series), 0.98):
+        low, high = ends
         panels[0].set_ylim(low - 0.05, high + 0.6 * (high - low) + 0.1)
     seeds = any(len(_shown(runs, label)) > 1 for label in (reference, *others))
     title = f"{about(suite, experiment)}training loss" + (
@@ -200,25 +208,25 @@ def _iteration(runs: Sequence[Trained]) -> str:
     return f"iteration of {batch * length:,} tokens" if batch and length else "iteration"
 
 
-def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
+def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture | None:
     """Draws largest and mean |u| and the learning rate, one column for each label."""
     shown = [x for x in labels(runs) if any(r.update("max_abs") for r in _shown(runs, x))]
     shown = shown[:_UPDATES]
+    if not shown:
+        return None
     drawn, panels = _panels(2 * len(shown), len(shown), (3.6, 2.1), sharex=True, sharey="row")
     for above, below, label in zip(panels, panels[len(shown) :], shown, strict=False):
         run = next(r for r in _shown(runs, label) if r.update("max_abs"))
         colour = _colour(label, DARK)
-        above.plot(*zip(*run.update("max_abs"), strict=True), color=colour, label="largest |u|")
-        mean = run.update("mean_abs")
-        above.plot(*zip(*mean, strict=True), "--", color=colour, label="mean |u|")
+        _line(above, run.update("max_abs"), color=colour, label="largest |u|")
+        _line(above, run.update("mean_abs"), "--", color=colour, label="mean |u|")
         if run.bound is not None:
             above.axhline(run.bound, color="k", linewidth=0.8, linestyle=":",
                           label=f"bound {run.bound:g}")  # fmt: skip
         rates = [(r["iteration"], r["lr"]) for r in run.records if r.get("lr") is not None]
-        if rates:
-            below.plot(*zip(*rates, strict=True), color=colour)
+        _line(below, rates, color=colour)
         above.set_title(label, fontsize=8)
-        above.legend(fontsize=7, frameon=False)
+        _legend(above)
     panels[0].set_ylabel("|u| (learning rates)", fontsize=8)
     panels[len(shown)].set_ylabel("learning rate", fontsize=8)
     panels[len(shown)].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -226,11 +234,13 @@ def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
     return Picture(f"{suite.name}-{experiment}-updates", title, drawn, "iteration")
 
 
-def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
+def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture | None:
     """Draws the paper's figure 11: one panel for each label, with the others in grey."""
-    shown = [x for x in labels(runs) if any(r.label == x and r.finished for r in runs)]
+    ends = _ends((run.final for run in runs), 0.9)
+    if ends is None or len({(run.label, run.lr) for run in runs}) == len(labels(runs)):
+        return None
+    shown = labels(run for run in runs if run.finished)
     drawn, panels = _panels(len(shown), 3, (3.4, 2.5), sharey=True, sharex=True)
-    losses = sorted(run.final for run in runs if math.isfinite(run.final))
     rates = sorted({run.lr for run in runs if math.isfinite(run.final)})
     for panel, label in zip(panels, shown, strict=True):
         for other in (*(x for x in shown if x != label), label):
@@ -241,16 +251,16 @@ def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture:
             style |= {"zorder": 3, "markersize": 4}
             if other != label:
                 style = {"color": FAINT, "linewidth": 0.8}
-            if curve:
-                panel.plot(*zip(*curve, strict=True), **style)
+            _line(panel, curve, **style)
         final = [run for run in finalists(runs, label) if math.isfinite(run.final)]
-        panel.plot([r.lr for r in final], [r.final for r in final], "_", color=DARK, markersize=10)
+        best = [(run.lr, run.final) for run in final]
+        _line(panel, best, "none", marker="_", color=DARK, markersize=10)
         panel.set_xscale("log")
         panel.minorticks_off()
         if len(rates) <= _TICKS:
             panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=40, fontsize=7)
         panel.set_title(f"{label}: best at {best_rate(runs, label):g}", fontsize=8)
-    panels[0].set_ylim(losses[0] - 0.05, losses[int(0.9 * (len(losses) - 1))] + 0.3)
+    panels[0].set_ylim(ends[0] - 0.05, ends[1] + 0.3)
     title = (
         f"{about(suite, experiment)}sensitivity to the learning rate; dashes: other seeds, "
         "grey: the other panels"
@@ -274,11 +284,11 @@ def _margins(suite: Suite, million: float) -> Picture | None:
     drawn, (panel,) = _panels(1, 1, (6.4, 4.2))
     panel.axhline(0, color=DARK, linewidth=0.8)
     for k, (label, drawn_as) in enumerate(zip(shown, styles([reference, *shown])[1:], strict=True)):
-        own = [(tokens, gaps) for tokens, gaps in points[label] if all(map(math.isfinite, gaps))]
+        own = [(tokens, each) for tokens, each in points[label] if all(map(math.isfinite, each))]
         at = [tokens * 1.03 ** (k - len(shown) / 2) for tokens, _ in own]
-        mean = [statistics.fmean(gaps) for _, gaps in own]
-        low = [statistics.fmean(gaps) - min(gaps) for _, gaps in own]
-        high = [max(gaps) - statistics.fmean(gaps) for _, gaps in own]
+        mean = [statistics.fmean(each) for _, each in own]
+        low = [statistics.fmean(each) - min(each) for _, each in own]
+        high = [max(each) - statistics.fmean(each) for _, each in own]
         panel.errorbar(at, mean, [low, high], linestyle=drawn_as.line, marker=drawn_as.marker,
                        color=drawn_as.colour, markersize=5, capsize=3, label=label)  # fmt: skip
     panel.set_xscale("log")
@@ -286,7 +296,7 @@ def _margins(suite: Suite, million: float) -> Picture | None:
     panel.set_xlim(0.7 * every[0], 1.4 * every[-1])
     panel.set_xticks(every, [f"{tokens:g}" for tokens in every])
     panel.minorticks_off()
-    panel.legend(fontsize=7, frameon=False)
+    _legend(panel)
     title = (
         f"{suite.name}, {million:.2g}M parameters: final loss minus that of {reference}, mean and "
         "range over seeds"
@@ -295,49 +305,42 @@ def _margins(suite: Suite, million: float) -> Picture | None:
     return Picture(name, title, drawn, "tokens a parameter", "nats per token")
 
 
-def _settings(suite: Suite) -> Picture:
+def _settings(suite: Suite) -> Picture | None:
     """Draws the loss of each label minus AdamW's, one panel for each setting that is varied."""
-    of = settings.varied(suite)
-    drawn, panels = _panels(len(of), 3, (3.4, 2.6), sharey=True)
-    for panel, (experiment, by_setting) in zip(panels, of.items(), strict=True):
-        panel.axhline(0, color=DARK, linewidth=0.8)
+    of = []
+    for experiment, by_setting in settings.varied(suite).items():
         every = [run for runs in by_setting.values() for run in runs]
-        against = adamw_label(every)
+        if (against := adamw_label(every)) is not None:
+            of.append((experiment, by_setting, every, against))
+    if not of:
+        return None
+    drawn, panels = _panels(len(of), 3, (3.4, 2.6), sharey=True)
+    for panel, (experiment, by_setting, every, against) in zip(panels, of, strict=True):
+        panel.axhline(0, color=DARK, linewidth=0.8)
         shown = [x for x in labels(r for r in every if "setting" in r.tags) if x != against]
         for label, drawn_as in zip(shown, styles(shown), strict=True):
-            gaps = {k: settings.differences(runs, label, against or "")
-                    for k, runs in enumerate(by_setting.values())}  # fmt: skip
-            mean = {k: statistics.fmean(found) for k, found in gaps.items()
-                    if found and all(map(math.isfinite, found))}  # fmt: skip
-            panel.plot(mean.keys(), mean.values(), drawn_as.line, color=drawn_as.colour,
-                       linewidth=1.2, label=label)  # fmt: skip
-            each = [(k, gap) for k, found in gaps.items() for gap in found if math.isfinite(gap)]
-            if each:
-                panel.plot(*zip(*each, strict=True), drawn_as.marker, color=drawn_as.colour,
-                           markersize=4, linewidth=0)  # fmt: skip
+            found = {k: gaps(finalists(runs, label), finalists(runs, against))
+                     for k, runs in enumerate(by_setting.values())}  # fmt: skip
+            mean = [(k, statistics.fmean(each)) for k, each in found.items()
+                    if each and all(map(math.isfinite, each))]  # fmt: skip
+            colour = drawn_as.colour
+            _line(panel, mean, drawn_as.line, color=colour, linewidth=1.2, label=label)
+            each = [(k, gap) for k, own in found.items() for gap in own if math.isfinite(gap)]
+            _line(panel, each, "none", marker=drawn_as.marker, color=colour, markersize=4)
         names = [textwrap.fill(setting, 12) for setting in by_setting]
         panel.set_xticks(range(len(names)), names, fontsize=7)
         panel.set_title(experiment, fontsize=8)
-    panels[0].legend(fontsize=7, frameon=False)
+    _legend(panels[0])
     title = f"{suite.name}: final loss minus that of AdamW with the same setting; marks: seeds"
     return Picture(f"{suite.name}-settings", title, drawn, "setting", "nats per token")
 
 
-def _recoveries(suite: Suite, runs: Sequence[Trained]) -> list[Picture]:
+def _recoveries(suite: Suite) -> list[Picture]:
     """Draws the training loss after each disturbance minus that of the undisturbed run."""
     found = []
-    for name in dict.fromkeys(map(named_disturbance, runs)):
-        pairs: dict[str, list[tuple[Trained, Trained]]] = {}
-        for run in runs:
-            calm = [r for r in runs if (r.label, r.seed) == (run.label, run.seed)
-                    and r.tags.get("ranks") == run.tags.get("ranks")
-                    and named_disturbance(r) == ""]  # fmt: skip
-            if name and named_disturbance(run) == name and calm:
-                pairs.setdefault(run.label, []).append((calm[0], run))
-        if not pairs:
-            continue
-        drawn, panels = _panels(len(pairs), 3, (3.4, 2.3), sharex=True, sharey=True)
-        for panel, (label, own) in zip(panels, pairs.items(), strict=True):
+    for name, by_label in pairs(suite.of("robustness")).items():
+        drawn, panels = _panels(len(by_label), 3, (3.4, 2.3), sharex=True, sharey=True)
+        for panel, (label, own) in zip(panels, by_label.items(), strict=True):
             panel.axhline(0, color=DARK, linewidth=0.6)
             for (without, run), line in zip(own, itertools.cycle(("-", "--", ":"))):
                 curve = means(after(without, run), SMOOTHED)
@@ -347,7 +350,7 @@ def _recoveries(suite: Suite, runs: Sequence[Trained]) -> list[Picture]:
                 )
             panel.set_title(label, fontsize=8)
         if len(panels[0].lines) > 2:
-            panels[0].legend(fontsize=7, frameon=False)
+            _legend(panels[0])
         title = (
             f"{suite.name}, {name}: training loss minus that of the undisturbed run, mean of "
             f"{SMOOTHED} iterations"
@@ -359,9 +362,11 @@ def _recoveries(suite: Suite, runs: Sequence[Trained]) -> list[Picture]:
     return found
 
 
-def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:
+def _grid(suite: Suite) -> Picture | None:
     """Draws the paper's figure 9."""
-    cells = {(run.tags["p"], run.tags["beta"]): run.final for run in runs}
+    cells = {(run.tags["p"], run.tags["beta"]): run.final for run in suite.of("grid")}
+    if not cells:
+        return None
     ps, betas = sorted({p for p, _ in cells}), sorted({b for _, b in cells})
     values = [[cells.get((p, b), math.nan) for b in betas] for p in ps]
     drawn, (panel,) = _panels(1, 1, (4.6, 3.4))
@@ -378,8 +383,11 @@ def _grid(suite: Suite, runs: Sequence[Trained]) -> Picture:
     return Picture(f"{suite.name}-grid", title, drawn)
 
 
-def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words: str) -> Picture:
-    """Draws the runs of each label, which differ in a tag, in one panel."""
+def _overlaid(suite: Suite, name: str, tag: str, words: str) -> Picture | None:
+    """Draws the runs of each label of an experiment, which differ in a tag, in one panel."""
+    runs = suite.of(name)
+    if not runs:
+        return None
     shown = labels(runs)
     drawn, panels = _panels(len(shown), 3, (3.6, 2.9), sharex=True, sharey=True)
     for panel, label in zip(panels, shown, strict=True):
@@ -387,13 +395,13 @@ def _overlaid(suite: Suite, runs: Sequence[Trained], name: str, tag: str, words:
         colour = _colour(label, DARK)
         for run, line in zip(own, ("-", "--", ":"), strict=False):
             text = f"{words.format(run.tags[tag])}, learning rate {run.lr:g}"
-            panel.plot(*zip(*run.loss, strict=True), line, color=colour, linewidth=1.2, label=text)
+            _line(panel, run.loss, line, color=colour, linewidth=1.2, label=text)
             for spike in run.spikes:
                 panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
         panel.set_title(label, fontsize=8)
-        panel.legend(fontsize=7, frameon=False)
-    every = sorted(v for run in runs for _, v in run.loss if math.isfinite(v))
-    panels[0].set_ylim(every[0] - 0.1, every[int(0.97 * (len(every) - 1))] + 0.3)
+        _legend(panel)
+    if ends := _ends((v for run in runs for _, v in run.loss), 0.97):
+        panels[0].set_ylim(ends[0] - 0.1, ends[1] + 0.3)
     title = f"{suite.name}, {name}: training loss; grey bars: spikes found"
     return Picture(
         f"{suite.name}-{name}", title, drawn, "iteration", "training loss (nats per token)"
@@ -437,18 +445,22 @@ def _around_spikes(suite: Suite) -> Picture | None:
     drawn, panels = _panels(2 * len(found), 2, (5.4, 1.7))
     for k, (height, run, spike) in enumerate(found):
         reach = max(20, run.iterations // 8)
-        near = (spike["onset"] - reach, (spike.get("end") or spike["onset"]) + reach)
+        begin, end = spike["onset"] - reach, (spike.get("end") or spike["onset"]) + reach
         loss, update = panels[2 * k], panels[2 * k + 1]
         colour = _colour(run.label, DARK)
-        _near(loss, run.loss, near, "-", colour, "training loss")
-        _near(update, run.update("mean_abs"), near, "-", colour, "mean |u|")
-        _near(update, run.update("max_abs"), near, "--", colour, "largest |u|")
+        for panel, series, line, name in (
+            (loss, run.loss, "-", "training loss"),
+            (update, run.update("mean_abs"), "-", "mean |u|"),
+            (update, run.update("max_abs"), "--", "largest |u|"),
+        ):
+            near = [(i, v) for i, v in series if begin <= i <= end]
+            _line(panel, near, line, color=colour, linewidth=1.2, label=name)
         if run.bound is not None:
             update.axhline(run.bound, color="k", linewidth=0.8, linestyle=":", label="bound")
         update.set_ylim(0, 1.15 * max(1, update.dataLim.ymax))
         for panel in (loss, update):
             panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
-            panel.legend(fontsize=6, frameon=False, loc="upper left")
+            _legend(panel, 6, loc="upper left")
         tag = "".join(f", {key} {value:g}" for key, value in run.tags.items())
         first = ", ".join(spike.get("first") or []) or "-"
         loss.set_title(
@@ -461,22 +473,8 @@ def _around_spikes(suite: Suite) -> Picture | None:
     return Picture(f"{suite.name}-spikes", title, drawn)
 
 
-def _near(
-    panel: Any,
-    series: Iterable[tuple[int, float]],
-    near: tuple[float, float],
-    line: str,
-    colour: str,
-    name: str,
-) -> None:
-    inside = [(i, v) for i, v in series if near[0] <= i <= near[1]]
-    if inside:
-        panel.plot(*zip(*inside, strict=True), line, color=colour, linewidth=1.2, label=name)
-
-
-def _toy(path: Path) -> Picture:
+def _toy(found: Mapping[str, Mapping[str, Any]]) -> Picture:
     """Draws the paper's figure 1."""
-    found = json.loads(path.read_text(encoding="utf-8"))
     drawn, panels = _panels(3 * len(found), 3, (4.0, 3.0))
     for k, (noise, runs) in enumerate(found.items()):
         path_of, loss, update = panels[3 * k : 3 * k + 3]
@@ -493,7 +491,7 @@ def _toy(path: Path) -> Picture:
         update.set_title(f"{noise}: mean |u|", fontsize=8)
         loss.set_yscale("log")
         update.set_yscale("log")
-        loss.legend(fontsize=6, frameon=False)
+        _legend(loss, 6)
     title = (
         "f = (x - 1/y)^2 / 2 + (x - 20 y)^2 / 2 from (1, 1), each at the best of 9 constant "
         "learning rates"

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 from megatron_s3.report.errors import RunError
 from megatron_s3.telemetry import runlog
 
-__all__ = ["RunError", "Suite", "Trained", "load"]
+__all__ = ["RunError", "Suite", "Trained", "load", "written"]
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ class Trained:
 
     @property
     def iterations(self) -> int:
-        """The iterations of the whole schedule."""
-        return int(self.start["train_iters"])
+        """The iterations of the whole schedule; those so far if the program did not tell them."""
+        return int(self.start["train_iters"] or self.reached)
 
     @property
     def reached(self) -> int:
         """The last iteration logged."""
-        return max((i for i, _ in (*self.loss[-1:], *self.valid[-1:])), default=0)
+        return max((i for i, _ in self.loss[-1:] + self.valid[-1:]), default=0)
 
     @property
     def finished(self) -> bool:
@@ -147,15 +148,24 @@ class Suite:
         )
 
     @property
-    def compared(self) -> list[str]:
-        """The experiments in which optimizers are compared at one length, those of lengths last."""
+    def compared(self) -> dict[str, list[Trained]]:
+        """The runs that are compared with one another, by experiment; those of lengths come last.
+
+        Runs of no experiment are compared by length, if a label was trained at several.
+        """
+        found = {name: self.of(name) for name in ("optimizers", "ablations", "recipes", "runs")}
+        ends = {(run.label, run.iterations) for run in found["runs"]}
+        if len(ends) > len({label for label, _ in ends}):
+            alone = found.pop("runs")
+            for length in sorted({length for _, length in ends}):
+                found[f"{length:,} iterations"] = [r for r in alone if r.iterations == length]
         lengths = {
             (run.tags["million"], run.tags["tokens"], run.experiment)
             for run in self.runs
             if "tokens" in run.tags
         }
-        names = [experiment for _, _, experiment in sorted(lengths)]
-        return ["optimizers", "ablations", "recipes", "runs", *names]
+        found |= {name: self.of(name) for _, _, name in sorted(lengths)}
+        return {name: runs for name, runs in found.items() if runs}
 
     @property
     def sizes(self) -> list[float]:
@@ -179,17 +189,16 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
             runs (those of an array or of the quickstart), or logs.
 
     Raises:
-        RunError: there is no log, a log without a first record, or one that is damaged.
+        RunError: there is no log, a log without a first record, or a file that is damaged.
     """
     suites: list[Suite] = []
     alone: list[Trained] = []
     for path in map(Path, paths):
-        if records := sorted(path.glob("*/*/run.json")):
-            runs = [_experiment(record.parent) for record in records]
+        folders = sorted(record.parent for record in path.glob("*/*/run.json"))
+        if folders := [folder for folder in folders if _is_experiment(folder)]:
             described = path / "suite.json"
-            words = (
-                json.loads(described.read_text()).get("megatron", []) if described.exists() else []
-            )
+            words = written(described).get("megatron", []) if described.exists() else []
+            runs = [_experiment(folder) for folder in folders]
             suites.append(Suite(path.resolve().name, runs, tuple(words)))
         elif _is_experiment(path):
             alone.append(_experiment(path))
@@ -198,6 +207,18 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
     if alone:
         suites.append(Suite("runs", _told_apart(alone)))
     return suites
+
+
+def written(path: Path) -> Any:
+    """Returns the content of a JSON file of ``scripts/reproduce.sh``.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: not a file of scripts/reproduce.sh: {error}") from error
 
 
 def _log(folder: Path) -> Path | None:
@@ -215,7 +236,11 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the records of a run, and a warning for each line that is cut off."""
+    """Returns the records of a run, and a warning for each line that is cut off, as after a kill.
+
+    Raises:
+        RunError: there is no log, its first record is missing, or it is damaged in another way.
+    """
     path = _log(folder)
     if path is None:
         raise RunError(
@@ -223,41 +248,33 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             "--tensorboard-dir and --plugin-log-updates, or with --plugin-metrics for an optimizer "
             "of Megatron"
         )
-    damage = _cut_off(path)
-    records = runlog.read(path)
-    if not records or records[0]["kind"] != "start":
-        raise RunError(
-            f"{path}: the log has no start record; wait until the run has begun to train"
-        )
-    return records, damage
-
-
-def _cut_off(path: Path) -> list[str]:
-    """Returns a warning for each line of a log that is cut off, as after a kill.
-
-    Raises:
-        RunError: a line is damaged in another way.
-    """
     try:
         lines = path.read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
         raise RunError(f"{path}: damaged: not UTF-8 at byte {error.start}") from error
-    cut = []
+    parsed, cut = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            good = isinstance(json.loads(line), dict)
+            record = json.loads(line)
         except (ValueError, RecursionError):
-            good = False
+            record = None
             if line.startswith('{"') and not line.endswith("}"):
                 cut.append(f"{path}, line {number}: cut off; the report leaves this record out")
                 continue
-        if not good:
+        if not isinstance(record, dict):
             raise RunError(
                 f"{path}, line {number}: damaged: not a record of a run; remove the line"
             )
-    return cut
+        if "kind" in record:
+            parsed.append(record)
+    records = runlog.resumed(parsed)
+    if not records or records[0]["kind"] != "start":
+        raise RunError(
+            f"{path}: the log has no start record; wait until the run has begun to train"
+        )
+    return records, cut
 
 
 def _is_experiment(folder: Path) -> bool:
@@ -278,7 +295,7 @@ def _experiment(folder: Path) -> Trained:
         )  # fmt: skip
     except RunError:
         raise
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{folder / 'run.json'}: not a run of scripts/reproduce.sh: {error}"
         ) from error
@@ -295,13 +312,34 @@ def _run(folder: Path) -> Trained:
 
 
 def _told_apart(runs: Sequence[Trained]) -> list[Trained]:
-    """Returns the runs with labels that name the hyperparameters in which they differ."""
-    rates = ("lr", "weight_decay")
-    found = []
+    """Returns the runs with labels that name the settings in which they differ.
+
+    The learning rate is not named, nor a weight decay that changes with it. Finished runs that
+    differ in nothing are named by their folders, because they are not two seeds.
+    """
+    named = []
     for run in runs:
-        own = run.start.get("hyperparameters", {})
-        others = [r.start.get("hyperparameters", {}) for r in runs if r.label == run.label]
-        names = [k for k in own if k not in rates and any(o.get(k) != own[k] for o in others)]
-        words = [run.label, *(f"{name} {own[name]}" for name in names)]
-        found.append(replace(run, label=", ".join(words)))
-    return found
+        own = _settings(run)
+        words = [run.label]
+        for name, value in own.items():
+            others = (r for r in runs if r.label == run.label)
+            if name == "weight_decay":
+                others = (r for r in others if r.lr == run.lr)
+            if any(_settings(other).get(name) != value for other in others):
+                words.append(f"{name} {value}")
+        named.append(replace(run, label=", ".join(words)))
+
+    def key(run: Trained) -> tuple[object, ...]:
+        return run.label, run.lr, run.seed, run.iterations
+
+    count = Counter(key(run) for run in named if run.finished)
+    return [
+        replace(run, label=f"{run.label} ({run.folder})") if count[key(run)] > 1 else run
+        for run in named
+    ]
+
+
+def _settings(run: Trained) -> dict[str, Any]:
+    """Returns the settings of a run that its log tells, without the learning rate."""
+    sizes = {name: run.start.get(name) for name in ("global_batch_size", "seq_length")}
+    return {k: v for k, v in run.start.get("hyperparameters", {}).items() if k != "lr"} | sizes

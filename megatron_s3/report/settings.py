@@ -4,11 +4,18 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from megatron_s3.report.compare import Table, about, difference, finalists, labels
-from megatron_s3.report.margins import adamw_label
+from megatron_s3.report.compare import (
+    Table,
+    about,
+    adamw_label,
+    difference,
+    finalists,
+    gaps,
+    labels,
+)
 from megatron_s3.report.runs import Suite, Trained
 
-__all__ = ["USUAL", "differences", "tables", "varied"]
+__all__ = ["USUAL", "tables", "varied"]
 
 #: By experiment, the setting of the runs to which the others are compared.
 USUAL = {
@@ -52,12 +59,6 @@ def _order(setting: str) -> tuple[float, str]:
         return math.inf, setting
 
 
-def differences(runs: Sequence[Trained], label: str, other: str) -> list[float]:
-    """Returns the final losses of a label minus those of another, seed by seed."""
-    of = {run.seed: run.reported for run in finalists(runs, other)}
-    return [r.reported - of[r.seed] for r in finalists(runs, label) if r.seed in of]
-
-
 def tables(suites: Sequence[Suite]) -> list[Table]:
     """Returns a table for each setting that was varied."""
     return [
@@ -75,17 +76,18 @@ def _table(suite: Suite, experiment: str, of: dict[str, list[Trained]]) -> Table
     rows = []
     for setting, runs in of.items():
         row = [setting]
+        base = finalists(runs, against) if against else []
         for label in ([against] if against else []) + others:
             final = finalists(runs, label)
             losses = [run.reported for run in final]
             row += [f"{statistics.fmean(losses):.4f}", f"{final[0].lr:g}"] if final else ["-", "-"]
-            if label != against:
-                row += [difference(final, finalists(runs, against)) if against else "-"]
-                row += [str(len(differences(runs, label, against or "")))]
+            if against and label != against:
+                row += [difference(final, base), str(len(gaps(final, base)))]
         rows.append(row)
     heads = [experiment, *([against, "its learning rate"] if against else [])]
     for label in others:
-        heads += [label, "its learning rate", f"minus {against}", "seeds"]
+        heads += [label, "its learning rate"]
+        heads += [f"minus {against}", "seeds"] if against else []
     return Table(
         f"{about(suite, experiment)}loss with other settings",
         heads,

@@ -45,6 +45,10 @@ def test_the_runs_in_a_folder(tmp_path) -> None:
     (tmp_path / "quickstart" / "s3" / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run.json: not a run of scripts/reproduce.sh"):
         load([tmp_path / "quickstart" / "s3"])
+    write(tmp_path / "tiny", "S3", 0.1, 1, 2.0)
+    (tmp_path / "quickstart" / "s3" / "run.json").write_text('{"plan": {}, "finished": true}')
+    (above,) = load([tmp_path])
+    assert [run.folder.name for run in above.runs] == ["tiny"]
     with pytest.raises(RunError, match=r"data: neither it nor a folder in it has a metrics.jsonl"):
         load([tmp_path / "quickstart" / "data"])
 
@@ -69,6 +73,61 @@ def test_a_spike_is_counted_in_10000_iterations(tmp_path) -> None:
     assert row(table, "adamw")["spikes per 10,000 iterations"] == "20.00"  # 1 in 5 runs of 100
     assert row(table, "s3")["spikes"] == "0"
     assert row(table, "s3")["OLMo-core score"] == row(table, "s3")["OLMo 2 score"] == "0.00"
+
+
+def test_megatrons_own_adam_is_what_others_are_compared_with(tmp_path) -> None:
+    """The shipped configurations of AdamW have ``optimizer: adam``."""
+    runs = [write(tmp_path / f"{label}{n}", label, 0.1, 1, loss, n, optimizer=label.lower())
+            for label, loss in (("S3", 2.0), ("adam", 2.5)) for n in (100, 200)]  # fmt: skip
+    found = compare.tables(load(runs[::2]))
+    assert row(named(found, "final"), "S3")["loss minus that of adam"] == "-0.500"
+    equal = named(compare.tables(load(runs)), "the steps of adam to the same loss")
+    assert row(equal, "S3")["200 iterations"] == "2.0000 (> 1.00)"
+
+
+def test_runs_of_several_lengths_are_no_seeds_of_one_row(tmp_path) -> None:
+    runs = load([
+        write(tmp_path / f"{label}-{n}", label, 0.1, 1, loss, n)
+        for n, loss in ((100, 2.0), (200, 1.0)) for label in ("S3", "AdamW")
+    ])  # fmt: skip
+    for n, loss in ((100, "2.0000"), (200, "1.0000")):
+        table = named(compare.tables(runs), f"{n} iterations: final validation loss after {n}")
+        assert row(table, "S3")["loss"] == loss and row(table, "S3")["seeds"] == "1"
+        assert row(table, "S3")["loss minus that of AdamW"] == "+0.000"
+    drawn = [picture.name for picture in pictures(runs)]
+    assert len(set(drawn)) == len(drawn) and "runs-100-iterations-loss" in drawn
+
+
+def test_runs_of_one_seed_are_no_seeds_of_one_row(tmp_path) -> None:
+    """They differ in a weight decay that the learning rate does not explain, or in nothing."""
+    folders = [write(tmp_path / str(k), "S3", 0.1, 1, 2.0) for k in range(3)]
+    log = folders[0] / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"weight_decay": 0.01', '"weight_decay": 0.5'))
+    table = named(compare.tables(load(folders)), "final")
+    a, b = (f"S3, weight_decay 0.01 ({folder})" for folder in folders[1:])
+    assert {cells[0] for cells in table.rows} == {"S3, weight_decay 0.5", a, b}
+    assert {cells[-1] for cells in table.rows} == {"1"}
+    scaled = [write(tmp_path / f"rate{k}", "S3", lr, 1, 2.0) for k, lr in enumerate((0.2, 0.4))]
+    for folder, decay in zip(scaled, ("0.02", "0.04"), strict=True):
+        log = folder / "metrics.jsonl"
+        log.write_text(log.read_text().replace('"weight_decay": 0.01', f'"weight_decay": {decay}'))
+    assert row(named(compare.tables(load(scaled)), "final"), "S3")["learning rates tried"] == (
+        "2, 0.2 to 0.4"
+    )
+
+
+def test_a_run_whose_length_or_rate_is_unknown_is_reported(tmp_path) -> None:
+    """A program with its own loop need not tell its length; another may log no learning rate."""
+    for name, old, new in (("length", '"train_iters": 100', '"train_iters": null'),
+                           ("rate", '"lr": 0.1', '"lr": null')):  # fmt: skip
+        log = write(tmp_path / name, "S3", 0.1, 1, 2.0) / "metrics.jsonl"
+        log.write_text(log.read_text().replace(old, new))
+        table = named(compare.tables(load([tmp_path / name])), "final")
+        assert table.title == "final validation loss after 100 iterations"
+        assert row(table, "S3")["loss"] == "2.0000"
+    log = write(tmp_path / "begun", "S3", 0.1, 1, 2.0, until=40) / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"train_iters": 100', '"train_iters": null'))
+    assert row(named(compare.tables(load([log])), "not finished"), str(log))["iterations"] == "40"
 
 
 def test_speed_and_mfu(tmp_path) -> None:
@@ -152,6 +211,32 @@ def test_runs_of_a_launch_are_told_apart_by_what_differs(tmp_path) -> None:
     assert "40 of 100" in str(named(compare.tables([found]), "not finished"))
 
 
+@pytest.mark.filterwarnings("error")  # such as that of a legend without labels
+@pytest.mark.parametrize("final", [2.0, math.nan])
+@pytest.mark.parametrize("until", [0, 40, 100])
+def test_runs_that_are_not_finished_or_diverged_are_reported(tmp_path, final, until) -> None:
+    """Every experiment, before its first loss, in the middle and at its end."""
+    both = ({"tags": {"times": 3.0, "burst": 1.0, "p": 2, "beta": 0.9}},
+            {"tags": {"times": 10.0, "burst": 1000.0, "p": 3, "beta": 0.9}})  # fmt: skip
+    names = ("optimizers", "grid", "large rates", "burst", "robustness")
+    for name in names:
+        for k, more in enumerate(both):
+            folder = tmp_path / "suite" / name / str(k)
+            write(folder, "S3", 0.1 + k, 1, final, until=until, experiment=name, **more)
+    alone = [write(tmp_path / str(lr), "S3", lr, 1, final, until=until) for lr in (0.1, 0.2)]
+    runs = load([tmp_path / "suite", *alone])
+    tables = compare.tables(runs)
+    listed = [cells for table in tables if "not finished" in table.title for cells in table.rows]
+    assert len(listed) == (12 if until < 100 else 0)
+    if until == 0:
+        assert [cells[1:] for cells in listed] == [["0 of 100", "-"]] * 12
+    losses = [cells[-1] for cells in listed]  # those of a run that diverges are said
+    text = "".join(str(table) for table in tables if "not finished" not in table.title)
+    assert ("nan" not in text and "nan" not in losses) or (until, str(final)) == (40, "nan")
+    for picture in pictures(runs):
+        picture.figure.canvas.draw()
+
+
 def test_the_page_stands_alone(tmp_path, capsys) -> None:
     words = [str(suite(tmp_path / "a")), "--output", str(tmp_path / "report")]
     assert verb.main(words) == 0
@@ -215,6 +300,31 @@ def test_a_damaged_log_is_named_and_a_cut_line_is_said(tmp_path, capsys) -> None
     assert capsys.readouterr().err == (
         f"warning: {log}, line {last}: cut off; the report leaves this record out\n"
     )
+
+
+def test_a_damaged_file_of_a_suite_is_named(tmp_path, capsys) -> None:
+    suite(tmp_path / "a")
+    words = [str(tmp_path / "a"), "--output", str(tmp_path / "report")]
+    for name, text in (("suite.json", "{"), ("toy.json", '{"a": '),
+                       ("optimizers/0-0.1-1/run.json", "[1]")):  # fmt: skip
+        path = tmp_path / "a" / name
+        kept = path.read_text() if path.exists() else "{}"
+        path.write_text(text)
+        assert verb.main(words) == 2
+        assert f"error: {path}: not a " in capsys.readouterr().err
+        path.write_text(kept)
+    (tmp_path / "a" / "toy.json").unlink()
+    assert verb.main(words) == 0
+
+
+def test_what_is_not_finite_is_text_in_the_json(tmp_path) -> None:
+    log = write(tmp_path / "run", "S3", 0.1, 1, math.nan) / "metrics.jsonl"
+    text = log.read_text().replace('"max_abs": 0.51', '"max_abs": "nan"')
+    log.write_text(text.replace('"lr": 0.1', '"lr": null'))
+    assert verb.main([str(tmp_path / "run"), "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report/report.json").read_text()
+    (suite,) = json.loads(text, parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
+    assert suite["runs"][0]["lr"] is None and suite["runs"][0]["max_abs_update"] == "nan"
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(

@@ -52,6 +52,29 @@ def test_a_setting_is_compared_at_its_own_best_learning_rate(tmp_path) -> None:
     assert list(marks.get_ydata()) == pytest.approx([0, 0, -0.1, -0.2, 0.2, 0.4])
 
 
+def test_settings_without_adamw_are_compared_with_nothing(tmp_path) -> None:
+    for label, optimizer in (("S3", "s3"), ("Lion", "lion")):
+        run = Run("batch size", label, "", 0.1, 1, {"setting": "64"})
+        write(tmp_path / "length" / run.key, label, 0.1, 1, 2.0, tags=run.tags,
+              experiment=run.experiment, optimizer=optimizer)  # fmt: skip
+    runs = load([tmp_path / "length"])
+    (table,) = settings.tables(runs)
+    rates = ["2.0000", "0.1"] * 2
+    assert table.headings == ["batch size", "S3", "its learning rate", "Lion", "its learning rate"]
+    assert table.rows == [["64", *rates]]
+    assert "length-settings" not in {picture.name for picture in pictures(runs)}
+
+
+def test_settings_of_any_optimizer_are_drawn(tmp_path) -> None:
+    """Lion's line has dashes of its own."""
+    for label, optimizer in (("AdamW", "adamw"), ("Lion", "lion")):
+        run = Run("batch size", label, "", 0.1, 1, {"setting": "64"})
+        write(tmp_path / "length" / run.key, label, 0.1, 1, 2.0, tags=run.tags,
+              experiment=run.experiment, optimizer=optimizer)  # fmt: skip
+    drawn = {picture.name: picture for picture in pictures(load([tmp_path / "length"]))}
+    assert len(drawn["length-settings"].figure.axes[0].lines) == 3
+
+
 def test_a_report_without_other_settings_has_no_table_of_them(tmp_path) -> None:
     runs = load([write(tmp_path / "run", "S3", 0.1, 1, 2.0)])
     assert settings.tables(runs) == [] and margins.tables(runs) == []

@@ -1,6 +1,7 @@
 """Search for the faulty node, given which pairs of nodes can communicate."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 
 __all__ = ["blame", "rounds"]
 
@@ -12,15 +13,12 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
         nodes: number of nodes, at least 2.
     """
     ring = [(i, (i + 1) % nodes) for i in range(nodes if nodes > 2 else 1)]
-    even, odd = ring[0 : nodes - 1 : 2], ring[1 : nodes - 1 : 2]
-    # Shares a node with the first pair, and in an odd ring with the even pairs.
-    last = ring[nodes - 1 :]
-    if nodes % 2 == 0:
-        odd, last = odd + last, []
-    return [pairs for pairs in (even, odd, last) if pairs]
+    # The last pair of an odd ring shares its nodes with the first pair and the one before it.
+    apart = nodes - nodes % 2
+    return [pairs for pairs in (ring[0:apart:2], ring[1:apart:2], ring[apart:]) if pairs]
 
 
-def blame(names: list[str], failed: Iterable[tuple[int, int]]) -> dict[int, str]:
+def blame(names: list[str], failed: Sequence[tuple[int, int]]) -> dict[int, str]:
     """Returns which nodes are faulty, given the pairs that cannot communicate.
 
     Args:
@@ -31,15 +29,11 @@ def blame(names: list[str], failed: Iterable[tuple[int, int]]) -> dict[int, str]
         Lines by rank: one for each node that reaches none of its neighbours, and one for the first
         node of each pair that this does not explain.
     """
-    count: dict[int, int] = {}
-    failed = list(failed)
-    for pair in failed:
-        for rank in pair:
-            count[rank] = count.get(rank, 0) + 1
+    count = Counter(rank for pair in failed for rank in pair)
     lines = {
         rank: f"{names[rank]}: no all-reduce with any other node"
-        for rank, times in sorted(count.items())
-        if times == 2
+        for rank in sorted(count)
+        if count[rank] == 2
     }
     for one, other in failed:
         if one not in lines and other not in lines:

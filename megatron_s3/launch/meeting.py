@@ -65,16 +65,14 @@ class Meeting:
     def verdict(
         self,
         stage: str,
-        problem: str | None,
-        started: float,
+        check: Callable[[], str | None],
         also: Callable[[], dict[str, str]] = dict,
-    ) -> dict[int | str, str]:
-        """Reports this node's problem, if any, and returns a line for each bad node.
+    ) -> dict[int, str]:
+        """Checks this node and reports the result; returns a line for each bad node.
 
         Args:
             stage: a name that is the same on all nodes.
-            problem: the problem of this node; None if there is none.
-            started: when this node's check began, on the monotonic clock.
+            check: returns the problem of this node; None if there is none.
             also: is called on the first node when all have reported; returns problems by node name.
 
         Returns:
@@ -82,7 +80,8 @@ class Meeting:
         """
         node = self.node
         key = f"{stage}/verdict"
-        report = {"problem": problem, "seconds": time.monotonic() - started}
+        started = time.monotonic()
+        report = {"problem": check(), "seconds": time.monotonic() - started}
         self.store.set(f"{stage}/{node.rank}", json.dumps(report))
         if node.rank:
             # The first node may wait for the full timeout for each of the others, and then for this

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,14 +41,14 @@ def disk(run_dir: Path, name: str, min_free: float) -> str | None:
     return None
 
 
-def not_shared(folders: Iterable[Path], names: Iterable[str]) -> dict[str, str]:
-    """Returns the nodes whose marks this node does not see."""
-    names = list(names)
+def not_shared(folders: Iterable[Path], names: Sequence[str]) -> dict[str, str]:
+    """Returns the nodes whose marks the first one does not see, where it sees its own."""
     return {
         name: f"{folder} is not the same disk as on the first node; it must be shared"
         for folder in folders
+        if os.path.exists(mark(folder, names[0]))
         for name in names
-        if not mark(folder, name).exists()
+        if not os.path.exists(mark(folder, name))
     }
 
 

@@ -24,7 +24,6 @@ import contextlib
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -128,7 +127,6 @@ def _devices(plugin_device: object, per_node: int) -> int:
 
 
 def _look(node: Node, folders: Sequence[Path], min_free: float) -> int:
-    started = time.monotonic()
     try:
         store = node.connect(first=node.rank == 0)
     except Exception as error:  # torch raises several types
@@ -137,26 +135,24 @@ def _look(node: Node, folders: Sequence[Path], min_free: float) -> int:
             what = f"cannot listen at {node.address}: {first_line(error)}"
         print(f"preflight: {node.name}: {what}", file=sys.stderr, flush=True)
         return 1
+
+    def own() -> str | None:
+        disks = [disk(folder, node.name, min_free) for folder in folders]
+        return "; ".join(filter(None, [*disks, computes(node)])) or None
+
     try:
         meeting = Meeting(node, store)
-        disks = [disk(folder, node.name, min_free) for folder in folders]
-        own = "; ".join(filter(None, [*disks, computes(node)])) or None
         seen = partial(not_shared, folders, node.names)
-        bad = meeting.verdict("own", own, started, also=seen)
+        bad = [*meeting.verdict("own", own, also=seen).values()]
         for folder in folders:
             with contextlib.suppress(OSError):
                 mark(folder, node.name).unlink(missing_ok=True)
         if not bad and len(node.names) * max(node.devices, 1) > 1:
-            everyone = range(len(node.names))
-            started = time.monotonic()
-            problem = all_reduce(node, "all", everyone)
-            reasons = meeting.verdict("all", problem, started)
-            if reasons:
-                bad = _ask_pairs(node, meeting, reasons)
+            bad = _network(node, meeting)
         if not bad:
             device = f"{node.devices} GPUs each" if node.devices else "on CPUs"
             _say(node, f"{len(node.names)} nodes, {device}: all checks passed; {meeting.slowest}")
-        for line in bad.values():
+        for line in bad:
             _say(node, line)
         meeting.leave()
     except Exception as error:
@@ -166,20 +162,22 @@ def _look(node: Node, folders: Sequence[Path], min_free: float) -> int:
     return 1 if bad else 0
 
 
-def _ask_pairs(node: Node, meeting: Meeting, reasons: dict[int | str, str]) -> dict[int | str, str]:
-    """Returns the lines that name the bad nodes, then the reason of each node."""
-    failed, said = [], list(reasons.values())
-    for number, pairs in enumerate(rounds(len(node.names))):
-        mine = next((pair for pair in pairs if node.rank in pair), None)
-        started = time.monotonic()
-        problem = all_reduce(node, f"pairs/{number}", mine) if mine else None
-        bad = meeting.verdict(f"pair/{number}", problem, started)
+def _network(node: Node, meeting: Meeting) -> list[str]:
+    """Returns the lines that name the bad nodes, then their reasons; none if all work."""
+    everyone = range(len(node.names))
+    said = [*meeting.verdict("all", lambda: all_reduce(node, "all", everyone)).values()]
+    if not said or len(everyone) == 1:
+        return said
+    failed: list[tuple[int, int]] = []
+    for number, pairs in enumerate(rounds(len(everyone))):
+        mine = next((pair for pair in pairs if node.rank in pair), ())
+        check = partial(all_reduce, node, f"pairs/{number}", mine) if mine else lambda: None
+        bad = meeting.verdict(f"pair/{number}", check)
         failed += [pair for pair in pairs if set(pair) & bad.keys()]
         said += bad.values()
     whole = "all nodes: the all-reduce over all nodes fails, but those of pairs of nodes succeed"
-    lines: list[tuple[int | str, str]] = [*(blame(node.names, failed) or {0: whole}).items()]
-    lines += [(f"reason {n}", f"  {line}") for n, line in enumerate(dict.fromkeys(said))]
-    return dict(lines)
+    lines = [*blame(node.names, failed).values()] or [whole]
+    return [*lines, *(f"  {reason}" for reason in dict.fromkeys(said))]
 
 
 def _say(node: Node, line: str) -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def test_checkpoints_elsewhere(nodes, tmp_path: Path) -> None:
     assert lines[0] == f"preflight: a: cannot write to {tmp_path}/file/checkpoints: Not a directory"
 
 
+def test_disk_of_the_first_node_alone(nodes, tmp_path: Path) -> None:
+    def elsewhere(rank: int) -> None:
+        if rank == 0:
+            (tmp_path / "file").touch()
+            look = preflight._look
+            preflight._look = lambda node, _, free: look(node, [tmp_path / "file" / "x"], free)
+
+    statuses, lines = nodes(break_it=elsewhere)
+    assert statuses == [1, 1]
+    assert lines == [f"preflight: a: cannot write to {tmp_path}/file/x: Not a directory"]
+
+
 def test_wrong_arithmetic(nodes) -> None:
     def wrong(rank: int) -> None:
         import torch
@@ -128,6 +141,23 @@ def test_dead_network_is_the_node_s_that_reaches_none(nodes) -> None:
     assert lines[0] == "preflight: c: no all-reduce with any other node"
     assert "preflight:   c: the all-reduce with gloo fails: division by zero" in lines[1:]
     assert all(line.startswith("preflight:   ") for line in lines[1:])
+
+
+def test_all_reduce_within_one_node(nodes) -> None:
+    """Its own reason is the answer: there is no other node to compare it with."""
+
+    def two_devices(_: int) -> None:
+        import torch.distributed
+
+        torch.distributed.init_process_group = lambda *_, **__: 1 / 0
+        preflight.computes = lambda _: None
+        look = preflight._look
+        preflight._look = lambda node, *rest: look(replace(node, devices=2), *rest)
+        torch.cuda.set_device = lambda _: None
+
+    statuses, lines = nodes(names="a", started=1, break_it=two_devices)
+    assert statuses == [1]
+    assert lines == ["preflight: a: the all-reduce with gloo fails: division by zero"]
 
 
 def test_the_ranks_environment_is_in_force(nodes) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "ask_megatron",
     "check",
     "environment",
+    "iterations",
     "megatron_is_here",
     "refuse_missing_gpus",
     "schedule",
@@ -180,6 +181,29 @@ def schedule(config: Config) -> None:
             f"({config.where(end)}), so the learning rate has no time to decay; use a shorter "
             f"warmup (--set {name}={(0.1 if 'fraction' in name else steps // 10)})"
         )
+
+
+def iterations(config: Config) -> int:
+    """Returns the iteration at which training ends.
+
+    Raises:
+        ConfigError: the configuration does not determine it.
+    """
+    given = config.arguments
+    if "train_samples" not in given or "train_iters" in given:  # Megatron rejects both
+        if "train_iters" not in given:
+            raise ConfigError(
+                f"{config.name}: no file sets train_iters or train_samples; add one of them under "
+                "arguments"
+            )
+        return whole(config, "train_iters")
+    for name in ("rampup_batch_size", "step_batch_size_schedule"):
+        if name in given:
+            raise ConfigError(
+                f"{config.where(name)}: with {name}, train_samples does not determine the last "
+                "iteration; set train_iters instead"
+            )
+    return whole(config, "train_samples") // arithmetic(config)["global_batch_size"]
 
 
 def refuse_missing_gpus(config: Config) -> None:

@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_s3.launch.check import arithmetic, check, megatron_is_here, schedule
+from megatron_s3.launch.check import arithmetic, check, iterations, megatron_is_here
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.config_paths import shipped
+from megatron_s3.launch.planning import planned
 from megatron_s3.log import tell
 
 __all__ = ["main", "names"]
@@ -39,53 +40,50 @@ def main(argv: list[str]) -> int:
             "error: Megatron is not installed: pip install 'megatron-core>=0.17'", file=sys.stderr
         )
         return 2
-    configs, errors = [], []
+    configs, rejected = [], 0
     for name in args.files or names():
         try:
-            config = load([name])
-            arithmetic(config)
-            schedule(config)
-            configs.append((name, config))
+            configs.append((name, load([name])))
         except ConfigError as error:
-            errors.append(str(error))
+            rejected += 1
             _say(error)
     if not configs:
         return 2
     tell(f"checking {len(configs)} configurations with Megatron; the import takes a few seconds")
-    rows = _rows(configs, errors)
+    rows = _rows(configs)
+    rejected += len(configs) - len(rows)
     _print([_COLUMNS, *rows])
     from megatron_s3.mcore.planning.parse import release
 
-    print(f"megatron-core {release()}: {len(rows)} accepted, {len(errors)} rejected")
-    return 2 if errors else 0
+    print(f"megatron-core {release()}: {len(rows)} accepted, {rejected} rejected")
+    return 2 if rejected else 0
 
 
 def _say(error: ConfigError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[str, ...]]:
+def _rows(configs: list[tuple[str, Config]]) -> list[tuple[str, ...]]:
+    """Returns a row of the table for each configuration that Megatron accepts."""
     # A process that has checked a job for CPUs rejects jobs for GPUs.
     configs = sorted(configs, key=lambda c: c[1].arguments.get("plugin_device") == "cpu")
     checked = []
     for name, config in configs:
         try:
-            checked.append((name, config, arithmetic(config), check(config)))
+            checked.append((name, config, check(config), iterations(config)))
         except ConfigError as error:
-            errors.append(str(error))
             _say(error)
-    from megatron_s3.mcore.planning import job
-
     # Tensor parallelism changes the padding of the vocabulary.
     parameters: dict[tuple[object, ...], str] = {}
     rows: list[tuple[str, ...]] = []
-    for name, config, shape, args in checked:
+    for name, config, args, steps in checked:
+        shape = arithmetic(config)
         model = (args.num_layers, args.hidden_size, args.vocab_size, shape["tensor"])
         if args.vocab_size is None and args.padded_vocab_size is None:
             parameters[model] = "by its dataset"
         elif model not in parameters:
-            parameters[model] = f"{job.plan(job.completed(args)).parameters:,}"
-        tokens = shape["global_batch_size"] * args.seq_length * (args.train_iters or 0)
+            parameters[model] = _parameters(config, args)
+        tokens = shape["global_batch_size"] * args.seq_length * steps
         if config.array:
             name += f" ({', '.join(config.array)}: {', '.join(*config.array.values())})"
         rows.append(
@@ -96,11 +94,19 @@ def _rows(configs: list[tuple[str, Config]], errors: list[str]) -> list[tuple[st
                 f"{shape['data_parallel']} x {shape['tensor']} x {shape['pipeline']}",
                 f"{shape['global_batch_size']} = {shape['data_parallel']} x "
                 f"{shape['micro_batch_size']} x {shape['micro_batches']}",
-                f"{args.train_iters:,}",
+                f"{steps:,}",
                 f"{tokens / 1e9:.4g} B",
             )
         )
     return rows
+
+
+def _parameters(config: Config, args: argparse.Namespace) -> str:
+    try:
+        return f"{planned(config, args)[1].parameters:,}"
+    except ConfigError as error:  # Megatron accepts what a plan cannot count
+        tell(str(error))
+        return "not counted"
 
 
 def _print(rows: Sequence[Sequence[str]]) -> None:

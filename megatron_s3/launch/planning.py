@@ -3,14 +3,16 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from megatron_s3.launch.check import arithmetic, check, environment, schedule
+from megatron_s3.launch.check import arithmetic, check, environment, iterations, schedule
 from megatron_s3.launch.config import Config, ConfigError
 from megatron_s3.log import tell
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from megatron_s3.mcore.planning.memory import Checkpoint, Rank, Sizes
 
-__all__ = ["SAVING", "Plan", "make"]
+__all__ = ["SAVING", "Plan", "make", "planned"]
 
 
 #: Assumed speed of saving, bytes per second.
@@ -131,26 +133,24 @@ def make(config: Config, gpus: int | None, mfu: float, peak: float) -> Plan:
         )
     arithmetic(config)  # before imports that take seconds
     schedule(config)
+    steps = iterations(config)
     more, source = _vocabulary(config)
     tell("computing the sizes with Megatron; the import takes a few seconds")
     with environment(config):
-        return _make(config, more, source, mfu, peak)
+        return _make(config, steps, more, source, mfu, peak)
 
 
-def _make(config: Config, more: list[str], source: str, mfu: float, peak: float) -> Plan:
-    from megatron_s3.mcore.planning import job, memory
+def planned(config: Config, args: "Namespace") -> "tuple[Namespace, Sizes]":
+    """Returns Megatron's validated arguments, completed, and the sizes of the job's ranks.
 
-    args = check(config, more)
-    batch = args.global_batch_size
-    steps = args.train_iters or -(-(args.train_samples or 0) // batch)
-    if not steps:
-        raise ConfigError(
-            f"{config.name}: no file sets train_iters or train_samples; add one of them under "
-            "arguments"
-        )
+    Raises:
+        ConfigError: the job cannot be planned.
+    """
+    from megatron_s3.mcore.planning import job
+
     try:
         args = job.completed(args)
-        planned = job.plan(args)
+        return args, job.plan(args)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"{config.name}: {error}") from error
     except (TypeError, AttributeError, ImportError, RuntimeError, LookupError) as error:
@@ -159,8 +159,16 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
             f"{config.name}: cannot be planned: Megatron does not build this model without a GPU: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _make(
+    config: Config, steps: int, more: list[str], source: str, mfu: float, peak: float
+) -> Plan:
+    from megatron_s3.mcore.planning import job, memory
+
+    args, sizes = planned(config, check(config, more))
     activations, formula = memory.activations(args)
-    fullest = max(planned.stages, key=lambda rank: rank.total)
+    fullest = max(sizes.stages, key=lambda rank: rank.total)
     saved = memory.checkpoint(args, fullest)
     forms = {"dp_reshardable": "fully_reshardable", "fully_reshardable": "dp_reshardable"}
     return Plan(
@@ -177,11 +185,11 @@ def _make(config: Config, more: list[str], source: str, mfu: float, peak: float)
         sharded=args.use_distributed_optimizer,
         vocabulary=args.padded_vocab_size,
         vocabulary_source=source,
-        sizes=planned,
+        sizes=sizes,
         activations=activations,
         formula=formula,
         norm=job.needs_norm(args),
-        batch=batch,
+        batch=args.global_batch_size,
         sequence=args.seq_length,
         steps=steps,
         flops=job.flops(args),

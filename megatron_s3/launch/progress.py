@@ -6,7 +6,7 @@ The launcher, the preflight and the job's script use it. It imports neither torc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_s3.launch.check import arithmetic, whole
+from megatron_s3.launch.check import iterations
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.storage import newest
 from megatron_s3.storage.layout import TRACKER, has_config
@@ -67,7 +67,8 @@ def progress(config: Config, run_dir: Path) -> Progress:
         own = config.arguments.get("non_persistent_global_ckpt_dir")
         other = _newest(Path(str(own)) if own else folder / "non_persistent", config)
         saved = max((n for n in (saved, other) if n is not None), default=None)
-    return Progress(folder, saved, _last(config))
+    last = None if config.arguments.get("skip_train") else iterations(config)
+    return Progress(folder, saved, last)
 
 
 def save_folder(config: Config, run_dir: Path) -> Path:
@@ -193,23 +194,3 @@ def _newest(folder: Path, config: Config) -> int | None:
     except OSError as error:
         raise ConfigError(f"{folder / TRACKER} cannot be read: {error.strerror}") from error
     return found if isinstance(found, int) else None
-
-
-def _last(config: Config) -> int | None:
-    given = config.arguments
-    if given.get("skip_train"):
-        return None
-    if "train_samples" not in given or "train_iters" in given:  # Megatron rejects both
-        if "train_iters" not in given:
-            raise ConfigError(
-                f"{config.name}: no file sets train_iters or train_samples; add one of them under "
-                "arguments"
-            )
-        return whole(config, "train_iters")
-    for name in ("rampup_batch_size", "step_batch_size_schedule"):
-        if name in given:
-            raise ConfigError(
-                f"{config.where(name)}: with {name}, train_samples does not determine the last "
-                "iteration; set train_iters instead"
-            )
-    return whole(config, "train_samples") // arithmetic(config)["global_batch_size"]

@@ -1,10 +1,10 @@
 """The state at a point of a shell script, and the expansion of words in that state."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_s3.launch.shell import (
-    UNKNOWN,
     Argument,
     Char,
     Literal,
@@ -25,6 +25,7 @@ class State:
         variables: name -> arguments; a plain variable has exactly one.
         arrays: the names of variables that are arrays.
         exported: the names of variables that programs see.
+        local: the names of variables that end with the current function.
         functions: name -> body.
         parameters: ``$1`` and on; None for those of the script, which are unknown.
         decided: text of a condition -> whether it holds in this branch.
@@ -33,6 +34,7 @@ class State:
     variables: dict[str, tuple[Argument, ...]] = field(default_factory=dict)
     arrays: frozenset[str] = frozenset()
     exported: frozenset[str] = frozenset()
+    local: frozenset[str] = frozenset()
     functions: dict[str, Node] = field(default_factory=dict)
     parameters: tuple[Argument, ...] | None = None
     decided: dict[str, bool] = field(default_factory=dict)
@@ -49,6 +51,16 @@ class State:
         arrays = self.arrays - {name}
         return replace(self, variables=kept, arrays=arrays, decided=self._still(name))
 
+    def returned(self, before: "State") -> "State":
+        """Returns the state after a function that was called in the state ``before``."""
+        after = self
+        for name in self.local:
+            if name in before.variables:
+                after = after.put(name, before.variables[name], name in before.arrays)
+            else:
+                after = after.without(name)
+        return replace(after, parameters=before.parameters, local=before.local)
+
     def _still(self, name: str) -> dict[str, bool]:
         """Returns the conditions that stay decided when a variable changes."""
         return {text: holds for text, holds in self.decided.items() if name not in _names(text)}
@@ -63,91 +75,95 @@ class Expansion:
 
     def join(self, word: Word, state: State) -> Argument:
         """Returns a word as one argument, as in an assignment."""
-        chars: list[Char] = []
-        for field_ in self._fields(word, state, split=False):
-            chars += [Char(" ", field_[0].start, field_[0].start)] if chars and field_ else []
-            chars += field_
-        return tuple(chars)
+        return _joined(self._fields(word, state, split=False))
 
     def expand(self, word: Word, state: State) -> list[Argument]:
         """Returns the arguments to which a word expands."""
         return self._fields(word, state, split=True)
 
+    def with_defaults(self, word: Word, state: State) -> State:
+        """Returns the state after ``${NAME:=WORD}`` in a word."""
+        for part in word:
+            if not isinstance(part, Variable) or "=" not in part.operator or part.index:
+                continue
+            if _lacks(part, self._held(part, state)):
+                state = state.put(part.name, (self.join(part.rest, state),), False)
+        return state
+
     def _fields(self, word: Word, state: State, split: bool) -> list[Argument]:
         fields: list[list[Char]] = [[]]
-        quoted = False
         for part in word:
-            if isinstance(part, Literal):
-                fields[-1] += part.chars
-                quoted |= part.quoted
-                continue
             if isinstance(part, Substitution):
                 if part.body:
                     self.follow(part.body, state)
-                fields[-1].append(_unknown(part, part.text))
-                continue
-            found, separate = self._value(part, state)
-            quoted |= part.quoted and not separate
-            if separate and part.quoted:
-                if not found and len(word) == 1:
-                    return []
+                fields[-1].append(part.unknown)
+            elif isinstance(part, Literal):
+                self._append(fields, part.chars, part.quoted, split and not part.quoted)
+            else:
+                found, splits = self._value(part, state, split and not part.quoted)
                 for number, item in enumerate(found):
                     if number:
                         fields.append([])
-                    fields[-1] += item
-                    quoted = True
-            else:
-                for number, item in enumerate(found):
-                    if number:
-                        fields.append([]) if split else fields[-1].append(Char(" ", *part.span))
-                    self._append(fields, item, split and not part.quoted)
-        kept = [tuple(each) for each in fields if each]
-        return kept or ([()] if quoted or not split else [])
+                    self._append(fields, item, part.quoted, splits)
+        kept = [tuple(char for char in each if char.c) for each in fields if each]
+        return kept if kept or split else [()]
 
-    def _append(self, fields: list[list[Char]], item: Argument, split: bool) -> None:
+    def _append(
+        self, fields: list[list[Char]], item: Sequence[Char], quoted: bool, split: bool
+    ) -> None:
+        if quoted:
+            fields[-1].append(Char("", 0, 0))  # an argument even if nothing is in it
         for char in item:
-            if not split or not char.c.isspace():
+            if not split or char.c not in " \t\n":
                 fields[-1].append(char)
             elif fields[-1]:
                 fields.append([])
 
-    def _value(self, part: Variable, state: State) -> tuple[list[Argument], bool]:
-        """Returns a variable's value, and whether it is a list; characters get this place."""
-        via = (part.span, *part.at.via)
-        found: tuple[Argument, ...] | None
-        separate = part.index in ("@", "*")
-        if part.name == "@":
-            found, separate = state.parameters, True
-        elif part.name.isdecimal() and part.name != "0":
-            number = int(part.name) - 1
-            given = state.parameters
-            found = None if given is None else given[number : number + 1]
-        else:
-            found = state.variables.get(part.name)
-            if found is not None and not separate:
-                number = int(part.index) if part.index.isdecimal() else 0
-                found = found[number : number + 1]
-                if part.index and not part.index.isdecimal():
-                    found = None
-        operator = part.operator
-        if operator == "?":
-            found = None
-        elif "+" in operator or (operator and (found is None or not any(found))):
-            found, separate = (self.join(part.rest or [], state),), False
-        if found is None:
-            return [(_unknown(part, _written(part)),)], separate
+    def _value(self, part: Variable, state: State, split: bool) -> tuple[Sequence[Argument], bool]:
+        """Returns a variable's texts, and whether they are split; characters get this place."""
+        found, operator = self._held(part, state), part.operator
+        lacks = _lacks(part, found)
+        if operator == "?" or (found is None and not operator):
+            return [(part.unknown,)], False
+        if "+" in operator and found is not None and lacks:
+            found = ()
+        elif "+" in operator or (operator and lacks):
+            found, split = self._fields(part.rest, state, split), False
+        if part.quoted and part.index != "@":
+            found = (_joined(found or ()),)
+        place = (part.unknown.start, part.unknown.end)
+        via = (place, *part.unknown.via)
         return [
-            tuple(char._replace(via=char.via + via) for char in item) for item in found
-        ], separate
+            tuple(char._replace(via=char.via + via) for char in item) for item in found or ()
+        ], split
+
+    def _held(self, part: Variable, state: State) -> Sequence[Argument] | None:
+        """Returns the elements of a variable that are asked for; None if they are unknown."""
+        found: tuple[Argument, ...] | None
+        if part.name == "@":
+            return state.parameters
+        if part.name.isdecimal() and part.name != "0":
+            found, index = state.parameters, str(int(part.name) - 1)
+        else:
+            found, index = state.variables.get(part.name), part.index or "0"
+        if found is None or part.index in ("@", "*"):
+            return found
+        return found[int(index) :][:1] if index.isdecimal() else None
+
+
+def _lacks(part: Variable, found: Sequence[Argument] | None) -> bool:
+    """Returns whether the word behind an operator is used instead of what was found."""
+    return not found or (":" in part.operator and not any(found))
+
+
+def _joined(items: Sequence[Argument]) -> Argument:
+    """Returns arguments as one, with a blank between two."""
+    chars: list[Char] = []
+    for number, item in enumerate(items):
+        at = item[0].start if item else 0
+        chars += [Char(" ", at, at), *item] if number else item
+    return tuple(chars)
 
 
 def _names(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", text))
-
-
-def _unknown(part: Variable | Substitution, text: str) -> Char:
-    return Char(UNKNOWN, *part.span, part.at.via, text)
-
-
-def _written(part: Variable) -> str:
-    return f"${part.name}" if not part.operator and not part.index else f"${{{part.name}...}}"

@@ -21,8 +21,12 @@ from megatron_s3.launch.words import META, OPERATORS, Words
 __all__ = ["DECLARE", "here_document", "parse"]
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\[[^]]*\])?\+?=")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[([^]]*)\])?(\+)?=")
 _REDIRECTION = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<>|<&|>&|>>|>\||<(?!\()|>(?!\()|&>>|&>)")
+_TIME_OPTION = re.compile(r"[ \t]+-p(?=\s)")
+_TEST = re.compile(
+    r"""\[\[(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^'"\\])*?\s\]\](?=$|[\s;&|)])""", re.DOTALL
+)
 # Parts of a condition that may change without a change of a named variable.
 _CHANGES = re.compile(r"[`\n;]|\$\(|\$\{?[?@*#0-9]|\]\s*(&&|\|\|)|\s-(?![nzv]\s)[a-zA-Z]\s")
 #: Commands that assign to variables.
@@ -41,7 +45,7 @@ def parse(chars: Sequence[Char]) -> Node:
 
 def here_document(chars: Sequence[Char]) -> Word:
     """Reads the text of a ``<<`` in which expansions are made."""
-    return _Parser(chars).double_quoted(None)
+    return _Parser(chars).parts("", quoted=True)
 
 
 class _Parser(Words):
@@ -76,6 +80,7 @@ class _Parser(Words):
     def pipeline(self) -> Node:
         while self.peek() in ("!", "time"):
             self.take(self.peek())
+            self.skip(_TIME_OPTION)
         found = Node("pipeline", [self.command()])
         while self.peek() in ("|", "|&"):
             self.take(self.peek())
@@ -98,7 +103,7 @@ class _Parser(Words):
             "function": self.function,
         }.get(token)
         if self.text.startswith("((", self.at):
-            self.arithmetic_command()
+            self.arithmetic()
             found = Node("command")
         elif compound:
             found = compound()
@@ -112,15 +117,9 @@ class _Parser(Words):
                 pass
         return found
 
-    def arithmetic_command(self) -> None:
-        self.at -= 1  # as if there were a $ before it
-        self.arithmetic(False)
-
     def test(self) -> Node:
-        end = re.compile(r"\s\]\](?=$|[\s;&|)])").search(self.text, self.at)
-        if not end:
-            raise self.error("[[ without ]]")
-        self.at = end.end()
+        if not self.skip(_TEST):
+            raise self.error("[[ is not closed")
         return Node("command")
 
     def if_(self) -> Node:
@@ -161,25 +160,25 @@ class _Parser(Words):
         self.take(self.peek())
         self.blank()
         found = Node("for")
-        if self.text.startswith("((", self.at):
-            self.arithmetic_command()
+        arithmetic = self.text.startswith("((", self.at)
+        if arithmetic:
+            self.arithmetic()
         else:
-            name = _NAME.match(self.text, self.at)
+            name = self.skip(_NAME)
             if not name:
                 raise self.error("for without a variable")
-            found.name, self.at = name[0], name.end()
+            found.name = name[0]
             self.newlines()
             if self.peek() == "in":
                 self.take("in")
                 while word := self.word():
                     found.words.append(word)
             else:
-                at = self.chars[self.at - 1]
-                found.words.append([Variable("@", "@", "", None, True, at, (at.start, at.end))])
+                found.words.append([Variable("@", "@", "", [], True, self.unknown(self.at - 1))])
         if self.peek() == ";":
             self.take(";")
         found.children.append(self.body())
-        return found
+        return Node("loop", [Node("sequence"), *found.children]) if arithmetic else found
 
     def case(self) -> Node:
         self.take("case")
@@ -215,6 +214,9 @@ class _Parser(Words):
         self.take("function")
         name = self.peek()
         self.take(name or "a name")
+        return self.function_named(name)
+
+    def function_named(self, name: str) -> Node:
         if self.peek() == "(":
             self.take("(")
             self.take(")")
@@ -229,9 +231,8 @@ class _Parser(Words):
             if self.redirection(found):
                 continue
             start = self.at
-            given = _ASSIGNMENT.match(self.text, self.at)
-            if given and (declares or not found.words):
-                found.assignments.append(self.assignment(given[0]))
+            if (declares or not found.words) and (given := self.skip(_ASSIGNMENT)):
+                found.assignments.append(self.assignment(*given.groups("")))
                 continue
             word = self.word()
             if not word:
@@ -240,28 +241,22 @@ class _Parser(Words):
             plain = self.text[start : self.at]
             if len(found.words) == 1:
                 declares = plain in DECLARE
-                if self.text.startswith("(", self.at) or self.peek() == "(":
-                    self.take("(")
-                    self.take(")")
-                    self.newlines()
-                    return Node("function", [self.command()], name=plain)
+                if self.peek() == "(":
+                    return self.function_named(plain)
         if not found.words and not found.assignments and not found.here and not found.redirected:
             raise self.error(f"unexpected {self.peek() or self.text[self.at : self.at + 1]!r}")
         return found
 
-    def assignment(self, given: str) -> Assignment:
-        self.at += len(given)
-        name = re.split(r"[\[+=]", given, maxsplit=1)[0]
-        append = given.endswith("+=") or "[" in given
+    def assignment(self, name: str, index: str, plus: str) -> Assignment:
         if not self.text.startswith("(", self.at):
-            return Assignment(name, append, self.parts(lambda c: c in META), "[" in given)
+            return Assignment(name, index, bool(plus), self.parts(META))
         self.at += 1
         items: list[Word] = []
         while True:
             self.newlines()
             if self.text.startswith(")", self.at):
                 self.at += 1
-                return Assignment(name, append, [], True, items)
+                return Assignment(name, index, bool(plus), [], items)
             word = self.word()
             if not word:
                 raise self.error(f"unexpected {self.text[self.at : self.at + 1] or 'end'!r}")
@@ -269,10 +264,9 @@ class _Parser(Words):
 
     def redirection(self, node: Node) -> bool:
         self.blank()
-        found = _REDIRECTION.match(self.text, self.at)
+        found = self.skip(_REDIRECTION)
         if not found:
             return False
-        self.at = found.end()
         self.blank()
         start = self.at
         word = self.word()

@@ -77,17 +77,15 @@ class Variable:
         operator: the operator behind the name: ``-``, ``:-``, ``=``, ``:=``, ``+``, ``:+``; ``?``
             for all others.
         rest: the word behind the operator.
-        at: the first character.
-        span: its place in the text.
+        unknown: stands for the value while that is unknown; it has the place of the whole.
     """
 
     name: str
     index: str
     operator: str
-    rest: "Word | None"
+    rest: "Word"
     quoted: bool
-    at: Char
-    span: tuple[int, int]
+    unknown: Char
 
 
 @dataclass
@@ -96,14 +94,11 @@ class Substitution:
 
     Attributes:
         body: the commands in it, if any.
-        text: the source text.
+        unknown: stands for the result; it has the place of the whole.
     """
 
     body: "Node | None"
-    text: str
-    quoted: bool
-    at: Char
-    span: tuple[int, int]
+    unknown: Char
 
 
 Word = list[Literal | Variable | Substitution]
@@ -114,20 +109,20 @@ Argument = tuple[Char, ...]
 
 @dataclass
 class Assignment:
-    """``NAME=VALUE``, ``NAME+=VALUE``, ``NAME=(VALUES)``.
+    """``NAME=VALUE``, ``NAME+=VALUE``, ``NAME[INDEX]=VALUE``, ``NAME=(VALUES)``.
 
     Attributes:
         name: name of the variable.
+        index: the text in brackets; empty if there are none.
         append: whether the value is appended to the variable's value.
         value: the text after ``=``; empty if it is in parentheses.
-        array: whether the variable is an array.
         items: the words in parentheses; None if there are no parentheses.
     """
 
     name: str
+    index: str
     append: bool
     value: Word
-    array: bool = False
     items: list[Word] | None = None
 
 

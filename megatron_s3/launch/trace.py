@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megatron_s3.launch import grammar, shell
 from megatron_s3.launch.expansion import Expansion, State
-from megatron_s3.launch.shell import Argument, Char, HereDocument, Node, ShellError, value
+from megatron_s3.launch.shell import UNKNOWN, Argument, Char, HereDocument, Node, ShellError, value
 
 __all__ = ["Command", "Trace", "trace"]
 
@@ -19,9 +19,8 @@ __all__ = ["Command", "Trace", "trace"]
 _STATES = 64
 _COMMANDS = 20_000
 _DEPTH = 12
-_ITEMS = 16
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
-_PRINTS = {"echo", "printf", "logger", "print"}
+_PRINTS = {"echo", "printf", "logger", "print", ":"}
 _WRITES = {"cat", "tee"}
 _READS = {*_SHELLS, "sbatch", "srun", "ssh", "qsub", "bsub", "salloc"}
 
@@ -42,7 +41,7 @@ class Command:
 
     @property
     def prints(self) -> bool:
-        """Whether it only prints its words."""
+        """Whether it only prints its words, or ignores them."""
         return value(self.words[0]).rpartition("/")[2] in _PRINTS
 
 
@@ -73,7 +72,7 @@ def trace(text: str, watched: Callable[[str], object], names: frozenset[str]) ->
     """
     tracer = _Tracer(watched, names)
     ends = tracer.run(grammar.parse(shell.characters(text)), [State()])
-    return Trace(tuple(tracer.commands), (*tracer.exits, *ends))
+    return Trace(tuple(tracer.commands), (*tracer.exits, *tracer.returns, *ends))
 
 
 def _decide(state: State, text: str, holds: bool) -> State:
@@ -85,6 +84,7 @@ class _Tracer(Expansion):
         self.watched, self.names = watched, names
         self.commands: list[Command] = []
         self.exits: list[State] = []
+        self.returns: list[State] = []
         self.depth = 0
 
     # Constructs.
@@ -121,7 +121,7 @@ class _Tracer(Expansion):
         ]
         return (
             tuple((n, t if n in self.names else self.watched(t)) for n, t in texts),
-            tuple(sorted(state.functions)),
+            (tuple(sorted(state.functions)), tuple(sorted(state.local))),
             None if state.parameters is None else tuple(map(value, state.parameters)),
         )
 
@@ -136,9 +136,8 @@ class _Tracer(Expansion):
         return [*states, *self._sequence(node, states)]
 
     def _subshell(self, node: Node, states: list[State]) -> list[State]:
-        exits = len(self.exits)
-        self._sequence(node, states)
-        del self.exits[exits:]
+        with self._apart():
+            self._sequence(node, states)
         return states
 
     def follow(self, node: Node, state: State) -> None:
@@ -170,19 +169,24 @@ class _Tracer(Expansion):
         return [*ended, *(self.run(bodies[0], states) if bodies else states)]
 
     def _loop(self, node: Node, states: list[State]) -> list[State]:
-        states = self.run(node.children[0], states)
-        return [*states, *self.run(node.children[1], states)]
+        condition, body = node.children
+        for _ in range(2):  # the second time with the variables that the body has set
+            states = self.run(condition, states)
+            states = [*states, *self.run(body, states)]
+        return states
 
     def _for(self, node: Node, states: list[State]) -> list[State]:
         ended: list[State] = []
         for state in states:
             items = [item for word in node.words for item in self.expand(word, state)]
+            if any(UNKNOWN in value(item) for item in items):
+                items *= 2  # there may be more of them
             ways = [state]
-            for item in items[:_ITEMS] if node.name else [()]:
-                if node.name:
-                    ways = [way.put(node.name, (item,), False) for way in ways]
-                ways = self.run(node.children[0], ways)
-            ended += ways or ([state] if not items else [])
+            for item in items:
+                ways = self.run(
+                    node.children[0], [way.put(node.name, (item,), False) for way in ways]
+                )
+            ended += ways
         return ended
 
     def _case(self, node: Node, states: list[State]) -> list[State]:
@@ -204,6 +208,8 @@ class _Tracer(Expansion):
         return [after for state in states for after in self._simple(node, state)]
 
     def _simple(self, node: Node, state: State) -> list[State]:
+        for each in (*node.words, *(given.value for given in node.assignments)):
+            state = self.with_defaults(each, state)
         words = [word for each in node.words for word in self.expand(each, state)]
         name = value(words[0]) if words else ""
         with_them = state
@@ -214,14 +220,20 @@ class _Tracer(Expansion):
         if name in grammar.DECLARE:
             names = {given.name for given in node.assignments}
             names |= {value(word) for word in words[1:] if not value(word).startswith("-")}
-            flags = {value(word) for word in words[1:]}
-            exports = name == "export" or any(re.match(r"-\w*x", flag) for flag in flags)
-            return [replace(with_them, exported=with_them.exported | (names if exports else set()))]
+            flags = "".join(t for t in map(value, words[1:]) if re.match(r"-\w", t))
+            exported = names if name == "export" or "x" in flags else set()
+            local = set() if name in ("export", "readonly") or "g" in flags else names
+            return [
+                replace(
+                    with_them,
+                    exported=with_them.exported | exported,
+                    local=with_them.local | local,
+                )
+            ]
         prefix = {given.name for given in node.assignments}
         seen = replace(with_them, exported=state.exported | prefix)
         if name in state.functions:
-            after = self._call(node, state.functions[name], words[1:], seen)
-            return [replace(each, exported=each.exported - prefix) for each in after]
+            return self._call(node, words, replace(seen, local=frozenset(prefix)), state)
         builtin = getattr(self, f"_do_{name}", None) if name.isalpha() else None
         if builtin:
             done: list[State] = builtin(node, words, state)
@@ -233,29 +245,27 @@ class _Tracer(Expansion):
         old = state.variables.get(given.name, ())
         if given.items is not None:
             found = tuple(item for word in given.items for item in self.expand(word, state))
-        elif given.array:
-            found = tuple(self.expand(given.value, state))
-        else:
-            found = (self.join(given.value, state),)
-            if given.append and old:
-                # An assignment to the first element of an array, as in the shell.
-                return state.put(
-                    given.name, (old[0] + found[0], *old[1:]), given.name in state.arrays
-                )
-        if given.append:
-            found = old + found
-        return state.put(given.name, found, given.array)
+            if any(re.match(r"\[[^]]*\]\+?=", value(item)) for item in found):  # ([3]=x)
+                return state.without(given.name)
+            return state.put(given.name, old + found if given.append else found, True)
+        new = self.join(given.value, state)
+        at = int(given.index or 0) if (given.index or "0").isdecimal() else len(old) + 1
+        if at > len(old):
+            return state.without(given.name)
+        if given.append and at < len(old):
+            new = old[at] + new
+        array = given.index != "" or given.name in state.arrays
+        return state.put(given.name, (*old[:at], new, *old[at + 1 :]), array)
 
     def _call(
-        self, node: Node, body: Node, arguments: Sequence[Argument], state: State
+        self, node: Node, words: Sequence[Argument], state: State, before: State
     ) -> list[State]:
-        exits = len(self.exits)
+        outer, self.returns = self.returns, []
+        body = state.functions[value(words[0])]
         with self._deeper("functions", node):
-            ended = self.run(body, [replace(state, parameters=tuple(arguments))])
-        returned = [each for each in self.exits[exits:] if each.variables.get("?return")]
-        self.exits[exits:] = [e for e in self.exits[exits:] if not e.variables.get("?return")]
-        after = [*ended, *(each.without("?return") for each in returned)]
-        return [replace(each, parameters=state.parameters) for each in after]
+            ended = self.run(body, [replace(state, parameters=tuple(words[1:]))])
+        ended, self.returns = [*ended, *self.returns], outer
+        return [each.returned(before) for each in ended]
 
     def _start(self, node: Node, words: list[Argument], state: State) -> None:
         texts = [value(word) for word in words]
@@ -295,9 +305,8 @@ class _Tracer(Expansion):
 
     def _inner(self, text: Sequence[Char], state: State, node: Node) -> None:
         """Follows a script inside a word or a here-document that a program runs."""
-        exits = len(self.exits)
-        self._script(text, replace(state, parameters=None), node, "in this text")
-        del self.exits[exits:]
+        with self._apart():
+            self._script(text, replace(state, parameters=None), node, "in this text")
 
     def _script(self, text: Sequence[Char], state: State, node: Node, which: str) -> list[State]:
         """Returns the states after the commands of a text."""
@@ -310,6 +319,14 @@ class _Tracer(Expansion):
                         f"the commands {which} cannot be read ({error})", node.at
                     ) from error
                 return [state]
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Follows another process, whose end is none of this script."""
+        outer = self.exits, self.returns
+        self.exits, self.returns = [], []
+        yield
+        self.exits, self.returns = outer
 
     @contextlib.contextmanager
     def _deeper(self, what: str, node: Node) -> Iterator[None]:
@@ -326,7 +343,7 @@ class _Tracer(Expansion):
         return []
 
     def _do_return(self, node: Node, words: list[Argument], state: State) -> list[State]:
-        self.exits.append(state.put("?return", ((Char("1", 0, 0),),), False))
+        self.returns.append(state)
         return []
 
     def _do_exec(self, node: Node, words: list[Argument], state: State) -> list[State]:
@@ -357,7 +374,7 @@ class _Tracer(Expansion):
 
     def _do_unset(self, node: Node, words: list[Argument], state: State) -> list[State]:
         for word in words[1:]:
-            state = state.without(value(word))
+            state = state.without(value(word).partition("[")[0])  # NAME[INDEX]
         return [state]
 
     _do_read = _do_mapfile = _do_readarray = _do_getopts = _do_unset

@@ -1,9 +1,10 @@
 """The words of a shell script: quotes, escapes, expansions and here-documents."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_s3.launch.shell import (
+    UNKNOWN,
     Char,
     HereDocument,
     Literal,
@@ -17,10 +18,20 @@ from megatron_s3.launch.shell import (
 
 __all__ = ["META", "OPERATORS", "Words"]
 
-_BLANK = " \t"
+OPERATORS = ("&&", "||", ";;&", ";;", ";&", "|&", "&>>", "&>", "&", "|", ";", "(", ")", "\n")
 #: Characters that end a word.
 META = " \t\n;&|()<>"
-OPERATORS = ("&&", "||", ";;&", ";;", ";&", "|&", "&>>", "&>", "&", "|", ";", "(", ")", "\n")
+_BLANKS = re.compile(rf"(?:[ \t]|\\\n|(?<![^{META}])#.*)*")
+_TOKEN = re.compile(rf"{'|'.join(map(re.escape, OPERATORS))}|[^\s;&|()<>'\"\\$`]+(?=[{META}]|\Z)")
+_PLAIN = re.compile(r"[\w./=,:%@+-]+")
+_SINGLE_QUOTED = re.compile(r"'([^']*)'")
+_ANSI_QUOTED = re.compile(r"\$'((?:[^'\\]|\\.)*)'", re.DOTALL)
+_BACKTICKS = re.compile(r"`((?:[^`\\]|\\.)*)`", re.DOTALL)
+# What a character behind a backslash stands for; the codes of characters are not read.
+_IN_BACKTICKS = {c: c for c in "$`\\"}
+_IN_ANSI = {c: c for c in "\\'\""} | {"n": "\n", "t": "\t"} | dict.fromkeys("cuUx01234567", UNKNOWN)
+_PARAMETER = re.compile(r"\$([A-Za-z_]\w*|[0-9@*#?$!-])")
+_IN_BRACES = re.compile(r"([A-Za-z_]\w*|\d+|[@*])(?:\[([^]]*)\])?(:?[-=+])?")
 
 
 class Words:
@@ -53,30 +64,21 @@ class Words:
 
     # Tokens.
 
+    def skip(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """Consumes what the pattern matches at the current position, if anything."""
+        found = pattern.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return found
+
     def blank(self) -> None:
         """Skips blanks, continued lines and comments."""
-        while self.at < len(self.text):
-            if self.text[self.at] in _BLANK:
-                self.at += 1
-            elif self.text.startswith("\\\n", self.at):
-                self.at += 2
-            elif self.text[self.at] == "#" and (
-                not self.at or self.text[self.at - 1] in META or self.text[self.at - 1] == "\n"
-            ):
-                end = self.text.find("\n", self.at)
-                self.at = len(self.text) if end < 0 else end
-            else:
-                return
+        self.skip(_BLANKS)
 
     def peek(self) -> str:
         """Returns the next operator or reserved word; "" for another word or the end."""
         self.blank()
-        for operator in OPERATORS:
-            if self.text.startswith(operator, self.at):
-                return operator
-        found = re.compile(r"[^\s;&|()<>'\"\\$`]+").match(self.text, self.at)
-        ends = found and (found.end() == len(self.text) or self.text[found.end()] in META)
-        return found[0] if found and ends else ""
+        found = _TOKEN.match(self.text, self.at)
+        return found[0] if found else ""
 
     def take(self, token: str) -> None:
         """Consumes an operator or a reserved word, which must be there."""
@@ -107,185 +109,120 @@ class Words:
     def word(self) -> Word:
         """Reads the next word; the list is empty if there is none."""
         self.blank()
-        return self.parts(lambda c: c in META)
+        return self.parts(META)
 
-    def parts(self, ends: Callable[[str], bool]) -> Word:
-        """Reads a word up to a character that ends it."""
+    def parts(self, ends: str, quoted: bool = False) -> Word:
+        """Reads up to one of the characters ``ends``, or to the end of the text.
+
+        Args:
+            ends: the characters; "" for a here-document.
+            quoted: whether the text is in double quotes or in a here-document.
+        """
         parts: Word = []
+        escapes = "$`\\" + ends + ('"' if ends else "")
         while self.at < len(self.text):
-            c = self.text[self.at]
-            if self.text.startswith("\\\n", self.at):
-                self.at += 2
-            elif c in "<>" and self.text.startswith("(", self.at + 1):
-                parts.append(self.substitution(False))
-            elif ends(c):
-                break
-            elif c == "\\":
-                parts.append(Literal(self.chars[self.at + 1 : self.at + 2], True))
-                self.at += 2
-            elif c == "'":
-                end = self.text.find("'", self.at + 1)
-                if end < 0:
-                    raise self.error("a quote is not closed")
-                parts.append(Literal(self.chars[self.at + 1 : end], True))
-                self.at = end + 1
-            elif c == "$" and self.text.startswith("$'", self.at):
-                parts.append(self.ansi())
-            elif c == '"' or self.text.startswith('$"', self.at):
-                self.at += 1 if c == '"' else 2
-                parts += [Literal([], True), *self.double_quoted('"')]
-                self.at += 1
-            elif c in "$`":
-                parts.append(self.expansion(False))
-            else:
-                self.literal(parts, False)
-        return parts
-
-    def literal(self, parts: Word, quoted: bool) -> None:
-        """Reads a literal character."""
-        char = self.chars[self.at]
-        last = parts[-1] if parts else None
-        if isinstance(last, Literal) and last.quoted == quoted and last.chars:
-            last.chars.append(char)
-        else:
-            parts.append(Literal([char], quoted))
-        self.at += 1
-
-    def ansi(self) -> Literal:
-        """Reads ``$'...'``."""
-        chars = []
-        start = self.at
-        self.at += 2
-        escapes = {"n": "\n", "t": "\t"}
-        while not self.text.startswith("'", self.at):
-            if self.at >= len(self.text):
-                self.at = start
-                raise self.error("a quote is not closed")
-            char = self.chars[self.at]
-            if char.c == "\\" and self.at + 1 < len(self.text):
-                self.at += 1
-                end = self.chars[self.at]
-                char = char._replace(c=escapes.get(end.c, end.c), end=end.end)
-            chars.append(char)
-            self.at += 1
-        self.at += 1
-        return Literal(chars, True)
-
-    def double_quoted(self, end: str | None) -> Word:
-        """Reads up to the character ``end``, or to the end of the text if None."""
-        parts: Word = []
-        start = self.at
-        while end is None or not self.text.startswith(end, self.at):
-            if self.at >= len(self.text):
-                if end is None:
-                    break
-                self.at = start
-                raise self.error("a quote is not closed")
             c, following = self.text[self.at], self.text[self.at + 1 : self.at + 2]
-            if c == "\\" and following == "\n":
+            if c in "<>" and following == "(" and not quoted:
+                parts.append(self.substitution())
+            elif c in ends:
+                break
+            elif c == "\\" and following == "\n":
                 self.at += 2
-            elif c == "\\" and following and following in '$`\\"' and (end or following != '"'):
+            elif c == "\\" and (not quoted or (following and following in escapes)):
+                start, escaped = self.chars[self.at].start, self.chars[self.at + 1 : self.at + 2]
+                parts.append(Literal([char._replace(start=start) for char in escaped], True))
+                self.at += 2
+            elif c == "'" and not quoted:
+                parts.append(Literal(self.inside(_SINGLE_QUOTED, "a quote is not closed"), True))
+            elif c == "$" and following == "'" and not quoted:
+                chars = self.inside(_ANSI_QUOTED, "a quote is not closed")
+                parts.append(Literal(_unescaped(chars, _IN_ANSI), True))
+            elif c == "$" and following == '"' and not quoted:
                 self.at += 1
-                escaped = self.chars[self.at]
-                self.chars[self.at] = escaped._replace(start=self.chars[self.at - 1].start)
-                self.literal(parts, True)
+            elif c == '"' and ends:
+                parts += self.double_quoted()
             elif c in "$`":
-                parts.append(self.expansion(True))
+                parts.append(self.expansion(quoted))
             else:
-                self.literal(parts, True)
+                start = self.at
+                if not self.skip(_PLAIN):
+                    self.at += 1
+                parts.append(Literal(self.chars[start : self.at], quoted))
         return parts
+
+    def inside(self, pattern: re.Pattern[str], what: str) -> list[Char]:
+        """Reads a text in quotes, and returns the characters between them."""
+        found = self.skip(pattern)
+        if not found:
+            raise self.error(what)
+        return self.chars[found.start(1) : found.end(1)]
+
+    def close(self, end: str, start: int, what: str) -> None:
+        """Consumes the character that closes what begins at ``start``."""
+        if not self.text.startswith(end, self.at):
+            self.at = start
+            raise self.error(what)
+        self.at += 1
+
+    def double_quoted(self) -> Word:
+        """Reads ``"..."``."""
+        start = self.at
+        self.at += 1
+        parts = self.parts('"', True)
+        self.close('"', start, "a quote is not closed")
+        return parts or [Literal([], True)]
 
     def expansion(self, quoted: bool) -> Literal | Variable | Substitution:
         """Reads an expansion that begins with ``$`` or a backtick."""
-        at = self.chars[self.at]
-        if at.c == "`":
-            end = self.at + 1
-            while end < len(self.text) and self.text[end] != "`":
-                end += 2 if self.text[end] == "\\" else 1
-            if end >= len(self.text):
-                raise self.error("a backtick is not closed")
-            start, self.at = self.at, end + 1
-            body = type(self)(self.chars[start + 1 : end]).script()
-            return self.substituted(body, start, quoted)
-        if self.text.startswith("$((", self.at):
-            return self.arithmetic(quoted)
-        if self.text.startswith("$(", self.at):
-            return self.substitution(quoted)
-        if self.text.startswith("${", self.at):
+        start = self.at
+        if self.text.startswith("`", start):
+            chars = self.inside(_BACKTICKS, "a backtick is not closed")
+            body = type(self)(_unescaped(chars, _IN_BACKTICKS)).script()
+            return Substitution(body, self.unknown(start))
+        if self.text.startswith(("$((", "$["), start):
+            self.arithmetic("()" if self.text.startswith("$(", start) else "[]")
+            return Substitution(None, self.unknown(start))
+        if self.text.startswith("$(", start):
+            return self.substitution()
+        if self.text.startswith("${", start):
             return self.braces(quoted)
-        name = re.compile(r"[A-Za-z_]\w*|[0-9@*#?$!-]").match(self.text, self.at + 1)
-        if not name:
+        found = self.skip(_PARAMETER)
+        if not found:
             self.at += 1
-            return Literal([at], quoted)
-        self.at = name.end()
-        span = (at.start, self.chars[self.at - 1].end)
-        index = name[0] if name[0] in "@*" else ""
-        return Variable("@" if index else name[0], index, "", None, quoted, at, span)
+            return Literal(self.chars[start : self.at], quoted)
+        return self.variable(found[1], "", "", [], quoted, start)
 
     def braces(self, quoted: bool) -> Variable:
         """Reads ``${...}``."""
         start = self.at
-        at = self.chars[start]
         self.at += 2
-        found = re.compile(r"([A-Za-z_]\w*|\d+|[@*])(\[([^]]*)\])?").match(self.text, self.at)
-        if found:
-            self.at = found.end()
-        name = found[1] if found else "?"
-        index = (found[3] or "") if found else ""
-        if name in ("@", "*"):
-            name, index = "@", name
-        following = re.compile(r":?[-=+]").match(self.text, self.at) if found else None
-        operator = following[0] if following else "" if found else "?"
-        self.at += len(following[0]) if following else 0
+        found = self.skip(_IN_BRACES)
+        name, index, operator = found.groups("") if found else ("?", "", "?")
         if not operator and not self.text.startswith("}", self.at):
             operator = "?"
-        rest: Word = []
-        while not self.text.startswith("}", self.at):
-            if self.at >= len(self.text):
-                self.at = start
-                raise self.error("${ is not closed")
-            if quoted:
-                part = self.at
-                rest += self.quoted_rest()
-                if self.at == part:
-                    break
-            else:
-                rest += self.parts(lambda c: c == "}")
-        self.at += 1
-        span = (at.start, self.chars[self.at - 1].end)
-        return Variable(name, index, operator, rest or None, quoted, at, span)
+        rest = self.parts("}", quoted)
+        self.close("}", start, "${ is not closed")
+        return self.variable(name, index, operator, rest, quoted, start)
 
-    def quoted_rest(self) -> Word:
-        """Reads up to ``}`` in ``"${NAME:-"``, and removes quotes."""
-        parts: Word = []
-        while self.at < len(self.text) and self.text[self.at] != "}":
-            if self.text[self.at] == '"':
-                self.at += 1
-                parts += [Literal([], True), *self.double_quoted('"')]
-                self.at += 1
-            elif self.text[self.at] in "$`":
-                parts.append(self.expansion(True))
-            else:
-                self.literal(parts, True)
-        return parts
+    def variable(
+        self, name: str, index: str, operator: str, rest: Word, quoted: bool, start: int
+    ) -> Variable:
+        """Returns a variable that was read."""
+        if name in "@*":
+            name, index = "@", name
+        return Variable(name, index, operator, rest, quoted, self.unknown(start))
 
-    def arithmetic(self, quoted: bool) -> Substitution:
-        """Reads ``$((...))``, whose value is unknown."""
-        start = self.at
-        self.at += 1
+    def arithmetic(self, brackets: str = "()") -> None:
+        """Skips ``((...))`` or ``[...]``, and the ``$`` before it."""
         depth = 0
-        while self.at < len(self.text):
-            c = self.text[self.at]
-            depth += (c == "(") - (c == ")")
-            self.at += 1
+        for found in re.compile(f"[{re.escape(brackets)}]").finditer(self.text, self.at):
+            depth += 1 if found[0] == brackets[0] else -1
             if not depth:
-                break
-        if depth:
-            self.at = start
-            raise self.error("$(( is not closed")
-        return self.substituted(None, start, quoted)
+                self.at = found.end()
+                return
+        raise self.error("$(( is not closed")
 
-    def substitution(self, quoted: bool) -> Substitution:
+    def substitution(self) -> Substitution:
         """Reads ``$(...)``, or ``<(...)``."""
         start = self.at
         waiting, self.waiting = self.waiting, []
@@ -293,9 +230,25 @@ class Words:
         body = self.sequence((")",))
         self.take(")")
         self.waiting = waiting
-        return self.substituted(body, start, quoted)
+        return Substitution(body, self.unknown(start))
 
-    def substituted(self, body: Node | None, start: int, quoted: bool) -> Substitution:
-        """Returns a substitution that was read, starting at ``start``."""
-        at, text = self.chars[start], self.text[start : self.at]
-        return Substitution(body, text, quoted, at, (at.start, self.chars[self.at - 1].end))
+    def unknown(self, start: int) -> Char:
+        """Returns the character for the unknown value of an expansion that was read."""
+        first, last = self.chars[start], self.chars[self.at - 1]
+        return Char(UNKNOWN, first.start, last.end, first.via, self.text[start : self.at])
+
+
+def _unescaped(chars: Sequence[Char], escapes: dict[str, str]) -> list[Char]:
+    """Returns characters without the backslashes before characters in ``escapes``."""
+    found = []
+    rest = iter(chars)
+    for char in rest:
+        if char.c == "\\":
+            quoted = next(rest)
+            if quoted.c in escapes:
+                char = char._replace(c=escapes[quoted.c], end=quoted.end, name=f"\\{quoted.c}")
+            else:
+                found.append(char)
+                char = quoted
+        found.append(char)
+    return found

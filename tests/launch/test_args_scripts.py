@@ -202,6 +202,88 @@ CASES = {
             for host in "ab"
         ],
     ),
+    "a variable of a function": (
+        "LR=3e-4\nwarm() { local LR=1e-5; python warm.py --rate $LR; }\nwarm\n"
+        "torchrun t.py --lr $LR --weight-decay 0.1",
+        [
+            "python warm.py --rate 1e-5",
+            "torchrun -m megatron_s3 t.py --lr 3e-3 --optimizer s3 --weight-decay 0.01",
+        ],
+    ),
+    "a variable for one call of a function": (
+        "LR=3e-4\nwarm() { python warm.py --rate $LR; }\nLR=1e-5 warm\n"
+        "torchrun t.py --lr $LR --weight-decay 0.1",
+        [
+            "python warm.py --rate 1e-5",
+            "torchrun -m megatron_s3 t.py --lr 3e-3 --optimizer s3 --weight-decay 0.01",
+        ],
+    ),
+    "a loop over many rates": (
+        f"for LR in {' '.join(f'{n}e-{k}' for k in (5, 6) for n in range(1, 10))}; do\n"
+        "  torchrun t.py --lr $LR --weight-decay 0.1\ndone",
+        [
+            f"torchrun -m megatron_s3 t.py --lr {n}e-{k} --optimizer s3 --weight-decay 0.01"
+            for k in (4, 5)
+            for n in range(1, 10)
+        ],
+    ),
+    "a rate that a loop changes": (
+        "N=0 LR=1e-4\nwhile [ $N -lt 2 ]; do\n  torchrun t.py --lr $LR --weight-decay 0.1\n"
+        "  LR=3e-4 N=$((N + 1))\ndone",
+        [
+            "torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01",
+            "torchrun -m megatron_s3 t.py --lr 3e-3 --optimizer s3 --weight-decay 0.01",
+        ],
+    ),
+    "a rate that a loop over unknown names changes": (
+        "LR=1e-4\nfor NAME in $(echo a b); do\n  torchrun t.py --lr $LR --weight-decay 0.1\n"
+        "  LR=3e-4\ndone",
+        [
+            "torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01",
+            "torchrun -m megatron_s3 t.py --lr 3e-3 --optimizer s3 --weight-decay 0.01",
+        ],
+    ),
+    "a default that is set": (
+        ': "${LR:=1e-4}"\ntorchrun t.py --lr $LR --weight-decay ${WD:=0.1}',
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "an alternative for an empty variable": (
+        "DEBUG=\ntorchrun t.py --lr 1e-4 ${DEBUG:+--weight-decay 0.1}",
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.001"],
+    ),
+    "quotes that are cut off": (
+        'NAME=${1:-a}\nNAME="${NAME%\\"}"\nNAME="${NAME#\\"}"\n'
+        "torchrun t.py --lr 1e-4 --weight-decay 0.1",
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "an element of an array is set": (
+        'A=(--lr 1e-4 --weight-decay 0.1)\nA[1]=2e-4\ntorchrun t.py "${A[@]}"',
+        ["torchrun -m megatron_s3 t.py --optimizer s3 --lr 2e-3 --weight-decay 0.01"],
+    ),
+    "an empty array before the program": (
+        'EXTRA=()\npython "${EXTRA[@]}" train --lr 1e-4 --weight-decay 0.1',
+        ["python -m megatron_s3 train --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "a command that is timed": (
+        "time -p torchrun t.py --lr 1e-4 --weight-decay 0.1",
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "backticks in backticks": (
+        "OUT=`echo \\`torchrun t.py --lr 1e-4 --weight-decay 0.1\\``",
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "a function that is given a command": (
+        'run() { echo "$*"; bash -c "$*"; }\nrun torchrun t.py --lr 1e-4 --weight-decay 0.1',
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "computed numbers": (
+        "torchrun t.py --seed $[ (1 + 2) * 3 ] --lr 1e-4 --weight-decay 0.1",
+        ["torchrun -m megatron_s3 t.py --seed 9 --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
+    "a test with brackets in quotes": (
+        'if [[ "$1" != "a ]] b" ]]; then torchrun t.py --lr 1e-4 --weight-decay 0.1; fi',
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
 }
 
 
@@ -281,6 +363,14 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
         ),
         ("deepspeed t.py --lr 1e-4", "t.py is started by deepspeed"),
         ("while read L; do torchrun t.py --lr $L; done < rates", r"--lr \$L is not a number"),
+        (
+            "A=([0]=--lr [1]=1e-4)\ntorchrun t.py ${A[@]} --weight-decay 0.1",
+            "line 1: no command in this text takes this --lr",
+        ),
+        (
+            "A=(--lr 1e-4 --lr 2)\nunset 'A[3]'\ntorchrun t.py ${A[@]} --weight-decay 0.1",
+            "line 1: no command in this text takes this --lr",
+        ),
         ("$(cat cmd) --lr 1e-4", "is given --lr, but this text does not show"),
     ],
 )

@@ -88,7 +88,7 @@ def _check(config: Config, words: list[str]) -> argparse.Namespace:
             if re.search(rf"(?<![\w-])(--)?{name.replace('_', '[-_ ]')}(?![\w-])", str(error))
         ]
         named += [
-            f"{name}={value} ({config.origins.get(f'launch.environment.{name}', 'a default')})"
+            f"{name}={value} ({config.where(f'launch.environment.{name}')})"
             for name, value in config.launch.environment.items()
             if name in str(error)
         ]
@@ -108,25 +108,16 @@ def arithmetic(config: Config) -> dict[str, int]:
     Raises:
         ConfigError: a number does not divide; the message names the lines and numbers that would.
     """
-    tensor, pipeline, context = (
-        whole(config, f"{kind}_parallel_size", 1)
-        for kind in ("tensor_model", "pipeline_model", "context")
-    )
+    sizes = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")]
+    tensor, pipeline, context = (whole(config, size, 1) for size in sizes)
     world = config.world_size
     model = tensor * pipeline * context
     layout = f"tensor {tensor} x pipeline {pipeline} x context {context}"
     if world % model:
-        places = {
-            config.where(f"{kind}_parallel_size")
-            for kind in ("tensor_model", "pipeline_model", "context")
-            if f"{kind}_parallel_size" in config.arguments
-        } | {
-            str(config.origins[key])
-            for key in ("launch.nodes", "launch.nproc_per_node")
-            if key in config.origins
-        }
+        given = [f"arguments.{size}" for size in sizes] + ["launch.nodes", "launch.nproc_per_node"]
+        places = sorted({config.where(key) for key in given if key in config.origins})
         raise ConfigError(
-            f"{', '.join(sorted(places))}: {config.launch.nodes} nodes x "
+            f"{', '.join(places)}: {config.launch.nodes} nodes x "
             f"{config.launch.nproc_per_node} ranks = {world} ranks do not divide by {layout} = "
             f"{model}; use a multiple of {model}, or another layout"
         )
@@ -223,7 +214,7 @@ def refuse_missing_gpus(config: Config) -> None:
         raise ConfigError(
             f"torch finds {there} GPUs on this node, and the configuration needs "
             f"{config.launch.nproc_per_node} (launch.nproc_per_node, "
-            f"{config.origins.get('launch.nproc_per_node', 'a default')}; plugin_device cuda, "
+            f"{config.where('launch.nproc_per_node')}; plugin_device cuda, "
             f"{config.where('plugin_device')}); set plugin_device=cpu to train without GPUs"
         )
 

@@ -58,11 +58,7 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
 
 
 def torchrun(config: Config, words: list[str]) -> list[str]:
-    """Returns the command that starts this node's ranks.
-
-    Raises:
-        ConfigError: the SLURM job has another number of nodes, or does not name the first node.
-    """
+    """Returns the command that starts this node's ranks."""
     launch = config.launch
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += [f"--nproc-per-node={launch.nproc_per_node}"]

@@ -48,9 +48,13 @@ COPY = "# A copy for a job; behind each value, its original place."
 
 
 _SECTIONS = ("arguments", "derived", "launch", "array")
-
-
+#: Keys of the section launch that hold keys of their own.
 _TABLES = ("environment", "sbatch")
+
+#: A value and its place.
+Setting = tuple[Value, Origin]
+#: Settings by ``dataset`` or ``SECTION.KEY``.
+Settings = dict[str, Setting]
 
 
 def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
@@ -64,27 +68,19 @@ def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming file, line, reason and remedy.
     """
-    merged: dict[str, tuple[Value, Origin]] = {}
+    merged: Settings = {}
     for name in files:
         _read(*find(name), merged, ())
     for word in sets:
-        read: dict[str, tuple[Value, Origin]] = {}
-        _set(word, read)
-        _replace_optimizer(merged, read)
-        merged |= read
+        _override(merged, dict([_set(word)]))
     return _resolve(name_of(files[0]), merged)
 
 
-def _read(
-    path: Path, shown: str, merged: dict[str, tuple[Value, Origin]], within: tuple[Path, ...]
-) -> None:
-    """Merges a file, after those that it extends."""
-    real = path.resolve()
-    if real in within:
-        raise ConfigError(f"{shown}: extends itself through {within[-1].name}")
+def _composed(path: Path, shown: str) -> tuple[str, yaml.Node | None]:
+    """Returns the text of a file and its YAML; None if it is empty."""
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return text, yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown}: cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
@@ -92,6 +88,14 @@ def _read(
         raise ConfigError(f"{shown}:{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{shown}: not valid YAML: {error}") from error
+
+
+def _read(path: Path, shown: str, merged: Settings, within: tuple[Path, ...]) -> None:
+    """Merges a file, after those that it extends."""
+    real = path.resolve()
+    if real in within:
+        raise ConfigError(f"{shown}: extends itself through {within[-1].name}")
+    text, root = _composed(path, shown)
     if root is None:
         return
     entries = list(_entries(root, shown, "the file"))
@@ -107,25 +111,38 @@ def _read(
                     raise ConfigError(f"{origin}: {key}: {error}") from None
                 # The run that an overlay is meant for may contain the same overlay.
                 _read(target, name, merged, within if key == "over" else (*within, real))
-    read: dict[str, tuple[Value, Origin]] = {}
+    read: Settings = {}
     for key, node, origin in entries:
-        if key not in ("extends", "over"):
-            _add(key, node, origin, read)
+        _known(key, ("extends", "over", *_SECTIONS, "dataset"), origin, "key")
+        if key == "dataset":
+            read[key] = (_value(node, origin, key), origin)
+        elif key in _SECTIONS:
+            read |= dict(_section(key, node, origin.source))
     if text.startswith(COPY):
         lines = text.split("\n")
         read = {k: (v, _given_at(lines[o.line - 1], o)) for k, (v, o) in read.items()}
-    _replace_optimizer(merged, read)
+    _override(merged, read)
+
+
+def _section(section: str, node: yaml.Node, shown: str) -> Iterator[tuple[str, Setting]]:
+    """Yields the settings of a section of a file, with their keys."""
+    for name, inner, origin in _entries(node, shown, section):
+        if section == "launch" and name in _TABLES:
+            for entry, value, place in _entries(inner, shown, f"launch.{name}"):
+                yield f"launch.{name}.{entry}", (_value(value, place, entry), place)
+        else:
+            yield _key(section, name, origin), (_value(inner, origin, name), origin)
+
+
+def _override(merged: Settings, read: Settings) -> None:
+    """Merges later settings; the flags of an optimizer that they replace are removed and logged."""
+    key = "arguments.optimizer"
+    if key in read and key in merged and read[key][0] != merged[key][0]:
+        _remove_flags(merged, merged[key][0], *read[key])
     merged |= read
 
 
-def _replace_optimizer(
-    merged: dict[str, tuple[Value, Origin]], read: dict[str, tuple[Value, Origin]]
-) -> None:
-    """Removes the flags of an optimizer that was replaced, and logs them."""
-    key = "arguments.optimizer"
-    if key not in read or key not in merged or read[key][0] == merged[key][0]:
-        return
-    (new, origin), (old, _) = read[key], merged[key]
+def _remove_flags(merged: Settings, old: Value, new: Value, origin: Origin) -> None:
     # If --set gives flags of another optimizer, that is a contradiction, and the check rejects it.
     owned = [
         name
@@ -172,9 +189,10 @@ def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml
 
 
 def _value(node: yaml.Node, origin: Origin, key: str) -> Value:
-    """Returns a scalar as it is written (3e-3 stays 3e-3), a bool, None, or a list."""
+    """Returns a scalar as it is written (3e-3 stays 3e-3), a bool, None, or a list of words."""
     if isinstance(node, yaml.SequenceNode):
-        return [str(_value(item, origin, key)) for item in node.value]
+        items = (_value(item, origin, key) for item in node.value)
+        return ["null" if item is None else str(item) for item in items]
     if not isinstance(node, yaml.ScalarNode):
         raise ConfigError(f"{origin}: {key} must be a value or a list, not a mapping")
     if node.tag == "tag:yaml.org,2002:null":
@@ -192,24 +210,12 @@ def _known(key: str, known: Iterable[str], origin: Origin, what: str) -> None:
     raise ConfigError(f"{origin}: unknown {what} {key!r}; {hint}")
 
 
-def _add(
-    key: str, node: yaml.Node, origin: Origin, merged: dict[str, tuple[Value, Origin]]
-) -> None:
-    _known(key, ("extends", "over", *_SECTIONS, "dataset"), origin, "key")
-    if key == "dataset":
-        merged[key] = (_value(node, origin, key), origin)
-        return
-    for name, value, place in _entries(node, origin.source, key):
-        if key == "launch" and name in _TABLES:
-            for entry, inner, at in _entries(value, origin.source, f"launch.{name}"):
-                merged[f"launch.{name}.{entry}"] = (_value(inner, at, entry), at)
-            continue
-        _put(key, name, _value(value, place, name), place, merged)
+def _key(section: str, name: str, origin: Origin) -> str:
+    """Returns the key of a setting, under its present name.
 
-
-def _put(
-    section: str, name: str, value: Value, origin: Origin, merged: dict[str, tuple[Value, Origin]]
-) -> None:
+    Raises:
+        ConfigError: the section has no such key.
+    """
     if section == "derived":
         _known(name, DERIVED, origin, "derived value")
     elif section == "launch":
@@ -219,10 +225,11 @@ def _put(
         if (new := RENAMED.get(name)) is not None:
             tell_once(renamed(f"{origin}: {name}", new))
             name = new
-    merged[f"{section}.{name}"] = (value, origin)
+    return f"{section}.{name}"
 
 
-def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
+def _set(word: str) -> tuple[str, Setting]:
+    """Returns the key of a word of ``--set``, its value, and its place."""
     key, equals, text = word.partition("=")
     origin = Origin(word)
     if not equals or not key:
@@ -235,48 +242,42 @@ def _set(word: str, merged: dict[str, tuple[Value, Origin]]) -> None:
         raise ConfigError(f"{origin}: not a valid YAML value: {problem}") from error
     value = None if node is None else _value(node, origin, key)
     section, dot, name = key.partition(".")
-    if key == "dataset":
-        merged[key] = (value, origin)
-    elif not dot:
-        _put("arguments", key, value, origin, merged)
-    elif section not in _SECTIONS:
+    if not dot and key != "dataset":
+        key = _key("arguments", key, origin)
+    elif dot and section not in _SECTIONS:
         raise ConfigError(f"{origin}: unknown section {section!r}; known: {', '.join(_SECTIONS)}")
-    elif section == "launch" and name.split(".")[0] in _TABLES:
-        if "." not in name:
-            raise ConfigError(f"{origin}: must have the form launch.{name}.NAME=VALUE")
-        merged[key] = (value, origin)
-    else:
-        _put(section, name, value, origin, merged)
+    elif section == "launch" and name in _TABLES:
+        raise ConfigError(f"{origin}: must have the form launch.{name}.NAME=VALUE")
+    elif dot and not (section == "launch" and name.split(".")[0] in _TABLES):
+        key = _key(section, name, origin)
+    return key, (value, origin)
 
 
-def _resolve(name: str, merged: dict[str, tuple[Value, Origin]]) -> Config:
+def _resolve(config: str, merged: Settings) -> Config:
     arguments: dict[str, str | bool | list[str]] = {}
     origins: dict[str, Origin] = {}
     launch = Launch()
     array: dict[str, list[str]] = {}
     dataset = None
     for key, (value, origin) in merged.items():
-        section, _, rest = key.partition(".")
-        table, _, option = rest.partition(".")
-        if section == "launch" and table == "sbatch" and value in (None, False):
-            launch.sbatch[option] = None
-            origins[key] = origin
+        section, _, name = key.partition(".")
+        if name.startswith("sbatch.") and value in (None, False):
+            launch.sbatch[name.removeprefix("sbatch.")] = None
+        elif value is None or (value is False and section == "arguments"):
             continue
-        if value is None or (value is False and section == "arguments"):
-            continue
-        if section == "arguments":
-            arguments[rest] = value
+        elif section == "arguments":
+            arguments[name] = value
         elif section == "array":
-            array[rest] = value if isinstance(value, list) else [str(value)]
+            array[name] = value if isinstance(value, list) else [str(value)]
         elif section == "launch":
-            _set_launch(launch, rest, value, origin)
+            _set_launch(launch, name, value, origin)
         elif key == "dataset":
             if not isinstance(value, str):
                 raise ConfigError(f"{origin}: dataset must be a prefix that megatron-s3 data wrote")
             dataset = value
         origins[key] = origin
     derived = _derive(arguments, merged, origins)
-    return Config(name, arguments, launch, derived, array, dataset, origins)
+    return Config(config, arguments, launch, derived, array, dataset, origins)
 
 
 def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
@@ -299,7 +300,7 @@ def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
 
 def _derive(
     arguments: dict[str, Any],
-    merged: dict[str, tuple[Value, Origin]],
+    merged: Settings,
     origins: dict[str, Origin],
 ) -> dict[str, str]:
     """Adds the derived arguments; returns the factors of those that are not given explicitly."""

@@ -85,7 +85,8 @@ def _rows(configs: list[tuple[str, Config]]) -> list[tuple[str, ...]]:
             parameters[model] = _parameters(config, args)
         tokens = shape["global_batch_size"] * args.seq_length * steps
         if config.array:
-            name += f" ({', '.join(config.array)}: {', '.join(*config.array.values())})"
+            each = (f"{key}: {', '.join(values)}" for key, values in config.array.items())
+            name += f" ({'; '.join(each)})"
         rows.append(
             (
                 name,

@@ -260,10 +260,10 @@ def _alone(config: Config, run_dir: Path) -> Iterator[dict[str, str]]:
 def _check_job(config: Config, dry_run: bool) -> None:
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "0"))
     if nodes and nodes != config.launch.nodes:
-        where = config.origins.get("launch.nodes", "a default")
         raise ConfigError(
-            f"launch.nodes is {config.launch.nodes} ({where}), but the SLURM job has {nodes} "
-            f"nodes; submit with --nodes={config.launch.nodes}, or --set launch.nodes={nodes}"
+            f"launch.nodes is {config.launch.nodes} ({config.where('launch.nodes')}), but the "
+            f"SLURM job has {nodes} nodes; submit with --nodes={config.launch.nodes}, or --set "
+            f"launch.nodes={nodes}"
         )
     if config.launch.nodes > 1 and not dry_run:
         missing = [name for name in MEETING.values() if name not in os.environ]

@@ -209,7 +209,7 @@ def _signal(config: Config) -> int:
         return 0
     _, at, seconds = given.partition("@")
     if at and not seconds.isdecimal():
-        where = config.origins.get("launch.sbatch.signal", "launch.sbatch.signal")
+        where = config.where("launch.sbatch.signal")
         raise ConfigError(f"{where}: signal must have the form B:USR1@{SIGNAL}, not {given!r}")
     return int(seconds) if at else 60
 

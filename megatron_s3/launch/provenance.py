@@ -74,7 +74,7 @@ def _say_changes(path: Path, resolved: str) -> None:
     """Logs which values differ from those of the last attempt."""
     if not path.is_file():
         return
-    before, now = _values(path.read_text(encoding="utf-8")), _values(resolved)
+    before, now = _values(path.read_text(encoding="utf-8", errors="replace")), _values(resolved)
     if before != now:
         gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
         say_here(

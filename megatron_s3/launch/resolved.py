@@ -121,8 +121,8 @@ class Config:
         return words
 
     def where(self, name: str) -> str:
-        """Returns the origin of argument ``name``, for messages."""
-        origin = self.origins.get(f"arguments.{name}")
+        """Returns the origin of an argument, or of a key of another section, for messages."""
+        origin = self.origins.get(name if "." in name else f"arguments.{name}")
         return str(origin) if origin else "a default"
 
     def yaml(self, whole: bool = False) -> str:

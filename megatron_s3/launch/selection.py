@@ -94,13 +94,14 @@ def array_tasks(config: Config) -> dict[str, list[str]]:
     A name is a single folder in the run's folder; other characters are written as in URLs.
 
     Raises:
-        ConfigError: two runs would have the same folder, or a name is too long for a folder.
+        ConfigError: there is no run, two runs would have the same folder, or a name is too long for
+            a folder.
     """
     tasks: dict[str, list[str]] = {}
+    where = ", ".join(config.where(f"array.{key}") for key in config.array)
     for values in itertools.product(*config.array.values()):
         pairs = list(zip(config.array, values, strict=True))
         name = "-".join(quote(f"{key}-{value}", safe=_IN_A_NAME) for key, value in pairs)
-        where = ", ".join(str(config.origins[f"array.{key}"]) for key in config.array)
         if name in tasks:
             raise ConfigError(f"{where}: the array has the run {name} twice; remove one of them")
         if len(name) > 255:
@@ -109,4 +110,6 @@ def array_tasks(config: Config) -> dict[str, list[str]]:
                 "may have at most 255 bytes; use shorter values, or a file for each run"
             )
         tasks[name] = [f"{key}={value}" for key, value in pairs]
+    if not tasks:
+        raise ConfigError(f"{where}: the array has no run; give each of its keys a value")
     return tasks

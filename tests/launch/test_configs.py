@@ -48,7 +48,10 @@ def test_a_row_is_complete_whatever_the_end_is_given_in(tmp_path):
     endless, samples = tmp_path / "endless.yaml", tmp_path / "samples.yaml"
     head = "extends: models/tiny\narguments:\n  optimizer: s3\n  lr: 1e-3\n  train_iters: null\n"
     endless.write_text(head)
-    samples.write_text(f"{head}  lr_warmup_iters: null\n  train_samples: 247\n")
+    samples.write_text(
+        f"{head}  lr_warmup_iters: null\n  train_samples: 247\n"
+        "array: {seed: [1, 2], s3_p: [2, 3]}\n"
+    )
     run = subprocess.run(
         [sys.executable, "-c", UNCOUNTED, str(endless), str(samples)],
         capture_output=True,
@@ -59,5 +62,6 @@ def test_a_row_is_complete_whatever_the_end_is_given_in(tmp_path):
     assert "error: endless: no file sets train_iters or train_samples; add one" in run.stderr
     assert "samples: --fp8-format cannot be planned" in run.stderr
     _, row, last = run.stdout.splitlines()
-    assert row.split()[1:3] == ["not", "counted"] and row.split()[-3:] == ["30", "1.536e-05", "B"]
+    assert row.startswith(f"{samples} (seed: 1, 2; s3_p: 2, 3)  not counted")
+    assert row.split()[-3:] == ["30", "1.536e-05", "B"]
     assert last.endswith(": 1 accepted, 1 rejected")

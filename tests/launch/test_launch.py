@@ -132,6 +132,14 @@ def test_null_takes_a_default_option_away(tmp_path):
     assert load(["tiny-s3"], ["launch.environment.A=true"]).launch.environment["A"] == "true"
 
 
+def test_null_in_an_array_is_the_run_without_the_flag(tmp_path):
+    words = ["tiny-s3", "--set", "s3_beta2=.9", "--set", "array.s3_beta2=[null, .99]"]
+    for task, value in enumerate((None, ".99")):
+        config, folder = selection.resolve(arguments(*words, "--task", str(task)))
+        assert config.arguments.get("s3_beta2") == value
+        assert folder.name == f"s3_beta2-{value or 'null'}"
+
+
 @pytest.mark.parametrize(
     ("values", "names"),
     [
@@ -152,7 +160,11 @@ def test_a_run_of_an_array_stays_in_the_folder(tmp_path, values, names):
 
 @pytest.mark.parametrize(
     ("values", "why"),
-    [("[1, 1]", "the array has the run seed-1 twice"), (f"[{'1' * 260}]", "at most 255 bytes")],
+    [
+        ("[]", "the array has no run"),
+        ("[1, 1]", "the array has the run seed-1 twice"),
+        (f"[{'1' * 260}]", "at most 255 bytes"),
+    ],
 )
 def test_an_array_whose_runs_have_no_folders_is_refused(values, why):
     with pytest.raises(ConfigError, match=f"--set array.seed=.*{why}"):
@@ -319,6 +331,12 @@ def test_a_record_that_was_open_to_all_is_not_any_more(tmp_path):
     path.chmod(0o644)
     provenance.record(tmp_path, load(["tiny-s3"]), [])
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_damaged_record_of_the_last_attempt_does_not_end_the_next_one(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"arguments:\n  seed: \xff\n")
+    provenance.record(tmp_path, load(["tiny-s3"]), [])
+    assert load([str(tmp_path / "config.yaml")]).arguments["seed"] == "1234"
 
 
 def test_an_attempt_is_recorded_and_secrets_are_not(tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         made, reused = build(
             src, args.output_prefix, args.split, args.tokenizer, args.workers, args.overwrite
         )
-        lost = left_out(src)
+        lost = left_out(src, args.output_prefix)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

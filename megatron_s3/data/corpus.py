@@ -69,7 +69,7 @@ def build(
         raise DataError(f"--split {split[0]},{split[1]}: both parts must be at least 1")
     if workers < 1:
         raise DataError(f"--workers {workers}: give at least 1")
-    shards = src.shards()
+    shards = src.shards(prefix)
     folder = f"{prefix}.parts"
     try:
         os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)

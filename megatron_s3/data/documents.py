@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_s3.data import hub, readers
+from megatron_s3.data.dataset_parts import SPLITS
 from megatron_s3.data.errors import DataError
 from megatron_s3.data.shards import Shard
 
@@ -33,6 +34,12 @@ _STDLIB_SKIPPED_DIRS = {
     "__pycache__", "_bundled", "dist-packages", "encodings", "idle_test", "pydoc_data",
     "site-packages", "test", "tests",
 }  # fmt: skip
+#: What the names of a dataset's own files and folders add to its prefix; Megatron keeps caches in
+#: folders that are named like its files.
+_DATASET = (
+    ".json", ".parts", "_tokenizer",
+    *(f"_{side}{ending}" for side in SPLITS for ending in ("", ".bin", ".idx")),
+)  # fmt: skip
 _STDLIB_SKIPPED_FILES = ("_sysconfigdata*", "entities.py", "stringprep.py")
 _SHUFFLE_SEED = 20240
 # Shards are small, so that a kill loses little, but there are never many thousands of them.
@@ -72,8 +79,11 @@ class Source:
             return ":".join(filter(None, (f"hf:{self.path}", self.config)))
         return self.path
 
-    def shards(self) -> list[Shard]:
+    def shards(self, prefix: str | None = None) -> list[Shard]:
         """Returns the shards of the documents' files, in order.
+
+        Args:
+            prefix: The prefix of the dataset that is made; its own files are left out.
 
         Raises:
             DataError: If there is no file to read, or a file cannot be read.
@@ -83,7 +93,7 @@ class Source:
         if self.kind == "file":
             files = [self.path]
         else:
-            files = [os.path.join(self.path, name) for name in _files(self)]
+            files = [os.path.join(self.path, name) for name in _files(self, prefix)]
         return list(_cut(files, self.json_key))
 
     def documents(self) -> Iterator[bytes]:
@@ -153,11 +163,12 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
+def _walk(src: Source, prefix: str | None, hidden: list[str] | None = None) -> Iterator[str]:
     """Yields the files below the source's path; follows symbolic links, but not in circles.
 
     Args:
         src: The source.
+        prefix: The prefix of a dataset, whose files and caches are left out.
         hidden: A list to which the folders are added whose names begin with a point; they are
             left out.
 
@@ -165,6 +176,7 @@ def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
         DataError: If a folder cannot be listed.
     """
     skipped = _STDLIB_SKIPPED_DIRS if src.kind == "stdlib" else set()
+    own = {os.path.realpath(prefix) + ending for ending in _DATASET} if prefix else set()
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
@@ -175,12 +187,17 @@ def _walk(src: Source, hidden: list[str] | None = None) -> Iterator[str]:
         folders[:] = [
             name
             for name in folders
-            if name not in skipped and not name.startswith(".") and not _in_circle(folder, name)
+            if name not in skipped
+            and not name.startswith(".")
+            and os.path.join(folder, name) not in own
+            and not _in_circle(folder, name)
         ]
         for name in names:
             if src.kind == "stdlib" and _matches(name, _STDLIB_SKIPPED_FILES):
                 continue
-            yield os.path.relpath(os.path.join(folder, name), src.path)
+            path = os.path.join(folder, name)
+            if path not in own:
+                yield os.path.relpath(path, src.path)
 
 
 def _in_circle(folder: str, name: str) -> bool:
@@ -212,8 +229,12 @@ def _endings_of(names: list[str]) -> str:
     return ", ".join(f"{e} ({seen[e]})" for e in common) + others
 
 
-def left_out(src: Source) -> list[str]:
+def left_out(src: Source, prefix: str | None = None) -> list[str]:
     """Returns one line for each reason for which files of a directory are left out.
+
+    Args:
+        src: The source.
+        prefix: The prefix of the dataset that was made; its own files are not counted.
 
     Raises:
         DataError: If a folder cannot be listed.
@@ -221,7 +242,7 @@ def left_out(src: Source) -> list[str]:
     if src.kind != "directory":
         return []
     hidden: list[str] = []
-    there = list(_walk(src, hidden))
+    there = list(_walk(src, prefix, hidden))
     globs = _globs(src, there)
     taken = [n for n in there if _matches(os.path.basename(n), globs)]
     others = [n for n in there if not _matches(os.path.basename(n), globs)]
@@ -239,9 +260,12 @@ def left_out(src: Source) -> list[str]:
     return told
 
 
-def _files(src: Source) -> list[str]:
-    """Returns the source's files, relative to its path, in the same order on every machine."""
-    there = list(_walk(src))
+def _files(src: Source, prefix: str | None = None) -> list[str]:
+    """Returns the source's files, relative to its path, in the same order on every machine.
+
+    The files of the dataset at the prefix are not among them.
+    """
+    there = list(_walk(src, prefix))
     globs = _globs(src, there)
     found = [n for n in there if _matches(os.path.basename(n), globs)]
     if not found:

@@ -47,7 +47,7 @@ class Tokenizer:
 
     Attributes:
         name: `bytes`, `gpt2` or the folder that the user named.
-        vocab_size: Number of tokens.
+        vocab_size: The largest token and one.
         eod: The token that ends a document.
         folder: The folder of the Hugging Face tokenizer; empty for `bytes`.
         sha256: SHA-256 of its `tokenizer.json`.
@@ -178,7 +178,7 @@ def prepare(name: str, folder: str) -> Tokenizer:
     digest = hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
     return Tokenizer(
         name if name == "gpt2" else os.path.abspath(name),
-        library.get_vocab_size(with_added_tokens=True),
+        1 + max(library.get_vocab(with_added_tokens=True).values()),  # numbers may be left out
         number,
         folder,
         digest,
@@ -191,9 +191,13 @@ def _load(folder: str) -> Any:
     # Each worker uses one thread; the library reads this when it first encodes a batch.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        return tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+        library = tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
     except Exception as error:  # the library raises no narrower class
         raise DataError(f"{folder}/tokenizer.json: cannot be loaded ({error})") from error
+    # Settings for batches of sentences, which some models save with their tokenizer.
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 def _gpt2_file(name: str) -> Path:

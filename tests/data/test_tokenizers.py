@@ -127,6 +127,41 @@ def test_folder_of_a_tokenizer_is_copied_beside_the_dataset(dataset: str, tmp_pa
     assert not (tmp_path / "copy" / "weights.bin").exists()
 
 
+def saved(folder: Path, kind: str) -> str:
+    """A tokenizer of words, with a setting for batches of sentences or with numbers left out."""
+    import tokenizers as library
+    from tokenizers import models, pre_tokenizers
+
+    words = ["a", "b", "<eod>", "<unknown>"]
+    numbers = [0, 300, 2, 3] if kind == "numbers left out" else range(4)
+    made = library.Tokenizer(models.WordLevel(dict(zip(words, numbers, strict=True)), "<unknown>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<eod>"])
+    if kind == "truncation":
+        made.enable_truncation(4)
+    if kind == "padding":
+        made.enable_padding(length=20, pad_id=3)
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eod>"}')
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["plain", "truncation", "padding", "numbers left out"])
+def test_every_word_of_a_document_is_a_token_and_nothing_else_is(kind: str, tmp_path: Path) -> None:
+    """Models of sentences save their length with the tokenizer; some vocabularies have gaps."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    text = tmp_path / "a.jsonl"
+    text.write_text(json.dumps({"text": "a b b a b b a a"}) + "\n" + '{"text": "b"}\n')
+    prefix = str(tmp_path / "set")
+    data.build(data.source(str(text)), prefix, (1, 1), saved(tmp_path / "tokenizer", kind))
+    b = 300 if kind == "numbers left out" else 1
+    sides = [IndexedDataset(f"{prefix}_{side}") for side in ("train", "valid")]
+    found = sorted((list(map(int, side[0])) for side in sides), key=len)
+    assert found == [[b, 2], [0, b, b, 0, b, b, 0, 0, 2]]
+
+
 BAD = {
     "no folder": (None, {}, ["no such folder"]),
     "no tokenizer.json": ("", {"eos_token": "a"}, ["no tokenizer.json", "save_pretrained"]),

@@ -276,12 +276,9 @@ def main(argv: list[str]) -> int:
             lr_factor=args.lr_factor,
             hyperparameters=hyperparameters,
         )
-    except (ConvertError, read.CheckpointError, OSError) as error:
+    except (ConvertError, read.CheckpointError, OSError, Mismatch) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Mismatch as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, Mismatch) else 2
     except KeyboardInterrupt:
         return 130
     with_load = "" if record["iteration"] is None else f"--load {args.output} "

@@ -54,6 +54,7 @@ def evaluate(
     """
     for folder in models.values():
         _check_files(folder, tokenizer)
+    exports = {name: _exported(folder) for name, folder in models.items()}
     _check_device(device)
     try:
         import lm_eval
@@ -84,10 +85,9 @@ def evaluate(
             log_samples=False,
             bootstrap_iters=100,  # for CB's F1 alone; accuracy's error has a formula
         )
-        record = folder / "export.json"
         found[name] = {
             "folder": str(folder.absolute()),
-            "export": json.loads(record.read_text()) if record.is_file() else None,
+            "export": exports[name],
             "tasks": {task: _measured(run, TASKS[task].harness) for task in tasks},
         }
         del model
@@ -138,6 +138,17 @@ def _check_files(folder: Path, tokenizer: str | Path | None) -> None:
             f"{of}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); give the folder "
             "of the model's tokenizer with --tokenizer FOLDER"
         )
+
+
+def _exported(folder: Path) -> Any:
+    """Returns what ``megatron-s3 export`` recorded of a model; None for another model."""
+    record = folder / "export.json"
+    try:
+        return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    except ValueError as error:
+        raise EvaluationError(
+            f"{record} is damaged ({error}); export the model again, or remove the file"
+        ) from error
 
 
 def _check_vocabulary(folder: Path, of: str | Path) -> None:

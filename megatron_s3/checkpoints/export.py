@@ -300,12 +300,9 @@ def main(argv: list[str]) -> int:
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
         )
-    except (ExportError, gpt2.NotGPT2, read.CheckpointError, OSError) as error:
+    except (ExportError, gpt2.NotGPT2, read.CheckpointError, OSError, Mismatch) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Mismatch as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, Mismatch) else 2
     except KeyboardInterrupt:
         return 130
     print(f"wrote {args.output}")

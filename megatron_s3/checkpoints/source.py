@@ -1,7 +1,6 @@
 """The input of a conversion: its index, its archives and the objects to change."""
 
 import io
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +73,6 @@ class Source:
         place = self.place(index)
         return Archive(self.folder / place.relative_path, place.offset, place.length)
 
-    @property
-    def names(self) -> Collection[str]:
-        """Returns the names of the tensors and objects."""
-        names: Collection[str] = self.index.state_dict_metadata.keys()
-        return names
-
     def _check_states(self) -> None:
         shapes: dict[str, dict[str, Any]] = {}
         for name, entry in self.index.state_dict_metadata.items():
@@ -119,7 +112,7 @@ class Source:
         """
         try:
             # Unsharded, the names of main parameters are others.
-            sharded = any(transfer.state_of(name) == "param" for name in self.names)
+            sharded = any(transfer.state_of(n) == "param" for n in self.index.state_dict_metadata)
             found = direction.settings(
                 [*self.parsed.values()], to, lr_factor, hyperparameters, sharded
             )

@@ -8,6 +8,7 @@ loads too: its index is then checked against itself and the files.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -137,30 +138,28 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> int:
         Damaged: the message names the first file that fails.
     """
     found = _archives(folder)
-    total, before, count = sum(one.length for one in found), 0, 0
-    path, fd = None, -1
+    ends = list(itertools.accumulate((one.length for one in found), initial=0))
+    whole = max(ends[-1], 1)
+    mine = [
+        one
+        for one, before in zip(found, ends, strict=False)
+        if min(before * of // whole, of - 1) == share
+    ]
+    for path, inside in itertools.groupby(mine, key=lambda one: one.path):
+        try:
+            with open(path, "rb", buffering=0) as file:
+                for one in inside:
+                    _verify(file.fileno(), one)
+        except OSError as error:
+            raise Damaged(f"{path} cannot be read: {error}") from error
+    return sum(one.length for one in mine)
+
+
+def _verify(fd: int, one: Archive) -> None:
     try:
-        for one in found:
-            mine = min(before * of // max(total, 1), of - 1) == share
-            before += one.length
-            if not mine:
-                continue
-            count += one.length
-            try:
-                if one.path != path:
-                    if fd >= 0:
-                        os.close(fd)
-                    path, fd = one.path, -1
-                    fd = os.open(one.path, os.O_RDONLY)
-                archive.verify(fd, one)
-            except OSError as error:
-                raise Damaged(f"{one.path} cannot be read: {error}") from error
-            except (struct.error, archive.Differs) as error:
-                raise Damaged(
-                    f"{one.path} is damaged ({error}, in bytes {one.offset:,} to "
-                    f"{one.offset + one.length:,})"
-                ) from error
-    finally:
-        if fd >= 0:
-            os.close(fd)
-    return count
+        archive.verify(fd, one)
+    except (struct.error, archive.Differs) as error:
+        raise Damaged(
+            f"{one.path} is damaged ({error}, in bytes {one.offset:,} to "
+            f"{one.offset + one.length:,})"
+        ) from error

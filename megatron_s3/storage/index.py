@@ -67,13 +67,9 @@ def check(folder: Path) -> None:
     index = read(folder)
     try:
         expected = {
-            (name, tuple(chunk.offsets))
+            (name, None if chunk is None else tuple(chunk.offsets))
             for name, entry in index.state_dict_metadata.items()
-            for chunk in getattr(entry, "chunks", [])
-        } | {
-            (name, None)
-            for name, entry in index.state_dict_metadata.items()
-            if not hasattr(entry, "chunks")
+            for chunk in getattr(entry, "chunks", [None])  # an object has no chunks
         }
         found = {(i.fqn, None if i.offset is None else tuple(i.offset)) for i in index.storage_data}
         if expected != found:

@@ -175,6 +175,10 @@ def test_unusable_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     (model / "config.json").write_text("{}")
     assert evaluate.main([str(model), *rest]) == 2
     assert "no tokenizer" in capsys.readouterr().err
+    (model / "tokenizer.json").write_text("{}")
+    (model / "export.json").write_text('{"iteration": ')
+    assert evaluate.main([str(model), *rest]) == 2
+    assert f"{model}/export.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

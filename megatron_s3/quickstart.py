@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; the process's own when None.
 
     Returns:
-        0; 1 if training failed; 2 if the input is unusable; 130 if interrupted.
+        0; 1 if training, the network or the disk failed; 2 if the input is unusable; 130 if
+        interrupted.
     """
     args = _arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun ends with this process
@@ -63,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except QuickstartError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (data.IncompleteError, OSError) as error:
+        print(f"error: {error}; run the same command again to continue", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
@@ -187,12 +191,7 @@ def _train(
 ) -> None:
     """Trains a run to its end in two launches, unless it is finished; the second one resumes."""
     folder = args.out / name.lower()
-    sets = settings(
-        args.iters,
-        nproc,
-        bf16=multiplies_bf16(),
-        eval_batches=_eval_batches(args.iters, dataset),
-    )
+    sets = settings(args.iters, nproc, multiplies_bf16(), _eval_batches(args.iters, dataset))
     plan = {"sets": sets, "text_sha256": dataset["sha256"]}
     record = folder / "run.json"
     old = _load(record)
@@ -238,10 +237,10 @@ def _eval_batches(iters: int, dataset: dict[str, Any]) -> int:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _store(path: Path, content: dict[str, Any]) -> None:

@@ -28,30 +28,17 @@ _SMOOTHED_OVER = 25
 
 
 @dataclass(frozen=True)
-class Series:
-    """One quantity over a run.
-
-    Attributes:
-        iterations: Iteration of each value, ascending.
-        values: As many values.
-    """
-
-    iterations: tuple[int, ...]
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Run:
     """The contents of one training run's TensorBoard files.
 
     Attributes:
         name: Its name in legends and tables.
-        scalars: Each quantity by its tag.
+        scalars: Each quantity by its tag: its values by their iterations, ascending.
         seq_length: Tokens in a sample; None if the run did not write its arguments.
     """
 
     name: str
-    scalars: dict[str, Series]
+    scalars: dict[str, dict[int, float]]
     seq_length: int | None = None
 
 
@@ -110,29 +97,29 @@ def read(folder: str | Path, name: str) -> Run:
             f"{folder}: no {TRAIN_LOSS!r} in its TensorBoard files; wait until the run has logged "
             "an iteration"
         )
-    scalars = {
-        tag: Series(*zip(*sorted(series.items()), strict=True))
-        for tag, series in values.items()
-        if series
-    }
+    scalars = {tag: dict(sorted(series.items())) for tag, series in values.items() if series}
     return Run(name, scalars, seq_length)
 
 
 def summarize(run: Run) -> Summary:
     """Returns the final values of a run."""
-    times = run.scalars.get(ITERATION_TIME)
-    batch = run.scalars.get(BATCH_SIZE)
+    train, valid, times, batch, update = (
+        run.scalars.get(tag, {})
+        for tag in (TRAIN_LOSS, VALID_LOSS, ITERATION_TIME, BATCH_SIZE, LARGEST_UPDATE)
+    )
     speed = None
     if times and batch and run.seq_length:
-        speed = batch.values[-1] * run.seq_length / statistics.median(times.values)
-    valid = run.scalars.get(VALID_LOSS)
-    update = run.scalars.get(LARGEST_UPDATE)
+        speed = _last(batch) * run.seq_length / statistics.median(times.values())
     return Summary(
-        iterations=run.scalars[TRAIN_LOSS].iterations[-1],
-        valid_loss=valid.values[-1] if valid else None,
-        largest_update=max(update.values) if update else None,
+        iterations=max(train),
+        valid_loss=_last(valid) if valid else None,
+        largest_update=max(update.values(), default=None),
         tokens_per_second=speed,
     )
+
+
+def _last(series: dict[int, float]) -> float:
+    return series[max(series)]
 
 
 def figure(
@@ -163,10 +150,8 @@ def figure(
         _draw_loss(loss, run, style)
         for panel, tag in zip(panels[1:], (LEARNING_RATE, LARGEST_UPDATE), strict=False):
             if tag in run.scalars:
-                series = run.scalars[tag]
-                panel.plot(
-                    series.iterations, series.values, color=style.colour, linestyle=style.line
-                )
+                at, values = zip(*run.scalars[tag].items(), strict=True)
+                panel.plot(at, values, color=style.colour, linestyle=style.line)
     if unigram_entropy is not None:
         loss.axhline(unigram_entropy, color="black", linestyle=(0, (1, 3)), linewidth=1.5)
         loss.annotate(
@@ -212,25 +197,21 @@ def draw(
 
 def _draw_loss(panel: Any, run: Run, style: Style) -> None:
     colour, line, marker, _ = style
-    train = run.scalars[TRAIN_LOSS]
-    window = min(_SMOOTHED_OVER, max(1, len(train.values) // 20))
+    at, values = zip(*run.scalars[TRAIN_LOSS].items(), strict=True)
+    window = min(_SMOOTHED_OVER, max(1, len(values) // 20))
     label = f"{run.name}, training" + (f" (mean of {window})" if window > 1 else "")
-    panel.plot(train.iterations, train.values, color=colour, alpha=0.2, linewidth=0.8)
-    smooth = _trailing_mean(train.values, window)
-    panel.plot(train.iterations, smooth, color=colour, linestyle=line, linewidth=1.2, label=label)
+    panel.plot(at, values, color=colour, alpha=0.2, linewidth=0.8)
+    smooth = [statistics.fmean(values[max(0, k + 1 - window) : k + 1]) for k in range(len(values))]
+    panel.plot(at, smooth, color=colour, linestyle=line, linewidth=1.2, label=label)
     if VALID_LOSS in run.scalars:
-        valid = run.scalars[VALID_LOSS]
+        at, values = zip(*run.scalars[VALID_LOSS].items(), strict=True)
         panel.plot(
-            valid.iterations,
-            valid.values,
+            at,
+            values,
             color=colour,
             linestyle="none",
             marker=marker,
             markersize=6,
             markeredgecolor="black",
-            label=f"{run.name}, validation: {valid.values[-1]:.3f} at the end",
+            label=f"{run.name}, validation: {values[-1]:.3f} at the end",
         )
-
-
-def _trailing_mean(values: Sequence[float], window: int) -> list[float]:
-    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3 import quickstart, report
+from megatron_s3 import data, quickstart, report
 from megatron_s3.launch import shown
 from megatron_s3.launch.config import load
 
@@ -85,6 +85,24 @@ def figures(output: str, label: str) -> list[float]:
     return [float(v) for v in re.findall(r"[\d.]*\d", line[len(label) : 40].replace(",", ""))]
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (data.IncompleteError("hub: ReadTimeout"), "hub: ReadTimeout"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+)
+def test_what_a_network_or_a_disk_breaks_off_is_one_line(
+    error: Exception, said: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(data, "build", fails)
+    assert quickstart.main(["--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {said}; run the same command again to continue\n"
+
+
 @pytest.mark.slow
 def test_first_run_resumes_reports_and_is_reused(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -99,7 +117,7 @@ def test_first_run_resumes_reports_and_is_reused(text: Path, tmp_path: Path) -> 
     assert log.count("\n$ ") + log.startswith("$ ") == 2
     assert done == sorted(set(done))
     run = report.read(out / "s3" / "tensorboard", "S3")
-    assert run.scalars["lm loss"].iterations == tuple(range(1, 21))
+    assert list(run.scalars["lm loss"]) == list(range(1, 21))
 
     summary = report.summarize(run)
     assert summary.valid_loss is not None

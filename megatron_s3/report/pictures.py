@@ -461,7 +461,10 @@ def _around_spikes(suite: Suite) -> Picture | None:
         for panel in (loss, update):
             panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
             _legend(panel, 6, loc="upper left")
-        tag = "".join(f", {key} {value:g}" for key, value in run.tags.items())
+        tag = "".join(
+            f", {key} {value if isinstance(value, str) else f'{value:g}'}"
+            for key, value in run.tags.items()
+        )
         first = ", ".join(spike.get("first") or []) or "-"
         loss.set_title(
             f"{run.label}, learning rate {run.lr:g}{tag}: +{height:.2f} nats",

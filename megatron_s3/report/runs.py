@@ -125,7 +125,7 @@ class Suite:
     """Runs that can be compared: one model, batch and length.
 
     Attributes:
-        name: name of the folder.
+        name: name of the folder; its path, with hyphens, if another suite has that name.
         runs: at least one run.
         words: Megatron's flags that the user added to those of the suite.
     """
@@ -199,7 +199,10 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
             described = path / "suite.json"
             words = written(described).get("megatron", []) if described.exists() else []
             runs = [_experiment(folder) for folder in folders]
-            suites.append(Suite(path.resolve().name, runs, tuple(words)))
+            place = path.resolve()
+            known = {suite.name for suite in suites}
+            name = place.name if place.name not in known else "-".join(place.parts[1:])
+            suites.append(Suite(name, runs, tuple(words)))
         elif _is_experiment(path):
             alone.append(_experiment(path))
         else:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from megatron_s3.log import say_here
 
-__all__ = ["KEPT", "NAME", "RunLog", "read"]
+__all__ = ["KEPT", "NAME", "RunLog", "finite", "read", "resumed"]
 
 NAME = "metrics.jsonl"
 
@@ -95,7 +95,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     """Returns the records of a run in order, as one launch would have written them.
 
     A launch continues from a checkpoint, so records of an earlier launch after that checkpoint are
-    left out. Lines that were cut off are left out too.
+    left out. Lines that were cut off or damaged are left out too.
 
     Args:
         folder: folder of the log, or the log itself.
@@ -105,7 +105,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder)
     path = path / NAME if path.is_dir() else path
-    return resumed(_parsed(path.read_text(encoding="utf-8").splitlines()))
+    return resumed(_parsed(path.read_text(encoding="utf-8", errors="replace").splitlines()))
 
 
 def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:

@@ -75,6 +75,27 @@ def test_settings_of_any_optimizer_are_drawn(tmp_path) -> None:
     assert len(drawn["length-settings"].figure.axes[0].lines) == 3
 
 
+def test_a_spike_of_a_run_with_another_setting_is_drawn(tmp_path) -> None:
+    """A setting may be words."""
+    run = Run("schedule", "S3", "", 0.1, 1, {"setting": "constant"})
+    write(tmp_path / "length" / run.key, "S3", 0.1, 1, 2.0, tags=run.tags, spike=50,
+          experiment=run.experiment)  # fmt: skip
+    drawn = {picture.name: picture for picture in pictures(load([tmp_path / "length"]))}
+    title = drawn["length-spikes"].figure.axes[0].get_title(loc="left")
+    assert title == "S3, learning rate 0.1, setting constant: +0.50 nats"
+
+
+def test_suites_of_one_name_are_told_apart(tmp_path, capsys) -> None:
+    places = [tmp_path / "a" / "suite", tmp_path / "b" / "suite"]
+    for place in places:
+        write(place / "optimizers/0", "S3", 0.1, 1, 2.0, experiment="optimizers")
+    output = tmp_path / "report"
+    assert verb.main([*map(str, places), "--output", str(output)]) == 0
+    pages = [f"{name}-optimizers-loss.png"
+             for name in ("suite", "-".join(places[1].resolve().parts[1:]).lower())]  # fmt: skip
+    assert {path.name for path in output.glob("*-optimizers-loss.png")} == set(pages)
+
+
 def test_a_report_without_other_settings_has_no_table_of_them(tmp_path) -> None:
     runs = load([write(tmp_path / "run", "S3", 0.1, 1, 2.0)])
     assert settings.tables(runs) == [] and margins.tables(runs) == []

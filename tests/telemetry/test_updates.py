@@ -90,6 +90,15 @@ def test_torn_lines_and_repeated_iterations(tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_a_line_that_the_disk_damaged_is_left_out(tmp_path) -> None:
+    log = RunLog(tmp_path)
+    for i in (1, 2, 3):
+        log.write("train", {"iteration": i})
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(lines[0] + lines[1].replace(b"train", b"tr\xff\0n\xfe}") + lines[2])
+    assert [r["iteration"] for r in read(tmp_path) if r["kind"] == "train"] == [1, 3]
+
+
 def test_a_spike_is_one_record(tmp_path) -> None:
     log = RunLog(tmp_path)
     for spike in ({"onset": 2, "end": None}, {"onset": 2, "end": 4}, {"onset": 9, "end": None}):

@@ -42,10 +42,10 @@ class Trained:
     records: Sequence[Mapping[str, Any]] = field(repr=False)
     damage: Sequence[str]
 
-    @property
+    @cached_property
     def start(self) -> Mapping[str, Any]:
-        """The log's first record."""
-        return self.records[0]
+        """The first record of the last launch, which may train longer than those before."""
+        return _start(self.records)
 
     @cached_property
     def loss(self) -> list[tuple[int, float]]:
@@ -114,7 +114,11 @@ class Trained:
     @property
     def reported(self) -> float:
         """The final loss of the test text, or that of the validation text without a test."""
-        tested = [float(r["loss"]) for r in self.records if r["kind"] == "test"]
+        tested = [
+            float(r["loss"])
+            for r in self.records
+            if r["kind"] == "test" and r["iteration"] >= self.iterations
+        ]
         if not (self.finished and tested):
             return self.final
         return tested[-1] if math.isfinite(tested[-1]) else math.inf
@@ -306,12 +310,16 @@ def _experiment(folder: Path) -> Trained:
 
 def _run(folder: Path) -> Trained:
     records, damage = _read(folder)
-    start = records[0]
+    start = _start(records)
     lr = float(start.get("hyperparameters", {}).get("lr") or math.nan)
     return Trained(
         folder, "runs", start.get("label") or start["optimizer"], start["optimizer"], lr,
         int(start.get("seed") or 0), {}, records, damage,
     )  # fmt: skip
+
+
+def _start(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(record for record in reversed(records) if record["kind"] == "start")
 
 
 def _told_apart(runs: Sequence[Trained]) -> list[Trained]:

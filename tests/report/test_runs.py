@@ -130,6 +130,23 @@ def test_a_run_whose_length_or_rate_is_unknown_is_reported(tmp_path) -> None:
     assert row(named(compare.tables(load([log])), "not finished"), str(log))["iterations"] == "40"
 
 
+def test_a_run_that_goes_on_for_longer_is_that_of_its_last_launch(tmp_path) -> None:
+    """The first launch ended after 100 iterations, and was tested there; the next has 200."""
+    log = write(tmp_path / "run", "S3", 0.1, 1, 2.0, test=1.5) / "metrics.jsonl"
+    longer = write(tmp_path / "longer", "S3", 0.1, 1, 1.0, 200) / "metrics.jsonl"
+    lines = [json.loads(line) for line in longer.read_text().splitlines()]
+    again = [line for line in lines if line.get("iteration", 0) > 100]
+    for end, finished in ((150, False), (200, True)):
+        more = [{**lines[0], "iteration": 100}]
+        more += [line for line in again if line["iteration"] <= end]
+        path = tmp_path / str(end) / "metrics.jsonl"
+        path.parent.mkdir()
+        path.write_text(log.read_text() + "".join(f"{json.dumps(line)}\n" for line in more))
+        (run,) = load([path.parent])[0].runs
+        assert (run.iterations, run.reached, run.finished) == (200, end, finished)
+        assert run.reported == 1.0 or not finished
+
+
 def test_speed_and_mfu(tmp_path) -> None:
     """8 x 4 tokens and 4e12 operations on 2 ranks in 0.5 s, the median of the intervals."""
     folder = write(tmp_path / "run", "S3", 0.1, 1, 2.0)

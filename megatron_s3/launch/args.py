@@ -20,8 +20,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from megatron_s3.launch.edits import Edits, WrongEdit, compare, line
-from megatron_s3.launch.launches import Launch, LaunchError, find, shown, unused
-from megatron_s3.launch.shell import UNKNOWN, ShellError, value
+from megatron_s3.launch.launches import Launch, find, shown, unused
+from megatron_s3.launch.shell import UNKNOWN, LaunchError, value
 from megatron_s3.launch.trace import Trace, trace
 from megatron_s3.paper import FLAGS, LR_FACTOR, OVER, TIMES, Rules, number
 
@@ -87,7 +87,7 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
                 continue
             tried.add(result)
             notes = compare(before, _follow(result), rules)
-        except WrongEdit as error:
+        except (WrongEdit, LaunchError) as error:
             reason = reason or str(error)
             continue
         warnings = _warnings(text, launches, lr_factor)
@@ -99,11 +99,7 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
 
 
 def _follow(text: str) -> Trace:
-    names = frozenset(_AFTER_FLAG.findall(text))
-    try:
-        return trace(text, lambda part: tuple(_WATCHED.findall(part)), names)
-    except ShellError as error:
-        raise LaunchError(f"{line(text, error.place)}{error}") from error
+    return trace(text, _WATCHED.findall, frozenset(_AFTER_FLAG.findall(text)))
 
 
 def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 
 from megatron_s3.errors import MegatronS3Error
-from megatron_s3.launch.launches import Flag, Launch, LaunchError, find, place, shown
-from megatron_s3.launch.shell import Char, value
+from megatron_s3.launch.launches import Flag, Launch, find, place, shown
+from megatron_s3.launch.shell import Char, LaunchError, value
 from megatron_s3.launch.trace import Command, Trace
 from megatron_s3.paper import Rules
 
@@ -68,7 +68,7 @@ class Edits:
             if rates and (self.beside_lr or launch.trainer < 0):
                 last = rates[-1]
                 span = place(last.value, last.key[0])
-                at = self._with_quotes(span)[1] if not last.joined else span[1]
+                at = self._with_quotes(span)[1]
             elif launch.trainer >= 0:
                 word = launch.words[launch.arguments - 1]
                 beside = launch.words[launch.trainer - 1]
@@ -118,11 +118,12 @@ class Edits:
         self.changes += [each for each in change.splitlines() if each and each not in self.changes]
 
     def _drop(self, flag: Flag, reason: str) -> None:
+        key = self._with_quotes(place(flag.key, flag.value[0]))
+        number = self._with_quotes(place(flag.value, flag.key[0]))
         if flag.joined:
-            spans = [self._with_quotes(place((*flag.key, *flag.value), flag.key[0]))]
+            spans = [self._with_quotes((key[0], number[1]))]
         else:
-            key = self._with_quotes(place(flag.key, flag.value[0]))
-            spans = [key, self._with_quotes(place(flag.value, flag.key[0]))]
+            spans = [key, number]
             between = self.text[key[1] : spans[1][0]]
             if not between.replace("\\\n", "").strip():
                 spans = [(key[0], spans[1][1])]

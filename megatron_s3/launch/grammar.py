@@ -38,7 +38,7 @@ def parse(chars: Sequence[Char]) -> Node:
     """Reads the commands of a script.
 
     Raises:
-        ShellError: the text is not a shell script.
+        LaunchError: the text is not a shell script.
     """
     return _Parser(chars).script()
 
@@ -206,9 +206,9 @@ class _Parser(Words):
         opening = self.peek()
         closing = "}" if opening == "{" else ")"
         self.take(opening)
-        found = Node("group" if opening == "{" else "subshell", [self.sequence((closing,))])
+        found = self.sequence((closing,))
         self.take(closing)
-        return found
+        return found if opening == "{" else Node("subshell", [found])
 
     def function(self) -> Node:
         self.take("function")

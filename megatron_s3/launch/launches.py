@@ -5,14 +5,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 
-from megatron_s3.errors import MegatronS3Error
-from megatron_s3.launch import grammar, shell
 from megatron_s3.launch.expansion import State
-from megatron_s3.launch.shell import UNKNOWN, Argument, Char, value
+from megatron_s3.launch.shell import UNKNOWN, Argument, Char, LaunchError, value
 from megatron_s3.launch.trace import Command, Trace
 from megatron_s3.paper import FLAGS
 
-__all__ = ["Flag", "Launch", "LaunchError", "find", "place", "shown"]
+__all__ = ["Flag", "Launch", "find", "place", "shown"]
 
 _PYTHON = re.compile(r"(.*/)?(python[\d.]*|pypy3?)")
 _TORCHRUN = re.compile(r"(.*/)?(torchrun|debugpy-run)")
@@ -27,18 +25,6 @@ _WITHOUT_VALUE = {
     "--use_env",
 }  # fmt: skip
 _PYTHON_WITH_VALUE = {"-X", "-W", "--check-hash-based-pycs"}
-
-
-class LaunchError(MegatronS3Error, ValueError):
-    """Raised if a launch cannot be converted; the message says why and what to do.
-
-    Args:
-        place: the position in the text, if it is known.
-    """
-
-    def __init__(self, what: str, place: int | None = None) -> None:
-        super().__init__(what)
-        self.place = place
 
 
 @dataclass(frozen=True)
@@ -287,7 +273,7 @@ def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
     words = [word for command in found.commands for word in command.words]
     words += [word for launch in launches for word in launch.words]
     used = {char.start for word in words for char in word}
-    there = {char.start for char in _written(grammar.parse(shell.characters(text)))}
+    there = {char.start for char in _written(found.tree)}
     for flag in re.finditer(r"(?<![\w-])--lr(?=[\s=\"'])", text):
         if flag.start() in there and flag.start() not in used:
             return flag.start()

@@ -15,9 +15,9 @@ __all__ = [
     "Assignment",
     "Char",
     "HereDocument",
+    "LaunchError",
     "Literal",
     "Node",
-    "ShellError",
     "Substitution",
     "Variable",
     "Word",
@@ -29,14 +29,14 @@ __all__ = [
 UNKNOWN = "\0"
 
 
-class ShellError(MegatronS3Error, ValueError):
-    """Raised if the text is not shell, or uses syntax that is not supported here.
+class LaunchError(MegatronS3Error, ValueError):
+    """Raised if a launch cannot be converted; the message says why and what to do.
 
     Args:
-        place: position in the text.
+        place: the position in the text, if it is known.
     """
 
-    def __init__(self, what: str, place: int) -> None:
+    def __init__(self, what: str, place: int | None = None) -> None:
         super().__init__(what)
         self.place = place
 
@@ -146,7 +146,7 @@ class Node:
     Attributes:
         kind: ``command``, ``sequence`` (one after the other), ``pipeline``, ``maybe`` (after && or
             ||), ``if`` (children: conditions and bodies in turn, then else), ``loop``, ``for``,
-            ``case``, ``function``, ``group`` or ``subshell``.
+            ``case``, ``function`` or ``subshell``.
         children: the nodes inside.
         name: name of a function or of the variable of a for; for the condition of an if, its text
             if it depends on variables alone; for the body of a case, its pattern.

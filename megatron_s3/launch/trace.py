@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megatron_s3.launch import grammar, shell
 from megatron_s3.launch.expansion import Expansion, State
-from megatron_s3.launch.shell import UNKNOWN, Argument, Char, HereDocument, Node, ShellError, value
+from megatron_s3.launch.shell import UNKNOWN, Argument, Char, HereDocument, LaunchError, Node, value
 
 __all__ = ["Command", "Trace", "trace"]
 
@@ -19,6 +19,8 @@ __all__ = ["Command", "Trace", "trace"]
 _STATES = 64
 _COMMANDS = 20_000
 _DEPTH = 12
+# A number that may become the value of a flag through other variables.
+_RATE = re.compile(r"(?<![\w./-])(?:\d*\.\d+|\d+\.?(?=[eE]))(?:[eE][-+]?\d+)?(?![\w./])")
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
 _PRINTS = {"echo", "printf", "logger", "print", ":"}
 _WRITES = {"cat", "tee"}
@@ -52,10 +54,12 @@ class Trace:
     Attributes:
         commands: the commands that it starts on each path, in the order of the text.
         ends: the state at each of its ends.
+        tree: its commands as they are written.
     """
 
     commands: tuple[Command, ...]
     ends: tuple[State, ...]
+    tree: Node
 
 
 def trace(text: str, watched: Callable[[str], object], names: frozenset[str]) -> Trace:
@@ -68,11 +72,12 @@ def trace(text: str, watched: Callable[[str], object], names: frozenset[str]) ->
         names: variables whose whole values are distinguished.
 
     Raises:
-        ShellError: the text cannot be read, or there are too many paths through it.
+        LaunchError: the text cannot be read, or there are too many paths through it.
     """
     tracer = _Tracer(watched, names)
-    ends = tracer.run(grammar.parse(shell.characters(text)), [State()])
-    return Trace(tuple(tracer.commands), (*tracer.exits, *tracer.returns, *ends))
+    tree = grammar.parse(shell.characters(text))
+    ends = tracer.run(tree, [State()])
+    return Trace(tuple(tracer.commands), (*tracer.exits, *tracer.returns, *ends), tree)
 
 
 def _decide(state: State, text: str, holds: bool) -> State:
@@ -112,25 +117,25 @@ class _Tracer(Expansion):
             else:
                 unique.append((look, state))
         if len(unique) > _STATES:
-            raise ShellError("there are too many paths through the script", node.at)
+            raise LaunchError("there are too many paths through the script", node.at)
         return [state for _, state in unique]
 
     def _looks(self, state: State) -> object:
-        texts = [
-            (name, " ".join(map(value, found))) for name, found in sorted(state.variables.items())
-        ]
+        texts = {name: " ".join(map(value, found)) for name, found in state.variables.items()}
         return (
-            tuple((n, t if n in self.names else self.watched(t)) for n, t in texts),
-            (tuple(sorted(state.functions)), tuple(sorted(state.local))),
-            None if state.parameters is None else tuple(map(value, state.parameters)),
+            {
+                name: text if name in self.names else (self.watched(text), _RATE.findall(text))
+                for name, text in texts.items()
+            },
+            state.functions.keys(),
+            state.local,
+            state.parameters and list(map(value, state.parameters)),
         )
 
     def _sequence(self, node: Node, states: list[State]) -> list[State]:
         for child in node.children:
             states = self.run(child, states)
         return states
-
-    _group = _sequence
 
     def _maybe(self, node: Node, states: list[State]) -> list[State]:
         return [*states, *self._sequence(node, states)]
@@ -280,7 +285,7 @@ class _Tracer(Expansion):
                 scripts[number] = words[number][option.end() if option else 0 :]
         self.commands.append(Command(tuple(words), node.at, frozenset(scripts)))
         if len(self.commands) > _COMMANDS:
-            raise ShellError("the script starts too many commands", node.at)
+            raise LaunchError("the script starts too many commands", node.at)
         if names[0] in _PRINTS:
             return
         seen = state.exported - state.arrays
@@ -313,9 +318,9 @@ class _Tracer(Expansion):
         with self._deeper(f"commands {which}", node):
             try:
                 return self.run(grammar.parse(text), [state])
-            except ShellError as error:
+            except LaunchError as error:
                 if self.watched(value(text)):
-                    raise ShellError(
+                    raise LaunchError(
                         f"the commands {which} cannot be read ({error})", node.at
                     ) from error
                 return [state]
@@ -332,7 +337,7 @@ class _Tracer(Expansion):
     def _deeper(self, what: str, node: Node) -> Iterator[None]:
         self.depth += 1
         if self.depth > _DEPTH:
-            raise ShellError(f"{what} call one another too deeply", node.at)
+            raise LaunchError(f"{what} call one another too deeply", node.at)
         yield
         self.depth -= 1
 

@@ -7,9 +7,9 @@ from megatron_s3.launch.shell import (
     UNKNOWN,
     Char,
     HereDocument,
+    LaunchError,
     Literal,
     Node,
-    ShellError,
     Substitution,
     Variable,
     Word,
@@ -46,10 +46,10 @@ class Words:
         self.at = 0
         self.waiting: list[tuple[str, bool, HereDocument]] = []  # end, tabs, target
 
-    def error(self, what: str) -> ShellError:
+    def error(self, what: str) -> LaunchError:
         """Returns an error at the current position."""
         place = self.chars[min(self.at, len(self.chars) - 1)].start if self.chars else 0
-        return ShellError(what, place)
+        return LaunchError(what, place)
 
     def sequence(self, ends: Sequence[str]) -> Node:
         """Reads the commands up to one of the words or operators ``ends``, and leaves that."""

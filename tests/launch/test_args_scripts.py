@@ -151,6 +151,17 @@ CASES = {
             "torchrun -m megatron_s3 t.py --lr 3e-3 --optimizer s3 --weight-decay 0.01",
         ],
     ),
+    "quotes around values alone": (
+        'B1=0.9\ntorchrun t.py --adam-beta1="$B1" --lr="1e-4" "--adam-beta2=0.95" '
+        "--weight-decay='0.1' --adam-eps='1e-8'",
+        ["torchrun -m megatron_s3 t.py --lr=1e-3 --optimizer s3 --weight-decay=0.01"],
+    ),
+    "a rate of many paths, through another variable": (
+        'if [ -n "$1" ]; then BASE=1e-4; else BASE=3e-4; fi\n'
+        + "".join(f'if [ -n "$N{n}" ]; then N{n}=1; else N{n}=2; fi\n' for n in range(4))
+        + "LR=$BASE\ntorchrun t.py --lr $LR --weight-decay 0.1",
+        ["torchrun -m megatron_s3 t.py --lr 3e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
     "a case of sizes": (
         'SIZE=big\ncase "$SIZE" in\n  small) LR=1e-3 ;;\n  big|huge) LR=1e-4 ;;\n'
         "  *) exit 1 ;;\nesac\ntorchrun t.py --lr $LR --weight-decay 0.1",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_s3.checkpoints import groups
-from megatron_s3.checkpoints.errors import TransferError
+from megatron_s3.checkpoints.errors import ConvertError
 from megatron_s3.checkpoints.transfer import ADAM, Settings, convertible, from_adam_of, short
 from megatron_s3.mcore.arguments import flag
 from megatron_s3.mcore.arguments.rules import OVERRIDES
@@ -41,7 +41,7 @@ def settings(
         sharded: whether the state is of the distributed optimizer, if no arguments say so.
 
     Raises:
-        TransferError: the state is of an optimizer that cannot be converted, or its param groups
+        ConvertError: the state is of an optimizer that cannot be converted, or its param groups
             have different steps or betas.
         ValueError: a hyperparameter is out of its range.
     """
@@ -50,7 +50,7 @@ def settings(
     if args is None:
         args = _from_groups(found, sharded)
     if getattr(args, "no_save_optim", False) or not found:
-        raise TransferError(
+        raise ConvertError(
             "it holds no optimizer state (--no-save-optim): its weights load into any optimizer "
             "without a conversion, with --no-load-optim"
         )
@@ -58,13 +58,13 @@ def settings(
     description = _whose(to, getattr(args, "optimizer", ADAM), found)
     steps = {step for held in objects for step in groups.steps(held)}
     if len(steps) != 1:
-        raise TransferError(
+        raise ConvertError(
             f"its param groups have the step counts {sorted(steps)}, and one common count is "
             "expected; choose another iteration with --iteration"
         )
     betas = {found_betas for group in found if (found_betas := groups.betas(group))}
     if len(betas) > 1:
-        raise TransferError(
+        raise ConvertError(
             f"its param groups have different betas, {sorted(betas)}, and one pair for all groups "
             "is expected; choose another iteration with --iteration"
         )
@@ -99,7 +99,7 @@ def _from_groups(found: list[dict[str, Any]], sharded: bool) -> argparse.Namespa
 
 
 def _check_one(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Raises TransferError if parameters of the model have optimizers or settings of their own."""
+    """Raises ConvertError if parameters of the model have optimizers or settings of their own."""
     # Only the plugin's optimizers name themselves.
     written = getattr(args, "optimizer", ADAM)
     megatrons = ADAM if written in OPTIMIZERS else written
@@ -107,7 +107,7 @@ def _check_one(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
     rules = getattr(args, OVERRIDES, None)
     if len(names) > 1 or rules or any(PATTERN in group for group in found):
         several = " and ".join(names) if len(names) > 1 else " ".join(map(repr, rules or ()))
-        raise TransferError(
+        raise ConvertError(
             "its parameters have optimizers or settings of their own"
             f"{f' ({several})' if several else ''}, and a conversion is of one optimizer for all "
             "parameters. Load its weights alone, with --no-load-optim"
@@ -118,23 +118,23 @@ def _whose(to: str, written: str, found: list[dict[str, Any]]) -> Description:
     """Returns the description of the optimizer that is not AdamW.
 
     Raises:
-        TransferError: the checkpoint's optimizer is not one that the conversion starts from.
+        ConvertError: the checkpoint's optimizer is not one that the conversion starts from.
     """
     known = convertible()
     stamps = {group.get("algorithm", ADAM) for group in found}
     if written == to or to in stamps:
-        raise TransferError(
+        raise ConvertError(
             f"its state is of --optimizer {to} already, which resumes from it without a conversion"
         )
     allowed = _ADAMS if to != ADAM else tuple(known)
     if written not in allowed or not stamps <= ({written} if to == ADAM else set(allowed)):
         labels = " nor ".join(f"{short(d)}'s" for d in (AdamW.description, *known.values()))
-        raise TransferError(
+        raise ConvertError(
             f"it was saved by --optimizer {written}, whose state is neither {labels}. Load its "
             "weights alone, with --no-load-optim"
         )
     if any(group.get("decoupled_weight_decay") is False for group in found):
-        raise TransferError(
+        raise ConvertError(
             "its optimizer is Adam with weight decay in the gradient, not AdamW, and its state "
             "cannot be converted. Load its weights alone, with --no-load-optim"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_s3.report.disturbed import BACK, pairs, recovery
 from megatron_s3.report.runs import Suite, Trained
-from megatron_s3.telemetry.detectors import DETECTORS
+from megatron_s3.telemetry.detectors import OLMO2, OLMO_CORE, deviations
 
 __all__ = ["Table", "about", "adamw_label", "best_rate", "difference", "finalists", "gaps"]
 __all__ += ["labels", "tables"]
@@ -20,11 +20,8 @@ NOTHING = "-"
 REFERENCE, OWN = AGAINST = (("adamw", "adam"), ("s3",))
 #: Experiments that provoke spikes.
 PROVOKED = ("burst", "large rates", "robustness")
-#: Published spike scores: a heading, and the detector that flags a loss.
-SCORES = {
-    "OLMo-core score": "mean + 6 sigma of 128 (OLMo-core)",
-    "OLMo 2 score": "mean + 7 sigma of 1,000 (OLMo 2)",
-}
+#: Published spike scores by their headings.
+SCORES = {"OLMo-core score": OLMO_CORE, "OLMo 2 score": OLMO2}
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def finalists(runs: Sequence[Trained], label: str) -> list[Trained]:
 
 
 def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Table]:
-    """Returns all tables of the runs.
+    """Returns all tables of the runs that have rows.
 
     Args:
         suites: the runs.
@@ -117,7 +114,7 @@ def tables(suites: Sequence[Suite], peak_tflops: float | None = None) -> list[Ta
         found += [_grid(suite), _large(suite), _burst(suite), _robustness(suite), _spikes(suite)]
         found.append(_speed(suite, peak_tflops))
     found += [*_equal_steps(suites), _running(suites)]
-    return [table for table in found if table]
+    return [table for table in found if table and table.rows]
 
 
 def _final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | None:
@@ -234,10 +231,8 @@ def _grid(suite: Suite) -> Table | None:
     )
 
 
-def _large(suite: Suite) -> Table | None:
+def _large(suite: Suite) -> Table:
     runs = suite.of("large rates")
-    if not runs:
-        return None
     times = sorted({run.tags["times"] for run in runs})
     rows = []
     for label in labels(runs):
@@ -260,7 +255,7 @@ def _large(suite: Suite) -> Table | None:
     )
 
 
-def _burst(suite: Suite) -> Table | None:
+def _burst(suite: Suite) -> Table:
     runs = [run for run in suite.of("burst") if run.finished]
     rows = []
     for label in labels(runs):
@@ -271,9 +266,7 @@ def _burst(suite: Suite) -> Table | None:
         rows.append([label, f"{without.final:.4f}", f"{burst.final:.4f}",
                      _mean([burst.final - without.final], 4), *_excursion(without, burst),
                      str(len(burst.spikes))])  # fmt: skip
-    if not rows:
-        return None
-    times = max(run.tags["burst"] for run in runs)
+    times = max((run.tags["burst"] for run in runs), default=1)
     return Table(
         f"{suite.name}: one gradient {times:g} times too large, in the middle of the run",
         ["run", "loss without it", "loss with it", "difference", "rise", "iterations to recover",
@@ -285,7 +278,7 @@ def _burst(suite: Suite) -> Table | None:
     )  # fmt: skip
 
 
-def _robustness(suite: Suite) -> Table | None:
+def _robustness(suite: Suite) -> Table:
     """Returns what disturbances do, each compared with the run of its seed without one."""
     runs = [run for run in suite.of("robustness") if run.finished]
     found = pairs(runs)
@@ -305,8 +298,6 @@ def _robustness(suite: Suite) -> Table | None:
                 _mean([one.area for one in effects], 1),
                 str(len(effects)),
             ])  # fmt: skip
-    if not rows:
-        return None
     return Table(
         f"{suite.name}: disturbances in the middle of the run",
         ["run", "loss without it", "difference at the end", "rise", "iterations to recover",
@@ -339,7 +330,7 @@ def _excursion(without: Trained, burst: Trained) -> tuple[str, str]:
     return f"{rise:.3f}", "not in this run" if back is None else str(back - begin)
 
 
-def _spikes(suite: Suite) -> Table | None:
+def _spikes(suite: Suite) -> Table:
     """Returns the loss spikes per 10,000 iterations of all runs in which none was provoked."""
     runs = [run for run in suite.runs if run.experiment not in PROVOKED]
     rows = []
@@ -350,8 +341,6 @@ def _spikes(suite: Suite) -> Table | None:
         if iterations:
             each = [f"{1e4 * count / iterations:.2f}", str(count), f"{iterations:,}", str(len(own))]
             rows.append([optimizer, *each, *(_spike_score(own, rule) for rule in SCORES.values())])
-    if not rows:
-        return None
     interval = max(
         (b - a for run in runs for (a, _), (b, _) in itertools.pairwise(run.loss)), default=1
     )
@@ -372,13 +361,13 @@ def _spikes(suite: Suite) -> Table | None:
     )
 
 
-def _spike_score(runs: Sequence[Trained], rule: str) -> str:
-    """Returns the percentage of the runs' losses that a detector flags."""
-    flags = [f for run in runs for f in DETECTORS[rule]([loss for _, loss in run.loss])]
+def _spike_score(runs: Sequence[Trained], rule: tuple[int, float]) -> str:
+    """Returns the percentage of the runs' losses that a score flags."""
+    flags = [f for run in runs for f in deviations((loss for _, loss in run.loss), *rule)]
     return f"{100 * statistics.fmean(flags):.2f}" if flags else NOTHING
 
 
-def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
+def _speed(suite: Suite, peak_tflops: float | None) -> Table:
     """Returns the time of an iteration, and the model's FLOP/s."""
     rows = []
     for label, size in dict.fromkeys((run.label, run.tags.get("million")) for run in suite.runs):
@@ -398,8 +387,6 @@ def _speed(suite: Suite, peak_tflops: float | None) -> Table | None:
         if peak_tflops is not None:
             row.append(NOTHING if each is None else f"{100 * each / peak_tflops:.1f}")
         rows.append([*row, str(len(own))])
-    if not rows:
-        return None
     mfu = [] if peak_tflops is None else [f"MFU, % of {peak_tflops:g}"]
     return Table(
         f"{about(suite)}speed",
@@ -471,11 +458,10 @@ def _ratio(loss: float, steps: int, reference: Mapping[int, float]) -> str:
     return f"{known[-1][0] / steps:.2f}"
 
 
-def _running(suites: Sequence[Suite]) -> Table | None:
+def _running(suites: Sequence[Suite]) -> Table:
     rows = []
     for run in (run for suite in suites for run in suite.runs if not run.finished):
         whole = f" of {run.iterations:,}" if run.start["train_iters"] else ""
         loss = f"{run.loss[-1][1]:.4f}" if run.loss else NOTHING
         rows.append([str(run.folder), f"{run.reached:,}{whole}", loss])
-    heads = ["folder", "iterations", "training loss"]
-    return Table("Runs that are not finished", heads, rows) if rows else None
+    return Table("Runs that are not finished", ["folder", "iterations", "training loss"], rows)

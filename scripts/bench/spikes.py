@@ -1,8 +1,9 @@
 """Counts hits and misses of spike detectors: `python -m scripts.bench.spikes`.
 
 The losses are synthetic, so that their spikes are known.  The detectors' defaults were chosen with
-other seeds than those of the table.  The detectors are those of
-:mod:`megatron_s3.telemetry.detectors`.
+other seeds than those of the table.  Beside the package's own detector and the scores of
+:mod:`megatron_s3.telemetry.detectors`, Megatron-LM's is counted (megatron/core/
+rerun_state_machine.py): it flags losses above 10 times the largest of the first 100.
 """
 
 import argparse
@@ -11,15 +12,37 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_s3.telemetry.detectors import DETECTORS
+from megatron_s3.telemetry.detectors import OLMO2, OLMO_CORE, deviations
+from megatron_s3.telemetry.spikes import SpikeDetector
 
-__all__ = ["Curve", "curve", "main", "score"]
+__all__ = ["DETECTORS", "Curve", "curve", "main", "score"]
 
 STEPS = 4000
+
+
+def _ours(losses: list[float]) -> Iterator[bool]:
+    detector = SpikeDetector()
+    for i, loss in enumerate(losses):
+        detector.add(i, loss)
+        yield detector.open is not None
+
+
+def _largest(losses: list[float]) -> Iterator[bool]:
+    limit = 10 * max(losses[:100])
+    return (i >= 100 and loss > limit for i, loss in enumerate(losses))
+
+
+#: Detectors by name: each yields, for every loss, whether it belongs to a spike.
+DETECTORS: dict[str, Callable[[list[float]], Iterator[bool]]] = {
+    "megatron_s3": _ours,
+    "mean + 6 sigma of 128 (OLMo-core)": lambda losses: deviations(losses, *OLMO_CORE),
+    "mean + 7 sigma of 1,000 (OLMo 2)": lambda losses: deviations(losses, *OLMO2),
+    "10 x largest of first 100 (Megatron-LM)": _largest,
+}
 
 
 @dataclass(frozen=True)

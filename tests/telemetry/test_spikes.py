@@ -6,12 +6,11 @@ import random
 
 import pytest
 
-from megatron_s3.telemetry.detectors import DETECTORS
 from megatron_s3.telemetry.spike_log import SpikeLog
 from megatron_s3.telemetry.spikes import SpikeDetector
 from megatron_s3.telemetry.updates import rising
 from scripts.bench import spikes as confusion
-from scripts.bench.spikes import Score, curve, score
+from scripts.bench.spikes import DETECTORS, Score, curve, score
 
 
 def decaying(count: int = 600, noise: float = 0.01, seed: int = 0) -> list[float]:

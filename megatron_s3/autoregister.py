@@ -76,7 +76,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def _run(self, execute: Callable[[], None]) -> None:
         depth = getattr(self._here, "depth", 0)
         if depth == 0 and not self._registered:
-            _select_device()
+            from megatron_s3.mcore import registration
+
+            registration.select_device()
         self._here.depth = depth + 1
         try:
             execute()
@@ -87,15 +89,6 @@ class _Finder(importlib.abc.MetaPathFinder):
             from megatron_s3 import register
 
             register()
-
-
-def _select_device() -> None:
-    """Chooses the device if one is given, because Megatron uses torch.cuda while it is imported."""
-    from megatron_s3.mcore import cpu_device, registration
-
-    device = registration.asked_device()
-    if device is not None:
-        cpu_device.select(device)
 
 
 def start() -> None:

@@ -13,8 +13,10 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from torch import Tensor
 
 from megatron_s3.log import say
+from megatron_s3.mcore.all_ranks import gathered, raise_first
 from megatron_s3.mcore.arguments import in_megatron_fsdp
 from megatron_s3.mcore.overrides import described
+from megatron_s3.mcore.refusal import AllRanksError
 
 __all__ = ["Part", "build_part", "check", "collected", "model_groups", "parts_of", "trainable"]
 
@@ -119,7 +121,7 @@ def check(
 ) -> None:
     """Compares the optimizers with the model and with the settings of single parameters.
 
-    Collective over all ranks; an error of one rank is raised on all.
+    Collective over all ranks.
 
     Args:
         parts: all optimizers that were built.
@@ -128,29 +130,22 @@ def check(
         overrides: the ``config_overrides`` passed to Megatron's builder.
 
     Raises:
-        ValueError: a trainable parameter is in no part or in two, a part is not stepped by the
+        AllRanksError: a trainable parameter is in no part or in two, a part is not stepped by the
             built optimizer, an override has no effect, or its name matches nothing on any rank.
     """
     named = trainable(model_chunks)
-    fault = (
+    raise_first(
         _uncounted(parts, named) or _unreached(parts, built) or _ignored(parts, named, overrides)
     )
     keys = [(part, described(key)) for key in overrides for part in _alternatives(key)]
     matched = [any(part.matches(p, name) for name, p in named) for part, _ in keys]
-    found = [(fault, matched)]
-    if torch.distributed.is_initialized():
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, (fault, matched))
-        found = gathered
-    if fault := fault or next((other for other, _ in found if other), None):
-        raise ValueError(fault)
-    for (part, called), *everywhere in zip(keys, *(ranks for _, ranks in found), strict=True):
+    for (part, called), *everywhere in zip(keys, *gathered(matched), strict=True):
         if any(everywhere):
             continue
         if part.attr or part.predicate or part.with_name_predicate:  # made for any model
             say(f"{called} matches no parameter, so it changes nothing")
         else:
-            raise ValueError(
+            raise AllRanksError(
                 f"{called}: no trainable parameter of the model has a name that matches "
                 f"{part.name!r}. Correct the pattern (names are those of named_parameters()), or "
                 "leave it out."

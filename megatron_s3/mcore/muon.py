@@ -9,6 +9,7 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_s3.mcore import compat_before_0_19
+from megatron_s3.mcore.all_ranks import raise_first
 from megatron_s3.mcore.announcement import announce_muon
 from megatron_s3.mcore.arguments import check_scalar, scalar_optimizer
 from megatron_s3.mcore.configuration import settle
@@ -39,12 +40,14 @@ def get_megatron_optimizer(
     chunks = call["model_chunks"]
     named = trainable(chunks)
     sharded = check_scalar(config, cls)
-    if sharded and (vectors := _vectors_of_experts(named)):
-        raise ValueError(
-            f"--muon-scalar-optimizer {cls.description.name} with sharded states does not support "
-            f"{vectors[0]}: Megatron shards no parameters of experts but matrices. Train without "
-            "biases in experts (--disable-bias-linear), or without --use-distributed-optimizer."
-        )
+    vectors = _vectors_of_experts(named) if sharded else []
+    raise_first(
+        f"--muon-scalar-optimizer {cls.description.name} with sharded states does not support "
+        f"{vectors[0]}: Megatron shards no parameters of experts but matrices. Train without "
+        "biases in experts (--disable-bias-linear), or without --use-distributed-optimizer."
+        if vectors
+        else None
+    )
     with collected() as found, compat_before_0_19.leaves_to(cls.description.name, config):
         built = original(config, *args, **kwargs)
     _require_ours(found, cls)

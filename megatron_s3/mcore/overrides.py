@@ -6,14 +6,14 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from megatron.core.optimizer import ParamKey, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
-from megatron_s3.mcore.all_ranks import raise_first
+from megatron_s3.mcore.all_ranks import gathered, raise_first
 from megatron_s3.mcore.arguments.names import destination, flag_named
 from megatron_s3.mcore.arguments.rules import OVERRIDES, rules
+from megatron_s3.mcore.refusal import AllRanksError
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description, Hyperparameter
 from megatron_s3.optimizers.stamp import PATTERN
@@ -239,7 +239,7 @@ def check_owners(
     named: Iterable[tuple[str, Tensor]],
     cls: type[ElementwiseOptimizer],
 ) -> None:
-    """Raises ValueError on all ranks if parameters have no definite optimizer or hyperparameters.
+    """Raises AllRanksError if parameters have no definite optimizer or hyperparameters.
 
     Collective over all ranks.
 
@@ -250,17 +250,15 @@ def check_owners(
     """
     tied: list[tuple[str, dict[str, Any]]] = []
     raise_first(_contested(overrides, named, cls, tied))
-    if not overrides or not torch.distributed.is_initialized():
-        return
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, tied)
-    (first, *others) = [each for found in gathered for each in found] or [None]
-    for name, settings in others:
-        if first is not None and settings != first[1]:
-            raise ValueError(
-                f"the overrides give {first[0]} and {name} different settings: {first[1] or 'none'}"
-                f" and {settings or 'none'}. They are one tied embedding on two pipeline stages, "
-                "which must be stepped alike. Make a pattern match both, or neither."
+    everywhere = [each for found in gathered(tied) for each in found]
+    for name, settings in everywhere:
+        first, its_settings = everywhere[0]
+        if settings != its_settings:
+            raise AllRanksError(
+                f"the overrides give {first} and {name} different settings: "
+                f"{its_settings or 'none'} and {settings or 'none'}. They are one tied embedding "
+                "on two pipeline stages, which must be stepped alike. Make a pattern match both, "
+                "or neither."
             )
 
 

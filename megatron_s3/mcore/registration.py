@@ -3,28 +3,33 @@
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.arguments import DEVICES
 
-__all__ = ["DEVICE", "asked_device", "register"]
+__all__ = ["DEVICE", "asked_device", "named_device", "register", "select_device"]
 
 #: The environment variable that chooses the device if neither an argument nor a flag does.
 DEVICE = "MEGATRON_S3_DEVICE"
 
 
 def register(device: str | None = None) -> None:
-    """Implements :func:`megatron_s3.register`.
+    """Implements :func:`megatron_s3.register`."""
+    select_device(device)
+    from megatron_s3.mcore import seams  # imports Megatron
 
-    The device is chosen first, because Megatron uses torch.cuda while it is imported, before it
-    parses arguments.
+    seams.install()
+
+
+def select_device(device: str | None = None) -> None:
+    """Chooses the device, if this argument, ``--plugin-device`` or the environment names one.
+
+    It comes before the import of Megatron, which uses torch.cuda before it parses arguments.
     """
     device = device or asked_device()
     if device is not None:
         cpu_device.select(device)
-    from megatron_s3.mcore import seams  # imports Megatron
-
-    seams.install()
 
 
 def asked_device() -> str | None:
@@ -33,13 +38,19 @@ def asked_device() -> str | None:
     Raises:
         ValueError: the value of the environment variable is not auto, cuda or cpu.
     """
-    asked = None
-    for flag, value in itertools.pairwise([*sys.argv[1:], ""]):
+    asked = named_device(sys.argv[1:])
+    if asked is None and (asked := os.environ.get(DEVICE) or None) not in (None, *DEVICES):
+        raise ValueError(f"{DEVICE}={asked}: expected auto, cuda or cpu; change or unset it")
+    return asked
+
+
+def named_device(words: Sequence[str]) -> str | None:
+    """Returns the device that ``--plugin-device`` names in a command line; None if it is absent."""
+    named = None
+    for flag, value in itertools.pairwise([*words, ""]):
         name, equals, own = flag.partition("=")
         value = own if equals else value
         # argparse checks the value later.
         if name in ("--plugin-device", "--s3-device") and value in DEVICES:
-            asked = value
-    if asked is None and (asked := os.environ.get(DEVICE) or None) not in (None, *DEVICES):
-        raise ValueError(f"{DEVICE}={asked}: expected auto, cuda or cpu; change or unset it")
-    return asked
+            named = value
+    return named

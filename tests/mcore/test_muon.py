@@ -120,6 +120,19 @@ def test_a_matrix_that_nobody_steps_is_an_error():
 
 
 @with_muon()
+def test_all_ranks_have_the_error_of_one():
+    """A pipeline stage may have no experts, and would wait for the ranks that ended."""
+    from megatron_s3.mcore import muon
+    from megatron_s3.mcore.refusal import AllRanksError
+
+    with pytest.MonkeyPatch.context() as patch:
+        experts = ["experts.bias"] if torch.distributed.get_rank() == 1 else []
+        patch.setattr(muon, "_vectors_of_experts", lambda named: experts)
+        with pytest.raises(AllRanksError, match="does not support experts.bias: Megatron shards"):
+            build()
+
+
+@with_muon()
 def test_a_model_without_the_layout_and_one_in_fp32_are_refused():
     with pytest.raises(ValueError, match=r"s3 with sharded states needs DDP's layout of the par"):
         build(layout=False)

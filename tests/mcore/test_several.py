@@ -185,6 +185,16 @@ def test_what_cannot_be_is_an_error_on_all_ranks(rules, why):
         build(plugin_overrides=rules)
 
 
+@pytest.mark.parametrize("rules", [REFUSED[0][0], REFUSED[-1][0]])
+@on_ranks(2)
+def test_what_only_the_model_shows_is_said_by_one_rank(rules):
+    from megatron_s3.mcore.refusal import AllRanksError
+
+    with pytest.raises(AllRanksError) as raised:
+        build(plugin_overrides=rules)
+    assert raised.value.speaker == 0
+
+
 @on_ranks(1)
 def test_rules_are_for_the_plugins_optimizers():
     from megatron.core.optimizer import OptimizerConfig

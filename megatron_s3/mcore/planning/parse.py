@@ -18,6 +18,7 @@ import torch
 
 from megatron_s3.mcore import cpu_device
 from megatron_s3.mcore.output import quiet
+from megatron_s3.mcore.registration import named_device
 
 __all__ = ["parse", "parser", "prepare", "release"]
 
@@ -36,7 +37,7 @@ def prepare(words: Sequence[str]) -> None:
         SeamMoved: the installed Megatron is none that the plugin knows.
         ImportError: Megatron is not installed.
     """
-    if _device(words) == "cpu":
+    if named_device(words) == "cpu":
         cpu_device.use_cpu()
     elif cpu_device.active():
         raise RuntimeError("a process that has checked a CPU job cannot check one for GPUs")
@@ -52,12 +53,6 @@ def release() -> str:
 
     # The text after a "+" is the commit of any repository that contains the environment.
     return str(__version__).partition("+")[0]
-
-
-def _device(words: Sequence[str]) -> str:
-    """Returns the device of the job, cpu or cuda."""
-    words = list(words)
-    return words[words.index("--plugin-device") + 1] if "--plugin-device" in words else "cuda"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -36,13 +36,13 @@ def in_one_line() -> Iterator[None]:
     """Ends the process with one line from one rank after an error that all ranks have alike.
 
     The status is 2 if arguments are rejected, and 1 otherwise. When the first rank ends, the others
-    are killed, so a silent rank must not be the first.
+    are killed, so a silent rank must not be the first. A rank that nobody kills prints the line
+    too: the one that prints for all has no such error, because its node differs.
     """
     try:
         yield
     except (Refused, AllRanksError) as error:
-        if os.environ.get("RANK", "0") == str(getattr(error, "speaker", 0)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        if os.environ.get("RANK", "0") != str(getattr(error, "speaker", 0)):
             time.sleep(_PATIENCE)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, Refused) else 1)

@@ -41,7 +41,7 @@ _ASKS = ("megatron.core.optimizer", "megatron.core.dist_checkpointing", "megatro
 
 
 class HookError(MegatronS3Error, ValueError):
-    """Raised if the environment variable is neither 0 nor 1."""
+    """Raised if the environment variable is neither 0 nor 1, or the hook cannot be changed."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -129,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0, or 1 if ``status`` finds no hook.
+
+    Raises:
+        HookError: the environment's packages cannot be changed.
     """
     parser = argparse.ArgumentParser(
         prog="megatron-s3 hook",
@@ -144,16 +147,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     action = parser.parse_args(argv).action
     path = file()
-    if action == "install":
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(_LINE)
-        part.replace(path)
-        say_here(f"{path} written: {VARIABLE}=1 registers the plugin in each process from now on")
-    elif action == "remove":
-        path.unlink(missing_ok=True)
-        say_here(f"{path} is removed")
-    else:
+    if action == "status":
         there = path.is_file() and path.read_text() == _LINE
         say_here(f"{path} {'is installed' if there else 'is not installed'}")
         return 0 if there else 1
+    try:
+        if action == "install":
+            part = path.with_name(f".{path.name}.part")
+            part.write_text(_LINE)
+            part.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise HookError(
+            f"{path} cannot be changed ({error.strerror}). Use an environment whose packages you "
+            "may change, or call megatron_s3.register() in the program."
+        ) from None
+    what = f"written: {VARIABLE}=1 registers the plugin in each process from now on"
+    say_here(f"{path} {what if action == 'install' else 'is removed'}")
     return 0

@@ -105,6 +105,18 @@ def test_removed_it_is_gone(hook):
     assert cli.main(["hook", "remove"]) == 0
 
 
+@pytest.mark.parametrize("action", ["install", "remove"])
+def test_an_environment_that_cannot_be_changed_is_said_in_one_line(
+    action, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "megatron_s3_hook.pth"
+    monkeypatch.setattr(autoregister, "file", lambda: path)
+    assert cli.main(["hook", action]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path} cannot be changed (Not a directory). Use an envir")
+
+
 def test_verl_finds_it_among_its_plugins(monkeypatch):
     """verl loads each entry point of the group while it is imported, in each process."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]

@@ -8,8 +8,10 @@ for those, run Megatron-LM's own script with ``-m megatron_s3 pretrain_gpt.py``.
 Megatron is imported inside the functions, because ``register`` must be called first.
 """
 
+import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +126,7 @@ def train_valid_test_datasets_provider(
     )
 
     args = get_args()
+    sequences = args.per_dataset_sequences_path
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -143,6 +146,10 @@ def train_valid_test_datasets_provider(
         create_attention_mask=args.create_attention_mask_in_dataloader,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences else None,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
     is_built = partial(is_first_or_last_pipeline_stage, vp_stage)

@@ -265,7 +265,8 @@ def active() -> bool:
 def select(device: str) -> str:
     """Chooses the device that Megatron trains on, and prepares torch for it.
 
-    Rank 0 (``RANK`` in the environment) prints one line if this is the CPU.
+    The first rank of each node (``LOCAL_RANK`` in the environment) prints one line if this is the
+    CPU, because the other nodes may have GPUs.
 
     Args:
         device: "cuda", "cpu", or "auto": CUDA if torch sees a device, else the CPU.
@@ -286,8 +287,10 @@ def select(device: str) -> str:
         raise RuntimeError(f"--plugin-device cuda: {reason}; use --plugin-device cpu, or auto")
     if device == "cuda" or (device == "auto" and has_cuda):
         return "cuda"
-    if not _active and os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    if not _active and os.environ.get("LOCAL_RANK", rank) == "0":
         reason = "--plugin-device cpu" if device == "cpu" else "torch sees no CUDA device"
-        print(f"[megatron_s3] training on the CPU with gloo ({reason})", flush=True)
+        who = "training" if rank == "0" else f"rank {rank} trains"
+        print(f"[megatron_s3] {who} on the CPU with gloo ({reason})", flush=True)
     use_cpu()
     return "cpu"

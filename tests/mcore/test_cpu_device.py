@@ -38,7 +38,8 @@ def switched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Keeps torch as it is; grows by one with each switch to the CPU."""
     switches: list[bool] = []
     monkeypatch.setattr(cpu_device, "use_cpu", lambda: switches.append(True))
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     return switches
 
 
@@ -60,11 +61,20 @@ def test_select(asked, has_cuda, got, line, switched, monkeypatch, capsys) -> No
     assert capsys.readouterr().out == printed
 
 
-def test_only_the_first_rank_says_so(switched, monkeypatch, capsys) -> None:
+def test_only_the_first_rank_of_a_node_says_so(switched, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("RANK", "1")
     assert cpu_device.select("auto") == "cpu"
     assert not capsys.readouterr().out
+    for rank, local, said in (
+        ("0", "0", "training on the CPU with gloo (torch sees no CUDA device)"),
+        ("9", "1", ""),
+        ("8", "0", "rank 8 trains on the CPU with gloo (torch sees no CUDA device)"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        cpu_device.select("auto")
+        assert capsys.readouterr().out == (said and f"[megatron_s3] {said}\n")
 
 
 def test_cuda_without_a_device_names_the_flag(switched, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from megatron.bridge.training.config import SchedulerConfig
 from megatron_s3.bridge.configuration import S3OptimizerConfig
 from megatron_s3.errors import MegatronS3Error
 from megatron_s3.log import say
-from megatron_s3.mcore.arguments import check_config
+from megatron_s3.mcore.arguments.checks import check_config
 from megatron_s3.mcore.arguments.names import flag_named
 from megatron_s3.mcore.configuration import settle
 from megatron_s3.optimizers import S3

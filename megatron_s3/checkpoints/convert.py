@@ -24,7 +24,7 @@ from megatron_s3.checkpoints.errors import ConvertError, Mismatch
 from megatron_s3.checkpoints.source import Source
 from megatron_s3.checkpoints.transfer import ADAM, Settings
 from megatron_s3.log import say_here
-from megatron_s3.mcore.arguments import destination, flag
+from megatron_s3.mcore.arguments.names import destination, flag
 from megatron_s3.mcore.checkpoint import read
 from megatron_s3.optimizers.description import Description, Hyperparameter
 from megatron_s3.storage import checksums

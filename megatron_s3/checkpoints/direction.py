@@ -7,7 +7,7 @@ from typing import Any
 from megatron_s3.checkpoints import groups
 from megatron_s3.checkpoints.errors import ConvertError
 from megatron_s3.checkpoints.transfer import ADAM, Settings, convertible, from_adam_of, short
-from megatron_s3.mcore.arguments import flag
+from megatron_s3.mcore.arguments.names import flag
 from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.optimizers import OPTIMIZERS, AdamW
 from megatron_s3.optimizers.description import Description

@@ -8,7 +8,7 @@ import torch
 
 from megatron_s3.checkpoints.rates import with_rates
 from megatron_s3.checkpoints.transfer import Settings
-from megatron_s3.mcore.arguments import destination
+from megatron_s3.mcore.arguments.names import destination
 from megatron_s3.optimizers.description import FORMAT
 
 __all__ = ["arguments", "betas", "convert", "find", "steps"]

@@ -179,7 +179,7 @@ def _of_program(launch: Launch) -> Iterator[str]:
 
 
 def _refused(launch: Launch) -> Iterator[str]:
-    from megatron_s3.mcore.arguments import UNSUPPORTED
+    from megatron_s3.mcore.arguments.validation import UNSUPPORTED
 
     for _, flag, reason in UNSUPPORTED:
         if _has(launch, flag):

@@ -164,6 +164,7 @@ def planned(config: Config, args: "Namespace") -> "tuple[Namespace, Sizes]":
 def _make(
     config: Config, steps: int, more: list[str], source: str, mfu: float, peak: float
 ) -> Plan:
+    from megatron_s3.mcore.metrics_log import trainers_flops
     from megatron_s3.mcore.planning import job, memory
 
     args, sizes = planned(config, check(config, more))
@@ -192,7 +193,7 @@ def _make(
         batch=args.global_batch_size,
         sequence=args.seq_length,
         steps=steps,
-        flops=job.flops(args),
+        flops=trainers_flops(args),
         mfu=mfu,
         peak=peak,
         evaluated=args.eval_iters or 0,

@@ -11,7 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_s3.kernels.choice import KERNELS
 from megatron_s3.kernels.operands import local
 from megatron_s3.log import say
-from megatron_s3.mcore.arguments import (
+from megatron_s3.mcore.arguments.readers import (
     hyperparameters,
     in_megatron_fsdp,
     state_dtypes,
@@ -35,40 +35,13 @@ def announce(
     training: Training,
 ) -> None:
     """Logs the optimizer with its settings, its parameters and state, and its step: three lines."""
-    params = [p for part in parts for g in part.optimizer.param_groups for p in g["params"]]
-    sharding = set(map(_sharding, parts))
-    groups = [group for part in parts for group in part.optimizer.param_groups]
-    descriptions = {d.name: d for part in parts for d in part.optimizer.descriptions()}
-    asked = hyperparameters(cls, config) | {"weight_decay": config.weight_decay}
-    main = {
-        _main(part.optimizer.host, p)
-        for part in parts
-        for g in part.optimizer.param_groups
-        for p in g["params"]
-    }
-    dtypes = {name: d for part in parts for name, d in part.optimizer.state_dtypes.items()}
-    fractions = {n: of for d in descriptions.values() for n, of in d.fractions.items()}
-    states = ", ".join(
-        f"{name} {_name(dtype)}"
-        + (f", as fractions of {fractions[name]}" if dtype == torch.int8 else "")
-        for name, dtype in (dtypes or state_dtypes(cls, config)).items()
-    )
-    devices = {p.device.type for p in params}
-    offloaded = ""
-    if getattr(config, "optimizer_cpu_offload", False):
-        count = sum(p.numel() for part in parts for p in part.optimizer.host.offload.params)
-        offloaded = f"; the CPU keeps and updates {count:,} of the parameters"
-        devices.add("cpu")
-    paths = sorted(
-        {
-            _path(description, parts, device, config, training)
-            for device in devices
-            for description in descriptions.values()
-        }
-    )
-    clipping = f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping"
-    for description in descriptions.values() or [cls.description]:
+    optimizers = [part.optimizer for part in parts]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    found = {d.name: d for optimizer in optimizers for d in optimizer.descriptions()}
+    descriptions = list(found.values()) or [cls.description]
+    for description in descriptions:
         own = [group for group in groups if group["algorithm"] == description.name]
+        asked = hyperparameters(cls, config) | {"weight_decay": config.weight_decay}
         if description.name != cls.description.name:
             names = [h.name for h in description.hyperparameters] + ["weight_decay"]
             asked = {name: own[0][name] for name in names}
@@ -77,12 +50,40 @@ def announce(
             for name, value in asked.items()
         )
         say(f"{description.label} with {settings}")
+
+    fractions = {name: of for d in descriptions for name, of in d.fractions.items()}
+    dtypes = {n: dtype for optimizer in optimizers for n, dtype in optimizer.state_dtypes.items()}
+    states = ", ".join(
+        f"{name} {_name(dtype)}"
+        + (f", as fractions of {fractions[name]}" if dtype == torch.int8 else "")
+        for name, dtype in (dtypes or state_dtypes(cls, config)).items()
+    )
+    params = [param for group in groups for param in group["params"]]
+    main = {
+        _main(optimizer.host, param)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
+    devices = {param.device.type for param in params}
+    offloaded = ""
+    if getattr(config, "optimizer_cpu_offload", False):
+        count = sum(p.numel() for optimizer in optimizers for p in optimizer.host.offload.params)
+        offloaded = f"; the CPU keeps and updates {count:,} of the parameters"
+        devices.add("cpu")
     say(
         f"{sum(local(p).numel() for p in params):,} parameters of rank 0 in "
         f"{', '.join(sorted(main))}; optimizer state ({states}) "
-        f"{' and '.join(sorted(sharding))}{offloaded}"
+        f"{' and '.join(sorted(set(map(_sharding, parts))))}{offloaded}"
     )
-    say(f"step: {', '.join(paths)}; {clipping}")
+
+    paths = {
+        _path(description, optimizers, device, config, training)
+        for device in devices
+        for description in descriptions
+    }
+    clipping = f"clip_grad={config.clip_grad:g}" if config.clip_grad > 0 else "no gradient clipping"
+    say(f"step: {', '.join(sorted(paths))}; {clipping}")
 
 
 def announce_parts(
@@ -197,7 +198,7 @@ def _sharding(part: MegatronOptimizer) -> str:
 
 def _path(
     description: Description,
-    parts: list[MegatronOptimizer],
+    optimizers: Sequence[ElementwiseOptimizer],
     device: str,
     config: Any,
     training: Training,
@@ -210,9 +211,9 @@ def _path(
     else:
         kernel = importlib.import_module(KERNELS[device])
         values = (
-            part.optimizer.algorithm_of(group).group_hyperparameters(group | {"step": 1})
-            for part in parts
-            for group in part.optimizer.param_groups
+            optimizer.algorithm_of(group).group_hyperparameters(group | {"step": 1})
+            for optimizer in optimizers
+            for group in optimizer.param_groups
             if group["algorithm"] == description.name
         )
         reasons = {kernel.reason(description.rule, [], **each) for each in values}
@@ -234,9 +235,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def say_path(parts: Iterable[MegatronOptimizer], training: Training) -> None:
+def say_path(optimizers: Sequence[ElementwiseOptimizer], training: Training) -> None:
     """Logs what ran the first update if it differs from the announcement."""
-    optimizers = [part.optimizer for part in parts if part.optimizer is not None]
     paths = {optimizer.path for optimizer in optimizers if optimizer.path}
     training.updated = bool(paths)
     for path in sorted(paths - training.said):

@@ -1,6 +1,5 @@
 """Builds the optimizer: Megatron builds it as Adam, then the plugin replaces the update rule."""
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +13,13 @@ from megatron.core.optimizer.optimizer import (
 
 from megatron_s3.mcore import coverage, muon, overrides, state
 from megatron_s3.mcore.announcement import announce, announce_parts
-from megatron_s3.mcore.arguments import (
-    as_adam,
-    check_config,
-    check_scalar,
-    check_several,
-    destination,
+from megatron_s3.mcore.arguments.checks import check_config, check_scalar, check_several
+from megatron_s3.mcore.arguments.mask import as_adam, replaced
+from megatron_s3.mcore.arguments.names import destination
+from megatron_s3.mcore.arguments.readers import (
     hyperparameters,
     in_megatron_fsdp,
-    replaced,
-    scalar_optimizer,
+    scalar_named,
     state_dtypes,
     switches,
 )
@@ -159,8 +155,9 @@ def build_part(
     Raises:
         ValueError: the optimizer does not support a setting.
     """
-    # Within get_megatron_optimizer the name reads "adam".
-    cls = OPTIMIZERS.get(config.optimizer) if scalar_optimizer(_muons(config)) else None
+    # Within get_megatron_optimizer the name reads "adam", which is Megatron's.
+    name = getattr(config, "muon_scalar_optimizer", None)
+    cls = scalar_named(name) if config.optimizer == name else None
     if cls is None:
         return coverage.build_part(original, config, model_chunks, *rest, **kwargs)
     check_scalar(config, cls, getattr(model_chunks[0], "ddp_config", None))
@@ -176,13 +173,6 @@ def build_part(
         _exchange(part, [cls], config)
         announce([part], cls, config, state.Training())
     return part
-
-
-def _muons(config: Any) -> Any:
-    """Returns the configuration of Muon from which Megatron has made one for other parameters."""
-    name = getattr(config, "muon_scalar_optimizer", None)
-    is_others = name is not None and config.optimizer == name
-    return argparse.Namespace(optimizer="muon" if is_others else "", muon_scalar_optimizer=name)
 
 
 def _exchange(

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from megatron_s3.mcore.announcement import say_path
-from megatron_s3.mcore.arguments import needs_grad_norm
+from megatron_s3.mcore.arguments.readers import needs_grad_norm
 from megatron_s3.mcore.state import Training
 from megatron_s3.mcore.update_log import UpdateLog
 
@@ -21,7 +21,7 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):  # type: ignore[misc]  # Me
     Megatron's :meth:`step` always computes the global gradient norm, even if neither clipping nor a
     skip threshold needs it. This costs a read of 4 bytes per parameter, an all-reduce and a host
     synchronization. This class computes the norm only if something needs it
-    (:func:`~megatron_s3.mcore.arguments.needs_grad_norm`).
+    (:func:`~megatron_s3.mcore.arguments.readers.needs_grad_norm`).
     """
 
     #: The plugin's record of the training to which this optimizer belongs.
@@ -41,6 +41,11 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):  # type: ignore[misc]  # Me
     def update_log(self) -> UpdateLog | None:
         """Returns the counter of updates; None if updates are not logged."""
         return self.training.update_log
+
+    @property
+    def parts(self) -> list[MegatronOptimizer]:
+        """Returns the chained optimizers that have parameters on this rank."""
+        return [part for part in self.chained_optimizers if part.optimizer is not None]
 
     def state_dict(self, is_loading: bool = False) -> Any:
         """Returns Megatron's state dict.  ``is_loading`` is not needed: the state always exists."""
@@ -67,7 +72,7 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):  # type: ignore[misc]  # Me
         finally:
             self._without_grad_norm = False
         if not self.training.updated:
-            say_path(self.chained_optimizers, self.training)
+            say_path([part.optimizer for part in self.parts], self.training)
         return result
 
     @torch.no_grad()
@@ -89,16 +94,13 @@ class ElementwiseChainedOptimizer(ChainedOptimizer):  # type: ignore[misc]  # Me
         Returns:
             The step count; None if there are no parameters.
         """
-        parts = [part.optimizer for part in self.chained_optimizers if part.optimizer is not None]
-        groups = [(part, group) for part in parts for group in part.param_groups]
-        steps = [group["step"] for _, group in groups if group["params"]]
-        if not steps:
-            return None
-        for part, group in groups:
-            if group["step"] != max(steps):
-                part.counts.keep(group)
-            group["step"] = max(steps)
-        return max(steps)
+        groups = [(part, group) for part in self.parts for group in part.optimizer.param_groups]
+        step = max((group["step"] for _, group in groups if group["params"]), default=None)
+        for part, group in groups if step is not None else ():
+            if group["step"] != step:
+                part.optimizer.counts.keep(group)
+            group["step"] = step
+        return step
 
 
 def replay(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +113,7 @@ def replay(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any
     result = original(wrapper, *args, **kwargs)
     built = getattr(wrapper.optimizer_step_func, "__self__", None)
     if replays and result[0] and isinstance(built, ElementwiseChainedOptimizer):
-        for part in built.chained_optimizers:
-            for group in part.optimizer.param_groups if part.optimizer is not None else ():
+        for part in built.parts:
+            for group in part.optimizer.param_groups:
                 group["step"] += 1
     return result

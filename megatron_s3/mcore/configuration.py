@@ -160,8 +160,7 @@ def settle(config: Any) -> None:
     if isinstance(config.clip_grad, Default):
         default = config.clip_grad if chosen is None else chosen.description.clip_grad
         config.clip_grad = float(default)
-    added = {name: default for name, _, default in _fields()}
-    for name, default in added.items():
+    for name, _, default in _fields():
         if getattr(config, name, None) is None:
             setattr(config, name, default)
     for cls in OPTIMIZERS.values():

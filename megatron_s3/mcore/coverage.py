@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_s3.log import say
 from megatron_s3.mcore.all_ranks import gathered, raise_first
-from megatron_s3.mcore.arguments import in_megatron_fsdp
+from megatron_s3.mcore.arguments.readers import in_megatron_fsdp
 from megatron_s3.mcore.overrides import described
 from megatron_s3.mcore.refusal import AllRanksError
 

@@ -21,6 +21,19 @@ from megatron_s3.optimizers.values import excess, main_param_of, put, put_main_p
 __all__ = ["ElementwiseDistributedOptimizer", "names_in_shards", "sharded_class"]
 
 
+def _mended(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the method of DistributedOptimizer of a wrapper's name, wrapped once.
+
+    Megatron's own method is wrapped, whether or not the plugin has been registered.
+    """
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        upstreams = inspect.unwrap(getattr(DistributedOptimizer, wrapper.__name__))
+        return wrapper(upstreams, self, *args, **kwargs)
+
+    return method
+
+
 # Megatron has no types.
 class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: ignore[misc]
     """DistributedOptimizer around an :class:`~megatron_s3.optimizers.ElementwiseOptimizer`.
@@ -77,27 +90,15 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Calls Megatron's method when the state exists; it would allocate Adam's names."""
         self.optimizer.init_state()
-        param_groups.load_state_dict(_upstreams("load_state_dict"), self, state_dict)
+        _mended(param_groups.load_state_dict)(self, state_dict)
         for state in self.optimizer.state.values():
             state.pop("step", None)  # set by Megatron if it loads without FusedAdam
         self.name_main_params()
 
     # What megatron-core saves is mended here too, so that it is right where nothing is wrapped.
-
-    def get_parameter_state_dp_reshardable(self) -> Any:
-        """Returns what this rank holds of each bucket, with zeros between parameters."""
-        upstreams = _upstreams("get_parameter_state_dp_reshardable")
-        return shards.get_parameter_state_dp_reshardable(upstreams, self)
-
-    def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what is saved and loaded of it, also of a rank whose share is padding alone."""
-        upstreams = _upstreams("sharded_param_state_dp_reshardable")
-        return shards.sharded_param_state_dp_reshardable(upstreams, self, *args, **kwargs)
-
-    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns tensors of the parameters' shapes, cut where the ranks hold them."""
-        upstreams = _upstreams("sharded_param_state_fully_reshardable")
-        return shards.sharded_param_state_fully_reshardable(upstreams, self, *args, **kwargs)
+    get_parameter_state_dp_reshardable = _mended(shards.get_parameter_state_dp_reshardable)
+    sharded_param_state_dp_reshardable = _mended(shards.sharded_param_state_dp_reshardable)
+    sharded_param_state_fully_reshardable = _mended(shards.sharded_param_state_fully_reshardable)
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -171,15 +172,10 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
                     del param.main_param
 
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
-        group, order = self.model_param_group_index_map[model_param]
-        param = self.optimizer.param_groups[group]["params"][order]
-        # The state exists before any format reads or fills it, also before the first step.
-        own = self._description_of(group).state
-        if not self.optimizer.state[param].keys() >= set(own):
-            self.optimizer.init_state()
+        description, param = self._owned(model_param)
+        own, names = description.state, self.optimizer_state_keys
         # Megatron adds a step if it loads without FusedAdam.
-        state = values(self._description_of(group), param, self.optimizer.state[param])
-        names = self.optimizer_state_keys
+        state = values(description, param, self.optimizer.state[param])
         tensors = {"param": state.get("master_param", param)}
         tensors |= {name: state[each] for name, each in zip(names, own, strict=False)}
         for name in names[len(own) :]:  # states of another algorithm, at the end
@@ -187,20 +183,25 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
             tensors[name] = torch.zeros_like(param, dtype=dtype, device=state[own[0]].device)
         return tensors
 
-    def _description_of(self, group: int) -> Description:
-        algorithm = self.optimizer.algorithm_of(self.optimizer.param_groups[group])
-        description: Description = algorithm.description
-        return description
+    def _owned(self, model_param: Any) -> tuple[Description, Tensor]:
+        """Returns the optimizer's parameter for one of the model's, and its description.
+
+        Its state exists before any format reads or fills it, also before the first step.
+        """
+        number, order = self.model_param_group_index_map[model_param]
+        group = self.optimizer.param_groups[number]
+        description, param = self.optimizer.algorithm_of(group).description, group["params"][order]
+        if not self.optimizer.state[param].keys() >= set(description.state):
+            self.optimizer.init_state()
+        return description, param
 
     @torch.no_grad()  # fp32 main parameters are views of the model's, which autograd protects
     def _set_main_param_and_optimizer_states(
         self, model_param: Any, tensors: dict[str, Any]
     ) -> None:
         shards.note_unlike(self, model_param, tensors)
-        group, order = self.model_param_group_index_map[model_param]
-        param = self.optimizer.param_groups[group]["params"][order]
-        self._get_main_param_and_optimizer_states(model_param)  # which makes the state
-        description, state = self._description_of(group), self.optimizer.state[param]
+        description, param = self._owned(model_param)
+        state = self.optimizer.state[param]
         names = {"param": "master_param"} | dict(
             zip(self.optimizer_state_keys, description.state, strict=False)
         )
@@ -256,7 +257,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
 
     def _places(self) -> tuple[Place, ...]:
         memory = [b.param_data for buffer in self.buffers for b in buffer.buckets]
-        for pair in self._model_and_own_params():
+        for pair in self.model_and_own_params():
             memory += pair
         return tuple(place(tensor) for tensor in memory if tensor is not None)
 
@@ -270,7 +271,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         ):
             return None
         found = {}
-        for model, own in self._model_and_own_params():
+        for model, own in self.model_and_own_params():
             ranges = self._get_model_param_range_map(model)
             inside, shard = ranges["gbuf_world_in_bucket"], ranges["param"]
             buffer, _, bucket = self.model_param_gbuf_map[model]
@@ -303,7 +304,7 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
         if all(buffer.grad_data.dtype == torch.float32 for buffer in self.buffers):
             return None
         pairs = []
-        for model, main in self._model_and_own_params():
+        for model, main in self.model_and_own_params():
             place = self._get_model_param_range_map(model)["param"]
             grad = model.main_grad  # type: ignore[attr-defined]  # Megatron's name
             pairs.append((main, grad.view(-1)[place.start : place.end]))
@@ -312,8 +313,8 @@ class ElementwiseDistributedOptimizer(OnePass, DistributedOptimizer):  # type: i
     def _grad_memory(self) -> Iterable[Tensor]:
         return (buffer.grad_data for buffer in self.buffers)
 
-    def _model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the model parameters with elements on this rank, with the optimizer's."""
+    def model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the model's parameters with elements on this rank, each with the optimizer's."""
         halves = self.shard_fp32_from_float16_groups
         if self._holds_master_params():
             halves = self.shard_float16_groups
@@ -337,12 +338,6 @@ def names_in_shards(optimizer: ElementwiseOptimizer) -> tuple[str, ...]:
         "_or_".join(dict.fromkeys(name for name in names if name is not None))
         for names in itertools.zip_longest(*states)
     )
-
-
-def _upstreams(name: str) -> Callable[..., Any]:
-    """Returns a method of DistributedOptimizer as Megatron has it, whether or not it is wrapped."""
-    method: Callable[..., Any] = inspect.unwrap(getattr(DistributedOptimizer, name))
-    return method
 
 
 @functools.cache

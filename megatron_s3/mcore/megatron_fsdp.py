@@ -56,6 +56,10 @@ class ElementwiseFSDPOptimizer(ElementwiseDistributedOptimizer):
         alone.
         """
 
+    def model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the optimizer's parameters twice: they stand for Megatron-FSDP's."""
+        yield from ((param, param) for param in self.get_parameters())
+
     def _places(self) -> tuple[Place, ...]:
         memory = []
         for params, group in self._weight_groups():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_s3.mcore.arguments import hyperparameters
+from megatron_s3.mcore.arguments.readers import hyperparameters
 from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.mcore.update_log import UpdateLog
 from megatron_s3.optimizers import OPTIMIZERS
@@ -16,7 +16,20 @@ from megatron_s3.telemetry.spike_log import SpikeLog
 from megatron_s3.telemetry.updates import tags
 from megatron_s3.version import __version__
 
-__all__ = ["MetricsLog", "writing_rank"]
+__all__ = ["MetricsLog", "trainers_flops", "writing_rank"]
+
+
+def _trainers_writers() -> tuple[Any, Any]:
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    return get_tensorboard_writer(), get_wandb_writer()
+
+
+def trainers_flops(args: Any) -> float:
+    """Returns the floating-point operations of one step over all ranks, as Megatron counts them."""
+    from megatron.training.training import num_floating_point_operations
+
+    return float(num_floating_point_operations(args, args.global_batch_size))
 
 
 class MetricsLog:
@@ -39,11 +52,11 @@ class MetricsLog:
         iteration: int,
         update_log: UpdateLog | None,
         spikes: dict[str, Any] | None,
-        writers: Callable[[], tuple[Any, Any]] | None = None,
-        flops: Callable[[Any], float | None] | None = None,
+        writers: Callable[[], tuple[Any, Any]] = _trainers_writers,
+        flops: Callable[[Any], float | None] = trainers_flops,
     ) -> None:
         self.update_log = update_log
-        self.writers = writers or _trainers_writers
+        self.writers = writers
         self.losses: list[Tensor] = []
         self.skipped = 0
         self.timed = -1  # iterations since then; the first one began before
@@ -132,46 +145,33 @@ def _finite(values: Any) -> Any:
     return finite(values)
 
 
-def _trainers_writers() -> tuple[Any, Any]:
-    from megatron.training import get_tensorboard_writer, get_wandb_writer
-
-    return get_tensorboard_writer(), get_wandb_writer()
-
-
-def _trainers_flops(args: Any) -> float:
-    from megatron.training.training import num_floating_point_operations
-
-    return float(num_floating_point_operations(args, args.global_batch_size))
-
-
 def _start(
     args: Any,
     iteration: int,
     update_log: UpdateLog | None,
-    flops: Callable[[Any], float | None] | None,
+    flops: Callable[[Any], float | None],
 ) -> dict[str, Any]:
-    cls = OPTIMIZERS.get(args.optimizer)
-    names = ("adam_beta1", "adam_beta2", "adam_eps") if args.optimizer == "adam" else ()
-    own = hyperparameters(cls, args) if cls else {name: getattr(args, name) for name in names}
+    label, bound = args.optimizer, None
+    if cls := OPTIMIZERS.get(args.optimizer):
+        own = hyperparameters(cls, args)
+        label, bound = cls.description.label, cls.description.bound(**own)
+    else:
+        names = ("adam_beta1", "adam_beta2", "adam_eps") if args.optimizer == "adam" else ()
+        own = {name: getattr(args, name) for name in names}
     return {
         "time": time.time(),
         "iteration": iteration,
         "optimizer": args.optimizer,
-        "label": cls.description.label if cls else args.optimizer,
+        "label": label,
         "hyperparameters": own
         | {"lr": args.lr, "weight_decay": args.weight_decay, "clip_grad": args.clip_grad},
         "overrides": getattr(args, OVERRIDES, None) or [],
-        "bound": _bound(args) if update_log is None else update_log.bound(),
+        "bound": bound if update_log is None else update_log.bound(),
         "seed": args.seed,
         "world_size": args.world_size,
         "global_batch_size": args.global_batch_size,
         "seq_length": args.seq_length,
         "train_iters": args.train_iters,
-        "flops": (flops or _trainers_flops)(args),
+        "flops": flops(args),
         "version": __version__,
     }
-
-
-def _bound(args: Any) -> float | None:
-    cls = OPTIMIZERS.get(args.optimizer)
-    return cls.description.bound(**hyperparameters(cls, args)) if cls else None

@@ -11,7 +11,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_s3.mcore import compat_before_0_19
 from megatron_s3.mcore.all_ranks import raise_first
 from megatron_s3.mcore.announcement import announce_muon
-from megatron_s3.mcore.arguments import check_scalar, scalar_optimizer
+from megatron_s3.mcore.arguments.checks import check_scalar
+from megatron_s3.mcore.arguments.readers import scalar_optimizer
 from megatron_s3.mcore.configuration import settle
 from megatron_s3.mcore.coverage import Part, check, collected, model_groups, trainable
 from megatron_s3.optimizers import ElementwiseOptimizer

@@ -6,8 +6,7 @@ optimizer gets the tensors at both ends.
 """
 
 import inspect
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from megatron.core.optimizer.optimizer import (
 from torch import Tensor
 
 from megatron_s3.kernels.operands import local
-from megatron_s3.mcore.arguments import needs_grad_norm
+from megatron_s3.mcore.arguments.readers import needs_grad_norm
 from megatron_s3.mcore.checkpoint import param_groups
 from megatron_s3.mcore.compat_before_0_19 import MainGradsForNorm
 from megatron_s3.optimizers import ElementwiseOptimizer
@@ -126,6 +125,10 @@ class OnePass(MainGradsForNorm, MixedPrecisionOptimizer):  # type: ignore[misc] 
             self._found = self._find_model_params()
             self._found_for = self._places()  # after the search, which may move a shard back
 
+    def model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the model's parameters with elements on this rank, each with the optimizer's."""
+        raise NotImplementedError
+
     def _holds_master_params(self) -> bool:
         """Returns whether the optimizer has the model's parameters and main parameters as state."""
         return bool(self.optimizer.host.master_params)
@@ -160,33 +163,32 @@ class ElementwiseFloat16Optimizer(OnePass, Float16OptimizerWithFloat16Params):  
         upstreams = inspect.unwrap(Float16OptimizerWithFloat16Params.load_state_dict)
         param_groups.load_state_dict(upstreams, self, state_dict)
 
+    def model_and_own_params(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the model's parameters, each with the optimizer's, which is itself if in fp32."""
+        yield from self._halves()
+        yield from ((param, param) for group in self.fp32_from_fp32_groups for param in group)
+
+    def _halves(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the model's half-precision parameters with their main parameters."""
+        for models, mains in zip(self.float16_groups, self.fp32_from_float16_groups, strict=True):
+            yield from zip(models, mains, strict=True)
+
     def _places(self) -> tuple[Place, ...]:
-        return tuple(place(param) for group in self.float16_groups for param in group)
+        return tuple(place(model) for model, _ in self._halves())
 
     def _find_model_params(self) -> dict[Tensor, Tensor] | None:
-        found = {
-            main: local(model.detach())  # under --use-torch-fsdp2 this rank's shard
-            for models, mains in zip(
-                self.float16_groups, self.fp32_from_float16_groups, strict=True
-            )
-            for model, main in zip(models, mains, strict=True)
-        }
+        # Under --use-torch-fsdp2 this rank's shard.
+        found = {main: local(model.detach()) for model, main in self._halves()}
         for memory in filter(is_plain, found.values()):
             require_memory(memory, "parameters", "reload_from_cpu")
         return found if all(map(is_plain, found.values())) else None
 
     def _grad_memory(self) -> Iterable[Tensor]:
-        groups = itertools.chain(self.float16_groups, self.fp32_from_fp32_groups)
-        return (grad for group in groups for param in group if (grad := _grad(param)) is not None)
+        grads = (_grad(model) for model, _ in self.model_and_own_params())
+        return (grad for grad in grads if grad is not None)
 
     def _find_grads(self) -> list[tuple[Tensor, Tensor | None]] | None:
-        pairs = []
-        for models, mains in zip(self.float16_groups, self.fp32_from_float16_groups, strict=True):
-            for model, main in zip(models, mains, strict=True):
-                pairs.append((main, _grad(model)))
-        for params in self.fp32_from_fp32_groups:
-            pairs += [(param, _grad(param)) for param in params]
-        return pairs
+        return [(main, _grad(model)) for model, main in self.model_and_own_params()]
 
 
 def _grad(param: Tensor) -> Tensor | None:

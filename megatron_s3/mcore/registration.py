@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_s3.mcore import cpu_device
-from megatron_s3.mcore.arguments import DEVICES
+from megatron_s3.mcore.arguments.flags import DEVICES
 
 __all__ = ["DEVICE", "asked_device", "named_device", "register", "select_device"]
 

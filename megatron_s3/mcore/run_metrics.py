@@ -147,8 +147,7 @@ def _update_log(optimizer: Any, model: Sequence[torch.nn.Module], asked: bool) -
                 "updates=True counts nothing with optimizer_cuda_graph, because a replay runs no "
                 "Python. Leave one of the two out."
             )
-        parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
-        optimizer.training.update_log = UpdateLog(parts, model)
+        optimizer.training.update_log = UpdateLog(optimizer.parts, model)
     return optimizer.update_log
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_s3.log import say
 from megatron_s3.mcore import (
-    arguments,
     build,
     chained,
     compat_before_0_19,
@@ -24,6 +23,7 @@ from megatron_s3.mcore import (
     torch_adamw,
     torch_fsdp2,
 )
+from megatron_s3.mcore.arguments import flags, mask, validation
 from megatron_s3.mcore.checkpoint import (
     async_writers,
     library,
@@ -68,7 +68,7 @@ SEAMS: tuple[Seam, ...] = (
         "adds the plugin's optimizers to --optimizer, and the plugin's flags; for training on the "
         "CPU it sets gloo and layers without GPU kernels as defaults",
         ("parser",),
-        arguments.add_megatron_arguments,
+        flags.add_megatron_arguments,
     ),
     Wrapped(
         "megatron.training.arguments",
@@ -77,14 +77,14 @@ SEAMS: tuple[Seam, ...] = (
         "--clip-grad, and keeps --use-distributed-optimizer on, which Megatron allows only with "
         "adam and sgd",
         ("args", "defaults"),
-        arguments.validate_args,
+        validation.validate_args,
     ),
     Wrapped(
         "megatron.training.arguments",
         "_print_args",
         "prints the name of the plugin's optimizer among the arguments",
         ("title", "args"),
-        arguments.print_args,
+        mask.print_args,
     ),
     Wrapped(
         "megatron.training.training",

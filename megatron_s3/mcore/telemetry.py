@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_s3.mcore.arguments import needs_grad_norm, switches
+from megatron_s3.mcore.arguments.readers import needs_grad_norm, switches
 from megatron_s3.mcore.metrics_log import MetricsLog, writing_rank
 from megatron_s3.mcore.state import running
 from megatron_s3.optimizers import OPTIMIZERS
@@ -88,8 +88,7 @@ def training_log(
     asked = args if optimizer is None else optimizer.config
     if args.optimizer in OPTIMIZERS and not needs_grad_norm(asked):
         grad_norm = None
-    wanted = switches(args)["plugin_metrics"]
-    if wanted:
+    if switches(args)["plugin_metrics"]:
         if training.metrics is None:
             training.metrics = MetricsLog(args, iteration - 1, training.update_log, training.spikes)
         training.metrics.count(loss_dict, bool(skipped_iter))
@@ -100,7 +99,7 @@ def training_log(
         *(skipped_iter, grad_norm, *rest),
         **kwargs,
     )
-    if wanted and training.metrics is not None and iteration % args.log_interval == 0:
+    if training.metrics is not None and iteration % args.log_interval == 0:
         training.metrics.interval(args, iteration, learning_rate, grad_norm)
     return result
 

@@ -28,13 +28,13 @@ def restore_step(saved: dict[str, Any]) -> None:
     optimizer = saved["optimizer"]
     groups = optimizer.get("optimizer", optimizer)["param_groups"]
     step = max(group["step"] for group in groups)  # all are equal in a run
-    for part in built.chained_optimizers:
-        if part.optimizer is not None:
-            for group in part.optimizer.param_groups:
-                group["step"] = step
-            if len(groups) == len(part.optimizer.param_groups):
-                for group, its in zip(part.optimizer.param_groups, groups, strict=True):
-                    if "steps" in its:
-                        group["steps"] = its["steps"]
-            part.optimizer.counts.load(part.optimizer.param_groups)
-            param_groups.restore_scheduled(part, groups)
+    for part in built.parts:
+        own = part.optimizer.param_groups
+        for group in own:
+            group["step"] = step
+        if len(groups) == len(own):
+            for group, its in zip(own, groups, strict=True):
+                if "steps" in its:
+                    group["steps"] = its["steps"]
+        part.optimizer.counts.load(own)
+        param_groups.restore_scheduled(part, groups)

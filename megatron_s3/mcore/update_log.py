@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_s3.kernels.operands import local
 from megatron_s3.kernels.statistics import FIELDS, LARGEST, Statistics
-from megatron_s3.mcore.arguments import in_megatron_fsdp
 from megatron_s3.telemetry.parameter_kinds import Layout
 from megatron_s3.telemetry.updates import summary
 
@@ -57,7 +56,7 @@ class UpdateLog:
         numel = torch.zeros(self.layout.rows + len(self._algorithms), dtype=torch.float64)
         for part in parts:
             part.optimizer.host.statistics = self._statistics
-            for param, model_param in _pairs(part):
+            for model_param, param in _pairs(part):
                 row = rows[model_param] if _counts(part, model_param) else self.layout.uncounted
                 self._statistics.rows[param] = group_of[param] * self.layout.rows + row
                 count = local(param.detach()).numel()
@@ -155,22 +154,11 @@ def _rows(layout: Layout, model_chunks: Iterable[torch.nn.Module]) -> dict[Tenso
 
 
 def _pairs(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the plugin's parameters, with the model parameter to which each belongs."""
-    models: Sequence[Iterable[Tensor]]
-    mains: Sequence[Iterable[Tensor]]
-    if isinstance(part, DistributedOptimizer) and not in_megatron_fsdp(part):
-        mains = part.shard_fp32_from_float16_groups
-        if part.optimizer.host.master_params:
-            mains = part.shard_float16_groups
-        models = (*part.model_float16_groups, *part.model_fp32_groups)
-        mains = (*mains, *part.shard_fp32_groups)
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
-        models = (*part.float16_groups, *part.fp32_from_fp32_groups)
-        mains = (*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups)
-    else:
-        models = mains = [group["params"] for group in part.optimizer.param_groups]
-    for main_group, model_group in zip(mains, models, strict=True):
-        yield from zip(main_group, model_group, strict=True)
+    """Yields the model's parameters, each with the plugin's."""
+    if hasattr(part, "model_and_own_params"):
+        yield from part.model_and_own_params()
+    else:  # in fp32 and without shards, they are the same
+        yield from ((param, param) for param in part.get_parameters())
 
 
 def _counts(part: MegatronOptimizer, param: Tensor) -> bool:

@@ -177,7 +177,7 @@ def test_sharded_muon_is_refused():
     from megatron_s3.mcore.planning import job
 
     with pytest.raises(ValueError, match=r"^--use-distributed-optimizer with Muon cannot be pl"):
-        job.plan_rank(Namespace(use_layer_wise_distributed_optimizer=True), 0)
+        job._rank(Namespace(use_layer_wise_distributed_optimizer=True), 0)
 
 
 def test_a_model_that_megatron_does_not_build_here_is_refused(monkeypatch, capsys):

@@ -219,7 +219,7 @@ def test_the_models_parameters_are_the_main_ones_rounded(way, fp32_bias):
             for pair in zip(*both, strict=True)
         ]
     else:
-        pairs = list(part._model_and_own_params())
+        pairs = list(part.model_and_own_params())
     assert pairs
     for param, main in pairs:
         own = param.view(-1)
@@ -285,7 +285,7 @@ def test_main_parameters_as_remainders_are_those_in_float32(remainders):
     if not remainders:
         assert equal(snapshot(model), snapshot(plain))
     (part,) = optimizer.chained_optimizers
-    for param, own in part._model_and_own_params():
+    for param, own in part.model_and_own_params():
         main = part._get_main_param_and_optimizer_states(param)["param"]
         nearest = split(main)[0] if remainders else main.bfloat16()
         assert torch.equal(own, nearest)

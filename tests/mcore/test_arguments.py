@@ -69,7 +69,7 @@ def test_switches_have_their_old_names_too():
     import io
     from types import SimpleNamespace
 
-    from megatron_s3.mcore.arguments import needs_grad_norm, switches
+    from megatron_s3.mcore.arguments.readers import needs_grad_norm, switches
 
     args = s3("--s3-no-fused", "--s3-metrics", "--s3-device", "cpu", "--tensorboard-dir", "here")
     assert args.plugin_no_fused and args.plugin_metrics and args.plugin_device == "cpu"

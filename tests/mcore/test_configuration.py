@@ -28,7 +28,7 @@ def test_every_hyperparameter_is_a_field_that_the_optimizer_is_given(release):
     """Every hyperparameter of every optimizer is set to another value than its default."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    from megatron_s3.mcore.arguments import destination
+    from megatron_s3.mcore.arguments.names import destination
     from megatron_s3.optimizers import OPTIMIZERS
 
     for name, cls in OPTIMIZERS.items():
@@ -119,7 +119,7 @@ def test_a_switch_that_does_nothing_is_refused(switch, heeded):
 @on_ranks()
 def test_what_sharded_muon_is_refused_for_is_the_reason():
     """Megatron says itself that its Muon does not train in fp16."""
-    from megatron_s3.mcore.arguments import check_scalar
+    from megatron_s3.mcore.arguments.checks import check_scalar
     from megatron_s3.optimizers import S3
 
     fields = {"muon_scalar_optimizer": "s3", "use_layer_wise_distributed_optimizer": True}

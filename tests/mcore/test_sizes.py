@@ -136,7 +136,7 @@ def test_real_ranks_allocate_what_is_planned(ranks, title):
     global_vars.unset_global_variables()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()  # a plan makes one of its own
-    assert job.plan_rank(job.completed(args), rank) == found
+    assert job._rank(job.completed(args), rank)[0] == found
     # What is left are a step's few numbers: found_inf, loss scale, norms.
     assert 0 <= alive - scalars - found.total <= 64
     if ranks == 2 and (known := BYTES.get(title.removeprefix("2: "))):

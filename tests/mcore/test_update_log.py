@@ -13,7 +13,7 @@ def mains(optimizer):
     from megatron_s3.mcore import update_log
 
     (part,) = optimizer.chained_optimizers
-    return list(update_log._pairs(part))
+    return [(own, model) for model, own in update_log._pairs(part)]
 
 
 def measured(before, after):

@@ -24,13 +24,10 @@ class _Adam(str):
 @contextlib.contextmanager
 def as_adam(holder: Any) -> Iterator[None]:
     """Makes ``holder.optimizer`` equal "adam" inside a ``with`` block."""
-    name = holder.optimizer
-    holder.optimizer = _Adam("adam")
-    holder.optimizer.asked = name
-    try:
+    name = _Adam("adam")
+    name.asked = holder.optimizer
+    with replaced(holder, {"optimizer": name}):
         yield
-    finally:
-        holder.optimizer = name
 
 
 @contextlib.contextmanager

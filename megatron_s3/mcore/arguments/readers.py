@@ -22,6 +22,7 @@ __all__ = [
     "hyperparameters",
     "in_megatron_fsdp",
     "needs_grad_norm",
+    "scalar_named",
     "scalar_optimizer",
     "state_dtypes",
     "switches",
@@ -52,8 +53,12 @@ def scalar_optimizer(holder: Any) -> type[ElementwiseOptimizer] | None:
     """
     if str(getattr(holder.optimizer, "asked", holder.optimizer)) not in _MUONS:
         return None
-    name = str(getattr(holder, "muon_scalar_optimizer", None))
-    return None if name in _MEGATRONS else OPTIMIZERS.get(name)
+    return scalar_named(getattr(holder, "muon_scalar_optimizer", None))
+
+
+def scalar_named(name: str | None) -> type[ElementwiseOptimizer] | None:
+    """Returns the plugin's optimizer of a name in that flag, None if Megatron builds it itself."""
+    return None if name in _MEGATRONS else OPTIMIZERS.get(str(name))
 
 
 def switches(holder: Any) -> dict[str, bool]:

@@ -85,18 +85,12 @@ def _validate(
         _settle_own(args, scalar)
         check_scalar(args, scalar)
     if cls is None:
-        for name in without_effect(scalar):
-            if getattr(args, name):
-                known = ", ".join(OPTIMIZERS)
+        for name in (*without_effect(scalar), OVERRIDES):
+            if getattr(args, name, None):
                 raise ValueError(
-                    f"{flag_named(name)} does nothing with --optimizer {args.optimizer}: "
-                    f"it is for the plugin's optimizers ({known}). Leave it out."
+                    f"{flag_named(name)} does nothing with --optimizer {args.optimizer}: it is "
+                    f"for the plugin's optimizers ({', '.join(OPTIMIZERS)}). Leave it out."
                 )
-        if getattr(args, OVERRIDES, None):
-            raise ValueError(
-                f"--plugin-overrides does nothing with --optimizer {args.optimizer}: it is "
-                f"for the plugin's optimizers ({', '.join(OPTIMIZERS)}). Leave it out."
-            )
         check_metrics(args)
         args.clip_grad = float(args.clip_grad)
         return original(args, *rest, **more)

@@ -87,14 +87,12 @@ def choose(load_dir: Path, args: Any, local: int = -1) -> Choice | None:
     if getattr(args, "non_persistent_ckpt_type", None) == "global":
         found = named(elsewhere / TRACKER)
         latest = found if isinstance(found, int) else local
-    if step:
-        persistent = None if latest == step else _there(load_dir, step, "--ckpt-step")
-    else:
-        persistent = _persistent(load_dir, args)
-    if latest == -1 or (persistent is not None and latest < (persistent.iteration or 0)):
-        return persistent
     if step and latest != step:
-        return persistent
+        return _there(load_dir, step, "--ckpt-step")
+    if not step:
+        persistent = _persistent(load_dir, args)
+        if latest == -1 or (persistent is not None and latest < (persistent.iteration or 0)):
+            return persistent
     if local != -1:
         return Choice(None, latest, persistent=False)
     newest_there = _there(elsewhere, latest, str(elsewhere / TRACKER))

@@ -1,18 +1,20 @@
 """Differences between a checkpoint's run and this one: errors or log lines."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_s3.log import say_once
 from megatron_s3.mcore import overrides
-from megatron_s3.mcore.arguments import flag, hyperparameters, scalar_optimizer, state_dtypes
-from megatron_s3.mcore.arguments.names import flag_named
+from megatron_s3.mcore.arguments.names import flag, flag_named
+from megatron_s3.mcore.arguments.readers import hyperparameters, scalar_optimizer, state_dtypes
 from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT
 from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 
 __all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies"]
+
+_ADVICE = "load the model's weights alone with --no-load-optim"
 
 
 def compare_vocabularies(load_dir: str, args: Any, saved: Any) -> None:
@@ -73,38 +75,27 @@ def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
 def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
     """Compares the optimizer and its hyperparameters with those of the checkpoint.
 
+    Megatron's own optimizers have Megatron's own checks.
+
     Raises:
         ValueError: the running optimizer cannot use the state.
     """
-    running, written = (getattr(each, "optimizer", "adam") for each in (args, saved))
-    if running == written and not getattr(saved, "no_save_optim", False):
-        _compare_scalars(load_dir, args, saved)
-    if running not in OPTIMIZERS and written not in OPTIMIZERS:
-        return  # Megatron's own optimizers have Megatron's own checks
     if getattr(saved, "no_save_optim", False):
         return
-    advice = "load the model's weights alone with --no-load-optim"
-    labels, now, then = {"optimizer": "--optimizer"}, {}, {}
-    own, others = {}, {}
-    if running == written:
-        cls = OPTIMIZERS[running]
-        labels |= {h.name: flag(cls.description, h) for h in cls.description.hyperparameters}
-        now, then = (hyperparameters(cls, each) for each in (args, saved))
-        own, others = (settings(cls.description, values) for values in (now, then))
-    Stamp(running, FORMAT, own).check(
-        Stamp(written, getattr(saved, "s3_format", 1), others),
-        source=load_dir,
-        called=lambda name, value: f"{labels[name]} {value}",
-        advice=advice,
-    )
-    check_parts(*map(_parts, (args, saved)), source=load_dir, advice=advice)
+    running, written = names = [getattr(each, "optimizer", "adam") for each in (args, saved)]
+    if running not in OPTIMIZERS and written not in OPTIMIZERS:
+        if running == written and (scalar_optimizer(args) or scalar_optimizer(saved)):
+            names = [str(getattr(each, "muon_scalar_optimizer", None)) for each in (args, saved)]
+            _compare(load_dir, args, saved, names, "--muon-scalar-optimizer")
+        return
+    _compare(load_dir, args, saved, names, "--optimizer")
+    check_parts(*map(_parts, (args, saved)), source=load_dir, advice=_ADVICE)
     rules, written_rules = (getattr(each, OVERRIDES, None) or [] for each in (args, saved))
     if rules != written_rules:
         say_once(
             f"{load_dir} was saved with {flag_named(OVERRIDES)} {written_rules}; the run continues "
             f"with {rules}"
         )
-    _say_changes(load_dir, now, then)
     now, then = (state_dtypes(OPTIMIZERS[running], each) for each in (args, saved))
     for name in now:
         if now[name] != then[name]:
@@ -113,39 +104,36 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
             )
 
 
-def _say_changes(load_dir: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    for name in now:
-        if name in then and now[name] != then[name]:
-            was, is_now = f"{name}={then[name]}", f"{name}={now[name]}"
-            say_once(f"{load_dir} was saved with {was}; the run continues with {is_now}")
+def _compare(load_dir: str, args: Any, saved: Any, names: Sequence[str], flag_name: str) -> None:
+    """Compares this run's optimizer with the saved one's, which one flag names.
 
+    Args:
+        load_dir: the checkpoint, for messages.
+        args: Megatron's arguments of this run.
+        saved: those of the saved run.
+        names: the names of the two optimizers.
+        flag_name: the flag.
 
-def _compare_scalars(load_dir: str, args: Any, saved: Any) -> None:
-    """Compares the optimizers of the parameters that Megatron's Muon leaves to another."""
-    now, then = map(scalar_optimizer, (args, saved))
-    if now is None and then is None:
-        return
-    flag_name = "--muon-scalar-optimizer"
-    labels = {"optimizer": flag_name}
-    names = (getattr(each, "muon_scalar_optimizer", None) for each in (args, saved))
-    values, saved_values = (
-        {} if cls is None else hyperparameters(cls, each)
-        for cls, each in ((now, args), (then, saved))
-    )
-    own, others = (
-        {} if cls is None else settings(cls.description, known)
-        for cls, known in ((now, values), (then, saved_values))
-    )
-    for cls in filter(None, (now, then)):
+    Raises:
+        ValueError: the optimizers differ, or a hyperparameter that fixes the state's meaning.
+    """
+    (running, written), labels = names, {"optimizer": flag_name}
+    now, then, fixed, saved_fixed = {}, {}, {}, {}
+    if running == written:
+        cls = OPTIMIZERS[running]
         labels |= {h.name: flag(cls.description, h) for h in cls.description.hyperparameters}
-    (asked, written) = names
-    Stamp(str(asked), FORMAT, own).check(
-        Stamp(str(written), getattr(saved, "s3_format", 1), others),
+        now, then = (hyperparameters(cls, each) for each in (args, saved))
+        fixed, saved_fixed = (settings(cls.description, values) for values in (now, then))
+    Stamp(running, FORMAT, fixed).check(
+        Stamp(written, getattr(saved, "s3_format", 1), saved_fixed),
         source=load_dir,
         called=lambda name, value: f"{labels[name]} {value}",
-        advice="load the model's weights alone with --no-load-optim",
+        advice=_ADVICE,
     )
-    _say_changes(load_dir, values, saved_values)
+    for name in now:
+        if now[name] != then[name]:
+            was, is_now = f"{name}={then[name]}", f"{name}={now[name]}"
+            say_once(f"{load_dir} was saved with {was}; the run continues with {is_now}")
 
 
 def _parts(args: Any) -> list[dict[str, Any]]:

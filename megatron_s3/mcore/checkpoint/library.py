@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_s3.mcore.all_ranks import raise_first
-from megatron_s3.mcore.arguments import switches
+from megatron_s3.mcore.arguments.readers import switches
 from megatron_s3.mcore.checkpoint.read import load_object
 from megatron_s3.mcore.checkpoint.verification import verify_folder
 from megatron_s3.mcore.state import running
@@ -68,16 +68,13 @@ def load(
     error = None
     try:
         if asked := dict(_groups(sharded_state_dict)):
-            saved = _groups({**_common(checkpoint_dir), **_objects(folder, asked)})
+            common = dist_checkpointing.load_common_state_dict(str(checkpoint_dir))
+            saved = _groups({**common, **_objects(folder, asked)})
             _compare(folder, asked, dict(saved))
     except ValueError as caught:
         error = str(caught)
     raise_first(error, group)
     return original(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
-
-
-def _common(checkpoint_dir: Any) -> Any:
-    return dist_checkpointing.load_common_state_dict(str(checkpoint_dir))
 
 
 def _objects(folder: Path, asked: Iterable[tuple[Any, ...]]) -> dict[str, Any]:
@@ -115,10 +112,8 @@ def _groups(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 def _compare(folder: Path, asked: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
     """Raises ValueError if param groups were saved by another optimizer than the one loading."""
     for path, groups in asked.items():
-        if path not in saved:
+        if not groups or not saved.get(path):
             continue  # Megatron reports what is missing
-        if not groups or not saved[path]:
-            continue  # Megatron reports it
         check_parts(groups, saved[path], source=str(folder))
         algorithms, others = ({g.get("algorithm") for g in each} for each in (groups, saved[path]))
         if len(algorithms) != 1 or len(others) != 1 or algorithms == others == {None}:

@@ -39,21 +39,21 @@ def load_state_dict(original: Callable[..., Any], part: Any, saved: dict[str, An
     identify a group: a run may resume with other learning rates, and then uses its own, except with
     ``--use-checkpoint-opt_param-scheduler`` (:func:`load_schedule` has the last word).
     """
-    holder = next((saved[k] for k in ("optimizer", "optimizer_state_dict") if k in saved), saved)
-    current = [] if part.optimizer is None else part.optimizer.param_groups
+    if part.optimizer is None:
+        return original(part, saved)
+    current = part.optimizer.param_groups
     scheduled = [{name: g[name] for name in _SCHEDULED if name in g} for g in current]
-    result = _load(original, part, saved, holder)
-    if part.optimizer is not None:
-        loaded = [
-            Scheduled(group, own, {name: group[name] for name in own if name in group})
-            for group, own in zip(part.optimizer.param_groups, scheduled, strict=True)
-        ]
-        running().scheduled[part] = loaded
-        from_checkpoint = _from_checkpoint(part)
-        for each in loaded:
-            each.apply(from_checkpoint)
-        if from_checkpoint and _schedule(part) is not None:
-            _keep_decays(part.optimizer)
+    result = _load(original, part, saved)
+    loaded = [
+        Scheduled(group, own, {name: group[name] for name in own if name in group})
+        for group, own in zip(part.optimizer.param_groups, scheduled, strict=True)
+    ]
+    running().scheduled[part] = loaded
+    from_checkpoint = _from_checkpoint(part)
+    for each in loaded:
+        each.apply(from_checkpoint)
+    if from_checkpoint and _schedule(part) is not None:
+        _keep_decays(part.optimizer)
     return result
 
 
@@ -127,24 +127,18 @@ def _known(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[i
     return [places[_values(group, _KNOWN_BY)] for group in current]
 
 
-def _load(
-    original: Callable[..., Any], part: Any, saved: dict[str, Any], holder: dict[str, Any]
-) -> Any:
-    current = [] if part.optimizer is None else part.optimizer.param_groups
-    found = pairs(current, holder.get("param_groups", []))
+def _load(original: Callable[..., Any], part: Any, saved: dict[str, Any]) -> Any:
+    name = next((k for k in ("optimizer", "optimizer_state_dict") if k in saved), None)
+    holder = saved if name is None else saved[name]
+    saved_groups = holder.get("param_groups", [])
+    found = pairs(part.optimizer.param_groups, saved_groups)
     if found is None:
         return original(part, saved)
     marks = {place: mark for mark, place in enumerate(found)}
-    groups = [
-        group | ({_MARK: marks[place]} if place in marks else {_MARK: None})
-        for place, group in enumerate(holder["param_groups"])
-    ]
+    groups = [group | {_MARK: marks.get(place)} for place, group in enumerate(saved_groups)]
     marked = holder | {"param_groups": groups}
-    if holder is not saved:
-        name = "optimizer" if "optimizer" in saved else "optimizer_state_dict"
-        marked = saved | {name: marked}
     with _marked(part.optimizer):
-        return original(part, marked)
+        return original(part, marked if name is None else saved | {name: marked})
 
 
 @contextlib.contextmanager

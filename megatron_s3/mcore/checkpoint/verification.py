@@ -10,7 +10,7 @@ import torch
 
 from megatron_s3.log import say, say_once
 from megatron_s3.mcore.all_ranks import raise_first
-from megatron_s3.mcore.arguments import switches
+from megatron_s3.mcore.arguments.readers import switches
 from megatron_s3.mcore.checkpoint.choice import Choice, instead
 from megatron_s3.storage import checksums
 from megatron_s3.storage.errors import Damaged

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_s3.mcore import cpu_device
-from megatron_s3.mcore.arguments import CPU_DEFAULTS
+from megatron_s3.mcore.arguments.flags import CPU_DEFAULTS
 from megatron_s3.mcore.output import quiet
 
 __all__ = ["rank_of"]
@@ -68,7 +68,8 @@ def rank_of(args: argparse.Namespace, rank: int) -> Iterator[int]:
             for name, value in _HERE.items():
                 if hasattr(own, name):
                     setattr(own, name, value)
-            with _as_all(), torch.device("meta"), _NoMemory():
+            gather = mock.patch.object(torch.distributed, "all_gather_object", _from_all)
+            with gather, torch.device("meta"), _NoMemory():
                 yield parallel_state.get_pipeline_model_parallel_rank()
         finally:
             global_vars.unset_global_variables()
@@ -76,15 +77,9 @@ def rank_of(args: argparse.Namespace, rank: int) -> Iterator[int]:
             torch.distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _as_all() -> Iterator[None]:
-    """Makes all ranks report what this one reports; Megatron compares their parameter groups."""
-
-    def all_gather_object(gathered: list[Any], said: Any, group: Any = None) -> None:
-        gathered[:] = [said] * len(gathered)
-
-    with mock.patch.object(torch.distributed, "all_gather_object", all_gather_object):
-        yield
+def _from_all(gathered: list[Any], said: Any, group: Any = None) -> None:
+    """Lets all ranks report what this one reports; Megatron compares their parameter groups."""
+    gathered[:] = [said] * len(gathered)
 
 
 class _NoMemory(TorchFunctionMode):

@@ -7,18 +7,17 @@ Megatron builds its process groups, model, gradient buffers and optimizer for a 
 import argparse
 import copy
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
 
-from megatron_s3.mcore.arguments import needs_grad_norm
+from megatron_s3.mcore.arguments.readers import needs_grad_norm
 from megatron_s3.mcore.gpt import model_provider
 from megatron_s3.mcore.planning import fake_world
 from megatron_s3.mcore.planning.memory import Rank, Sizes, built, measure
 from megatron_s3.optimizers import OPTIMIZERS
 
-__all__ = ["build", "completed", "flops", "needs_norm", "plan", "plan_rank"]
+__all__ = ["build", "completed", "needs_norm", "plan"]
 
 #: Arguments whose memory cannot be planned: destination, flag, reason.
 _UNSUPPORTED = (
@@ -63,11 +62,6 @@ def plan(args: argparse.Namespace) -> Sizes:
     )
 
 
-def plan_rank(args: argparse.Namespace, rank: int) -> Rank:
-    """Builds, as :func:`plan`, one rank of the job."""
-    return _rank(args, rank)[0]
-
-
 def completed(args: argparse.Namespace) -> argparse.Namespace:
     """Returns validated arguments with the padded vocabulary, which Megatron sets later.
 
@@ -87,13 +81,6 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
             )
         args.padded_vocab_size = build_tokenizer.vocab_size_with_padding(args.vocab_size, args)
     return args
-
-
-def flops(args: argparse.Namespace) -> float:
-    """Returns the job's floating-point operations of one step, as Megatron counts them."""
-    from megatron.training.training import num_floating_point_operations
-
-    return float(num_floating_point_operations(args, args.global_batch_size))
 
 
 def needs_norm(args: argparse.Namespace) -> bool:
@@ -134,7 +121,11 @@ def build() -> tuple[list[torch.nn.Module], Any]:
     from megatron.training.global_vars import get_args
 
     args = get_args()
-    provider = partial(_provide, model_provider, core_transformer_config_from_args(args))
+    of_model = core_transformer_config_from_args(args)
+
+    def provider(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        return model_provider(*args, **{**kwargs, "config": of_model})
+
     model = training.get_model(provider, ModelType.encoder_or_decoder)
     made = training.get_megatron_optimizer_config(args)
     config, overrides = made if isinstance(made, tuple) else (made, None)
@@ -144,11 +135,6 @@ def build() -> tuple[list[torch.nn.Module], Any]:
         config, model, use_gloo_process_groups=args.use_gloo_process_groups, **more
     )
     return model, optimizer
-
-
-def _provide(provider: Any, made: Any, /, *args: Any, **kwargs: Any) -> torch.nn.Module:
-    part: torch.nn.Module = provider(*args, **{**kwargs, "config": made})
-    return part
 
 
 def _elements(model: Iterable[torch.nn.Module]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ cpu_device.select("cpu")
 
 from megatron.core.datasets import utils  # noqa: E402
 
-from megatron_s3.mcore.arguments import CPU_DEFAULTS  # noqa: E402
+from megatron_s3.mcore.arguments.flags import CPU_DEFAULTS  # noqa: E402
 from megatron_s3.mcore.datasets import compile_helpers  # noqa: E402
 from megatron_s3.pretrain_gpt import main  # noqa: E402
 

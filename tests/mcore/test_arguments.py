@@ -217,3 +217,13 @@ def test_what_a_replayed_step_cannot_do_is_refused(monkeypatch):
         changed = argparse.Namespace(**GRAPH | {name: value})
         with pytest.raises(ValueError, match="--optimizer-cuda-graph here"):
             checks.check_cuda_graph(changed, S3)
+
+    class Late(S3):
+        """Changes what a graph records, but late."""
+
+        def group_hyperparameters(self, group):
+            late = group["step"] > 10_000
+            return super().group_hyperparameters(group) | {"beta": 0.98 if late else 0.95}
+
+    with pytest.raises(ValueError, match="--optimizer-cuda-graph here"):
+        checks.check_cuda_graph(argparse.Namespace(**GRAPH), Late)

@@ -96,7 +96,7 @@ def _on_device(
     assert not isinstance(given, str), "the kernel would have refused it"
     faults: dict[str | None, list[int]] = {}
     for i in mine:
-        faults.setdefault(fault([operands[i]], device, given.states), []).append(i)
+        faults.setdefault(fault([operands[i]], device, given.kernel.states), []).append(i)
     choices = []
     if good := faults.pop(None, None):
         reason = kernel.reason(rule, [operands[i] for i in good], **hyperparameters)

@@ -7,12 +7,11 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from megatron_s3.kernels.compact import FRACTION, REMAINDER
 
-__all__ = ["Operands", "fault", "flatten", "local", "note_writes", "size_of", "write_back"]
+__all__ = ["Operands", "fault", "flatten", "local", "size_of", "write_back"]
 
 #: Numbers of the dtypes that the kernels take (the same as in :file:`step.cpp`).
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, FRACTION: 4, REMAINDER: 5}
@@ -239,9 +238,3 @@ def write_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Writes the results of a step from the copies to the tensors that were copied."""
     for flat, ordered in copies:
         ordered.copy_(flat.view(ordered.shape))
-
-
-def note_writes(operands: Sequence[Operands]) -> None:
-    """Lets autograd notice that parameters that it may have saved have changed."""
-    increment_version([o.param for o in operands])
-    increment_version([o.model_param for o in operands if o.model_param is not None])

@@ -255,7 +255,7 @@ def _states(
     if kernel.reason(rule, (), **values) is not None:
         return None
     given = form(rule, values)
-    return None if isinstance(given, str) else given.states
+    return None if isinstance(given, str) else given.kernel.states
 
 
 def _settings(optimizer: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 __all__ = [
     "Form",
@@ -46,16 +46,6 @@ class Form:
     scalars: tuple[float, ...]
     variant: int = 0
     inexact: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Returns the name of the rule's function in the kernels' sources."""
-        return self.kernel.name
-
-    @property
-    def states(self) -> int:
-        """Returns the number of the rule's state tensors."""
-        return self.kernel.states
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,16 +149,23 @@ def kernel_of(rule: Callable[..., Any]) -> KernelForm:
     return kernel
 
 
-def form(rule: Callable[..., Any], hyperparameters: Mapping[str, object]) -> Form | str:
+def form(
+    rule: Callable[..., Any],
+    hyperparameters: Mapping[str, object],
+    source: Literal["cpp", "triton"] | None = None,
+) -> Form | str:
     """Returns the kernel parameters of a rule, or the name of what the kernels lack.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
         hyperparameters: the rule's keyword arguments.
+        source: the attribute of :class:`KernelForm` with the source of the kernel; None for any.
     """
     kernel: KernelForm | None = getattr(rule, "kernel", None)
     if kernel is None:
         return name_of(rule)
+    if source is not None and not kernel.own and getattr(kernel, source) is None:
+        return kernel.name
     # Most steps have the numbers of the step before; what is not a plain number may change.
     made = _form if _PLAIN.issuperset(map(type, hyperparameters.values())) else _form.__wrapped__
     return made(rule, kernel, tuple(hyperparameters.items()))

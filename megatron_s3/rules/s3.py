@@ -183,9 +183,10 @@ def s3_update_bound(beta: float, p: float, beta2: float | None = None) -> float:
     q = p / (p - 1)
     if beta2 == 0:
         return math.inf
-    ratio = (beta / beta2 ** (1 / p)) ** q
-    if ratio >= 1:
+    ratio = beta / beta2 ** (1 / p)
+    if ratio >= 1:  # its power may be too large for a float
         return math.inf
+    ratio **= q
     return float((1 - beta) / ((1 - beta2) ** (1 / p) * (1 - ratio) ** (1 / q)))
 
 

@@ -486,6 +486,8 @@ def test_bound_is_infinite_outside_the_theorem() -> None:
     assert s3_update_bound(0.9, 2, 0.81 - 1e-9) == math.inf
     assert s3_update_bound(0.9, 2, 0.81 + 1e-9) < math.inf
     assert s3_update_bound(0.9, 1, 0.89) == math.inf
+    # The power (0.9 / 0.5) ** (p / (p - 1)) is larger than a float can be.
+    assert s3_update_bound(0.9, 1.0001, 0.5) == math.inf
     assert s3_update_bound(0.9, 3, 0) == math.inf
     grads = torch.tensor([[1.0]] + [[0.0]] * 60)
     o = Options(0.95, 2.0, beta2=0.5)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_s3.kernels import fused
 from megatron_s3.kernels.cpu.build import library_of
 from megatron_s3.kernels.cpu.threads import spread
-from megatron_s3.kernels.operands import Operands, fault, note_writes
+from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.kernel_form import form
 
@@ -26,57 +27,30 @@ _ROW = 15  # numbers in a row of the table: the struct Operands of step.cpp
 def reason(
     rule: Callable[..., Tensor], operands: Sequence[Operands], **hyperparameters: object
 ) -> str | None:
-    """Returns why :func:`step` cannot take these operands; the first call compiles the kernel.
+    """Returns why the kernel cannot take these operands; the first call compiles it.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
         operands: the operands of the step.
         **hyperparameters: the rule's hyperparameters.
     """
-    given = form(rule, hyperparameters)
-    if isinstance(given, str) or (not given.kernel.own and given.kernel.cpp is None):
-        return f"the C++ kernel does not have {given if isinstance(given, str) else given.name}"
+    given = form(rule, hyperparameters, "cpp")
+    if isinstance(given, str):
+        return f"the C++ kernel does not have {given}"
     if given.inexact:
         return f"the C++ kernel has {given.inexact}"
-    if found := fault(operands, "cpu", given.states):
+    if found := fault(operands, "cpu", given.kernel.states):
         return f"the C++ kernel cannot take {found}"
     library = library_of(given.kernel)
     return library if isinstance(library, str) else None
 
 
-@torch.no_grad()
-def step(
-    rule: Callable[..., Tensor],
-    operands: Sequence[Operands],
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    seed: int = 0,
-    statistics: Statistics | None = None,
-    **hyperparameters: object,
-) -> None:
-    """Takes a step, with the same bits as the PyTorch implementation for any number of threads.
-
-    It runs in ``torch.get_num_threads()`` threads, each with an equal number of elements.
-
-    Args:
-        rule, operands, **hyperparameters: arguments for which :func:`reason` returns None.
-        lr: learning rate, a number or a 0-dim tensor on the CPU.
-        weight_decay: decoupled weight decay.
-        seed: the number of the step, on which the noise of stochastic rounding depends.
-        statistics: the statistics to which those of the step are added.
-
-    Raises:
-        RuntimeError: there is no compiled kernel.
-    """
-    Prepared([operands]).step(rule, [(lr, weight_decay, seed)], statistics, **hyperparameters)
-    note_writes(operands)
-
-
 class Prepared:
     """The part of a step that stays the same while the tensors stay where they are.
 
-    It keeps their addresses and none of them.
+    It keeps their addresses and none of them.  A step has the same bits as the PyTorch
+    implementation for any number of threads.  It runs in ``torch.get_num_threads()`` threads, each
+    with an equal number of elements.
 
     Args:
         groups: for each param group, operands for which :func:`reason` returns None.
@@ -98,11 +72,11 @@ class Prepared:
         statistics: Statistics | None = None,
         **hyperparameters: object,
     ) -> None:
-        """Takes a step as the function :func:`step` does; autograd does not notice it.
+        """Takes a step as :func:`megatron_s3.kernels.fused.step`; autograd does not notice it.
 
         Args:
-            rule, statistics, **hyperparameters: see :func:`step`.
-            rates: learning rate, weight decay and seed of each group.
+            rule, statistics, **hyperparameters: see there.
+            rates: learning rate, weight decay and seed of each group; tensors are on the CPU.
 
         Raises:
             RuntimeError: there is no compiled kernel.
@@ -111,11 +85,14 @@ class Prepared:
         library = given if isinstance(given, str) else library_of(given.kernel)
         if isinstance(given, str) or isinstance(library, str):
             raise RuntimeError(library)
-        chunk_of = _chunk_of(library, given.name, given.variant)
+        chunk_of = _chunk_of(library, given.kernel.name, given.variant)
         for table, (lr, decay, seed) in zip(self._groups, rates, strict=True):
             # A float32 is exact below 2**24.
             numbers = (float(lr), float(1 - lr * decay), seed % (1 << 24), *given.scalars)
             table.step(library, chunk_of, numbers, statistics)
+
+
+step = functools.partial(fused.step, Prepared)
 
 
 class _Table:

@@ -1,6 +1,7 @@
 """Compilation and cache of the CPU kernel."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -40,8 +41,7 @@ def _renew_lock() -> None:
     _lock = threading.Lock()  # the thread that may hold it does not exist in a forked process
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def library_of(kernel: KernelForm | None = None) -> ctypes.CDLL | str:
@@ -149,14 +149,11 @@ def _run(command: list[str]) -> str:
 def _cached(compiler: list[str], name: str, source: _Source) -> ctypes.CDLL:
     for folder in _cache_folders():
         path = folder / name
-
-        def whole(path: Path = path) -> bool:
-            return _is_whole(path)
-
         try:
-            if not whole():
-                with sole_builder(path, "the C++ kernel", whole, _PATIENCE):
-                    if not whole():
+            if not _is_whole(path):
+                done = functools.partial(_is_whole, path)
+                with sole_builder(path, "the C++ kernel", done, _PATIENCE):
+                    if not _is_whole(path):
                         _build(compiler, path, source)
             return _load(path)
         except OSError:
@@ -167,17 +164,14 @@ def _cached(compiler: list[str], name: str, source: _Source) -> ctypes.CDLL:
         return _load(path)  # a loaded library outlives its file
 
 
-def _cache(given: str | None) -> Path:
-    return Path(given) if given else Path.home() / ".cache"
-
-
 def _cache_folders() -> Iterator[Path]:
     """Yields torch's folder of compiled extensions, then the user's folder in the temporary one."""
     try:
-        given = os.environ.get("TORCH_EXTENSIONS_DIR")
-        cache = os.environ.get("XDG_CACHE_HOME")
-        root = Path(given) if given else _cache(cache) / "torch_extensions"
-        folder = root / "megatron_s3"
+        root = os.environ.get("TORCH_EXTENSIONS_DIR")
+        if not root:
+            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            root = os.path.join(cache, "torch_extensions")
+        folder = Path(root) / "megatron_s3"
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except (OSError, RuntimeError):  # RuntimeError: no home

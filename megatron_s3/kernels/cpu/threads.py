@@ -72,5 +72,4 @@ def _forget() -> None:
     _threads = None  # its threads do not exist in a forked process
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_forget)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_s3.kernels import fused
 from megatron_s3.kernels.compact import FRACTION, REMAINDER
-from megatron_s3.kernels.operands import Operands, fault, note_writes
+from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import FIELDS, Statistics
 from megatron_s3.rules.kernel_form import Form, KernelForm, form
 
@@ -25,19 +26,19 @@ NAME = "Triton kernel"
 def reason(
     rule: Callable[..., Tensor], operands: Sequence[Operands], **hyperparameters: object
 ) -> str | None:
-    """Returns why :func:`step` cannot take these operands, or None.
+    """Returns why the kernel cannot take these operands, or None.
 
     Args:
         rule: see :mod:`megatron_s3.rules`.
         operands: the operands of the step.
         **hyperparameters: the rule's hyperparameters.
     """
-    given = form(rule, hyperparameters)
-    if isinstance(given, str) or (not given.kernel.own and given.kernel.triton is None):
-        return f"the Triton kernel does not have {given if isinstance(given, str) else given.name}"
+    given = form(rule, hyperparameters, "triton")
+    if isinstance(given, str):
+        return f"the Triton kernel does not have {given}"
     if missing := _unavailable():
         return missing
-    if found := fault(operands, "cuda", given.states):
+    if found := fault(operands, "cuda", given.kernel.states):
         return f"the Triton kernel cannot take {found}"
     tensors = (t for o in operands for t in (o.param, o.grad, *o.state, o.model_param))
     devices = {tensor.device for tensor in tensors if tensor is not None}
@@ -94,40 +95,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.no_grad()
-def step(
-    rule: Callable[..., Tensor],
-    operands: Sequence[Operands],
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    seed: int = 0,
-    statistics: Statistics | None = None,
-    **hyperparameters: object,
-) -> None:
-    """Takes a step in one launch (one for each combination of dtypes).
-
-    The results have the same bits as the PyTorch implementation's.  If a form is ``inexact`` (S3
-    with a p that is not 1, 2 or 3), they differ by a few units in the last place.  Nothing is read
-    back to the host.  If ``lr`` or ``weight_decay`` is on the device, its value is read when the
-    kernel runs, so that a step can be captured into a CUDA graph after a first step on the same
-    tensors.  Hyperparameters are fixed at launch.
-
-    Args:
-        rule, operands, **hyperparameters: arguments for which :func:`reason` returns None.
-        lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
-        weight_decay: decoupled weight decay, likewise.
-        seed: the number of the step, on which the noise of stochastic rounding depends.
-        statistics: the statistics to which those of the step are added.
-    """
-    Prepared([operands]).step(rule, [(lr, weight_decay, seed)], statistics, **hyperparameters)
-    note_writes(operands)
-
-
 class Prepared:
     """The part of a step that stays the same while the tensors stay where they are.
 
-    It keeps their addresses and none of them.
+    It keeps their addresses and none of them.  A step is one launch for each combination of dtypes.
+    The results have the same bits as the PyTorch implementation's.  If a form is ``inexact`` (S3
+    with a p that is not 1, 2 or 3), they differ by a few units in the last place.  Nothing is read
+    back to the host.  If a rate is on the device, its value is read when the kernel runs, so that a
+    step can be captured into a CUDA graph after a first step on the same tensors.  Hyperparameters
+    are fixed at launch.
 
     Args:
         groups: for each param group, operands for which :func:`reason` returns None; all of them
@@ -158,10 +134,10 @@ class Prepared:
         statistics: Statistics | None = None,
         **hyperparameters: object,
     ) -> None:
-        """Takes a step as the function :func:`step` does; autograd does not notice it.
+        """Takes a step as :func:`megatron_s3.kernels.fused.step`; autograd does not notice it.
 
         Args:
-            rule, statistics, **hyperparameters: see :func:`step`.
+            rule, statistics, **hyperparameters: see there.
             rates: learning rate, weight decay and seed of each group.
         """
         device = self._device
@@ -188,6 +164,9 @@ class Prepared:
                 _launch(plan, dtypes, given, host, on_device, partials)
                 if statistics is not None and partials is not None:
                     statistics.add(partials, _statistics_rows(group, plan))
+
+
+step = functools.partial(fused.step, Prepared)
 
 
 def _on(device: torch.device, rate: float | Tensor) -> Tensor:
@@ -241,7 +220,7 @@ def _launch(
         GROUPS=groups,
         RULE=_function(given.kernel),
         VARIANT=given.variant,
-        STATES=given.states,
+        STATES=given.kernel.states,
         STORED=gpu_kernel.stored(states),
         PARAM=types[param],
         GRAD=types[grad],

@@ -36,7 +36,7 @@ def small(form: Form) -> bool:
     if form.kernel is kernel_of(s3_update):
         at, mask = form.kernel.flag("whole_p")
         return form.variant >> at & mask == 3
-    return form.name in ("lion", "sgdm", "signsgd") and form.kernel.own
+    return form.kernel.name in ("lion", "sgdm", "signsgd") and form.kernel.own
 
 
 @triton.jit

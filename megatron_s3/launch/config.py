@@ -289,7 +289,9 @@ def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
         text = "" if value is True and table == "sbatch" else text
         getattr(launch, table)[name] = text
     elif key in ("time", "script"):
-        setattr(launch, key, str(value))
+        if not isinstance(value, str):
+            raise ConfigError(f"{origin}: {key} must be one value")
+        setattr(launch, key, value)
     else:
         if not isinstance(value, str) or not value.isdecimal() or int(value) < 1:
             raise ConfigError(

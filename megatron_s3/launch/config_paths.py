@@ -28,12 +28,10 @@ def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
         ConfigError: no such file; the message names similar ones.
     """
     given = Path(beside or ".") / name
-    if given.is_file():
-        return given, _shown(given)
     inside = shipped() / name.removeprefix("configs/")
-    for candidate in (inside, inside.with_name(inside.name + ".yaml")):
-        if candidate.is_file():
-            return candidate, _shown(candidate)
+    for path in (given, inside, Path(f"{inside}.yaml")):
+        if os.path.isfile(path):  # unlike Path.is_file it raises nothing, whatever the name is
+            return path, _shown(path)
     known = sorted(
         str(path.relative_to(shipped()).with_suffix("")) for path in shipped().rglob("*.yaml")
     )

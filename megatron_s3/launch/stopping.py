@@ -7,6 +7,7 @@ ends. It sends none to torchrun, which would kill the ranks after 30 seconds; to
 SIGTERM is sent to every process.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -141,7 +142,8 @@ def _stop_ranks(process: subprocess.Popen[bytes], number: signal.Signals) -> Non
     while process.poll() is None:
         for pid in _ranks(process.pid) - told:
             if catches(pid, number):
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, number)
                 told.add(pid)
         threading.Event().wait(0.5)
 

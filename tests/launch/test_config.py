@@ -74,6 +74,8 @@ def test_the_rule_for_weight_decay_follows_the_rate(tmp_path):
         ("argument:\n  lr: 1\n", "run.yaml:1: unknown key 'argument'; did you mean arguments?"),
         ("arguments:\n  lr: {a: 1}\n", "run.yaml:2: lr must be a value or a list, not a mapping"),
         ("launch:\n  node: 2\n", "run.yaml:2: unknown launch setting 'node'; did you mean nodes?"),
+        ("launch:\n  script: true\n", "run.yaml:2: script must be one value"),
+        ("launch:\n  time: [1, 2]\n", "run.yaml:2: time must be one value"),
         ("launch:\n  nodes: 0\n", "run.yaml:2: launch.nodes must be a whole number of at least 1"),
         ("derived:\n  min_lr_over_lr: 0.1\n", "run.yaml:2: min_lr_over_lr needs arguments.lr"),
         ("arguments: {lr: x}\nderived: {min_lr_over_lr: 1}", "run.yaml:1: lr must be a number"),
@@ -98,6 +100,11 @@ def test_errors_name_file_line_and_reason(tmp_path, text, message):
 )
 def test_overrides_are_checked_too(word, message):
     assert message in refusal(["tiny-s3"], word)
+
+
+@pytest.mark.parametrize("name", ["/", "x" * 300, "a\0b"])
+def test_what_cannot_be_the_name_of_a_file_is_answered_too(name):
+    assert "no such file or shipped configuration" in refusal([name])
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

@@ -184,3 +184,24 @@ def test_the_ranks_are_sent_the_signal_that_they_wait_for():
     assert stopping.exit_signal(load(["tiny-s3"], ["exit_signal=SIGUSR2"])) == signal.SIGUSR2
     with pytest.raises(ConfigError):
         stopping.exit_signal(load(["tiny-s3"], ["exit_signal_handler=null"]))
+
+
+def test_a_rank_that_has_just_ended_keeps_the_signal_from_no_other(monkeypatch) -> None:
+    told = []
+
+    def kill(pid: int, number: int) -> None:
+        told.append(pid)
+        if len(told) == 1:
+            raise ProcessLookupError
+
+    class Agent:
+        pid = 0
+
+        def poll(self) -> int | None:
+            return 0 if told else None
+
+    monkeypatch.setattr(stopping.os, "kill", kill)
+    monkeypatch.setattr(stopping, "catches", lambda pid, number: True)
+    monkeypatch.setattr(stopping, "_ranks", lambda agent: {1, 2})
+    stopping._stop_ranks(Agent(), signal.SIGTERM)
+    assert sorted(told) == [1, 2]

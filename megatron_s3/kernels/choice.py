@@ -52,21 +52,15 @@ def choose(
         RuntimeError: the memory of a tensor was freed, or ``fused`` is True and no fused kernel can
             take some of the parameters.
     """
-    everything = range(len(operands))
     if not operands:
         return []
-    if fused is False:
-        _check_memory(operands, label)
-        return [Choice(portable, everything, "fused=False")]
-    device = operands[0].param.device
-    kernel = _kernel(device.type)
-    if kernel is not None and kernel.reason(rule, operands, **hyperparameters) is None:
-        return [Choice(kernel, everything)]
-    # Some parameters need torch operations, or the kernel of another device.
     choices: list[Choice] = []
-    for device in dict.fromkeys(o.param.device for o in operands):
-        mine = [i for i in everything if operands[i].param.device == device]
-        choices += _on_device(rule, operands, mine, hyperparameters, label)
+    if fused is False:
+        choices.append(Choice(portable, range(len(operands)), "fused=False"))
+    else:
+        for device in dict.fromkeys(o.param.device for o in operands):
+            mine = [i for i, o in enumerate(operands) if o.param.device == device]
+            choices += _on_device(device.type, rule, operands, mine, hyperparameters, label)
     for choice in choices:
         if choice.reason is not None:
             _check_memory([operands[i] for i in choice.indices], label)
@@ -75,23 +69,27 @@ def choose(
     return choices
 
 
-def _kernel(device: str) -> ModuleType | None:
-    return importlib.import_module(KERNELS[device]) if device in KERNELS else None
-
-
 def _on_device(
+    device: str,
     rule: Callable[..., Tensor],
     operands: Sequence[Operands],
     mine: list[int],
     hyperparameters: Mapping[str, object],
     label: str,
 ) -> list[Choice]:
-    device = operands[mine[0]].param.device.type
-    kernel = _kernel(device)
-    if kernel is None:
+    if device not in KERNELS:
         return [Choice(portable, mine, f"no kernel for {label} on {device}")]
-    if (reason := kernel.reason(rule, [], **hyperparameters)) is not None:  # for any tensors
-        return [Choice(portable, mine, reason)]
+    kernel = importlib.import_module(KERNELS[device])
+
+    def reason(indices: Sequence[int]) -> str | None:
+        found: str | None = kernel.reason(rule, [operands[i] for i in indices], **hyperparameters)
+        return found
+
+    if reason(mine) is None:
+        return [Choice(kernel, mine)]
+    if (why := reason([])) is not None:  # for any tensors
+        return [Choice(portable, mine, why)]
+    # Some parameters need torch operations.
     given = form(rule, hyperparameters)
     assert not isinstance(given, str), "the kernel would have refused it"
     faults: dict[str | None, list[int]] = {}
@@ -99,8 +97,8 @@ def _on_device(
         faults.setdefault(fault([operands[i]], device, given.kernel.states), []).append(i)
     choices = []
     if good := faults.pop(None, None):
-        reason = kernel.reason(rule, [operands[i] for i in good], **hyperparameters)
-        choices.append(Choice(kernel if reason is None else portable, good, reason))
+        why = reason(good)
+        choices.append(Choice(kernel if why is None else portable, good, why))
     return choices + [
         Choice(portable, indices, f"the {kernel.NAME} cannot take {found}")
         for found, indices in faults.items()

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -99,32 +98,11 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
     if not operands:
         return None
     place = operands[0].param.device
-    right = place.type == device
     for o in operands:
-        # This runs in every step and usually finds nothing, so the cheap checks come first.
-        count, model, grad = o.param.numel(), o.model_param, o.grad
-        addresses = o.read[:1] + o.written[1::2]
-        if (
-            right
-            and len(o.state) == states
-            and _fits(o.param, _param_dtypes(o), place, count)
-            and _fits(grad, _GRAD, place, count)
-            and all(map(_fits, o.state, _state_dtypes(o), repeat(place), repeat(count)))
-            and (model is None or _fits(model, _GRAD, place, count))
-            and (count == 0 or addresses.count(0) == (model is None))
-        ):
-            continue
         if len(o.state) != states:
             return f"{len(o.state)} state tensors where its rule has {states}"
-        named: list[tuple[str, Tensor, tuple[torch.dtype, ...]]]
-        named = [("param", o.param, _param_dtypes(o)), ("gradient", grad, _GRAD)]
-        named += [
-            ("state", tensor, dtypes)
-            for tensor, dtypes in zip(o.state, _state_dtypes(o), strict=True)
-        ]
-        if o.model_param is not None:
-            named.append(("model_param", o.model_param, _GRAD))
-        for name, tensor, dtypes in named:
+        count = o.param.numel()
+        for name, tensor, dtypes, address in _tensors(o):
             if tensor.dtype not in dtypes:
                 return f"a {name} of {tensor.dtype}"
             if tensor.device.type != device:
@@ -135,33 +113,26 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
                 return f"a {name} that is not contiguous"
             if tensor.numel() != count:
                 return f"a {name} of {tensor.numel()} elements with a param of {count}"
-            if _address(tensor) == 0 and count:
+            if not address and count:
                 kind = "negated view" if tensor.is_neg() else type(tensor).__name__
                 return f"a {name} whose elements are not in its memory ({kind})"
     return None
 
 
-def _param_dtypes(o: Operands) -> tuple[torch.dtype, ...]:
-    model = o.model_param
-    return _PARAM if model is None or model.dtype != torch.bfloat16 else _MAIN
-
-
-def _state_dtypes(o: Operands) -> list[tuple[torch.dtype, ...]]:
-    """Returns the dtypes that each state may have."""
-    followed = [state.dtype in _STATE for state in o.state[1:]]
-    found = [_FOLLOWED if whole else _STATE for whole in followed]
-    return [*found, _STATE] if o.state else []
-
-
-def _fits(
-    tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device, count: int
-) -> bool:
-    return (
-        tensor.dtype in dtypes
-        and tensor.is_contiguous()
-        and tensor.numel() == count
-        and tensor.device == device
-    )
+def _tensors(o: Operands) -> list[tuple[str, Tensor, tuple[torch.dtype, ...], int]]:
+    """Returns the name of each tensor, the dtypes that it may have, and its address."""
+    model, addresses = o.model_param, o.written[1::2]
+    has_bf16 = model is not None and model.dtype == torch.bfloat16
+    found: list[tuple[str, Tensor, tuple[torch.dtype, ...], int]] = [
+        ("param", o.param, _MAIN if has_bf16 else _PARAM, addresses[0]),
+        ("gradient", o.grad, _GRAD, o.read[0]),
+    ]
+    for i, state in enumerate(o.state):
+        followed = any(after.dtype in _STATE for after in o.state[i + 1 : i + 2])
+        found.append(("state", state, _FOLLOWED if followed else _STATE, addresses[2 + i]))
+    if model is not None:
+        found.append(("model_param", model, _GRAD, addresses[1]))
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -303,7 +303,8 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         for name in _FOR_WHOLE & group.keys():
             value = rest.pop(name)
             if isinstance(value, torch.dtype | Mapping):
-                same = self._state_dtypes(value) == self.state_dtypes
+                # The groups before may have states that are not this optimizer's own.
+                same = self.state_dtypes | self._state_dtypes(value) == self.state_dtypes
             else:
                 same = plain(value) is getattr(self, name, self.state_dtypes)
             if not same:

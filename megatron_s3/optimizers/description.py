@@ -43,11 +43,8 @@ def plain(value: Any) -> Any:
     """
     number = value
     if isinstance(value, Tensor):
-        number = (
-            value.item()
-            if type(value) is Tensor and not value.dim() and value.device.type == "cpu"
-            else value
-        )
+        if type(value) is Tensor and not value.dim() and value.device.type == "cpu":
+            number = value.item()
     elif getattr(value, "ndim", None) == 0:
         number = value.item()
     if isinstance(number, bool):

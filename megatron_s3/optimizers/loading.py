@@ -68,7 +68,7 @@ class Loading:
         ids = itertools.chain.from_iterable(group["params"] for group in saved_groups)
         for index, ((description, param), i) in enumerate(zip(params, ids, strict=True)):
             if i in rest:
-                taken = dict(self._checked(optimizer, description, param, rest[i], index))
+                taken = self._checked(optimizer, description, param, rest[i], index)
                 drop = {*description.state, "master_param"}
                 rest[i] = {name: value for name, value in rest[i].items() if name not in drop}
                 self._states.append((description, param, taken))
@@ -77,7 +77,8 @@ class Loading:
     @staticmethod
     def _checked(
         optimizer: Any, description: Description, param: Tensor, saved: dict[str, Any], index: int
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> dict[str, Tensor]:
+        """Returns the states to take from a parameter's saved ones."""
         label, names = description.label, description.state
         missing = [name for name in names if name not in saved]
         if missing and len(missing) < len(names):
@@ -85,22 +86,23 @@ class Loading:
                 f"{label}: the state to load for parameter {index} has no {', '.join(missing)}. "
                 "Nothing was loaded."
             )
-        for name in (*names, *(["master_param"] if optimizer.host.keeps_master(param) else [])):
-            if name in saved:
-                if fault := state_fault(param, saved[name]):
-                    raise ValueError(
-                        f"{label}: the {name} to load for parameter {index}{of_shape(param)} "
-                        f"{fault}. Nothing was loaded."
-                    )
-                yield name, saved[name]
-        for name in () if missing else description.fractions:
-            if optimizer.place(name, param)[1] != FRACTION:
-                continue
-            if fault := excess(description, name, saved):
+        masters = ["master_param"] if optimizer.host.keeps_master(param) else []
+        taken = {name: saved[name] for name in (*names, *masters) if name in saved}
+
+        def faults() -> Iterator[tuple[str, str | None]]:
+            for name, tensor in taken.items():
+                yield name, state_fault(param, tensor)
+            for name in taken.keys() & description.fractions.keys():
+                if optimizer.place(name, param)[1] == FRACTION:
+                    yield name, excess(description, name, saved)
+
+        for name, fault in faults():
+            if fault:
                 raise ValueError(
                     f"{label}: the {name} to load for parameter {index}{of_shape(param)} "
                     f"{fault}. Nothing was loaded."
                 )
+        return taken
 
     def put(self, optimizer: Any) -> None:
         """Stores the states, each in the optimizer's dtype and on the right device."""

@@ -1,16 +1,15 @@
 """Optimizer states and main parameters in the CPU's memory, which the CPU updates."""
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_s3.kernels.statistics import Statistics
+from megatron_s3.optimizers.counts import Update
 
 __all__ = ["Offload"]
-
-Given = TypeVar("Given")
 
 
 class Offload:
@@ -67,11 +66,11 @@ class Offload:
         self.__dict__.update(state)
         self._forget()
 
-    def batches(self, found: Iterable[tuple[Tensor, Given]]) -> list[list[tuple[Tensor, Given]]]:
-        """Returns the offloaded ones of these pairs, in batches that the CPU updates together."""
-        mine = [pair for pair in found if pair[0] in self.params]
+    def batches(self, updates: Iterable[Update]) -> list[list[Update]]:
+        """Returns the updates of offloaded parameters, in batches that the CPU takes together."""
+        mine = [update for update in updates if update.param in self.params]
         if self.overlap:
-            return [[pair] for pair in mine]
+            return [[update] for update in mine]
         return [mine] if mine else []
 
     def master(self, param: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from megatron_s3.optimizers.counts import Update, Watched
 from megatron_s3.optimizers.description import Description
 from megatron_s3.optimizers.found import Found, Spot
 from megatron_s3.optimizers.offload import Offload
-from megatron_s3.rules.kernel_form import form
 
 __all__ = ["Call", "Plan", "Plans", "Task"]
 
@@ -55,7 +54,6 @@ class Call:
         rule: the rule of their algorithm.
         kernel: a module of :mod:`megatron_s3.kernels`.
         prepared: the kernel's ``Prepared`` for these parameters.
-        states: the number of state tensors of the rule.
         indices: the indices of the parameters, group by group, among those with a gradient.
     """
 
@@ -63,7 +61,6 @@ class Call:
     rule: Callable[..., Tensor]
     kernel: ModuleType
     prepared: Any
-    states: int
     indices: list[int]
 
 
@@ -178,7 +175,7 @@ class Plans:
                 return False
         for call in plan.calls:
             first = values[call.groups[0]]
-            if _states(call.rule, call.kernel, first) != call.states:
+            if call.kernel.reason(call.rule, (), **first) is not None:
                 return False
             if not all(_are_equal(values[i], first) for i in call.groups[1:]):
                 return False
@@ -212,14 +209,11 @@ class Plans:
         groups = {id(group): i for i, group in enumerate(optimizer.param_groups)}
         calls = []
         for some in _together(tasks):
-            rule, kernel = some[0].description.rule, some[0].choice.kernel
-            states = _states(rule, kernel, some[0].values)
-            if states is None:
-                return
+            kernel = some[0].choice.kernel
             prepared = kernel.Prepared([[u.operands for u in task.updates] for task in some])
             indices = [index[id(param)] for task in some for param in task.params]
             its_groups = [groups[id(task.group)] for task in some]
-            calls.append(Call(its_groups, rule, kernel, prepared, states, indices))
+            calls.append(Call(its_groups, some[0].description.rule, kernel, prepared, indices))
         plan = Plan.make(_settings(optimizer), found, calls, optimizer.path)
         if plan is not None:
             self._plans[with_statistics] = plan
@@ -246,16 +240,6 @@ def _are_equal(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     if any(isinstance(value, Tensor) for value in (*one.values(), *two.values())):
         return one is two
     return one == two
-
-
-def _states(
-    rule: Callable[..., Tensor], kernel: ModuleType, values: Mapping[str, Any]
-) -> int | None:
-    """Returns the number of the rule's states if a fused kernel has the rule, else None."""
-    if kernel.reason(rule, (), **values) is not None:
-        return None
-    given = form(rule, values)
-    return None if isinstance(given, str) else given.kernel.states
 
 
 def _settings(optimizer: Any) -> tuple[Any, ...]:

@@ -167,14 +167,12 @@ class Step:
         self, group: dict[str, Any], values: dict[str, Any], updates: list[Update], *, again: bool
     ) -> list[Task]:
         batches: list[tuple[list[Update], Offload | None]] = [(updates, None)]
-        if self._host.offload is not None:
-            batches = [([u for u in updates if self._host.offload_of(u.param) is None], None)]
-            pairs = [(update.param, update) for update in updates]
-            for offloaded in self._host.offload.batches(pairs):
-                batches.append(([update for _, update in offloaded], self._host.offload))
+        if (offload := self._host.offload) is not None:
+            batches = [([u for u in updates if u.param not in offload.params], None)]
+            batches += [(batch, offload) for batch in offload.batches(updates)]
         tasks = []
         description = self._optimizer.algorithm_of(group).description
-        for batch, offload in batches:
+        for batch, its_offload in batches:
             for choice in choose(
                 *(description.rule, [u.operands for u in batch], values),
                 *(description.label, self._optimizer.fused),
@@ -182,7 +180,7 @@ class Step:
                 some = [batch[i] for i in choice.indices]
                 its_rates = rates(group, group["step"] + 1)
                 tasks.append(
-                    Task(description, some, choice, group, values, its_rates, offload, again)
+                    Task(description, some, choice, group, values, its_rates, its_offload, again)
                 )
         return tasks
 

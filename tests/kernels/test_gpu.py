@@ -361,9 +361,6 @@ def test_a_graph_is_captured_of_what_was_stepped_and_keeps_it(
     assert why() is None
     gpu._chunks.clear()
     assert "has not yet stepped these tensors" in why()
-    elsewhere = torch.zeros(100, dtype=BF16, device="meta")
-    given.append(replace(given[0], model_param=elsewhere))
-    assert "tensors on several devices" in why()
     # What a graph reads is kept, whatever else is stepped.
     table, chunks, rows = torch.zeros(1, 8), torch.zeros(1, 2), torch.zeros(1)
     monkeypatch.setattr(gpu, "_make_table", lambda *args: table)

@@ -206,6 +206,10 @@ def test_dtypes_of_states() -> None:
     step(some, [optimizer], 0, 1)
     assert optimizer.state[some[2]]["exp_pnorm"].dtype == torch.bfloat16
     assert optimizer.state[some[2]]["exp_avg"].dtype == torch.float32
+    repeated = {"params": some[2:], "state_dtype": torch.float32}
+    S3([{"params": some[:2], "algorithm": "adamw"}, repeated])
+    with pytest.raises(ValueError, match="is a setting of the whole optimizer"):
+        S3([{"params": some[:2]}, repeated | {"state_dtype": torch.bfloat16}])
     with pytest.raises(ValueError, match="AdamW keeps exp_avg in float32"):
         S3([{"params": some, "algorithm": "adamw"}], state_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"names exp_avg_sq, but the states of S3 .* and Lion"):

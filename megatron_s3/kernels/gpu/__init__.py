@@ -40,16 +40,14 @@ def reason(
         return missing
     if found := fault(operands, "cuda", given.kernel.states):
         return f"the Triton kernel cannot take {found}"
-    tensors = (t for o in operands for t in (o.param, o.grad, *o.state, o.model_param))
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    if len(devices) > 1:
-        return "the Triton kernel cannot take tensors on several devices in one group"
-    for device in devices:
-        if _capability(device) < (8, 0):
-            return f"the Triton kernel needs compute capability 8.0 or more, and {device} has less"
-    if devices and (broken := _broken()):
+    if not operands:
+        return None
+    device = operands[0].param.device
+    if _capability(device) < (8, 0):
+        return f"the Triton kernel needs compute capability 8.0 or more, and {device} has less"
+    if broken := _broken():
         return broken
-    if devices and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         groups = [[operands[i] for i in indices] for indices in _by_dtypes(operands).values()]
         if not all(_has_tables(group, device) for group in groups):
             return (

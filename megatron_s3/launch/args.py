@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -33,7 +33,6 @@ _WATCHED = re.compile(
     rf"(?<![\w-])(?:{'|'.join(FLAGS)})(?![\w-])(?:[ =]\S+)?|\S+\.py\b|\btorchrun\b|\bpython[\d.]*\b"
     r"|(?<![\w-])-m\s+\S+"
 )
-_REFUSED = re.compile(r"^--\S+( \S+)? is not supported with S3")
 _AFTER_FLAG = re.compile(rf"(?:{'|'.join((*FLAGS, '-m'))})[ =][\"']?\$\{{?(\w+)")
 
 
@@ -45,16 +44,13 @@ class Translation:
         text: the converted launch.
         changes: each change with its reason.
         warnings: what the user must check or change by hand.
+        refused: the warnings about flags with which S3 does not start.
     """
 
     text: str
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
-
-    @property
-    def refused(self) -> tuple[str, ...]:
-        """The warnings about flags with which S3 does not start."""
-        return tuple(each for each in self.warnings if _REFUSED.search(each))
+    refused: tuple[str, ...]
 
 
 def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
@@ -90,8 +86,9 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
         except (WrongEdit, LaunchError) as error:
             reason = reason or str(error)
             continue
-        warnings = _warnings(text, launches, lr_factor)
-        return Translation(result, (*edits.changes, *notes), tuple(warnings))
+        warnings = _once(_warnings(text, launches, lr_factor))
+        refused = _once(each for launch in launches for each in _refused(launch))
+        return Translation(result, (*edits.changes, *notes), warnings, refused)
     raise LaunchError(
         f"the launch cannot be changed without changing something else ({reason}); give each "
         "launch flags of its own"
@@ -151,15 +148,16 @@ def _check(launch: Launch, optimizer: str) -> None:
                 ) from None
 
 
-def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> list[str]:
-    """Returns the warnings, each once."""
-    found: list[str] = []
+def _once(found: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(found))
+
+
+def _warnings(text: str, launches: Sequence[Launch], lr_factor: str) -> Iterator[str]:
     for launch in launches:
-        found += _of_program(launch)
-        found += _refused(launch)
-        found += _of_checkpoints(launch, lr_factor)
-        found += _of_flags_elsewhere(text, launch, lr_factor)
-    return list(dict.fromkeys(found))
+        yield from _of_program(launch)
+        yield from _refused(launch)
+        yield from _of_checkpoints(launch, lr_factor)
+        yield from _of_flags_elsewhere(text, launch, lr_factor)
 
 
 def _of_program(launch: Launch) -> Iterator[str]:

@@ -1,20 +1,25 @@
 """The state at a point of a shell script, and the expansion of words in that state."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_s3.launch.shell import (
     Argument,
+    Assignment,
     Char,
     Literal,
     Node,
     Substitution,
     Variable,
     Word,
+    value,
 )
 
 __all__ = ["Expansion", "State"]
+
+# A number that may become the value of a flag through other variables.
+_RATE = re.compile(r"(?<![\w./-])(?:\d*\.\d+|\d+\.?(?=[eE]))(?:[eE][-+]?\d+)?(?![\w./])")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,24 @@ class State:
                 after = after.without(name)
         return replace(after, parameters=before.parameters, local=before.local)
 
+    def look(self, watched: Callable[[str], object], names: frozenset[str]) -> object:
+        """Returns what tells the state apart from those of other paths, if there are many.
+
+        Args:
+            watched: a function of a variable's value, which does so.
+            names: the variables whose whole values do so.
+        """
+        texts = {name: " ".join(map(value, found)) for name, found in self.variables.items()}
+        return (
+            {
+                name: text if name in names else (watched(text), _RATE.findall(text))
+                for name, text in texts.items()
+            },
+            self.functions.keys(),
+            self.local,
+            self.parameters and list(map(value, self.parameters)),
+        )
+
     def _still(self, name: str) -> dict[str, bool]:
         """Returns the conditions that stay decided when a variable changes."""
         return {text: holds for text, holds in self.decided.items() if name not in _names(text)}
@@ -81,13 +104,30 @@ class Expansion:
         """Returns the arguments to which a word expands."""
         return self._fields(word, state, split=True)
 
+    def assign(self, given: Assignment, state: State) -> State:
+        """Returns the state after an assignment."""
+        old = state.variables.get(given.name, ())
+        if given.items is not None:
+            found = tuple(item for word in given.items for item in self.expand(word, state))
+            if any(re.match(r"\[[^]]*\]\+?=", value(item)) for item in found):  # ([3]=x)
+                return state.without(given.name)
+            return state.put(given.name, old + found if given.append else found, True)
+        new = self.join(given.value, state)
+        at = int(given.index or 0) if (given.index or "0").isdecimal() else len(old) + 1
+        if at > len(old):
+            return state.without(given.name)
+        if given.append and at < len(old):
+            new = old[at] + new
+        array = given.index != "" or given.name in state.arrays
+        return state.put(given.name, (*old[:at], new, *old[at + 1 :]), array)
+
     def with_defaults(self, word: Word, state: State) -> State:
         """Returns the state after ``${NAME:=WORD}`` in a word."""
         for part in word:
-            if not isinstance(part, Variable) or "=" not in part.operator or part.index:
+            if not isinstance(part, Variable) or "=" not in part.operator:
                 continue
             if _lacks(part, self._held(part, state)):
-                state = state.put(part.name, (self.join(part.rest, state),), False)
+                state = self.assign(Assignment(part.name, part.index, False, part.rest), state)
         return state
 
     def _fields(self, word: Word, state: State, split: bool) -> list[Argument]:
@@ -105,8 +145,7 @@ class Expansion:
                     if number:
                         fields.append([])
                     self._append(fields, item, part.quoted, splits)
-        kept = [tuple(char for char in each if char.c) for each in fields if each]
-        return kept if kept or split else [()]
+        return [tuple(char for char in each if char.c) for each in fields if each]
 
     def _append(
         self, fields: list[list[Char]], item: Sequence[Char], quoted: bool, split: bool

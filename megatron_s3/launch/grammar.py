@@ -16,7 +16,7 @@ from megatron_s3.launch.shell import (
     Word,
     value,
 )
-from megatron_s3.launch.words import META, OPERATORS, Words
+from megatron_s3.launch.words import META, Words
 
 __all__ = ["DECLARE", "here_document", "parse"]
 
@@ -60,7 +60,7 @@ class _Parser(Words):
             if token in (";", "&"):
                 self.take(token)
                 continue
-            if token in _ENDS or (token in OPERATORS and token != "("):
+            if token in _ENDS:
                 raise self.error(f"unexpected {token!r}")
             found.children.append(self.and_or())
             token = self.peek()

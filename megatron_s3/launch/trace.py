@@ -19,8 +19,6 @@ __all__ = ["Command", "Trace", "trace"]
 _STATES = 64
 _COMMANDS = 20_000
 _DEPTH = 12
-# A number that may become the value of a flag through other variables.
-_RATE = re.compile(r"(?<![\w./-])(?:\d*\.\d+|\d+\.?(?=[eE]))(?:[eE][-+]?\d+)?(?![\w./])")
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
 _PRINTS = {"echo", "printf", "logger", "print", ":"}
 _WRITES = {"cat", "tee"}
@@ -103,12 +101,10 @@ class _Tracer(Expansion):
 
     def fewer(self, states: list[State], node: Node) -> list[State]:
         """Merges states that are alike; conditions on which they differ become undecided."""
-        looks = (
-            self._looks if len(states) > _STATES // 8 else lambda state: replace(state, decided={})
-        )
+        many = len(states) > _STATES // 8
         unique: list[tuple[object, State]] = []
         for state in states:
-            look = looks(state)
+            look = state.look(self.watched, self.names) if many else replace(state, decided={})
             for number, (other, kept) in enumerate(unique):
                 if look == other:
                     both = dict(kept.decided.items() & state.decided.items())
@@ -119,18 +115,6 @@ class _Tracer(Expansion):
         if len(unique) > _STATES:
             raise LaunchError("there are too many paths through the script", node.at)
         return [state for _, state in unique]
-
-    def _looks(self, state: State) -> object:
-        texts = {name: " ".join(map(value, found)) for name, found in state.variables.items()}
-        return (
-            {
-                name: text if name in self.names else (self.watched(text), _RATE.findall(text))
-                for name, text in texts.items()
-            },
-            state.functions.keys(),
-            state.local,
-            state.parameters and list(map(value, state.parameters)),
-        )
 
     def _sequence(self, node: Node, states: list[State]) -> list[State]:
         for child in node.children:
@@ -219,7 +203,7 @@ class _Tracer(Expansion):
         name = value(words[0]) if words else ""
         with_them = state
         for given in node.assignments:
-            with_them = self._assign(given, with_them)
+            with_them = self.assign(given, with_them)
         if not words:
             return [with_them]
         if name in grammar.DECLARE:
@@ -245,22 +229,6 @@ class _Tracer(Expansion):
             return done
         self._start(node, words, seen)
         return [state]
-
-    def _assign(self, given: shell.Assignment, state: State) -> State:
-        old = state.variables.get(given.name, ())
-        if given.items is not None:
-            found = tuple(item for word in given.items for item in self.expand(word, state))
-            if any(re.match(r"\[[^]]*\]\+?=", value(item)) for item in found):  # ([3]=x)
-                return state.without(given.name)
-            return state.put(given.name, old + found if given.append else found, True)
-        new = self.join(given.value, state)
-        at = int(given.index or 0) if (given.index or "0").isdecimal() else len(old) + 1
-        if at > len(old):
-            return state.without(given.name)
-        if given.append and at < len(old):
-            new = old[at] + new
-        array = given.index != "" or given.name in state.arrays
-        return state.put(given.name, (*old[:at], new, *old[at + 1 :]), array)
 
     def _call(
         self, node: Node, words: Sequence[Argument], state: State, before: State

@@ -16,13 +16,13 @@ from megatron_s3.launch.shell import (
     value,
 )
 
-__all__ = ["META", "OPERATORS", "Words"]
+__all__ = ["META", "Words"]
 
-OPERATORS = ("&&", "||", ";;&", ";;", ";&", "|&", "&>>", "&>", "&", "|", ";", "(", ")", "\n")
+_OPERATORS = ("&&", "||", ";;&", ";;", ";&", "|&", "&>>", "&>", "&", "|", ";", "(", ")", "\n")
 #: Characters that end a word.
 META = " \t\n;&|()<>"
-_BLANKS = re.compile(rf"(?:[ \t]|\\\n|(?<![^{META}])#.*)*")
-_TOKEN = re.compile(rf"{'|'.join(map(re.escape, OPERATORS))}|[^\s;&|()<>'\"\\$`]+(?=[{META}]|\Z)")
+_BLANKS = re.compile(r"(?:[ \t]|\\\n|#.*)*")
+_TOKEN = re.compile(rf"{'|'.join(map(re.escape, _OPERATORS))}|[^\s;&|()<>'\"\\$`]+(?=[{META}]|\Z)")
 _PLAIN = re.compile(r"[\w./=,:%@+-]+")
 _SINGLE_QUOTED = re.compile(r"'([^']*)'")
 _ANSI_QUOTED = re.compile(r"\$'((?:[^'\\]|\\.)*)'", re.DOTALL)

@@ -343,6 +343,10 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
             r"--optimizer \$OPT: the value is known only when",
         ),
         (
+            r"torchrun t.py --lr 1e-4 --optimizer $'\x61dam'",
+            "the value is known only when the script runs",
+        ),
+        (
             "torchrun t.py --lr 1e-4\ntorchrun b.py --lr 1 --optimizer s3",
             "line 2: .* uses S3 already",
         ),
@@ -361,6 +365,11 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
             "A='--lr 1e-4'\nbash -c 'torchrun t.py $A'",
             "line 1: no command in this text takes this --lr",
         ),
+        ("torchrun t.py --lr 1e-4\n;; ls", "line 2: unexpected ';;'"),
+        ("torchrun t.py --lr 1e-4\n| ls", r"line 2: unexpected '\|'"),
+        ("torchrun t.py --lr 1e-4 && && ls", "unexpected '&&'"),
+        ("torchrun t.py --lr 1e-4 )", r"unexpected '\)'"),
+        ("torchrun t.py --lr 1e-4; done", "unexpected 'done'"),
         ("torchrun t.py --lr 1e-4 'a", "a quote is not closed"),
         ("if true; then\ntorchrun t.py --lr 1e-4", "'the end' where 'fi' is expected"),
         ("X=<a placeholder>\ntorchrun t.py --lr 1e-4", "line 1: nothing follows '>'"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s3.launch.shell import UNKNOWN, value
+from megatron_s3.launch.shell import UNKNOWN, Char, value
 from megatron_s3.launch.trace import trace
 
 SHOW = '#!/bin/bash\nprintf "%s\\x1f" "$#" "$@" >> "$CALLS"; printf "\\x1e" >> "$CALLS"\n'
@@ -32,6 +32,7 @@ SCRIPTS = [
     'A=(a "b c"); show ${A[1]} "${A[1]}" $A "${A[0]}" "${A[5]}"; B="${A[*]}" C=("${A[@]}" e)',
     'A=(a b); A[0]=z; show "${A[@]}"; A[1]+=y; show "${A[@]}"; A+=d; A+=(e); show "${A[@]}"',
     'A[0]=x; A[1]=y; A=z; show "${A[@]}"; A=(a # c\n b \\\n c\n); show "${A[@]}"',
+    'A=(a); show ${A[1]:=b} ${A[0]:=c}; show "${A[@]}"',
     'A=(); show "${A[@]}"; show "${A[@]}" x ${A[@]} "x${A[@]}" "${A[@]:-y}"; A=(a); show ${A[@]+b}',
     # arguments
     'set -- a "b c"; show "$@" $# $1 "$2" "$3"; show "$*"; show x"$@"y $* $4; A="$@"; show "$A"',
@@ -46,7 +47,10 @@ SCRIPTS = [
     "A=; f() { show $A; A=6; }; A=5 f; show x$A; A=1; A=5 f; show $A; f() (return); f; show $A",
     'f() { A=7; return; A=8; }; f; show $A; A=9 eval "show $A"',
     # commands
-    "show a > /dev/null b; > /dev/null show c; show 2 2> /dev/null; show d 2>&1 e &> /dev/null",
+    'export A=1; bash <<E\nshow "a $A" \\$A \\\\ "b\\\nc" # "\nE',
+    "bash <<'E'\nA='b  c'; show $A\nE\nbash <<< 'show a'; show '<(a)' \"<(a)\" \">(b)\"",
+    "show a > /dev/null b; > /dev/null show c; &> /dev/null show c",
+    "show 2 2> /dev/null; show d 2>&1 e &> /dev/null",
     "time -p show a; ! show b; time show c; { show d; show e; }; (show f)",
     '[[ "a ]] b" == x ]]; [[ a =~ ^(a|b)$ && ( b < c ) ]] && show a; ((1 << 2)); show b',
     "for ((i = 0; i < 2; i++)); do show a; done; show b",
@@ -55,7 +59,7 @@ SCRIPTS = [
     "f() if true; then show a; fi; f; function g { show b; }; g; function h() (show c); h",
     'OUT=`cd /; echo \\`show a\\` "b"`; OUT=$(show c # )\n); OUT=$(case x in x) show d;; esac)',
     "eval show a '\"b c\"'; bash -c \"show 'a b'\"; CMD='show a'; $CMD b; exec show c; show d",
-    "show $((1)) > /dev/null; A=$[ (1 + 2) * 3 ]; show b; f() { exit; }; (f); f; show c",
+    "show $((1)) > /dev/null; show $[ (1 + 2) * 3 ] b; f() { exit; }; (f); f; show c",
 ]
 
 
@@ -80,3 +84,8 @@ def test_a_script_starts_what_bash_starts(script: str, tmp_path: Path) -> None:
             for pair in zip(found, wanted, strict=True)
         ]
     assert found == wanted
+
+
+def test_an_escaped_character_has_the_place_of_its_backslash() -> None:
+    (command,) = trace("show \\a", lambda _: None, frozenset()).commands
+    assert command.words[1] == (Char("a", 5, 7),)

@@ -51,6 +51,8 @@ class Tokenizer:
         eod: The token that ends a document.
         folder: The folder of the Hugging Face tokenizer; empty for `bytes`.
         sha256: SHA-256 of its `tokenizer.json`.
+        whole: Whether that file asks for truncation or padding, which are left out. A dataset that
+            an older version made with them is not the same.
     """
 
     name: str
@@ -58,11 +60,13 @@ class Tokenizer:
     eod: int
     folder: str = ""
     sha256: str = ""
+    whole: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Returns the tokenizer as JSON values, without its folder."""
         kept = {"name": self.name, "vocab_size": self.vocab_size, "eod": self.eod}
-        return {**kept, "sha256": self.sha256} if self.sha256 else kept
+        more = {"sha256": self.sha256, "whole_documents": self.whole}
+        return {**kept, **{name: value for name, value in more.items() if value}}
 
     def encoder(self) -> "Encode":
         """Returns a function that converts documents (UTF-8) to tokens and ends each with `eod`.
@@ -175,13 +179,15 @@ def prepare(name: str, folder: str) -> Tokenizer:
             f"--tokenizer {name}: its eos_token {eod!r} is not in its vocabulary; correct "
             "eos_token in tokenizer_config.json"
         )
-    digest = hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
+    content = Path(folder, "tokenizer.json").read_bytes()
+    given = json.loads(content)
     return Tokenizer(
         name if name == "gpt2" else os.path.abspath(name),
         1 + max(library.get_vocab(with_added_tokens=True).values()),  # numbers may be left out
         number,
         folder,
-        digest,
+        hashlib.sha256(content).hexdigest(),
+        bool(given.get("truncation") or given.get("padding")),
     )
 
 

@@ -160,6 +160,11 @@ def test_every_word_of_a_document_is_a_token_and_nothing_else_is(kind: str, tmp_
     sides = [IndexedDataset(f"{prefix}_{side}") for side in ("train", "valid")]
     found = sorted((list(map(int, side[0])) for side in sides), key=len)
     assert found == [[b, 2], [0, b, b, 0, b, b, 0, 0, 2]]
+    if kind in ("truncation", "padding"):
+        made = Path(f"{prefix}.json")
+        made.write_text(made.read_text().replace('"whole_documents": true', '"older": true'))
+        with pytest.raises(data.DataError, match="a finished dataset of another input or setting"):
+            data.build(data.source(str(text)), prefix, (1, 1), str(tmp_path / "tokenizer"))
 
 
 BAD = {

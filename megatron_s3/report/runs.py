@@ -212,7 +212,8 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
         else:
             alone += map(_run, _runs_in(path))
     if alone:
-        suites.append(Suite("runs", _told_apart(alone)))
+        once = {(_log(run.folder) or run.folder).resolve(): run for run in alone}
+        suites.append(Suite("runs", _told_apart([*once.values()])))
     return suites
 
 

@@ -103,7 +103,8 @@ def test_runs_of_one_seed_are_no_seeds_of_one_row(tmp_path) -> None:
     folders = [write(tmp_path / str(k), "S3", 0.1, 1, 2.0) for k in range(3)]
     log = folders[0] / "metrics.jsonl"
     log.write_text(log.read_text().replace('"weight_decay": 0.01', '"weight_decay": 0.5'))
-    table = named(compare.tables(load(folders)), "final")
+    again = [folders[1], folders[2] / "metrics.jsonl"]  # the same runs
+    table = named(compare.tables(load([*again, *folders])), "final")
     a, b = (f"S3, weight_decay 0.01 ({folder})" for folder in folders[1:])
     assert {cells[0] for cells in table.rows} == {"S3, weight_decay 0.5", a, b}
     assert {cells[-1] for cells in table.rows} == {"1"}

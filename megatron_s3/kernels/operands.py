@@ -98,6 +98,7 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
     if not operands:
         return None
     place = operands[0].param.device
+    right = place.type == device
     for o in operands:
         if len(o.state) != states:
             return f"{len(o.state)} state tensors where its rule has {states}"
@@ -105,10 +106,9 @@ def fault(operands: Sequence[Operands], device: str, states: int) -> str | None:
         for name, tensor, dtypes, address in _tensors(o):
             if tensor.dtype not in dtypes:
                 return f"a {name} of {tensor.dtype}"
-            if tensor.device.type != device:
-                return f"a {name} on {tensor.device}"
-            if tensor.device != place:
-                return f"a {name} on {tensor.device} with a param on {place}"
+            if not right or tensor.device != place:
+                other = f" with a param on {place}" if tensor.device.type == device else ""
+                return f"a {name} on {tensor.device}{other}"
             if not tensor.is_contiguous():
                 return f"a {name} that is not contiguous"
             if tensor.numel() != count:
@@ -128,7 +128,7 @@ def _tensors(o: Operands) -> list[tuple[str, Tensor, tuple[torch.dtype, ...], in
         ("gradient", o.grad, _GRAD, o.read[0]),
     ]
     for i, state in enumerate(o.state):
-        followed = any(after.dtype in _STATE for after in o.state[i + 1 : i + 2])
+        followed = i + 1 < len(o.state) and o.state[i + 1].dtype in _STATE
         found.append(("state", state, _FOLLOWED if followed else _STATE, addresses[2 + i]))
     if model is not None:
         found.append(("model_param", model, _GRAD, addresses[1]))

@@ -262,6 +262,8 @@ def test_a_dataset_is_not_read_as_text_for_itself(tmp_path: Path) -> None:
     (tmp_path / "set_train/cache/description.txt").write_text("{}")
     assert data.build(src, prefix, (1, 1), "gpt2") == (made, True)
     assert documents.left_out(src, prefix) == []
+    named = data.source(str(tmp_path), globs=["*.txt", "*.json"]).shards(prefix)
+    assert not [file for shard in named for file in shard.files if file.endswith(".json")]
     again, _ = data.build(src, str(tmp_path / "sub/../set"), (2, 1), "gpt2", overwrite=True)
     assert again["sha256"] == made["sha256"]
 

@@ -68,6 +68,20 @@ def test_final_losses_and_their_differences_seed_by_seed(tmp_path) -> None:
     assert [cells[0] for cells in table.rows] == ["S3", "AdamW"]
 
 
+def test_a_recipe_is_compared_with_s3_itself_and_with_adamw_of_its_kind(tmp_path) -> None:
+    of = {"optimizers": {"S3": 2.0, "AdamW": 2.5},
+          "recipes": {"S3, ramp": 1.8, "AdamW, warmup 30 %": 2.4}}  # fmt: skip
+    for experiment, losses in of.items():
+        for label, loss in losses.items():
+            folder = tmp_path / "a" / experiment / label
+            write(folder, label, 0.1, 1, loss, experiment=experiment)
+    table = named(compare.tables(load([tmp_path / "a"])), "recipes: final validation loss")
+    s3 = row(table, "S3, ramp")
+    assert s3["loss minus that of AdamW, warmup 30 %"] == "-0.600"
+    assert s3["loss minus that of S3"] == "-0.200"
+    assert sum("minus" in head for head in table.headings) == 2
+
+
 def test_a_spike_is_counted_in_10000_iterations(tmp_path) -> None:
     table = named(compare.tables(load([suite(tmp_path / "a")])), "loss spikes")
     assert row(table, "adamw")["spikes per 10,000 iterations"] == "20.00"  # 1 in 5 runs of 100
@@ -217,6 +231,20 @@ def test_burst_and_grid(tmp_path) -> None:
     assert (burst["difference"], burst["rise"]) == ("+0.5000", "0.500")
     assert burst["iterations to recover"] == "not in this run"
     assert named(tables, "by p and beta").rows == [["2", "2.0000"], ["3", "3.0000"]]
+
+
+def test_a_rate_that_is_too_large_stands_beside_the_best_one(tmp_path) -> None:
+    """Of the same seed; one that is not finished has no loss."""
+    for seed, loss in ((1, 2.0), (2, 2.1)):
+        write(tmp_path / f"a/optimizers/{seed}", "S3", 0.1, seed, loss, experiment="optimizers")
+    for times, until in ((3.0, 100), (10.0, 50)):
+        more = {"experiment": "large rates", "tags": {"times": times}, "until": until}
+        write(tmp_path / f"a/large-rates/{times}", "S3", 0.1 * times, 2, 2.4, spike=50, **more)
+    table = named(compare.tables(load([tmp_path / "a"])), "rates that are too large")
+    assert row(table, "S3") == {
+        "run": "S3", "best learning rate": "2.1000", "x 3": "2.4000", "x 10": "-",
+        "spikes at x 3": "1", "spikes at x 10": "1",
+    }  # fmt: skip
 
 
 def test_runs_of_a_launch_are_told_apart_by_what_differs(tmp_path) -> None:

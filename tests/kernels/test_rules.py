@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_s3.kernels import cpu, gpu, portable
 from megatron_s3.kernels.cpu import build
-from megatron_s3.kernels.operands import Operands
+from megatron_s3.kernels.operands import Operands, fault
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers import OPTIMIZERS, AdamW, ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
@@ -216,3 +216,30 @@ def test_parameters_in_float64_stay_portable() -> None:
     optimizer = AdamW([param])
     optimizer.step()
     assert optimizer.path == "portable: the C++ kernel cannot take a param of torch.float64"
+
+
+def test_each_fault_of_an_operand_is_named() -> None:
+    """The first one, in the order of param, gradient, states and the copy in the model."""
+    x = torch.zeros(3)
+    good = {"param": x, "grad": x, "state": (x, x), "model_param": x.bfloat16()}
+    meta, wide = torch.zeros(3, device="meta"), torch.zeros(6)[::2]
+    for changes, expected in (
+        ({}, None),
+        ({"state": (x,)}, "1 state tensors where its rule has 2"),
+        ({"param": x.double()}, "a param of torch.float64"),
+        ({"param": meta}, "a param on meta"),
+        ({"grad": x.to(torch.int8)}, "a gradient of torch.int8"),
+        ({"grad": meta}, "a gradient on meta"),
+        ({"grad": wide}, "a gradient that is not contiguous"),
+        ({"state": (x, torch.zeros(4))}, "a state of 4 elements with a param of 3"),
+        ({"state": (x.to(torch.int8), x)}, None),
+        ({"state": (x, x.to(torch.int8))}, "a state of torch.int8"),
+        ({"param": x.to(torch.int16)}, None),
+        ({"param": x.to(torch.int16), "model_param": None}, "a param of torch.int16"),
+        (
+            {"model_param": torch._neg_view(x)},
+            "a model_param whose elements are not in its memory (negated view)",
+        ),
+    ):
+        assert fault([Operands(**good), Operands(**good | changes)], "cpu", 2) == expected
+    assert fault([Operands(**good)], "cuda", 2) == "a param on cpu"

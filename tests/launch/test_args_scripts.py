@@ -255,8 +255,8 @@ CASES = {
         ],
     ),
     "a default that is set": (
-        ': "${LR:=1e-4}"\ntorchrun t.py --lr $LR --weight-decay ${WD:=0.1}',
-        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+        ': "${LR:=1e-4}"\ntorchrun t.py --lr $LR --weight-decay ${WD:=0.1} --save lr$LR',
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01 --save lr1e-3"],
     ),
     "an alternative for an empty variable": (
         "DEBUG=\ntorchrun t.py --lr 1e-4 ${DEBUG:+--weight-decay 0.1}",

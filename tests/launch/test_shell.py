@@ -46,6 +46,7 @@ SCRIPTS = [
     "A=1; f() { declare A=2; declare -g B=3; export C=4; return; A=5; }; f; show $A $B $C",
     "A=; f() { show $A; A=6; }; A=5 f; show x$A; A=1; A=5 f; show $A; f() (return); f; show $A",
     'f() { A=7; return; A=8; }; f; show $A; A=9 eval "show $A"',
+    "declare -x A=1; declare B=2 C; export C; C=3; bash -c 'show $A $C'",
     # commands
     'export A=1; bash <<E\nshow "a $A" \\$A \\\\ "b\\\nc" # "\nE',
     "bash <<'E'\nA='b  c'; show $A\nE\nbash <<< 'show a'; show '<(a)' \"<(a)\" \">(b)\"",
@@ -89,3 +90,19 @@ def test_a_script_starts_what_bash_starts(script: str, tmp_path: Path) -> None:
 def test_an_escaped_character_has_the_place_of_its_backslash() -> None:
     (command,) = trace("show \\a", lambda _: None, frozenset()).commands
     assert command.words[1] == (Char("a", 5, 7),)
+
+
+def test_the_ends_of_a_script_are_those_of_all_its_paths() -> None:
+    script = """
+    (A=1; exit)
+    f() { A=2; if [ "$X" ]; then return; fi; g; A=3; }
+    g() { (exit); return; }
+    f; B=$A
+    if [ "$Y" ]; then A=4; exit; fi
+    if [ "$Z" ]; then A=5; return; fi
+    A=6
+    """
+    ends = [end.variables for end in trace(script, lambda _: None, frozenset("AB")).ends]
+    assert {value(end["A"][0]) + value(end["B"][0]) for end in ends} == {
+        "42", "43", "52", "53", "62", "63",
+    }  # fmt: skip

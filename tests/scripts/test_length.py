@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from scripts.experiments.suite import FIRST, SEEDS, Run
 from tests.harness.trainer import REPOSITORY
 
 SMALL = [length.SIZES["0.12M"]]
+#: The rows that need no other package.
+ROWS = {k: v for k, v in length.OPTIMIZERS.items() if k not in length.NEEDED}
 
 
 def everything(loss, sizes=SMALL, lengths=length.LENGTHS) -> list[Run]:
@@ -44,7 +47,7 @@ def test_optimizers_differ_in_their_own_flags_alone() -> None:
     for size in length.SIZES.values():
         for tokens in length.LENGTHS:
             of = [r for r in runs if r.experiment == f"{size.name} parameters x {tokens} tokens"]
-            assert {r.label for r in of} == set(length.OPTIMIZERS)
+            assert {r.label for r in of} == set(ROWS)
             for seed in SEEDS:
                 assert len({tuple(plain(r)) for r in of if r.seed == seed}) == 1
 
@@ -52,7 +55,7 @@ def test_optimizers_differ_in_their_own_flags_alone() -> None:
 def test_a_longer_search_begins_with_the_seeds_of_the_rate_before() -> None:
     """Its own best rate is then searched on both sides, and has all seeds at the end."""
     factors = {20: 1, 100: 3}
-    middles = {label: middle for label, (_, middle) in length.OPTIMIZERS.items()}
+    middles = {label: middle for label, (_, middle) in ROWS.items()}
     runs = everything(
         lambda run: abs(np.log(run.lr * factors[round(run.tags["tokens"])] / middles[run.label]))
     )
@@ -65,10 +68,10 @@ def test_a_longer_search_begins_with_the_seeds_of_the_rate_before() -> None:
         first = [r for r in runs if r.label == label and r.tags["tokens"] == 20][:FIRST]
         assert first[FIRST // 2].lr == middle
     longer = [r for r in runs if r.tags["tokens"] == 100]
-    many = len(length.OPTIMIZERS)
+    many = len(ROWS)
     for k, seed in enumerate(SEEDS):  # a part of the runs holds every optimizer
         part = longer[k * many : (k + 1) * many]
-        assert [r.label for r in part] == list(length.OPTIMIZERS)
+        assert [r.label for r in part] == list(ROWS)
         assert all((r.seed, r.lr) == (seed, middles[r.label]) for r in part)
 
 
@@ -76,6 +79,23 @@ def test_only_some_optimizers_and_lengths() -> None:
     runs = length.plan({}, SMALL, [100], ["S3", "AdamW"])
     assert {(r.label, r.tags["tokens"]) for r in runs} == {("S3", 100), ("AdamW", 100)}
     assert len(runs) == 2 * FIRST
+
+
+def test_rows_that_need_another_package_are_planned_where_they_are_named(monkeypatch, capsys):
+    assert {run.label for run in length.plan({}, SMALL, [20])} == set(ROWS)
+    muon = ["Muon", "Muon, S3"]
+    runs = length.plan({}, SMALL, [20], [*muon, "AdamW"])
+    assert {run.label for run in runs} == {*muon, "AdamW"}
+    (line,) = length.cost(SMALL, [20], muon)
+    assert f": {2 * (FIRST + len(SEEDS) - 1)} to " in line
+    assert length.missing(None) is None and length.missing(["S3"]) is None
+    monkeypatch.setattr(length.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        runner.main(["--only", "length", "--of", "AdamW", *muon, "--dry-run"])
+    assert (
+        "error: --of Muon 'Muon, S3': install what it trains with: "
+        f"{sys.executable} -m pip install --no-deps emerging-optimizers==0.3.0"
+    ) in capsys.readouterr().err
 
 
 def test_the_cost_is_said_beforehand() -> None:

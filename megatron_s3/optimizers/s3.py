@@ -89,6 +89,7 @@ class S3(ElementwiseOptimizer):
             other way than its update, or is 0 (not in the paper; see
             :func:`megatron_s3.rules.s3.s3_update`).  Fewer elements move, so that the best
             learning rate is larger.
+        cautious_steps: the number of first steps in which ``cautious`` holds; None means all.
         error_if_nonfinite, fused, state_dtype: see
             :class:`~megatron_s3.optimizers.base.ElementwiseOptimizer`; a state may be bfloat16 if
             rounding cannot freeze it, and ``exp_avg`` int8 (:meth:`check_state_dtype`):
@@ -163,6 +164,10 @@ class S3(ElementwiseOptimizer):
                 "the other way than its update"
             ),
         ] = False,
+        cautious_steps: Annotated[
+            float | None,
+            About("number of first steps in which cautious holds, instead of all steps", 1),
+        ] = None,
         **options: Unpack[Options],
     ) -> None: ...
 
@@ -172,6 +177,11 @@ class S3(ElementwiseOptimizer):
             raise ValueError(
                 "beta_ramp and bias_correction exclude each other: with the ramp there is no "
                 "bias. Leave one of the two out."
+            )
+        if values["cautious_steps"] is not None and not values["cautious"]:
+            raise ValueError(
+                f"cautious_steps={values['cautious_steps']:g} has no effect without cautious. Add "
+                "cautious, or leave cautious_steps out."
             )
 
     @classmethod
@@ -227,8 +237,10 @@ class S3(ElementwiseOptimizer):
             )
 
     def group_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the rule's arguments, with bias correction as a factor and the ramp in beta."""
+        """Returns the rule's arguments in the group's step, on which some of them depend."""
         values = super().group_hyperparameters(group)
+        if (steps := values.pop("cautious_steps")) is not None:
+            values["cautious"] = values["cautious"] and group["step"] <= steps
         if values.pop("beta_ramp"):
             for name in ("beta", "beta2"):
                 if values[name] is not None:

@@ -28,6 +28,8 @@ from megatron_s3.optimizers.plan import Plans, Task
 __all__ = ["Past", "Step"]
 
 _logger = logging.getLogger(__name__)
+#: A step after the last one of any training.
+_LAST = 2**40
 
 
 @dataclass
@@ -134,10 +136,11 @@ class Step:
         algorithm, changing = self._optimizer.algorithm_of(group), None
         if any(self._optimizer.state_dtypes[n] == FRACTION for n in algorithm.description.state):
             changing = "the rounding to int8 depends on the number of the step"
-        if values is not None:
-            following = algorithm.group_hyperparameters(group | {"step": group["step"] + 2})
-            if values != following:
-                changing = "bias correction or a ramp changes a number in each step"
+        if values is not None and any(
+            values != algorithm.group_hyperparameters(group | {"step": step})
+            for step in (group["step"] + 2, _LAST)
+        ):
+            changing = "bias correction, a ramp or cautious_steps changes the rule's arguments"
         if changing is not None:
             raise RuntimeError(
                 f"{algorithm.description.label}: a CUDA graph is being captured, and {changing}, "

@@ -28,11 +28,12 @@ SAVED = 900
 _OF = SEARCHES["optimizers"]
 #: The learning rate of S3 around which the first search begins.
 _RATE = _OF["S3"][1]
+_BOUNDED = "--optimizer s3 --s3-beta-ramp --s3-grad-bound 5"
 #: By label: the optimizer's flags, and the middle learning rate of its search at the first length.
 OPTIMIZERS: dict[str, tuple[str, float]] = {
     "S3": _OF["S3"],
-    "S3, cautious": ("--optimizer s3 --s3-beta-ramp --s3-grad-bound 5 --s3-cautious", 1e-2),
-    "S3, ramp, bound 5": ("--optimizer s3 --s3-beta-ramp --s3-grad-bound 5", _RATE),
+    "S3, cautious": (f"{_BOUNDED} --s3-cautious --s3-cautious-steps 4000", 1e-2),
+    "S3, ramp, bound 5": (_BOUNDED, _RATE),
     "AdamW": _OF["AdamW"],
     "NAdam": _OF["NAdam"],
     "S3, ramp": ("--optimizer s3 --s3-beta-ramp", _RATE),

@@ -95,7 +95,7 @@ def test_they_are_converted_to_the_same_bits(name: str, old: Path, tmp_path: Pat
 
 
 #: Hyperparameters that the checkpoints do not have yet, with the defaults that are saved for them.
-NEWER = {"cautious": False}
+NEWER = {"cautious": False, "cautious_steps": None}
 
 
 def groups(state: Any) -> Iterator[dict[str, Any]]:

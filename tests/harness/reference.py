@@ -28,6 +28,7 @@ class S3Reference:
             before, where that is not 0; or None.
         beta_ramp: take the smaller of beta and ``(t - 1) / (t + 8)``, and so for beta2.
         cautious: take 0 for an ``n / b`` whose sign is not that of the gradient.
+        cautious_steps: the last step that is cautious, or None.
     """
 
     x: Tensor
@@ -40,6 +41,7 @@ class S3Reference:
     grad_bound: float | None = None
     beta_ramp: bool = False
     cautious: bool = False
+    cautious_steps: float | None = None
 
     def __post_init__(self) -> None:
         self.x = self.x.double().clone()
@@ -69,7 +71,7 @@ class S3Reference:
             k = self.t + 1 if self.nesterov else self.t
             n, b = n / (1 - beta**k), b / (1 - beta2**k) ** (1 / p)
         u = torch.where(b == 0, torch.zeros_like(n), n / b)  # b is 0 only if all g were 0
-        if self.cautious:
+        if self.cautious and (self.cautious_steps is None or self.t <= self.cautious_steps):
             u = torch.where(u * grad.double().sign() > 0, u, torch.zeros_like(u))
         self.x = self.x - lr * self.weight_decay * self.x - lr * u  # line 8, decoupled decay
         return u

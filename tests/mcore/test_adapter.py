@@ -429,7 +429,7 @@ def test_a_rate_that_is_set_later_is_on_the_device_for_a_graph():
 
 @on_ranks(1)
 def test_what_changes_by_step_is_not_recorded():
-    with pytest.raises(ValueError, match="a ramp changes a number each step that is recorded"):
+    with pytest.raises(ValueError, match="changes by the step what is recorded once"):
         build(BF16, optimizer_cuda_graph=True, s3_bias_correction=True)
 
 

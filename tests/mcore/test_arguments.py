@@ -47,6 +47,7 @@ def test_the_defaults():
         "beta_ramp": False,
         "grad_bound": None,
         "cautious": False,
+        "cautious_steps": None,
     }
 
 
@@ -55,7 +56,10 @@ def test_each_flag_has_its_effect():
     args = s3("--s3-beta", ".9", "--s3-p", "2", "--s3-beta2", ".99", "--s3-no-nesterov")
     assert (args.s3_beta, args.s3_p, args.s3_beta2, args.s3_nesterov) == (0.9, 2.0, 0.99, False)
     assert s3("--s3-bias-correction").s3_bias_correction is True
-    args = s3("--s3-beta-ramp", "--s3-grad-bound", "10", "--s3-cautious")
+    args = s3(
+        *("--s3-beta-ramp", "--s3-grad-bound", "10", "--s3-cautious", "--s3-cautious-steps", "4000")
+    )
+    assert args.s3_cautious_steps == 4000
     assert args.s3_grad_bound == 10.0 and args.s3_beta_ramp is True and args.s3_cautious is True
     assert s3("--plugin-log-updates", "--tensorboard-dir", "here").plugin_metrics
     assert s3("--clip-grad", "1.0").clip_grad == 1.0
@@ -196,6 +200,7 @@ GRAPH = {
     "weight_decay_incr_style": "constant",
     "s3_bias_correction": False,
     "s3_beta_ramp": False,
+    "s3_cautious": True,
 }
 
 
@@ -213,6 +218,7 @@ def test_what_a_replayed_step_cannot_do_is_refused(monkeypatch):
         "use_megatron_fsdp": True,
         "s3_bias_correction": True,
         "s3_beta_ramp": True,
+        "s3_cautious_steps": 4000.0,
     }.items():
         changed = argparse.Namespace(**GRAPH | {name: value})
         with pytest.raises(ValueError, match="--optimizer-cuda-graph here"):

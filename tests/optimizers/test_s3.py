@@ -8,7 +8,9 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from torch.nn import Parameter
 import megatron_s3
 from megatron_s3 import S3
 from megatron_s3.kernels.statistics import Statistics
+from megatron_s3.optimizers.counts import Watched
+from megatron_s3.optimizers.step import Step
 from megatron_s3.rules.s3 import s3_update_bound
 from tests.harness.reference import S3Reference
 from tests.harness.tensors import random
@@ -69,6 +73,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"grad_bound": 1.2},
     {"cautious": True},
     {"cautious": True, "bias_correction": True, "grad_bound": 2.0},
+    {"cautious": True, "cautious_steps": 20},
+    {"cautious": True, "cautious_steps": 1.0, "beta_ramp": True},
     {"beta_ramp": True},
     {"beta_ramp": True, "beta2": 0.97},
     {"beta_ramp": True, "grad_bound": 2.0, "p": 2.0, "nesterov": False},
@@ -126,6 +132,59 @@ def test_ramped_averages_are_without_bias() -> None:
         before = param.detach().clone()
         optimizer.step()
         torch.testing.assert_close(before - param.detach(), param.grad.sign(), rtol=0, atol=2e-5)
+
+
+def test_steps_of_caution_are_those_of_the_parameter() -> None:
+    """A parameter that had no gradient in the first steps is cautious in its own first steps."""
+    early, late = parameter(200), parameter(200)
+    options: dict[str, Any] = {"cautious": True, "cautious_steps": 2}
+    optimizer = S3([early, late], lr=1.0, **options)
+    own = {param: S3Reference(param.detach(), **options) for param in (early, late)}
+    for t in range(6):
+        new_grads([early, late], t)
+        if t < 3:
+            late.grad = None
+        for param, run in own.items():
+            if param.grad is not None:
+                run.step(param.grad, 1.0)
+        optimizer.step()
+    for param, run in own.items():
+        assert (param - run.x).abs().max() < 1e-4
+
+
+def test_steps_of_caution_need_caution() -> None:
+    with pytest.raises(ValueError, match=r"cautious_steps=30 has no effect without cautious\."):
+        S3([parameter(1)], cautious_steps=30)
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "refused"),
+    [
+        ({}, 1, False),
+        ({"cautious": True}, 1, False),
+        ({"cautious": True, "cautious_steps": 1000}, 1, True),
+        ({"cautious": True, "cautious_steps": 1000}, 998, True),
+        ({"cautious": True, "cautious_steps": 1000}, 999, True),
+        ({"cautious": True, "cautious_steps": 1000}, 1000, False),
+        ({"beta_ramp": True}, 1, True),
+        ({"beta_ramp": True}, 171, False),
+        ({"bias_correction": True}, 1, True),
+    ],
+    ids=str,
+)
+def test_what_a_later_step_changes_is_not_captured(
+    options: dict[str, Any], step: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for a parameter on a GPU, where alone graphs are captured."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer = S3([parameter(1)], **options)
+    group = optimizer.param_groups[0] | {"step": step}
+    watched = Watched(group | {"step": step + 1})
+    values = optimizer.group_hyperparameters(watched)
+    found: Any = [(SimpleNamespace(device=torch.device("cuda")), None)]
+    checked = Step(optimizer, optimizer._past)
+    with pytest.raises(RuntimeError, match="the rule's arguments") if refused else nullcontext():
+        checked._check_capture(group, values if watched.read else None, found)
 
 
 def test_a_ramp_excludes_bias_correction() -> None:

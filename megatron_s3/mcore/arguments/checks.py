@@ -263,7 +263,9 @@ def check_cuda_graph(args: Any, cls: type[ElementwiseOptimizer], anywhere: bool 
     elif torch.int8 in state_dtypes(cls, args).values():
         why_not = "the rounding of --exp-avg-dtype fp8 changes each step"
     elif changes_by_step(cls, hyperparameters(cls, args)):
-        why_not = "bias correction or a ramp changes a number each step that is recorded"
+        why_not = (
+            "bias correction, a ramp or cautious_steps changes by the step what is recorded once"
+        )
     if why_not:
         raise ValueError(
             f"--optimizer {cls.description.name} does not support --optimizer-cuda-graph here: "

@@ -131,13 +131,13 @@ def compile_kernel(variant: str, capability: int) -> Compiled:
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "int16": tl.int16, None: tl.float32}
     chosen = VARIANTS[variant]
-    states = chosen.form.states
+    states = chosen.form.kernel.states
     kernel = gpu_kernel.step_kernel
     stored = _STATES[chosen.state][:states]
     groups = 2  # with weight decay and without it
     constants = {
         "GROUPS": groups,
-        "RULE": getattr(gpu_rules, chosen.form.name),
+        "RULE": getattr(gpu_rules, chosen.form.kernel.name),
         "VARIANT": chosen.form.variant,
         "STATES": states,
         "STORED": gpu_kernel.stored(stored),

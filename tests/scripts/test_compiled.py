@@ -108,7 +108,8 @@ def test_seven_bytes(variant: str, capability: int) -> None:
 def test_other_rules(variant: str) -> None:
     """Exact, but for how often the compiler writes a small rule's loop out."""
     compiled = compile_kernel(variant, 90)
-    tensors = VARIANTS[variant].form.states + 2  # gradient and parameter, which is written as well
+    # The gradient and the parameter, which is written as well.
+    tensors = VARIANTS[variant].form.kernel.states + 2
     assert compiled.loads[128] % tensors == 0
     assert compiled.stores[128] == compiled.loads[128] // tensors * (tensors - 1)
     assert compiled.spills == compiled.stack == 0

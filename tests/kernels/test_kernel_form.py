@@ -17,6 +17,7 @@ from megatron_s3.optimizers.description import Hyperparameter
 from megatron_s3.rules import RULES
 from megatron_s3.rules.kernel_form import KernelForm, form, with_kernel
 from megatron_s3.rules.s3 import s3_update
+from tests.harness.hyperparameters import NEEDED
 
 TRITON = Path(gpu.__file__).with_name("rules.py")
 
@@ -61,10 +62,6 @@ def _steps(name: str, fused: bool | None, **changed: Any) -> tuple[Tensor, str]:
     return torch.stack([param.detach(), *optimizer.state[param].values()]), optimizer.path
 
 
-#: By hyperparameter, what it has no effect without.
-NEEDS: dict[str, dict[str, Any]] = {"cautious_steps": {"cautious": True}}
-
-
 @pytest.mark.parametrize(
     ("name", "h"),
     [
@@ -78,7 +75,7 @@ def test_each_hyperparameter_gives_the_portable_bits_or_is_refused(
 ) -> None:
     """It is changed alone; some of its values make another step than its default does."""
     numbers = [v for v in (0.0, 0.5, 0.875, 1.0, 1.5, 2.0, 2.5) if h.low <= v < h.high]
-    needs = NEEDS.get(h.name, {})
+    needs = NEEDED.get(h.name, {})
     default, _ = _steps(name, False, **needs)
     effects = []
     for value in [not h.default] if h.is_switch else numbers:

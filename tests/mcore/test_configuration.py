@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from tests.harness.hyperparameters import NEEDED
 from tests.harness.releases import RELEASES
 from tests.mcore.library import build, inner, on_ranks, step, wrap
 
@@ -34,7 +35,8 @@ def test_every_hyperparameter_is_a_field_that_the_optimizer_is_given(release):
     for name, cls in OPTIMIZERS.items():
         for h in cls.description.hyperparameters:
             value = not h.default if h.is_switch else 0.25 if h.low < 0.25 < h.high else 2.5
-            made = config(optimizer=name, **{destination(cls.description, h): value})
+            needed = {f"{name}_{key}": other for key, other in NEEDED.get(h.name, {}).items()}
+            made = config(optimizer=name, **needed, **{destination(cls.description, h): value})
             optimizer = get_megatron_optimizer(made, [wrap(dtype=torch.float32, sharded=False)])
             assert inner(optimizer).param_groups[0][h.name] == value, (name, h.name)
 

@@ -18,6 +18,7 @@ from megatron_s3 import S3
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import LARGEST
+from tests.harness.hyperparameters import NEEDED
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Parameter:
@@ -133,8 +134,9 @@ def test_hyperparameters_beyond_float32_are_refused(name: str) -> None:
     for h in cls.description.hyperparameters:
         if not h.is_switch and h.high == math.inf:
             with pytest.raises(ValueError, match=rf"^{h.name} must be at most 3.4028235e"):
-                cls([parameter(3)], **{h.name: 1e39})
-            cls([parameter(3, dtype=torch.float64)], **{h.name: 1e39})
+                cls([parameter(3)], **NEEDED.get(h.name, {}), **{h.name: 1e39})
+            double = parameter(3, dtype=torch.float64)
+            cls([double], **NEEDED.get(h.name, {}), **{h.name: 1e39})
 
 
 def test_product_of_rate_and_decay_is_refused() -> None:

@@ -68,13 +68,16 @@ def load(
     error = None
     try:
         if asked := dict(_groups(sharded_state_dict)):
-            common = dist_checkpointing.load_common_state_dict(str(checkpoint_dir))
-            saved = _groups({**common, **_objects(folder, asked)})
+            saved = _groups({**_common(checkpoint_dir), **_objects(folder, asked)})
             _compare(folder, asked, dict(saved))
     except ValueError as caught:
         error = str(caught)
     raise_first(error, group)
     return original(sharded_state_dict, checkpoint_dir, *rest, **kwargs)
+
+
+def _common(checkpoint_dir: Any) -> Any:
+    return dist_checkpointing.load_common_state_dict(str(checkpoint_dir))
 
 
 def _objects(folder: Path, asked: Iterable[tuple[Any, ...]]) -> dict[str, Any]:

@@ -33,6 +33,11 @@ _STYLES = {
     "sgdm": Style("#999933", (0, (4, 1, 1, 1, 1, 1)), "P", "--"),
     "signsgd": Style("#AA3377", (0, (1, 3)), "X", "++"),
 }
+#: Styles of other labels, where a picture has many.
+_SPARE = (
+    Style("#44AA99", (0, (8, 2, 1, 2)), "*", "oo"),
+    Style("#777777", (0, (2, 1)), "<", "||"),
+)
 _OTHER_NAMES = {"adam": "adamw", "sgd": "sgdm"}
 
 
@@ -53,6 +58,6 @@ def styles(labels: Sequence[str]) -> list[Style]:
     for label in labels:
         own = style(label)
         found.append(None if own in found else own)
-    rest = [each for each in _STYLES.values() if each not in found]
+    rest = [each for each in (*_STYLES.values(), *_SPARE) if each not in found]
     others = itertools.cycle(rest or _STYLES.values())
     return [each or next(others) for each in found]

@@ -25,4 +25,6 @@ def test_the_styles_of_one_picture_differ() -> None:
     found = styles(labels)
     assert len(set(found)) == len(labels)
     assert found[1] == style("S3") and found[3] == style("AdamW")
+    many = ["AdamW", "NAdam", "Muon", "Muon, S3", *(f"S3, {n}" for n in range(5))]
+    assert len(set(styles(many))) == len(many)
     assert len(styles([f"model {n}" for n in range(20)])) == 20

@@ -164,10 +164,12 @@ def planned(config: Config, args: "Namespace") -> "tuple[Namespace, Sizes]":
 def _make(
     config: Config, steps: int, more: list[str], source: str, mfu: float, peak: float
 ) -> Plan:
-    from megatron_s3.mcore.metrics_log import trainers_flops
     from megatron_s3.mcore.planning import job, memory
 
     args, sizes = planned(config, check(config, more))
+    # It imports Megatron, whose warnings the check has kept quiet.
+    from megatron_s3.mcore.metrics_log import trainers_flops
+
     activations, formula = memory.activations(args)
     fullest = max(sizes.stages, key=lambda rank: rank.total)
     saved = memory.checkpoint(args, fullest)

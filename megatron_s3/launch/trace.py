@@ -41,7 +41,7 @@ class Command:
 
     @property
     def prints(self) -> bool:
-        """Whether it only prints its words, or ignores them."""
+        """Returns whether it only prints its words, or ignores them."""
         return value(self.words[0]).rpartition("/")[2] in _PRINTS
 
 

@@ -234,7 +234,7 @@ def test_burst_and_grid(tmp_path) -> None:
 
 
 def test_a_rate_that_is_too_large_stands_beside_the_best_one(tmp_path) -> None:
-    """Of the same seed; one that is not finished has no loss."""
+    """Only the same seed is compared, and a rate that is not finished has no loss."""
     for seed, loss in ((1, 2.0), (2, 2.1)):
         write(tmp_path / f"a/optimizers/{seed}", "S3", 0.1, seed, loss, experiment="optimizers")
     for times, until in ((3.0, 100), (10.0, 50)):

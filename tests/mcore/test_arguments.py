@@ -67,6 +67,14 @@ def test_each_flag_has_its_effect():
 
 
 @on_ranks()
+def test_flags_that_exclude_each_other_are_refused_before_training():
+    with pytest.raises(ValueError, match="cautious_steps=4000 has no effect without cautious"):
+        s3("--s3-cautious-steps", "4000")
+    with pytest.raises(ValueError, match="beta_ramp and bias_correction exclude each other"):
+        s3("--s3-beta-ramp", "--s3-bias-correction")
+
+
+@on_ranks()
 def test_switches_have_their_old_names_too():
     """In a flag and in a configuration that a program has made."""
     import contextlib

@@ -26,7 +26,7 @@ from megatron_s3.mcore.arguments.names import (
     flag,
     flag_named,
 )
-from megatron_s3.mcore.arguments.readers import scalar_optimizer
+from megatron_s3.mcore.arguments.readers import hyperparameters, scalar_optimizer
 from megatron_s3.mcore.arguments.rules import OVERRIDES
 from megatron_s3.mcore.refusal import Refused
 from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
@@ -141,6 +141,8 @@ def _settle_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> No
         if getattr(args, name) is None:
             setattr(args, name, h.default)
         h.check(getattr(args, name), flag(description, h))
+    # What the optimizer itself refuses, such as two options that exclude each other.
+    cls([torch.zeros(1)], lr=0.0, **hyperparameters(cls, args))
 
 
 def check_overrides(args: argparse.Namespace) -> None:

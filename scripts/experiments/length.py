@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, tuple[str, float]] = {
     "Muon": ("--optimizer muon --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1", 6e-3),
     "Muon, S3": (
         "--optimizer muon --muon-scalar-optimizer s3 --s3-beta-ramp --s3-grad-bound 5 "
-        "--s3-cautious --clip-grad 0",
+        "--s3-cautious --s3-cautious-steps 4000 --clip-grad 0",
         6e-3,
     ),
 }

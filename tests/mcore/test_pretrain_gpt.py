@@ -1,4 +1,4 @@
-"""What the script of the wheel makes of Megatron's arguments: each has its effect."""
+"""Tests that each of Megatron's arguments has its effect in the script of the wheel."""
 
 import argparse
 import json

@@ -265,7 +265,7 @@ def _alike(args: argparse.Namespace) -> None:
     """Checks that the runs already in the folder have the same settings, so they can be compared.
 
     Raises:
-        SystemExit: the runs in the folder have other settings.
+        SystemExit: the runs in the folder have other settings, or unknown ones.
     """
     if args.config is not None:
         settings = {"config": " ".join(args.config), "iters": args.iters}
@@ -273,7 +273,13 @@ def _alike(args: argparse.Namespace) -> None:
         settings = {"iters": args.iters, "megatron": args.megatron}
     file = args.out / "suite.json"
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SystemExit(
+                f"error: {file} is damaged ({error}): it says which settings the runs beside it "
+                "have; give another --out"
+            ) from None
         if before != settings:
             raise SystemExit(
                 f"error: the runs in {args.out} have {before}, these {settings}: "

@@ -188,6 +188,9 @@ def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path, monkeypatch, caps
     assert count == f"{len(runs)} runs are known" and waiting.startswith("burst: up to 12 runs")
     with pytest.raises(SystemExit, match="another --out"):
         runner.main(words)
+    (tmp_path / "suite.json").write_text('{"iters": 6')
+    with pytest.raises(SystemExit, match="suite.json is damaged .* another --out"):
+        runner.main(words)
 
 
 def test_jobs_are_submitted_once_and_recorded_when_they_end(tmp_path, monkeypatch, capsys) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from scripts.acceptance.prepare import dataset
-from scripts.bench import step as bench
+from scripts.bench import memory
 from scripts.bench.commit import write
 
 __all__ = ["WHEELS", "main"]
@@ -39,9 +39,9 @@ def main(argv: list[str]) -> int:
         print(f"error: no dataset: {why}", file=sys.stderr)
         return 1
     try:
-        for shape in bench.SHAPES:
-            bench.shards_of(shape, 0, "cpu", folder / "shards.json")
-    except bench.Unavailable as error:
+        for shape in memory.SHAPES:
+            memory.shards_of(shape, 0, "cpu", folder / "shards.json")
+    except memory.Unavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -19,17 +19,17 @@ def check(writer: Writer, task: Task) -> None:
     if not installed("megatron-core"):
         writer.skipped("shards and dataset", "megatron-core is not installed")
         return
-    from scripts.bench import step as bench
+    from scripts.bench import memory
 
     if why := dataset(task.data):
         writer.failed("dataset", why)
     else:
         size = task.data.with_name(task.data.name + "_train.bin").stat().st_size
         writer.passed("dataset", f"{size / 1e6:.1f} MB of the text of Python's standard library")
-    for shape in bench.SHAPES:
+    for shape in memory.SHAPES:
         try:
-            shards = bench.shards_of(shape, 0, task.device, task.shards)
-        except bench.Unavailable as error:
+            shards = memory.shards_of(shape, 0, task.device, task.shards)
+        except memory.Unavailable as error:
             writer.failed(f"shards, {shape}", str(error))
         else:
             total = sum(shard.numel for shard in shards)

@@ -34,14 +34,14 @@ def check(writer: Writer, task: Task) -> None:
     if not installed("matplotlib"):
         writer.skipped("the step's time", "matplotlib is not installed")
         return
-    from scripts.bench import step as bench
+    from scripts.bench.memory import SHAPES
 
     if task.device == "cpu":  # that it runs, and no more
         shapes = ["flat"]
         words = "--rounds 2 --elements-limit 100000 --threads 1".split()
         writer.skipped("the kernel beside a copy", "not run: it needs a GPU")
     else:
-        shapes = [*bench.SHAPES, "flat"]
+        shapes = [*SHAPES, "flat"]
         words = "--rounds 30 --only adamw triton".split()
     known = set(json.loads(task.shards.read_text())) if task.shards.exists() else set()
     for shape in shapes:
@@ -87,7 +87,7 @@ def judge(writer: Writer, comparison: dict, *, judged: bool) -> None:
         comparison: from ``bench_step.json``.
         judged: whether the bars are meant for this device.
     """
-    from scripts.bench.step import HALF, UNCLIPPED
+    from scripts.bench.candidates import HALF, UNCLIPPED
 
     wholes = [c for c in comparison["candidates"] if c["kind"] != "phase"]
     adamws = {c["key"]: c for c in wholes if c["kind"] == "adamw"}

@@ -11,7 +11,7 @@ import torch
 
 from megatron_s3 import S3
 from megatron_s3.optimizers import OPTIMIZERS
-from scripts.bench import step as script
+from scripts.bench import candidates, machine, memory, step
 from scripts.bench.shards import Shard
 from scripts.bench.timing import Comparison, Timing, paired, phases, spread, table, write_png
 
@@ -22,14 +22,14 @@ ADAMW = {"norm": 4, "clip": 8, "step": 28, "copy": 6}
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(script, "FLAT", {"cpu": 5000})
-    monkeypatch.setattr(script, "COPIED", {"cpu": 1000})
-    return script
+    monkeypatch.setattr(memory, "FLAT", {"cpu": 5000})
+    monkeypatch.setattr(memory, "COPIED", {"cpu": 1000})
 
 
-def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, capsys):
+@pytest.mark.usefixtures("small")
+def test_every_candidate_is_measured_and_its_bytes_are_counted(tmp_path, capsys):
     words = "--device cpu --shapes flat --rounds 2 --threads 1 2 --elements-limit 3000".split()
-    assert small.main([*words, "--output", str(tmp_path)]) == 0
+    assert step.main([*words, "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "bench_step.json").read_text())
     assert record["machine"]["torch"] == torch.__version__ and record["date"]
     one, two = record["comparisons"]
@@ -77,71 +77,75 @@ def test_every_candidate_is_measured_and_its_bytes_are_counted(small, tmp_path, 
     assert "round 2 of 2" in shown.err
 
 
-def test_what_is_measured_is_a_step(small):
+@pytest.mark.usefixtures("small")
+def test_what_is_measured_is_a_step():
     shards = [Shard(300, 64, 0, 0), Shard(77, 5001, 0, 1), Shard(40, 400, 0, 0)]
     what = ("cpu", [3.0], [name for name in OPTIMIZERS if name != "s3"])
-    for at, candidate in enumerate(small.candidates(small.Memory(shards, "cpu"), *what)):
-        memory = small.Memory(shards, "cpu")
-        candidate = list(small.candidates(memory, *what))[at]
+    for at, candidate in enumerate(candidates.candidates(memory.Memory(shards, "cpu"), *what)):
+        held = memory.Memory(shards, "cpu")
+        candidate = list(candidates.candidates(held, *what))[at]
         small_states = "small-states" in candidate.key  # of its own
-        half = candidate.key == script.HALF or small_states
-        stepped = memory.model_params if half else memory.params
+        half = candidate.key == candidates.HALF or small_states
+        stepped = held.model_params if half else held.params
         before = [p.clone() for p in stepped]
         candidate.step()
-        for old, new, model in zip(before, stepped, memory.model_params, strict=True):
+        for old, new, model in zip(before, stepped, held.model_params, strict=True):
             assert (old != new).float().mean() > 0.9, candidate.key
             assert torch.equal(model, new.bfloat16()), candidate.key
-        memory.check()
-        states = [s for pairs in memory.states.values() for pair in pairs for s in pair]
+        held.check()
+        states = [s for pairs in held.states.values() for pair in pairs for s in pair]
         changed = [bool(s.any()) for s in states]
         one = candidate.key.startswith(("lion", "sgdm", "signsgd"))
         own = 0 if small_states else 1 if one else 2
         assert sum(changed) == own * len(shards), candidate.key
 
 
-def test_clipping_clips_every_time(small):
-    memory = small.Memory([Shard(100_000, 0, 0, 0)], "cpu")
-    step = small.adamw(memory, "fused")
+@pytest.mark.usefixtures("small")
+def test_clipping_clips_every_time():
+    held = memory.Memory([Shard(100_000, 0, 0, 0)], "cpu")
+    adamw = candidates.adamw(held, "fused")
     for _ in range(3):
-        before = memory.grads[torch.float32][0].clone()
-        step.norm()
-        step.clip()
-        after = memory.grads[torch.float32][0]
+        before = held.grads[torch.float32][0].clone()
+        adamw.norm()
+        adamw.clip()
+        after = held.grads[torch.float32][0]
         ratio = (after.norm() / before.norm()).item()
         assert ratio == pytest.approx(1 - 1e-4, abs=2e-5)
 
 
-def test_without_clipping_gradients_stay(small):
-    memory = small.Memory([Shard(1000, 0, 0, 0)], "cpu")
-    before = memory.grads[torch.float32][0].clone()
-    made = {c.key: c for c in small.candidates(memory, "cpu", [3.0])}
-    made[small.UNCLIPPED].step()
-    assert torch.equal(memory.grads[torch.float32][0], before)
-    made[small.BASELINE].step()
-    assert not torch.equal(memory.grads[torch.float32][0], before)
+@pytest.mark.usefixtures("small")
+def test_without_clipping_gradients_stay():
+    held = memory.Memory([Shard(1000, 0, 0, 0)], "cpu")
+    before = held.grads[torch.float32][0].clone()
+    made = {c.key: c for c in candidates.candidates(held, "cpu", [3.0])}
+    made[candidates.UNCLIPPED].step()
+    assert torch.equal(held.grads[torch.float32][0], before)
+    made[candidates.BASELINE].step()
+    assert not torch.equal(held.grads[torch.float32][0], before)
 
 
-def test_statistics_are_counted_where_the_name_says_so(small, monkeypatch):
+@pytest.mark.usefixtures("small")
+def test_statistics_are_counted_where_the_name_says_so(monkeypatch):
     made = []
-    monkeypatch.setattr(small, "S3", lambda *a, **k: made.append(S3(*a, **k)) or made[-1])
-    memory = small.Memory([Shard(1000, 0, 0, 0)], "cpu")
-    keys = [c.key for c in small.candidates(memory, "cpu", [3.0]) if c.key.startswith("s3")]
+    monkeypatch.setattr(candidates, "S3", lambda *a, **k: made.append(S3(*a, **k)) or made[-1])
+    held = memory.Memory([Shard(1000, 0, 0, 0)], "cpu")
+    keys = [c.key for c in candidates.candidates(held, "cpu", [3.0]) if c.key.startswith("s3")]
     counting = [optimizer.host.statistics is not None for optimizer in made]
     assert counting == [key.endswith("-statistics") for key in keys]
     assert sum(counting) == 3
 
 
-def test_megatron_is_asked_once_for_shards(small, monkeypatch, tmp_path):
+def test_megatron_is_asked_once_for_shards(monkeypatch, tmp_path):
     asked = []
 
     def answer(*what):
         asked.append(what)
         return [[7, 64, 0, 1]]
 
-    monkeypatch.setattr(small, "_asked", answer)
+    monkeypatch.setattr(memory, "_asked", answer)
     known = tmp_path / "shards.json"
     for rank in (0, 0, 1, 1):
-        assert small.shards_of("345m-dp8", rank, "cpu", known) == [Shard(7, 64, 0, 1)]
+        assert memory.shards_of("345m-dp8", rank, "cpu", known) == [Shard(7, 64, 0, 1)]
     assert asked == [("345m-dp8", 0), ("345m-dp8", 1)]
 
 
@@ -165,7 +169,7 @@ def test_three_times_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: done.append(clocks))
-    wall, host, device = script.timed(lambda: done.append("call"), "cuda")
+    wall, host, device = machine.timed(lambda: done.append("call"), "cuda")
     clocks = done.pop(3)
     assert done == ["wait", "call", "wait", "record", "call", "record", "wait for the event"]
     assert device == 1.25 and 0 < host <= wall
@@ -174,25 +178,26 @@ def test_three_times_on_a_gpu(monkeypatch):
 
 def test_what_no_tool_tells_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert script.clocks("cuda") == "unknown"
-    assert script.clocks("cpu") is None
+    assert machine.clocks("cuda") == "unknown"
+    assert machine.clocks("cpu") is None
 
 
-def test_a_step_that_leaves_nan_is_no_result(small):
-    memory = small.Memory([Shard(300, 0, 0, 0)], "cpu")
-    memory.params[0][7] = torch.nan
+@pytest.mark.usefixtures("small")
+def test_a_step_that_leaves_nan_is_no_result():
+    held = memory.Memory([Shard(300, 0, 0, 0)], "cpu")
+    held.params[0][7] = torch.nan
     with pytest.raises(ArithmeticError):
-        memory.check()
+        held.check()
 
 
 def test_shards_keep_their_alignment_and_do_not_overlap():
     shards = [Shard(10, 9_000_003, 0, 0), Shard(5000, 64, 0, 1), Shard(7, 66, 1, 0)]
-    starts, length = script.placed(shards)
+    starts, length = memory.placed(shards)
     assert [s % 4096 for s in starts] == [9_000_003 % 4096, 64, 66]
     spans = sorted((start, start + s.numel) for start, s in zip(starts, shards, strict=True))
     assert all(a[1] <= b[0] for a, b in pairwise(spans))
     assert spans[-1][1] == length < 4 * 4096
-    kept = script.cut(shards, 12)
+    kept = memory.cut(shards, 12)
     assert [(s.numel, s.offset, s.group) for s in kept] == [(10, 9_000_003, 0), (2, 64, 1)]
 
 
@@ -200,9 +205,9 @@ def test_without_megatron_only_flat_can_be_had(monkeypatch, tmp_path, capsys):
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron/__init__.py").write_text("raise ImportError('no megatron here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(script, "ROOT", ROOT)
+    monkeypatch.setattr(memory, "ROOT", ROOT)
     words = ["--device", "cpu", "--shapes", "345m-dp8", "--output", str(tmp_path / "out")]
-    assert script.main(words) == 2
+    assert step.main(words) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: 345m-dp8: ") and "megatron-core" in said and "flat" in said
 
@@ -211,7 +216,7 @@ def test_without_megatron_only_flat_can_be_had(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_shards_are_those_of_the_plan(tmp_path):
     pytest.importorskip("megatron.core")
-    shards = script.shards_of("345m-dp8", 0, "cpu")
+    shards = memory.shards_of("345m-dp8", 0, "cpu")
     command = [sys.executable, "-m", "megatron_s3.launch.plan", "layouts/gpt2-345m/8gpu"]
     subprocess.run([*command, "--json", str(tmp_path / "plan")], check=True, cwd=ROOT)
     (rank,) = json.loads((tmp_path / "plan").read_text())["sizes"]["stages"]

@@ -189,7 +189,7 @@ def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit, match="another --out"):
         runner.main(words)
     (tmp_path / "suite.json").write_text('{"iters": 6')
-    with pytest.raises(SystemExit, match="suite.json is damaged .* another --out"):
+    with pytest.raises(SystemExit, match=r"suite\.json is damaged .* another --out"):
         runner.main(words)
 
 

@@ -17,7 +17,7 @@ from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.telemetry import runlog
 
 if TYPE_CHECKING:
-    from megatron_s3.report.pictures import Picture
+    from megatron_s3.report.panels import Picture
 
 
 #: What a report keeps of a run's first record.

@@ -14,7 +14,7 @@ from megatron_s3.report.runs import Suite
 from megatron_s3.version import __version__
 
 if TYPE_CHECKING:
-    from megatron_s3.report.pictures import Picture
+    from megatron_s3.report.panels import Picture
 
 __all__ = ["made", "page", "title"]
 

@@ -4,23 +4,30 @@ import itertools
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from megatron_s3.report import settings
 from megatron_s3.report.compare import about, adamw_label, best_rate, finalists, gaps, labels
 from megatron_s3.report.disturbed import after, means, pairs
 from megatron_s3.report.margins import margins
+from megatron_s3.report.panels import (
+    DARK,
+    FAINT,
+    Picture,
+    colour_of,
+    colour_unlike,
+    draw_band,
+    draw_legend,
+    draw_line,
+    extent,
+    subplots,
+)
 from megatron_s3.report.runs import Suite, Trained
-from megatron_s3.report.styles import style as style_of
 from megatron_s3.report.styles import styles
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["pictures"]
 
-__all__ = ["Picture", "pictures"]
-
-DARK, OTHER, FAINT = "#222222", "#888888", "#BBBBBB"
 #: The most spikes that are drawn.
 SPIKES = 6
 #: Iterations over which a recovery is smoothed.
@@ -29,27 +36,6 @@ SMOOTHED = 5
 _TICKS = 8
 #: The most labels whose updates are drawn.
 _UPDATES = 4
-
-
-class Picture:
-    """A picture with its title.
-
-    Attributes:
-        name: name of its file, without ``.png``.
-        title: description of the picture.
-        figure: figure of matplotlib, with the title and the names of the axes.
-    """
-
-    def __init__(self, name: str, title: str, figure: "Figure", x: str = "", y: str = "") -> None:
-        self.name = name.lower().replace(" ", "-")
-        self.title = title
-        self.figure = figure
-        # A letter is about 0.085 inches wide; a longer title would be cut at both ends.
-        width = max(20, int(figure.get_figwidth() / 0.085))
-        figure.suptitle(textwrap.fill(title, width), fontsize=10)
-        if x:
-            figure.supxlabel(x, fontsize=9)
-            figure.supylabel(y, fontsize=9)
 
 
 def pictures(
@@ -76,80 +62,9 @@ def pictures(
     return [picture for picture in found if picture]
 
 
-def _panels(count: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """Returns a figure with ``count`` axes, at most ``columns`` in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    drawn = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(drawn)
-    axes = drawn.subplots(rows, columns, squeeze=False, **options).flatten()
-    for panel in axes[count:]:
-        panel.set_visible(False)
-    for panel in axes[:count]:
-        panel.grid(color="0.92")
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    return drawn, axes[:count]
-
-
-def _line(
-    panel: Any, points: Iterable[tuple[float, float]], style: Any = "-", **options: Any
-) -> None:
-    """Draws a line through points, if there are any; marks alone with the style "none"."""
-    if xy := list(points):
-        panel.plot(*zip(*xy, strict=True), linestyle=style, **options)
-
-
-def _legend(panel: Any, size: float = 7, **options: Any) -> None:
-    """Draws the legend, if a line has a label."""
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(fontsize=size, frameon=False, **options)
-
-
-def _ends(values: Iterable[float], share: float) -> tuple[float, float] | None:
-    """Returns the lowest of the finite values, and the one below which a share of them lies."""
-    known = sorted(filter(math.isfinite, values))
-    return (known[0], known[int(share * (len(known) - 1))]) if known else None
-
-
 def _reference(runs: Sequence[Trained]) -> str:
     """Returns the label that each panel shows: AdamW's, or the first one without AdamW."""
     return adamw_label(runs) or labels(runs)[0]
-
-
-def _band(
-    panel: Any,
-    runs: Sequence[Trained],
-    series: Callable[[Trained], Iterable[tuple[int, float]]],
-    line: str,
-    colour: str,
-    name: str,
-) -> None:
-    """Draws the mean over seeds, and the range from the lowest to the highest."""
-    curves = [dict(series(run)) for run in runs]
-    at = sorted(set.intersection(*(set(curve) for curve in curves)))
-    values = [[curve[i] for curve in curves] for i in at]
-    panel.plot(
-        at, [statistics.fmean(v) for v in values], line, color=colour, linewidth=1.6, label=name
-    )
-    if len(runs) > 1:
-        ends = ([min(v) for v in values], [max(v) for v in values])
-        panel.fill_between(at, *ends, color=colour, alpha=0.18, linewidth=0)
-
-
-def _colour(label: str, otherwise: str) -> str:
-    """Returns the colour of a label's optimizer."""
-    found = style_of(label)
-    return found.colour if found else otherwise
-
-
-def _unlike(label: str, reference: str) -> str:
-    """Returns a label's colour, or a grey if it is the reference's too."""
-    colour = _colour(label, OTHER)
-    return OTHER if label != reference and colour == _colour(reference, DARK) else colour
 
 
 def _smooth(run: Trained) -> list[tuple[int, float]]:
@@ -173,21 +88,23 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture |
         return None
     reference = _reference(runs)
     others = [x for x in labels(runs) if x != reference and _shown(runs, x)] or [reference]
-    drawn, panels = _panels(len(others), 3, (3.6, 2.9), sharex=True, sharey=True)
+    drawn, panels = subplots(len(others), 3, (3.6, 2.9), sharex=True, sharey=True)
     for panel, label in zip(panels, others, strict=True):
         for name in dict.fromkeys((reference, label)):
             shown = _shown(runs, name)
             if not shown:
                 continue
             line = "-" if name == label else "--"
-            colour = _unlike(label, reference) if name == label else _colour(reference, DARK)
-            _band(panel, shown, _smooth, line, colour, f"{name}, learning rate {shown[0].lr:g}")
+            colour = (
+                colour_unlike(label, reference) if name == label else colour_of(reference, DARK)
+            )
+            draw_band(panel, shown, _smooth, line, colour, f"{name}, learning rate {shown[0].lr:g}")
             for run in shown:
                 mark = "o" if name == label else "x"
-                _line(panel, run.valid, "none", marker=mark, color=colour, markersize=4)
-        _legend(panel)
+                draw_line(panel, run.valid, "none", marker=mark, color=colour, markersize=4)
+        draw_legend(panel)
     late = (_smooth(run)[-len(run.loss) // 2 :] + run.valid[-1:] for run in runs)
-    if ends := _ends((v for series in late for _, v in series), 0.98):
+    if ends := extent((v for series in late for _, v in series), 0.98):
         low, high = ends
         panels[0].set_ylim(low - 0.05, high + 0.6 * (high - low) + 0.1)
     seeds = any(len(_shown(runs, label)) > 1 for label in (reference, *others))
@@ -214,19 +131,19 @@ def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture 
     shown = shown[:_UPDATES]
     if not shown:
         return None
-    drawn, panels = _panels(2 * len(shown), len(shown), (3.6, 2.1), sharex=True, sharey="row")
+    drawn, panels = subplots(2 * len(shown), len(shown), (3.6, 2.1), sharex=True, sharey="row")
     for above, below, label in zip(panels, panels[len(shown) :], shown, strict=False):
         run = next(r for r in _shown(runs, label) if r.update("max_abs"))
-        colour = _colour(label, DARK)
-        _line(above, run.update("max_abs"), color=colour, label="largest |u|")
-        _line(above, run.update("mean_abs"), "--", color=colour, label="mean |u|")
+        colour = colour_of(label, DARK)
+        draw_line(above, run.update("max_abs"), color=colour, label="largest |u|")
+        draw_line(above, run.update("mean_abs"), "--", color=colour, label="mean |u|")
         if run.bound is not None:
             above.axhline(run.bound, color="k", linewidth=0.8, linestyle=":",
                           label=f"bound {run.bound:g}")  # fmt: skip
         rates = [(r["iteration"], r["lr"]) for r in run.records if r.get("lr") is not None]
-        _line(below, rates, color=colour)
+        draw_line(below, rates, color=colour)
         above.set_title(label, fontsize=8)
-        _legend(above)
+        draw_legend(above)
     panels[0].set_ylabel("|u| (learning rates)", fontsize=8)
     panels[len(shown)].set_ylabel("learning rate", fontsize=8)
     panels[len(shown)].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -236,25 +153,25 @@ def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture 
 
 def _rates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture | None:
     """Draws the paper's figure 11: one panel for each label, with the others in grey."""
-    ends = _ends((run.final for run in runs), 0.9)
+    ends = extent((run.final for run in runs), 0.9)
     if ends is None or len({(run.label, run.lr) for run in runs}) == len(labels(runs)):
         return None
     shown = labels(run for run in runs if run.finished)
-    drawn, panels = _panels(len(shown), 3, (3.4, 2.5), sharey=True, sharex=True)
+    drawn, panels = subplots(len(shown), 3, (3.4, 2.5), sharey=True, sharex=True)
     rates = sorted({run.lr for run in runs if math.isfinite(run.final)})
     for panel, label in zip(panels, shown, strict=True):
         for other in (*(x for x in shown if x != label), label):
             own = [run for run in runs if run.label == other and math.isfinite(run.final)]
             seed = min(run.seed for run in own) if own else 0
             curve = sorted((run.lr, run.final) for run in own if run.seed == seed)
-            style = {"color": _colour(label, DARK), "marker": "o", "linewidth": 1.6}
+            style = {"color": colour_of(label, DARK), "marker": "o", "linewidth": 1.6}
             style |= {"zorder": 3, "markersize": 4}
             if other != label:
                 style = {"color": FAINT, "linewidth": 0.8}
-            _line(panel, curve, **style)
+            draw_line(panel, curve, **style)
         final = [run for run in finalists(runs, label) if math.isfinite(run.final)]
         best = [(run.lr, run.final) for run in final]
-        _line(panel, best, "none", marker="_", color=DARK, markersize=10)
+        draw_line(panel, best, "none", marker="_", color=DARK, markersize=10)
         panel.set_xscale("log")
         panel.minorticks_off()
         if len(rates) <= _TICKS:
@@ -281,7 +198,7 @@ def _margins(suite: Suite, million: float) -> Picture | None:
     shown = [label for label in points if label != reference]
     if not shown:
         return None
-    drawn, (panel,) = _panels(1, 1, (6.4, 4.2))
+    drawn, (panel,) = subplots(1, 1, (6.4, 4.2))
     panel.axhline(0, color=DARK, linewidth=0.8)
     for k, (label, drawn_as) in enumerate(zip(shown, styles([reference, *shown])[1:], strict=True)):
         own = [(tokens, each) for tokens, each in points[label] if all(map(math.isfinite, each))]
@@ -296,7 +213,7 @@ def _margins(suite: Suite, million: float) -> Picture | None:
     panel.set_xlim(0.7 * every[0], 1.4 * every[-1])
     panel.set_xticks(every, [f"{tokens:g}" for tokens in every])
     panel.minorticks_off()
-    _legend(panel)
+    draw_legend(panel)
     title = (
         f"{suite.name}, {million:.2g}M parameters: final loss minus that of {reference}, mean and "
         "range over seeds"
@@ -314,7 +231,7 @@ def _settings(suite: Suite) -> Picture | None:
             of.append((experiment, by_setting, every, against))
     if not of:
         return None
-    drawn, panels = _panels(len(of), 3, (3.4, 2.6), sharey=True)
+    drawn, panels = subplots(len(of), 3, (3.4, 2.6), sharey=True)
     for panel, (experiment, by_setting, every, against) in zip(panels, of, strict=True):
         panel.axhline(0, color=DARK, linewidth=0.8)
         shown = [x for x in labels(r for r in every if "setting" in r.tags) if x != against]
@@ -324,13 +241,13 @@ def _settings(suite: Suite) -> Picture | None:
             mean = [(k, statistics.fmean(each)) for k, each in found.items()
                     if each and all(map(math.isfinite, each))]  # fmt: skip
             colour = drawn_as.colour
-            _line(panel, mean, drawn_as.line, color=colour, linewidth=1.2, label=label)
+            draw_line(panel, mean, drawn_as.line, color=colour, linewidth=1.2, label=label)
             each = [(k, gap) for k, own in found.items() for gap in own if math.isfinite(gap)]
-            _line(panel, each, "none", marker=drawn_as.marker, color=colour, markersize=4)
+            draw_line(panel, each, "none", marker=drawn_as.marker, color=colour, markersize=4)
         names = [textwrap.fill(setting, 12) for setting in by_setting]
         panel.set_xticks(range(len(names)), names, fontsize=7)
         panel.set_title(experiment, fontsize=8)
-    _legend(panels[0])
+    draw_legend(panels[0])
     title = f"{suite.name}: final loss minus that of AdamW with the same setting; marks: seeds"
     return Picture(f"{suite.name}-settings", title, drawn, "setting", "nats per token")
 
@@ -339,18 +256,18 @@ def _recoveries(suite: Suite) -> list[Picture]:
     """Draws the training loss after each disturbance minus that of the undisturbed run."""
     found = []
     for name, by_label in pairs(suite.of("robustness")).items():
-        drawn, panels = _panels(len(by_label), 3, (3.4, 2.3), sharex=True, sharey=True)
+        drawn, panels = subplots(len(by_label), 3, (3.4, 2.3), sharex=True, sharey=True)
         for panel, (label, own) in zip(panels, by_label.items(), strict=True):
             panel.axhline(0, color=DARK, linewidth=0.6)
             for (without, run), line in zip(own, itertools.cycle(("-", "--", ":"))):
                 curve = means(after(without, run), SMOOTHED)
                 text = f"seed {run.seed}" if len(own) > 1 else None
                 panel.plot(
-                    curve, linestyle=line, color=_colour(label, DARK), linewidth=1.2, label=text
+                    curve, linestyle=line, color=colour_of(label, DARK), linewidth=1.2, label=text
                 )
             panel.set_title(label, fontsize=8)
         if len(panels[0].lines) > 2:
-            _legend(panels[0])
+            draw_legend(panels[0])
         title = (
             f"{suite.name}, {name}: training loss minus that of the undisturbed run, mean of "
             f"{SMOOTHED} iterations"
@@ -369,7 +286,7 @@ def _grid(suite: Suite) -> Picture | None:
         return None
     ps, betas = sorted({p for p, _ in cells}), sorted({b for _, b in cells})
     values = [[cells.get((p, b), math.nan) for b in betas] for p in ps]
-    drawn, (panel,) = _panels(1, 1, (4.6, 3.4))
+    drawn, (panel,) = subplots(1, 1, (4.6, 3.4))
     panel.imshow(values, cmap="Greys", aspect="auto", alpha=0.6)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -389,18 +306,18 @@ def _overlaid(suite: Suite, name: str, tag: str, words: str) -> Picture | None:
     if not runs:
         return None
     shown = labels(runs)
-    drawn, panels = _panels(len(shown), 3, (3.6, 2.9), sharex=True, sharey=True)
+    drawn, panels = subplots(len(shown), 3, (3.6, 2.9), sharex=True, sharey=True)
     for panel, label in zip(panels, shown, strict=True):
         own = sorted((r for r in runs if r.label == label), key=lambda r: r.tags[tag])
-        colour = _colour(label, DARK)
+        colour = colour_of(label, DARK)
         for run, line in zip(own, ("-", "--", ":"), strict=False):
             text = f"{words.format(run.tags[tag])}, learning rate {run.lr:g}"
-            _line(panel, run.loss, line, color=colour, linewidth=1.2, label=text)
+            draw_line(panel, run.loss, line, color=colour, linewidth=1.2, label=text)
             for spike in run.spikes:
                 panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
         panel.set_title(label, fontsize=8)
-        _legend(panel)
-    if ends := _ends((v for run in runs for _, v in run.loss), 0.97):
+        draw_legend(panel)
+    if ends := extent((v for run in runs for _, v in run.loss), 0.97):
         panels[0].set_ylim(ends[0] - 0.1, ends[1] + 0.3)
     title = f"{suite.name}, {name}: training loss; grey bars: spikes found"
     return Picture(
@@ -416,7 +333,7 @@ def _first_gradients(suite: Suite) -> Picture | None:
             break
     else:
         return None
-    drawn, panels = _panels(2, 2, (4.4, 3.2), sharey=True)
+    drawn, panels = subplots(2, 2, (4.4, 3.2), sharey=True)
     parts = [
         {
             key: float(s["grad_rms"]) * math.sqrt(s["numel"])
@@ -442,25 +359,25 @@ def _around_spikes(suite: Suite) -> Picture | None:
     found = sorted((f for f in found if f[1].update("mean_abs")), key=lambda f: -f[0])[:SPIKES]
     if not found:
         return None
-    drawn, panels = _panels(2 * len(found), 2, (5.4, 1.7))
+    drawn, panels = subplots(2 * len(found), 2, (5.4, 1.7))
     for k, (height, run, spike) in enumerate(found):
         reach = max(20, run.iterations // 8)
         begin, end = spike["onset"] - reach, (spike.get("end") or spike["onset"]) + reach
         loss, update = panels[2 * k], panels[2 * k + 1]
-        colour = _colour(run.label, DARK)
+        colour = colour_of(run.label, DARK)
         for panel, series, line, name in (
             (loss, run.loss, "-", "training loss"),
             (update, run.update("mean_abs"), "-", "mean |u|"),
             (update, run.update("max_abs"), "--", "largest |u|"),
         ):
             near = [(i, v) for i, v in series if begin <= i <= end]
-            _line(panel, near, line, color=colour, linewidth=1.2, label=name)
+            draw_line(panel, near, line, color=colour, linewidth=1.2, label=name)
         if run.bound is not None:
             update.axhline(run.bound, color="k", linewidth=0.8, linestyle=":", label="bound")
         update.set_ylim(0, 1.15 * max(1, update.dataLim.ymax))
         for panel in (loss, update):
             panel.axvline(spike["onset"], color=FAINT, linewidth=3, zorder=0)
-            _legend(panel, 6, loc="upper left")
+            draw_legend(panel, 6, loc="upper left")
         tag = "".join(
             f", {key} {value if isinstance(value, str) else f'{value:g}'}"
             for key, value in run.tags.items()
@@ -478,7 +395,7 @@ def _around_spikes(suite: Suite) -> Picture | None:
 
 def _toy(found: Mapping[str, Mapping[str, Any]]) -> Picture:
     """Draws the paper's figure 1."""
-    drawn, panels = _panels(3 * len(found), 3, (4.0, 3.0))
+    drawn, panels = subplots(3 * len(found), 3, (4.0, 3.0))
     for k, (noise, runs) in enumerate(found.items()):
         path_of, loss, update = panels[3 * k : 3 * k + 3]
         for (label, run), own in zip(runs.items(), styles(list(runs)), strict=True):
@@ -494,7 +411,7 @@ def _toy(found: Mapping[str, Mapping[str, Any]]) -> Picture:
         update.set_title(f"{noise}: mean |u|", fontsize=8)
         loss.set_yscale("log")
         update.set_yscale("log")
-        _legend(loss, 6)
+        draw_legend(loss, 6)
     title = (
         "f = (x - 1/y)^2 / 2 + (x - 20 y)^2 / 2 from (1, 1), each at the best of 9 constant "
         "learning rates"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_s3.report import __main__ as verb
-from megatron_s3.report import compare
 from megatron_s3.report.runs import RunError, load
+from megatron_s3.report.tables import tables as every_table
 from megatron_s3.version import __version__
 from scripts.bench import spikes as confusion
 
@@ -54,7 +54,7 @@ def test_the_runs_in_a_folder(tmp_path) -> None:
 
 
 def test_final_losses_and_their_differences_seed_by_seed(tmp_path) -> None:
-    table = named(compare.tables(load([suite(tmp_path / "a")])), "final validation loss")
+    table = named(every_table(load([suite(tmp_path / "a")])), "final validation loss")
     s3 = row(table, "S3")
     assert (s3["learning rate"], s3["learning rates tried"], s3["seeds"]) == (
         "0.2",
@@ -75,7 +75,7 @@ def test_a_recipe_is_compared_with_s3_itself_and_with_adamw_of_its_kind(tmp_path
         for label, loss in losses.items():
             folder = tmp_path / "a" / experiment / label
             write(folder, label, 0.1, 1, loss, experiment=experiment)
-    table = named(compare.tables(load([tmp_path / "a"])), "recipes: final validation loss")
+    table = named(every_table(load([tmp_path / "a"])), "recipes: final validation loss")
     s3 = row(table, "S3, ramp")
     assert s3["loss minus that of AdamW, warmup 30 %"] == "-0.600"
     assert s3["loss minus that of S3"] == "-0.200"
@@ -83,7 +83,7 @@ def test_a_recipe_is_compared_with_s3_itself_and_with_adamw_of_its_kind(tmp_path
 
 
 def test_a_spike_is_counted_in_10000_iterations(tmp_path) -> None:
-    table = named(compare.tables(load([suite(tmp_path / "a")])), "loss spikes")
+    table = named(every_table(load([suite(tmp_path / "a")])), "loss spikes")
     assert row(table, "adamw")["spikes per 10,000 iterations"] == "20.00"  # 1 in 5 runs of 100
     assert row(table, "s3")["spikes"] == "0"
     assert row(table, "s3")["OLMo-core score"] == row(table, "s3")["OLMo 2 score"] == "0.00"
@@ -93,9 +93,9 @@ def test_megatrons_own_adam_is_what_others_are_compared_with(tmp_path) -> None:
     """The shipped configurations of AdamW have ``optimizer: adam``."""
     runs = [write(tmp_path / f"{label}{n}", label, 0.1, 1, loss, n, optimizer=label.lower())
             for label, loss in (("S3", 2.0), ("adam", 2.5)) for n in (100, 200)]  # fmt: skip
-    found = compare.tables(load(runs[::2]))
+    found = every_table(load(runs[::2]))
     assert row(named(found, "final"), "S3")["loss minus that of adam"] == "-0.500"
-    equal = named(compare.tables(load(runs)), "the steps of adam to the same loss")
+    equal = named(every_table(load(runs)), "the steps of adam to the same loss")
     assert row(equal, "S3")["200 iterations"] == "2.0000 (> 1.00)"
 
 
@@ -105,7 +105,7 @@ def test_runs_of_several_lengths_are_no_seeds_of_one_row(tmp_path) -> None:
         for n, loss in ((100, 2.0), (200, 1.0)) for label in ("S3", "AdamW")
     ])  # fmt: skip
     for n, loss in ((100, "2.0000"), (200, "1.0000")):
-        table = named(compare.tables(runs), f"{n} iterations: final validation loss after {n}")
+        table = named(every_table(runs), f"{n} iterations: final validation loss after {n}")
         assert row(table, "S3")["loss"] == loss and row(table, "S3")["seeds"] == "1"
         assert row(table, "S3")["loss minus that of AdamW"] == "+0.000"
     drawn = [picture.name for picture in pictures(runs)]
@@ -118,7 +118,7 @@ def test_runs_of_one_seed_are_no_seeds_of_one_row(tmp_path) -> None:
     log = folders[0] / "metrics.jsonl"
     log.write_text(log.read_text().replace('"weight_decay": 0.01', '"weight_decay": 0.5'))
     again = [folders[1], folders[2] / "metrics.jsonl"]  # the same runs
-    table = named(compare.tables(load([*again, *folders])), "final")
+    table = named(every_table(load([*again, *folders])), "final")
     a, b = (f"S3, weight_decay 0.01 ({folder})" for folder in folders[1:])
     assert {cells[0] for cells in table.rows} == {"S3, weight_decay 0.5", a, b}
     assert {cells[-1] for cells in table.rows} == {"1"}
@@ -126,7 +126,7 @@ def test_runs_of_one_seed_are_no_seeds_of_one_row(tmp_path) -> None:
     for folder, decay in zip(scaled, ("0.02", "0.04"), strict=True):
         log = folder / "metrics.jsonl"
         log.write_text(log.read_text().replace('"weight_decay": 0.01', f'"weight_decay": {decay}'))
-    assert row(named(compare.tables(load(scaled)), "final"), "S3")["learning rates tried"] == (
+    assert row(named(every_table(load(scaled)), "final"), "S3")["learning rates tried"] == (
         "2, 0.2 to 0.4"
     )
 
@@ -137,12 +137,12 @@ def test_a_run_whose_length_or_rate_is_unknown_is_reported(tmp_path) -> None:
                            ("rate", '"lr": 0.1', '"lr": null')):  # fmt: skip
         log = write(tmp_path / name, "S3", 0.1, 1, 2.0) / "metrics.jsonl"
         log.write_text(log.read_text().replace(old, new))
-        table = named(compare.tables(load([tmp_path / name])), "final")
+        table = named(every_table(load([tmp_path / name])), "final")
         assert table.title == "final validation loss after 100 iterations"
         assert row(table, "S3")["loss"] == "2.0000"
     log = write(tmp_path / "begun", "S3", 0.1, 1, 2.0, until=40) / "metrics.jsonl"
     log.write_text(log.read_text().replace('"train_iters": 100', '"train_iters": null'))
-    assert row(named(compare.tables(load([log])), "not finished"), str(log))["iterations"] == "40"
+    assert row(named(every_table(load([log])), "not finished"), str(log))["iterations"] == "40"
 
 
 def test_a_run_that_goes_on_for_longer_is_that_of_its_last_launch(tmp_path) -> None:
@@ -170,12 +170,12 @@ def test_speed_and_mfu(tmp_path) -> None:
     for k, line in enumerate(r for r in lines if r["kind"] == "train"):
         line["seconds"] = None if k == 0 else (0.5 if k < 8 else 5.0)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    table = named(compare.tables(load([folder]), 20), "speed")
+    table = named(every_table(load([folder]), 20), "speed")
     assert row(table, "S3") == {
         "run": "S3", "ms per iteration": "500.0", "tokens per second": "64", "ranks": "2",
         "TFLOP/s per rank": "4", "MFU, % of 20": "20.0", "runs": "1",
     }  # fmt: skip
-    assert not any("speed" in t.title for t in compare.tables(load([suite(tmp_path / "a")])))
+    assert not any("speed" in t.title for t in every_table(load([suite(tmp_path / "a")])))
 
 
 def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
@@ -185,7 +185,7 @@ def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
         for seed in (1, 2, 3):
             name = out / f"optimizers/mid-{seed}"
             write(name, "S3 mid", 0.2, seed, 1.75, iterations, experiment="optimizers")
-    table = named(compare.tables(load(folders)), "the steps of AdamW to the same loss")
+    table = named(every_table(load(folders)), "the steps of AdamW to the same loss")
     assert row(table, "S3 mid") == {
         "run": "S3 mid", "100 iterations": "1.7500 (2.00)", "400 iterations": "1.7500 (0.50)",
     }  # fmt: skip
@@ -194,7 +194,7 @@ def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
 
 def test_a_report_of_one_run_says_nothing_of_what_it_lacks(tmp_path) -> None:
     """No rate was chosen, nothing is compared, and there is one seed."""
-    table, *_ = compare.tables(load([write(tmp_path / "run", "S3", 0.1, 1, 2.0)]))
+    table, *_ = every_table(load([write(tmp_path / "run", "S3", 0.1, 1, 2.0)]))
     assert table.title == "final validation loss after 100 iterations"
     assert table.headings == [
         "run",
@@ -209,13 +209,13 @@ def test_a_report_of_one_run_says_nothing_of_what_it_lacks(tmp_path) -> None:
         "learning rate."
     )
     running = load([write(tmp_path / "running", "S3", 0.1, 1, 2.0, until=40)])
-    assert not any("final" in table.title for table in compare.tables(running))
+    assert not any("final" in table.title for table in every_table(running))
 
 
 def test_what_diverged_is_no_best_and_no_number(tmp_path) -> None:
     for lr, final in ((0.1, 2.0), (0.2, math.nan)):
         write(tmp_path / f"a/optimizers/{lr}", "S3", lr, 1, final, experiment="optimizers")
-    table = named(compare.tables(load([tmp_path / "a"])), "final validation loss")
+    table = named(every_table(load([tmp_path / "a"])), "final validation loss")
     assert row(table, "S3")["learning rate"] == "0.1"
 
 
@@ -226,7 +226,7 @@ def test_burst_and_grid(tmp_path) -> None:
     for p in (2, 3):
         more = {"experiment": "grid", "tags": {"p": p, "beta": 0.9}}
         write(tmp_path / f"a/grid/{p}", f"S3, p={p}", 0.1, 1, float(p), **more)
-    tables = compare.tables(load([tmp_path / "a"]))
+    tables = every_table(load([tmp_path / "a"]))
     burst = row(named(tables, "1000 times too large"), "S3")
     assert (burst["difference"], burst["rise"]) == ("+0.5000", "0.500")
     assert burst["iterations to recover"] == "not in this run"
@@ -240,7 +240,7 @@ def test_a_rate_that_is_too_large_stands_beside_the_best_one(tmp_path) -> None:
     for times, until in ((3.0, 100), (10.0, 50)):
         more = {"experiment": "large rates", "tags": {"times": times}, "until": until}
         write(tmp_path / f"a/large-rates/{times}", "S3", 0.1 * times, 2, 2.4, spike=50, **more)
-    table = named(compare.tables(load([tmp_path / "a"])), "rates that are too large")
+    table = named(every_table(load([tmp_path / "a"])), "rates that are too large")
     assert row(table, "S3") == {
         "run": "S3", "best learning rate": "2.1000", "x 3": "2.4000", "x 10": "-",
         "spikes at x 3": "1", "spikes at x 10": "1",
@@ -254,7 +254,7 @@ def test_runs_of_a_launch_are_told_apart_by_what_differs(tmp_path) -> None:
     (found,) = load([tmp_path / str(k) for k in range(3)])
     assert [run.label for run in found.runs] == ["S3, beta 0.9", "S3, beta 0.95", "S3, beta 0.95"]
     assert [run.finished for run in found.runs] == [True, True, False]
-    assert "40 of 100" in str(named(compare.tables([found]), "not finished"))
+    assert "40 of 100" in str(named(every_table([found]), "not finished"))
 
 
 @pytest.mark.filterwarnings("error")  # such as that of a legend without labels
@@ -271,7 +271,7 @@ def test_runs_that_are_not_finished_or_diverged_are_reported(tmp_path, final, un
             write(folder, "S3", 0.1 + k, 1, final, until=until, experiment=name, **more)
     alone = [write(tmp_path / str(lr), "S3", lr, 1, final, until=until) for lr in (0.1, 0.2)]
     runs = load([tmp_path / "suite", *alone])
-    tables = compare.tables(runs)
+    tables = every_table(runs)
     listed = [cells for table in tables if "not finished" in table.title for cells in table.rows]
     assert len(listed) == (12 if until < 100 else 0)
     if until == 0:
@@ -436,7 +436,7 @@ def lengths(out: Path) -> Path:
 
 def test_a_rate_is_chosen_by_one_text_and_the_other_is_reported(tmp_path) -> None:
     runs = load([lengths(tmp_path / "length")])
-    found = compare.tables(runs)
+    found = every_table(runs)
     titles = [f"length, 0.12M parameters x {n} tokens: final test loss" for n in (20, 100)]
     for title, gain, loss in zip(titles, ("-0.200", "-0.100"), ("2.1150", "1.4150"), strict=True):
         s3 = row(named(found, title), "S3")
@@ -469,7 +469,7 @@ def test_a_recovery_is_measured_against_the_undisturbed_run(tmp_path) -> None:
             lines.append(json.dumps({"kind": "train", "iteration": i, "loss": loss}))
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     runs = load([tmp_path])
-    table = named(compare.tables(runs), "disturbances in the middle")
+    table = named(every_table(runs), "disturbances in the middle")
     burst = row(table, "S3: gradient x 1000")
     assert (burst["rise"], burst["area"]) == ("+0.50", "-2.0")
     assert burst["iterations to recover"] == "20"

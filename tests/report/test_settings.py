@@ -6,8 +6,9 @@ import math
 import pytest
 
 from megatron_s3.report import __main__ as verb
-from megatron_s3.report import compare, margins, settings
+from megatron_s3.report import margins, settings
 from megatron_s3.report.runs import load
+from megatron_s3.report.tables import tables as every_table
 from scripts.experiments import record
 from scripts.experiments.suite import Run
 
@@ -187,7 +188,7 @@ def test_a_disturbed_seed_that_diverged_is_said(tmp_path) -> None:
             if burst > 1 and seed == 2:
                 log = folder / "metrics.jsonl"
                 log.write_text(log.read_text().replace('"loss": 2.0', '"loss": "nan"'))
-    (table,) = [t for t in compare.tables(load([tmp_path / "robust"])) if "disturb" in t.title]
+    (table,) = [t for t in every_table(load([tmp_path / "robust"])) if "disturb" in t.title]
     cells = row(table, "S3: gradient x 1000")
     assert cells["difference at the end"] == "diverged" and cells["seeds"] == "2"
 
@@ -223,7 +224,7 @@ def test_runs_of_a_report_are_restored_with_the_same_tables(tmp_path, capsys) ->
         return [
             [[cell for head, cell in zip(table.headings, cells, strict=True) if "|u|" not in head]
              for cells in table.rows]
-            for table in [*compare.tables(load([folder])), *settings.tables(load([folder]))]
+            for table in every_table(load([folder]))
         ]  # fmt: skip
 
     assert kept(again) == kept(out)

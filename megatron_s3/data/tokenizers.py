@@ -51,8 +51,8 @@ class Tokenizer:
         eod: The token that ends a document.
         folder: The folder of the Hugging Face tokenizer; empty for `bytes`.
         sha256: SHA-256 of its `tokenizer.json`.
-        whole: Whether that file asks for truncation or padding, which are left out. A dataset that
-            an older version made with them is not the same.
+        whole: Whether that file asks for truncation or padding, which are left out, or leaves it to
+            text to spell `eod`. A dataset that an older version made with it is not the same.
     """
 
     name: str
@@ -81,8 +81,8 @@ class Tokenizer:
                 np.append(np.frombuffer(d, dtype=np.uint8), np.uint16(self.eod)) for d in documents
             ]
         library = _load(self.folder)
-        library.encode_special_tokens = True
         eod = self.eod
+        _keep_apart(library, eod)
 
         def ids(texts: list[str]) -> "list[np.ndarray]":
             found = library.encode_batch_fast(texts, add_special_tokens=False)
@@ -179,6 +179,13 @@ def prepare(name: str, folder: str) -> Tokenizer:
             f"--tokenizer {name}: its eos_token {eod!r} is not in its vocabulary; correct "
             "eos_token in tokenizer_config.json"
         )
+    spelled = _keep_apart(library, number)
+    if number in _spelled(library, number):
+        raise DataError(
+            f"--tokenizer {name}: text that spells its eos_token {eod!r} becomes that token, and "
+            "would end a document before its end; name a token in tokenizer_config.json that no "
+            "text can spell"
+        )
     content = Path(folder, "tokenizer.json").read_bytes()
     given = json.loads(content)
     return Tokenizer(
@@ -187,7 +194,7 @@ def prepare(name: str, folder: str) -> Tokenizer:
         number,
         folder,
         hashlib.sha256(content).hexdigest(),
-        bool(given.get("truncation") or given.get("padding")),
+        bool(given.get("truncation") or given.get("padding") or spelled),
     )
 
 
@@ -204,6 +211,30 @@ def _load(folder: str) -> Any:
     library.no_truncation()
     library.no_padding()
     return library
+
+
+def _keep_apart(library: Any, eod: int) -> bool:
+    """Lets text that spells a token become the tokens of its characters.
+
+    The library does so for special tokens.  A tokenizer may not have marked the one that ends a
+    document as special; Hugging Face's classes, with which Megatron trains, mark it when they load.
+
+    Returns:
+        Whether the token was marked here.
+    """
+    library.encode_special_tokens = True
+    if eod not in _spelled(library, eod):
+        return False
+    library.add_special_tokens([library.id_to_token(eod)])
+    return True
+
+
+def _spelled(library: Any, eod: int) -> list[int]:
+    """Returns the tokens of the text that spells a token, alone and between other words."""
+    token = library.id_to_token(eod)
+    texts = [token, f"a {token} a"]
+    found = library.encode_batch(texts, add_special_tokens=False)
+    return [number for each in found for number in each.ids]
 
 
 def _gpt2_file(name: str) -> Path:

@@ -24,6 +24,12 @@ TEXTS = [
     "1 2  3\t\r\n",
 ]
 END = 50256
+#: A tokenizer whose words are tokens, whatever they are.
+WORDS = json.dumps({
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "end": 1, "?": 2}, "unk_token": "?"},
+})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +173,34 @@ def test_every_word_of_a_document_is_a_token_and_nothing_else_is(kind: str, tmp_
             data.build(data.source(str(text)), prefix, (1, 1), str(tmp_path / "tokenizer"))
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_an_end_that_is_not_marked_as_special_ends_no_document(
+    special: bool, tmp_path: Path
+) -> None:
+    """A tokenizer that was trained without special tokens; the reused dataset is not the older."""
+    import tokenizers as library
+    from tokenizers import models
+
+    letters = {letter: n for n, letter in enumerate("ab<>/s")}
+    made = library.Tokenizer(models.BPE(letters, []))
+    made.add_tokens([library.AddedToken("</s>", special=special)])
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    prepared = tokenizers.prepare(str(folder), str(tmp_path / "copy"))
+    assert (prepared.eod, prepared.vocab_size) == (6, 7) and prepared.whole is not special
+    [found] = prepared.encoder()([b"ab</s>a"])
+    assert list(found) == [0, 1, 2, 4, 5, 3, 0, 6]
+
+
 BAD = {
     "no folder": (None, {}, ["no such folder"]),
     "no tokenizer.json": ("", {"eos_token": "a"}, ["no tokenizer.json", "save_pretrained"]),
     "no eos": ("tokenizer", {}, ["eos_token"]),
     "unknown eos": ("tokenizer", {"eos_token": "</s>"}, ["'</s>'", "vocabulary"]),
     "damaged": ("{", {"eos_token": "a"}, ["tokenizer.json"]),
+    "spelled eos": (WORDS, {"eos_token": "end"}, ["'end'", "no text can spell"]),
 }
 
 
@@ -232,6 +260,9 @@ def test_a_long_text_is_cut_where_its_tokens_stay_the_same(
         def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
             sizes.extend(map(len, texts))
             return self._library.encode_batch_fast(texts, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._library, name)
 
     monkeypatch.setattr(tokenizers, "_load", Watched)
     for name, value in {"_PIECE": 2000, "_AROUND": 200, "_SEARCHED": 500}.items():

@@ -39,16 +39,17 @@ OPTIMIZERS: dict[str, tuple[str, float]] = {
     "S3, ramp": ("--optimizer s3 --s3-beta-ramp", _RATE),
     "Adan": _OF["Adan"],
     "Lion": _OF["Lion"],
-    # Megatron's Muon steps on the matrices of the layers, the other optimizer on the rest.
+    # Megatron's Muon and SOAP step on the matrices of the layers, the other optimizer on the rest.
     "Muon": ("--optimizer muon --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1", 6e-3),
     "Muon, S3": (
         "--optimizer muon --muon-scalar-optimizer s3 --s3-beta-ramp --s3-grad-bound 5 "
         "--s3-cautious --s3-cautious-steps 4000 --clip-grad 0",
         6e-3,
     ),
+    "SOAP": ("--optimizer soap --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1", 6e-3),
 }
 #: By label, the package that a row needs besides; such a row is planned only where it is named.
-NEEDED = dict.fromkeys(("Muon", "Muon, S3"), "emerging-optimizers==0.3.0")
+NEEDED = dict.fromkeys(("Muon", "Muon, S3", "SOAP"), "emerging-optimizers==0.3.0")
 
 
 @dataclass(frozen=True)

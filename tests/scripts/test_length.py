@@ -83,17 +83,17 @@ def test_only_some_optimizers_and_lengths() -> None:
 
 def test_rows_that_need_another_package_are_planned_where_they_are_named(monkeypatch, capsys):
     assert {run.label for run in length.plan({}, SMALL, [20])} == set(ROWS)
-    muon = ["Muon", "Muon, S3"]
+    muon = list(length.NEEDED)
     runs = length.plan({}, SMALL, [20], [*muon, "AdamW"])
     assert {run.label for run in runs} == {*muon, "AdamW"}
     (line,) = length.cost(SMALL, [20], muon)
-    assert f": {2 * (FIRST + len(SEEDS) - 1)} to " in line
+    assert f": {len(muon) * (FIRST + len(SEEDS) - 1)} to " in line
     assert length.missing(None) is None and length.missing(["S3"]) is None
     monkeypatch.setattr(length.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         runner.main(["--only", "length", "--of", "AdamW", *muon, "--dry-run"])
     assert (
-        "error: --of Muon 'Muon, S3': install what it trains with: "
+        "error: --of Muon 'Muon, S3' SOAP: install what it trains with: "
         f"{sys.executable} -m pip install --no-deps emerging-optimizers==0.3.0"
     ) in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -198,7 +199,8 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
     suites: list[Suite] = []
     alone: list[Trained] = []
     for path in map(Path, paths):
-        folders = sorted(record.parent for record in path.glob("*/*/run.json"))
+        folders = [record.parent for record in path.glob("*/*/run.json")]
+        folders.sort(key=_numbers_in_order)
         if folders := [folder for folder in folders if _is_experiment(folder)]:
             described = path / "suite.json"
             words = written(described).get("megatron", []) if described.exists() else []
@@ -238,9 +240,15 @@ def _log(folder: Path) -> Path | None:
 def _runs_in(folder: Path) -> list[Path]:
     """Returns a run's folder itself, or the runs that are folders in it."""
     if _log(folder) is None and folder.is_dir():
-        found = sorted(each for each in folder.iterdir() if each.is_dir() and _log(each))
-        return found or [folder]
+        found = [each for each in folder.iterdir() if each.is_dir() and _log(each)]
+        return sorted(found, key=_numbers_in_order) or [folder]
     return [folder]
+
+
+def _numbers_in_order(folder: Path) -> list[str | float]:
+    """Returns a key that sorts folders by name, with 2 before 10."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", str(folder))  # every other part is a number
+    return [float(part) if k % 2 else part for k, part in enumerate(parts)]
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -192,6 +192,15 @@ def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
     assert row(table, "S3")["400 iterations"] == "1.3000 (> 1.00)"
 
 
+def test_runs_are_in_the_order_of_the_numbers_in_their_names(tmp_path) -> None:
+    for bound in (10, 2, 1.5):
+        for folder in ("suite/optimizers", "alone"):
+            more = {"experiment": "optimizers"} if "suite" in folder else {}
+            write(tmp_path / folder / f"bound-{bound}", f"S3, bound {bound}", 0.1, 1, 2.0, **more)
+    for suite in load([tmp_path / "suite", tmp_path / "alone"]):
+        assert [run.folder.name for run in suite.runs] == ["bound-1.5", "bound-2", "bound-10"]
+
+
 def test_a_report_of_one_run_says_nothing_of_what_it_lacks(tmp_path) -> None:
     """No rate was chosen, nothing is compared, and there is one seed."""
     table, *_ = every_table(load([write(tmp_path / "run", "S3", 0.1, 1, 2.0)]))

@@ -55,19 +55,16 @@ def _spike_score(runs: Sequence[Trained], rule: tuple[int, float]) -> str:
 
 def speed(suite: Suite, peak_tflops: float | None) -> Table:
     """Returns the time of an iteration, and the model's FLOP/s."""
+    alike: dict[tuple[str, int, int], list[Trained]] = {}
+    for run in suite.runs:
+        if math.isfinite(run.seconds):
+            tokens = run.start["global_batch_size"] * run.start["seq_length"]
+            alike.setdefault((_named(run), run.start["world_size"], tokens), []).append(run)
     rows = []
-    for label, size in dict.fromkeys((run.label, run.tags.get("million")) for run in suite.runs):
-        own = [run for run in suite.runs if (run.label, run.tags.get("million")) == (label, size)]
-        own = [run for run in own if math.isfinite(run.seconds)]
-        if not own:
-            continue
+    for (named, ranks, tokens), own in alike.items():
         seconds = statistics.median(run.seconds for run in own)
-        start = own[0].start
-        ranks = start["world_size"]
-        tokens = start["global_batch_size"] * start["seq_length"]
-        flops = start.get("flops")
+        flops = own[0].start.get("flops")
         each = None if flops is None else flops / seconds / ranks / 1e12
-        named = label if size is None else f"{label}, {size:.2g}M"
         row = [named, f"{1e3 * seconds:,.1f}", f"{tokens / seconds:,.0f}", str(ranks)]
         row.append(NOTHING if each is None else f"{each:.3g}")
         if peak_tflops is not None:
@@ -81,6 +78,13 @@ def speed(suite: Suite, peak_tflops: float | None) -> Table:
         "Medians of the logged intervals, without evaluations; Megatron counts the model's FLOPs. "
         "A run that shares its machine with other programs is slower.",
     )
+
+
+def _named(run: Trained) -> str:
+    """Returns the label of a run, with its size and its setting if it has them."""
+    size = f"{run.tags['million']:.2g}M" if "million" in run.tags else ""
+    setting = f"{run.experiment} {run.tags['setting']}" if "setting" in run.tags else ""
+    return ", ".join(filter(None, (run.label, size, setting)))
 
 
 def running(suites: Sequence[Suite]) -> Table:

@@ -178,6 +178,22 @@ def test_speed_and_mfu(tmp_path) -> None:
     assert not any("speed" in t.title for t in every_table(load([suite(tmp_path / "a")])))
 
 
+def test_runs_of_other_batches_and_ranks_have_speeds_of_their_own(tmp_path) -> None:
+    for k, (samples, ranks, setting) in enumerate([(8, 1, "8"), (64, 1, "64"), (64, 2, "64")]):
+        more = {"tags": {"setting": setting}, "experiment": "batch size"}
+        folder = write(tmp_path / f"a/batch-size/{k}", "S3", 0.1, k, 2.0, **more)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines[0] |= {"global_batch_size": samples, "world_size": ranks}
+        for line in lines:
+            line |= {"seconds": 0.5} if line["kind"] == "train" else {}
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table = named(every_table(load([tmp_path / "a"])), "speed")
+    assert [(row[0], row[2], row[3]) for row in table.rows] == [
+        ("S3, batch size 8", "64", "1"), ("S3, batch size 64", "512", "1"),
+        ("S3, batch size 64", "512", "2"),
+    ]  # fmt: skip
+
+
 def test_steps_to_equal_loss_take_whole_schedules(tmp_path) -> None:
     """AdamW ends at 2.0 after 100 and at 1.5 after 400 iterations: at 1.75 after 200."""
     folders = [suite(tmp_path / "a"), suite(tmp_path / "b", 400, better=0.5)]

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 __all__ = ["Style", "style", "styles"]
@@ -53,11 +53,18 @@ def style(label: str) -> Style | None:
 
 
 def styles(labels: Sequence[str]) -> list[Style]:
-    """Returns a style for each label of one picture, all different while there are enough."""
+    """Returns a style for each label of one picture, all different up to 81 labels."""
     found: list[Style | None] = []
     for label in labels:
         own = style(label)
         found.append(None if own in found else own)
-    rest = [each for each in (*_STYLES.values(), *_SPARE) if each not in found]
-    others = itertools.cycle(rest or _STYLES.values())
+    others = itertools.cycle(each for each in _all() if each not in found)
     return [each or next(others) for each in found]
+
+
+def _all() -> Iterator[Style]:
+    """Yields styles of which no two have both line and marker in common."""
+    pure = (*_STYLES.values(), *_SPARE)
+    for shift, first in itertools.product(range(len(pure)), range(len(pure))):
+        one, two, three = (pure[(first + k * shift) % len(pure)] for k in range(3))
+        yield Style(one.colour, two.line, three.marker, three.hatch)

@@ -27,4 +27,6 @@ def test_the_styles_of_one_picture_differ() -> None:
     assert found[1] == style("S3") and found[3] == style("AdamW")
     many = ["AdamW", "NAdam", "Muon", "Muon, S3", *(f"S3, {n}" for n in range(5))]
     assert len(set(styles(many))) == len(many)
-    assert len(styles([f"model {n}" for n in range(20)])) == 20
+    more = ["S3", "SOAP", *(f"model {n}" for n in range(79))]
+    assert len({(each.line, each.marker) for each in styles(more)}) == len(more)
+    assert len(styles([f"model {n}" for n in range(100)])) == 100

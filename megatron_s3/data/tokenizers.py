@@ -80,13 +80,11 @@ class Tokenizer:
             return lambda documents: [
                 np.append(np.frombuffer(d, dtype=np.uint8), np.uint16(self.eod)) for d in documents
             ]
-        library = _load(self.folder)
-        eod = self.eod
+        library, eod = _load(self.folder), self.eod
         _keep_apart(library, eod)
 
         def ids(texts: list[str]) -> "list[np.ndarray]":
-            found = library.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(f.ids, dtype=np.int64) for f in found]
+            return [np.array(numbers, dtype=np.int64) for numbers in _encoded(library, texts, eod)]
 
         def encode(documents: "Sequence[bytes]") -> "list[np.ndarray]":
             texts = [d.decode() for d in documents]
@@ -180,11 +178,12 @@ def prepare(name: str, folder: str) -> Tokenizer:
             "eos_token in tokenizer_config.json"
         )
     spelled = _keep_apart(library, number)
-    if number in _spelled(library, number):
+    # The last character is in no vocabulary.
+    if any(number in found for found in _encoded(library, [f"a {eod} a", "\U0010fffd"], number)):
         raise DataError(
-            f"--tokenizer {name}: text that spells its eos_token {eod!r} becomes that token, and "
-            "would end a document before its end; name a token in tokenizer_config.json that no "
-            "text can spell"
+            f"--tokenizer {name}: text becomes its eos_token {eod!r} (a single character, or the "
+            "token for what is unknown), which would end a document before its end; name another "
+            "eos_token in tokenizer_config.json"
         )
     content = Path(folder, "tokenizer.json").read_bytes()
     given = json.loads(content)
@@ -214,27 +213,38 @@ def _load(folder: str) -> Any:
 
 
 def _keep_apart(library: Any, eod: int) -> bool:
-    """Lets text that spells a token become the tokens of its characters.
+    """Lets text that spells a token become the tokens of its characters, if the library can.
 
-    The library does so for special tokens.  A tokenizer may not have marked the one that ends a
-    document as special; Hugging Face's classes, with which Megatron trains, mark it when they load.
+    It can for special tokens.  A tokenizer may not have marked the one that ends a document as
+    special; Hugging Face's classes, with which Megatron trains, mark it when they load it.
 
     Returns:
-        Whether the token was marked here.
+        Whether text that spells the token would have become it without :func:`_encoded`.
     """
     library.encode_special_tokens = True
-    if eod not in _spelled(library, eod):
-        return False
-    library.add_special_tokens([library.id_to_token(eod)])
-    return True
-
-
-def _spelled(library: Any, eod: int) -> list[int]:
-    """Returns the tokens of the text that spells a token, alone and between other words."""
     token = library.id_to_token(eod)
-    texts = [token, f"a {token} a"]
-    found = library.encode_batch(texts, add_special_tokens=False)
-    return [number for each in found for number in each.ids]
+    spelled = eod in library.encode(f"a {token} a", add_special_tokens=False).ids
+    if spelled:
+        library.add_special_tokens([token])
+    return spelled
+
+
+def _encoded(library: Any, texts: list[str], eod: int) -> list[list[int]]:
+    """Returns the tokens of texts, none of which is ``eod`` if it has more than one character.
+
+    Some vocabularies have it as a word or piece like any other, which the library finds in a text
+    although it is special (Unigram's, a list of words). Such a text is cut inside of the word.
+    """
+    found = [each.ids for each in library.encode_batch_fast(texts, add_special_tokens=False)]
+    token = library.id_to_token(eod)
+    for k, text in enumerate(texts):
+        if eod in found[k] and token in text:
+            first, *others = text.split(token)
+            parts = [first, *(token[1:] + other for other in others)]
+            parts = [*(part + token[:1] for part in parts[:-1]), parts[-1]]
+            cut = library.encode_batch_fast(parts, add_special_tokens=False)
+            found[k] = [number for each in cut for number in each.ids]
+    return found
 
 
 def _gpt2_file(name: str) -> Path:

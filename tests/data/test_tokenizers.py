@@ -28,7 +28,7 @@ END = 50256
 WORDS = json.dumps({
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
     "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
-    "model": {"type": "WordLevel", "vocab": {"a": 0, "end": 1, "?": 2}, "unk_token": "?"},
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "??": 1}, "unk_token": "??"},
 })  # fmt: skip
 
 
@@ -173,25 +173,45 @@ def test_every_word_of_a_document_is_a_token_and_nothing_else_is(kind: str, tmp_
             data.build(data.source(str(text)), prefix, (1, 1), str(tmp_path / "tokenizer"))
 
 
-@pytest.mark.parametrize("special", [True, False])
-def test_an_end_that_is_not_marked_as_special_ends_no_document(
-    special: bool, tmp_path: Path
-) -> None:
-    """A tokenizer that was trained without special tokens; the reused dataset is not the older."""
+def pieces(model: str, special: bool) -> Any:
+    """A tokenizer of the letters of ``ab<>/s``, in which a piece ends documents."""
     import tokenizers as library
     from tokenizers import models
 
     letters = {letter: n for n, letter in enumerate("ab<>/s")}
-    made = library.Tokenizer(models.BPE(letters, []))
+    if model == "BPE":
+        made = library.Tokenizer(models.BPE(letters, []))
+    else:
+        known = [*((letter, -2.0) for letter in letters), ("</s>", 0.0), ("?", -9.0)]
+        made = library.Tokenizer(models.Unigram(known, unk_id=7))
     made.add_tokens([library.AddedToken("</s>", special=special)])
+    return made
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("model", ["BPE", "Unigram"])
+def test_text_that_spells_the_end_ends_no_document(
+    model: str, special: bool, tmp_path: Path
+) -> None:
+    """Also if it is not marked as special, or is a piece that the model finds in a text.
+
+    A dataset that an older version made with such a tokenizer is not the same.
+    """
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
+    pieces(model, special).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     prepared = tokenizers.prepare(str(folder), str(tmp_path / "copy"))
-    assert (prepared.eod, prepared.vocab_size) == (6, 7) and prepared.whole is not special
-    [found] = prepared.encoder()([b"ab</s>a"])
-    assert list(found) == [0, 1, 2, 4, 5, 3, 0, 6]
+    assert prepared.eod == 6 and prepared.whole is (model == "Unigram" or not special)
+    encode = prepared.encoder()
+    texts = {
+        "": [],
+        "ab</s>a": [0, 1, 2, 4, 5, 3, 0],
+        "</s></s>": [2, 4, 5, 3] * 2,
+        "</s": [2, 4, 5],
+    }
+    found = encode([text.encode() for text in texts])
+    assert [list(each) for each in found] == [[*tokens, 6] for tokens in texts.values()]
 
 
 BAD = {
@@ -200,7 +220,8 @@ BAD = {
     "no eos": ("tokenizer", {}, ["eos_token"]),
     "unknown eos": ("tokenizer", {"eos_token": "</s>"}, ["'</s>'", "vocabulary"]),
     "damaged": ("{", {"eos_token": "a"}, ["tokenizer.json"]),
-    "spelled eos": (WORDS, {"eos_token": "end"}, ["'end'", "no text can spell"]),
+    "eos of one character": (WORDS, {"eos_token": "a"}, ["'a'", "a single character"]),
+    "eos for the unknown": (WORDS, {"eos_token": "??"}, ["'??'", "unknown"]),
 }
 
 

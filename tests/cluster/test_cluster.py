@@ -163,7 +163,7 @@ def test_preflight_names_the_node_with_a_dead_network(cluster, tmp_path: Path) -
 
 
 def test_time_limit_saves_requeues_and_resumes(cluster, tmp_path: Path) -> None:
-    words = [*TWO_NODES, *SLOW, "--set", "train_iters=400"]
+    words = [*TWO_NODES, *SLOW, "--set", "train_iters=5000"]
     job = cluster.submit(tmp_path / "run", *words, options="--nodes=2 --time=10")
     job.wait_for("iteration +1/")
     # Of the 180 s of --signal 120 to 180 are left now: SLURM sends it when it looks next.

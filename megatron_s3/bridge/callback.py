@@ -76,7 +76,18 @@ class MetricsCallback(Callback):  # type: ignore[misc]  # Bridge has no types
         self._begun = time.perf_counter()
 
     def on_eval_end(self, context: CallbackContext) -> None:
-        """Writes the loss of an evaluation."""
+        """Writes the loss of an evaluation on the validation set."""
+        self._evaluated(context, "valid")
+
+    def on_test_start(self, context: CallbackContext) -> None:
+        """Notes when an evaluation on the test set begins."""
+        self._begun = time.perf_counter()
+
+    def on_test_end(self, context: CallbackContext) -> None:
+        """Writes the loss of an evaluation on the test set."""
+        self._evaluated(context, "test")
+
+    def _evaluated(self, context: CallbackContext, kind: str) -> None:
         if self._metrics is not None:
             losses = context.total_loss_dict or {}
-            self._metrics.evaluated(self._begun, context.state.train_state.step, losses)
+            self._metrics.evaluated(self._begun, context.state.train_state.step, losses, kind)

@@ -4,6 +4,7 @@ What stands in for what is not here is listed in :mod:`tests.bridge.program`.
 """
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -245,6 +246,21 @@ def test_a_resumed_log_goes_on_where_the_checkpoint_is(finished, tmp_path):
     first = [r for r in runlog.read(whole) if r["kind"] == "train"]
     for one, other in zip(lines, first, strict=True):
         assert one["loss"] == other["loss"] and one["updates"] == other["updates"]
+
+
+def test_the_callback_logs_validation_and_test_losses(finished):
+    folder = finished("s3", "validation.eval_iters=1", "validation.eval_interval=3")
+    lines = [r for r in runlog.read(folder) if r["kind"] in ("valid", "test")]
+    # Bridge evaluates during training, and after it on both sets.
+    assert [(r["kind"], r["iteration"]) for r in lines] == [
+        ("valid", 3),
+        ("valid", 6),
+        ("valid", 6),
+        ("test", 6),
+    ]
+    log = folder.with_suffix(".log").read_text()
+    printed = re.findall(r"lm loss value: (\S+)", log)
+    assert [f"{float(loss):.5f}" for loss in printed] == [f"{r['loss']:.5f}" for r in lines]
 
 
 @pytest.mark.thorough

@@ -118,6 +118,14 @@ def use_s3(config: Any, lr_factor: float = float(LR_FACTOR), **settings: Any) ->
         raise RecipeRefused(f"S3 cannot train this recipe: {error}") from None
     optimizer.schedule = scheduler
     config.optimizer, config.scheduler = optimizer, scheduler
+    provider = type(getattr(config, "optimizer_config_override_provider", None))
+    if provider.__module__.partition(".")[0] not in ("megatron", "builtins"):
+        changes.append(
+            f"optimizer_config_override_provider is a {provider.__name__}: learning rates and "
+            "weight decays that it sets without reading them from the configuration are not "
+            "changed. Multiply its rates, and divide its weight decays, by "
+            f"{lr_factor:.15g}."
+        )
     for change in changes:
         say(change)
     return config

@@ -129,6 +129,29 @@ def test_a_recipe_becomes_s3s_by_the_rules():
 
 
 @in_bridge
+def test_an_override_provider_of_the_users_is_named():
+    from megatron.bridge.training.config import OptimizerConfigOverrideProvider
+
+    from megatron_s3.bridge import recipes
+    from tests.bridge.program import recipe
+
+    class Slower(OptimizerConfigOverrideProvider):
+        pass
+
+    lines: list[str] = []
+    recipes.say = lines.append
+    recipes.use_s3(recipe())
+    assert any(line.startswith("optimizer.lr 0.0003 -> 0.003") for line in lines)
+    assert not any("provider" in line for line in lines)
+    made = recipe()
+    made.optimizer_config_override_provider = provider = Slower()
+    recipes.use_s3(made, lr_factor=3)
+    assert lines[-1].startswith("optimizer_config_override_provider is a Slower: ")
+    assert lines[-1].endswith(" by 3.")
+    assert made.optimizer_config_override_provider is provider
+
+
+@in_bridge
 def test_what_s3_cannot_train_is_refused_and_nothing_is_changed():
     from megatron_s3.bridge import use_s3
     from tests.bridge.program import recipe

@@ -30,12 +30,9 @@ ensure_venv() {
     return
   fi
   PYTHON=$PWD/.venv/bin/python
-  # Images and CI systems often ask for no bytecode.  Every start would then compile the modules of
-  # torch and Megatron again, which takes longer than their import.
-  if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
-    unset PYTHONDONTWRITEBYTECODE
-    export PYTHONPYCACHEPREFIX=$PWD/.venv/bytecode # the working tree gets none
-  fi
+  # Images and CI systems often ask for no bytecode.  Every start would compile the modules of torch
+  # and Megatron again, which takes longer than their import; so they are compiled once, in .venv.
+  unset PYTHONDONTWRITEBYTECODE
   stamp=.venv/installed-$extras
   want=$(sha256sum pyproject.toml)
   if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then

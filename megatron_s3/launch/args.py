@@ -29,11 +29,6 @@ __all__ = ["LaunchError", "Translation", "main", "translate"]
 
 _ADAM = ("adam", "adamw")
 _STATES = ("--exp-avg-dtype", "--exp-avg-sq-dtype")
-_WATCHED = re.compile(
-    rf"(?<![\w-])(?:{'|'.join(FLAGS)})(?![\w-])(?:[ =]\S+)?|\S+\.py\b|\btorchrun\b|\bpython[\d.]*\b"
-    r"|(?<![\w-])-m\s+\S+"
-)
-_AFTER_FLAG = re.compile(rf"(?:{'|'.join((*FLAGS, '-m'))})[ =][\"']?\$\{{?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ def translate(text: str, lr_factor: str = LR_FACTOR) -> Translation:
 
 
 def _follow(text: str) -> Trace:
-    return trace(text, _WATCHED.findall, frozenset(_AFTER_FLAG.findall(text)))
+    return trace(text, tuple(FLAGS))
 
 
 def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:

@@ -1,9 +1,10 @@
 """The state at a point of a shell script, and the expansion of words in that state."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from megatron_s3.launch.influence import Influence
 from megatron_s3.launch.shell import (
     Argument,
     Assignment,
@@ -17,9 +18,6 @@ from megatron_s3.launch.shell import (
 )
 
 __all__ = ["Expansion", "State"]
-
-# A number that may become the value of a flag through other variables.
-_RATE = re.compile(r"(?<![\w./-])(?:\d*\.\d+|\d+\.?(?=[eE]))(?:[eE][-+]?\d+)?(?![\w./])")
 
 
 @dataclass(frozen=True)
@@ -66,22 +64,29 @@ class State:
                 after = after.without(name)
         return replace(after, parameters=before.parameters, local=before.local)
 
-    def look(self, watched: Callable[[str], object], names: frozenset[str]) -> object:
-        """Returns what tells the state apart from those of other paths, if there are many.
-
-        Args:
-            watched: a function of a variable's value, which does so.
-            names: the variables whose whole values do so.
-        """
+    def look(self, influence: Influence) -> object:
+        """Returns what tells the state apart from those of other paths, if there are many."""
         texts = {name: " ".join(map(value, found)) for name, found in self.variables.items()}
+        looks = {name: influence.look(name, text) for name, text in texts.items()}
         return (
-            {
-                name: text if name in names else (watched(text), _RATE.findall(text))
-                for name, text in texts.items()
-            },
+            {name: look for name, look in looks.items() if look},
             self.functions.keys(),
             self.local,
             self.parameters and list(map(value, self.parameters)),
+        )
+
+    def with_others(self, other: "State") -> "State":
+        """Returns the state of two paths that look alike.
+
+        A variable that only one of them has set has this value, and what they decided differently
+        is undecided.
+        """
+        return replace(
+            self,
+            variables={**other.variables, **self.variables},
+            arrays=self.arrays | {n for n in other.arrays if n not in self.variables},
+            exported=self.exported | other.exported,
+            decided=dict(self.decided.items() & other.decided.items()),
         )
 
     def _still(self, name: str) -> dict[str, bool]:

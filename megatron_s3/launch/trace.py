@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from megatron_s3.launch import grammar, shell
 from megatron_s3.launch.expansion import Expansion, State
+from megatron_s3.launch.influence import Influence
 from megatron_s3.launch.shell import UNKNOWN, Argument, Char, HereDocument, LaunchError, Node, value
 
 __all__ = ["Command", "Trace", "trace"]
@@ -60,19 +61,19 @@ class Trace:
     tree: Node
 
 
-def trace(text: str, watched: Callable[[str], object], names: frozenset[str]) -> Trace:
+def trace(text: str, flags: Sequence[str]) -> Trace:
     """Follows a script.
+
+    If there are many paths, those that differ in nothing that influences these flags count as one.
 
     Args:
         text: the script.
-        watched: a function of a variable's value; if there are many paths, those for which it gives
-            equal results count as one.
-        names: variables whose whole values are distinguished.
+        flags: names of flags.
 
     Raises:
         LaunchError: the text cannot be read, or there are too many paths through it.
     """
-    tracer = _Tracer(watched, names)
+    tracer = _Tracer(Influence(text, flags))
     tree = grammar.parse(shell.characters(text))
     ends = tracer.run(tree, [State()])
     return Trace(tuple(tracer.commands), (*tracer.exits, *tracer.returns, *ends), tree)
@@ -83,8 +84,8 @@ def _decide(state: State, text: str, holds: bool) -> State:
 
 
 class _Tracer(Expansion):
-    def __init__(self, watched: Callable[[str], object], names: frozenset[str]) -> None:
-        self.watched, self.names = watched, names
+    def __init__(self, influence: Influence) -> None:
+        self.influence, self.watched = influence, influence.watched
         self.commands: list[Command] = []
         self.exits: list[State] = []
         self.returns: list[State] = []
@@ -104,11 +105,10 @@ class _Tracer(Expansion):
         many = len(states) > _STATES // 8
         unique: list[tuple[object, State]] = []
         for state in states:
-            look = state.look(self.watched, self.names) if many else replace(state, decided={})
+            look = state.look(self.influence) if many else replace(state, decided={})
             for number, (other, kept) in enumerate(unique):
                 if look == other:
-                    both = dict(kept.decided.items() & state.decided.items())
-                    unique[number] = (other, replace(kept, decided=both))
+                    unique[number] = (other, kept.with_others(state))
                     break
             else:
                 unique.append((look, state))

@@ -162,6 +162,14 @@ CASES = {
         + "LR=$BASE\ntorchrun t.py --lr $LR --weight-decay 0.1",
         ["torchrun -m megatron_s3 t.py --lr 3e-3 --optimizer s3 --weight-decay 0.01"],
     ),
+    "options behind a dozen conditions": (
+        "".join(
+            f'if [ "$N{n}" ]; then O{n}="--o{n} 1e-{n}"; elif [ "$M{n}" ]; then O{n}=; fi\n'
+            for n in range(12)
+        )
+        + "LR=1e-4\ntorchrun t.py --lr $LR --weight-decay 0.1 $O1 $O2",
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
     "a case of sizes": (
         'SIZE=big\ncase "$SIZE" in\n  small) LR=1e-3 ;;\n  big|huge) LR=1e-4 ;;\n'
         "  *) exit 1 ;;\nesac\ntorchrun t.py --lr $LR --weight-decay 0.1",
@@ -397,6 +405,36 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
 def test_what_cannot_be_followed_is_refused(script: str, said: str) -> None:
     with pytest.raises(LaunchError, match=said):
         translate(script + "\n")
+
+
+#: By how a rate that two paths set differently reaches its flag.
+WAYS = {
+    "directly": "torchrun t.py --lr   $BASE",
+    "on the next line": 'torchrun t.py "--lr" \\\n  "$BASE"',
+    "by other variables": 'A=$BASE\nexport LR="${A}"\ntorchrun t.py --lr=$LR',
+    "by a default": ": ${A:=$BASE}\nLR=${B:-$A}\ntorchrun t.py --lr $LR",
+    "by a flag in a variable": "F=--lr\ntorchrun t.py $F $BASE",
+    "by two variables at once": "F=--lr V=$BASE\ntorchrun t.py $F $V",
+    "by an array": 'A=(\n  --lr # the peak\n  $BASE\n)\ntorchrun t.py "${A[@]}"',
+    "by an element": "A=($BASE 1)\ntorchrun t.py --lr ${A[0]}",
+    "by what is appended": 'A="--x"\nA+=" --lr $BASE"\ntorchrun t.py $A',
+    "by a parameter": 'f() { local LR=$1; torchrun t.py --lr $LR; }\nf "$BASE"',
+    "by all parameters": 'f() { torchrun t.py "$@"; }\nf --lr $BASE',
+    "by set": "set -- $BASE\ntorchrun t.py --lr $1",
+    "by a loop": 'A="$BASE 1e-5"\nfor LR in $A; do torchrun t.py --lr $LR; done',
+    "by eval": "eval 'LR=$BASE'\ntorchrun t.py --lr $LR",
+    "by eval of a name": 'N=LR\neval "$N=$BASE"\ntorchrun t.py --lr $LR',
+    "in another shell": "export LR=$BASE\nbash -c 'torchrun t.py --lr $LR'",
+    "by a here-document": "bash <<E\ntorchrun t.py --lr $BASE\nE",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_paths_with_another_rate_are_not_taken_for_one(way: str) -> None:
+    many = "".join(f'if [ "$N{n}" ]; then O{n}="--o{n} 1"; fi\n' for n in range(8))
+    rates = 'if [ "$M" ]; then BASE=1e-4; else BASE=3e-4; fi\n'
+    found = translate(f"{many}{rates}{many.replace('N', 'K')}{WAYS[way]}\n").text
+    assert "then BASE=1e-3; else BASE=3e-3; fi" in found
 
 
 @pytest.mark.parametrize("script", ["cat <<END", "X=$(cat <<END)"])

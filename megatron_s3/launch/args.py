@@ -28,7 +28,6 @@ from megatron_s3.paper import FLAGS, LR_FACTOR, OVER, TIMES, Rules, number
 __all__ = ["LaunchError", "Translation", "main", "translate"]
 
 _ADAM = ("adam", "adamw")
-_STATES = ("--exp-avg-dtype", "--exp-avg-sq-dtype")
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,14 @@ def _of_program(launch: Launch) -> Iterator[str]:
                 f"{shown(launch.words[launch.trainer - 1])} is not set in this text: it must end "
                 "with python, torchrun or options of them, because -m megatron_s3 follows it"
             )
+    front = [value(word) for word in launch.words[: max(launch.trainer, 0)]]
+    by_ray = any(text.rpartition("/")[2] == "ray" for text in front)
+    if by_ray and not any("MEGATRON_S3" in text for text in front):
+        yield (
+            "-m megatron_s3 registers S3 in the program that ray starts, and not in the program's "
+            "actors: run `megatron-s3 hook install` in their Python environment, and put "
+            "MEGATRON_S3=1 into the env_vars of Ray's runtime environment"
+        )
 
 
 def _refused(launch: Launch) -> Iterator[str]:
@@ -177,16 +184,29 @@ def _refused(launch: Launch) -> Iterator[str]:
     for _, flag, reason in UNSUPPORTED:
         if _has(launch, flag):
             yield f"{flag} is not supported with S3: {reason}"
-    for flag in _STATES:
-        for dtype in _values(launch, flag):
-            if dtype not in ("fp32", "bf16"):
-                yield f"{flag} {dtype} is not supported with S3: the states are in fp32 or bf16"
+    yield from _refused_dtypes(launch)
     for dtype in _values(launch, "--main-params-dtype"):
         if dtype != "fp32":
             yield f"--main-params-dtype {dtype} is not supported with S3: leave the flag out"
     aware, sharded = "--use-precision-aware-optimizer", "--use-distributed-optimizer"
     if _has(launch, aware) and not _has(launch, sharded):
         yield f"{aware} is not supported with S3 without {sharded}"
+
+
+def _refused_dtypes(launch: Launch) -> Iterator[str]:
+    from megatron_s3.mcore.arguments.names import STATE_DTYPES, flag_named
+    from megatron_s3.mcore.arguments.readers import hyperparameters, state_dtypes
+    from megatron_s3.optimizers import S3
+
+    holder = argparse.Namespace(use_precision_aware_optimizer=True)
+    for name in STATE_DTYPES:
+        given = [each for each in _values(launch, flag_named(name)) if "$" not in each]
+        setattr(holder, name, given[-1] if given else "fp32")
+    for name, (state, dtype) in zip(STATE_DTYPES, state_dtypes(S3, holder).items(), strict=False):
+        try:
+            S3.check_state_dtype(state, dtype, hyperparameters(S3, holder))
+        except ValueError as error:
+            yield f"{flag_named(name)} {getattr(holder, name)}: {error}"
 
 
 def _of_checkpoints(launch: Launch, lr_factor: str) -> Iterator[str]:

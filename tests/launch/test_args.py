@@ -107,17 +107,33 @@ def test_a_registered_launch_is_not_registered_twice() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("--lr 1 --exp-avg-dtype fp8", "--exp-avg-dtype fp8 is not supported with S3"),
-        ("--lr 1 --exp-avg-sq-dtype fp16", "--exp-avg-sq-dtype fp16 is not supported with S3"),
+        ("--lr 1 --exp-avg-dtype fp16", "fp16: S3 (SoftSignSGD) cannot keep exp_avg in"),
+        ("--lr 1 --exp-avg-sq-dtype fp8", "fp8: S3 (SoftSignSGD) cannot keep exp_pnorm in"),
         ("--lr 1 --main-params-dtype fp16", "--main-params-dtype fp16 is not supported with S3"),
         ("--lr 1 --use-precision-aware-optimizer", "without --use-distributed-optimizer"),
         ("--lr 1 --yaml-cfg a.yaml", "--yaml-cfg is not supported with S3"),
         ("--lr 1 --load old", "megatron-s3 convert old NEW --to s3"),
         ("--optimizer adam", "the text has no --lr"),
+        ("ray job submit --address=a -- python3 train.py --lr 1", "into the env_vars of Ray's"),
     ],
 )
 def test_what_needs_a_hand_is_said(text: str, said: str) -> None:
     assert any(said in warning for warning in translate(text).warnings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--exp-avg-dtype fp8 --exp-avg-sq-dtype bf16 --lr 1",
+        "--exp-avg-dtype bf16 --exp-avg-sq-dtype $DTYPE --lr 1",
+        "torchrun train.py ray --lr 1",
+        "ray job submit --runtime-env-json={env_vars:{MEGATRON_S3:1}} -- python train.py --lr 1",
+    ],
+)
+def test_nothing_is_said_of_what_works(text: str) -> None:
+    found = translate(text)
+    assert not found.refused
+    assert not [warning for warning in found.warnings if "starts no script" not in warning]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ _RATE = re.compile(r"(?<![\w./-])(?:\d*\.\d+|\d+\.?(?=[eE]))(?:[eE][-+]?\d+)?(?!
 
 
 class Influence:
-    """What of a script's variables can influence flags, or the programs that are given them.
+    """The influence of a script's variables on flags, and on the programs that are given them.
 
     Args:
         text: the script.

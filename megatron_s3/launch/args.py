@@ -188,9 +188,6 @@ def _refused(launch: Launch) -> Iterator[str]:
     for dtype in _values(launch, "--main-params-dtype"):
         if dtype != "fp32":
             yield f"--main-params-dtype {dtype} is not supported with S3: leave the flag out"
-    aware, sharded = "--use-precision-aware-optimizer", "--use-distributed-optimizer"
-    if _has(launch, aware) and not _has(launch, sharded):
-        yield f"{aware} is not supported with S3 without {sharded}"
 
 
 def _refused_dtypes(launch: Launch) -> Iterator[str]:

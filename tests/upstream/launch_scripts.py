@@ -6,9 +6,13 @@ which stand-ins take the place of torchrun, python, srun and the like and write 
 called. What the translation starts must be what the script starts, changed by the paper's rules.
 A file without a launch is read by a shell that then starts the trainer with the variable in
 which the file keeps its options.
+
+With --convert-only nothing is run, for trees whose scripts stop processes or delete files. Then
+bash checks the syntax of the translations, and no more.
 """
 
 import argparse
+import collections
 import os
 import re
 import shutil
@@ -46,21 +50,50 @@ def main() -> int:
     """Prints the table; the status is 1 if a translation starts something else."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tree", type=Path, help="a Megatron-LM checkout")
-    tree = parser.parse_args().tree
+    parser.add_argument("--convert-only", action="store_true", help="run none of the scripts")
+    args = parser.parse_args()
+    tree = args.tree
     files = [
         path
         for path in sorted(tree.rglob("*"))
         if path.suffix in (".sh", ".slurm", ".sbatch")
+        and path.is_file()
         and re.search(r"--lr\b", path.read_text(errors="replace"))
     ]
+    if args.convert_only:
+        texts = [(str(path.relative_to(tree)), path.read_text(errors="replace")) for path in files]
+        return report([converted(name, text) for name, text in texts])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(tree, folder)
-        results = [judge(folder, str(path.relative_to(tree)), path.read_text()) for path in files]
-    print("\n".join(f"{result:8} {what}" for result, what in results))
-    counts = {result: sum(r == result for r, _ in results) for result in ("right", "refused")}
-    print(f"\n{len(files)} scripts with --lr: {counts}")
-    return int(any(result == "WRONG" for result, _ in results))
+        return report(
+            [judge(folder, str(path.relative_to(tree)), path.read_text()) for path in files]
+        )
+
+
+def report(results: list[tuple[str, str]]) -> int:
+    """Prints the table; the status is 1 if a translation is wrong."""
+    print("\n".join(f"{result:9} {what}" for result, what in results))
+    counts = collections.Counter(result for result, _ in results)
+    print(f"\n{len(results)} scripts with --lr: {dict(sorted(counts.items()))}")
+    return int("WRONG" in counts)
+
+
+def converted(name: str, text: str) -> tuple[str, str]:
+    """Returns the result of a script that is not run, and what there is to say."""
+    try:
+        found = translate(text)
+    except LaunchError as error:
+        return "refused", f"{name}: {error}"
+    if problem := syntax(found.text):
+        return "WRONG", f"{name}: {problem}"
+    return "refused" if found.refused else "converted", "; ".join((name, *found.refused))
+
+
+def syntax(text: str) -> str:
+    """Returns what bash says of a script that it cannot read; nothing if it can."""
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    return done.stderr.splitlines()[0] if done.returncode else ""
 
 
 def prepare(tree: Path, folder: Path) -> None:
@@ -98,9 +131,8 @@ def fragment(text: str) -> bool:
 
 def check(folder: Path, name: str, old: str, new: str, slurm: bool) -> tuple[str, int]:
     """What is wrong with a translation (empty: nothing), and how many launches it starts."""
-    syntax = subprocess.run(["bash", "-n"], input=new, capture_output=True, text=True, check=False)
-    if syntax.returncode:
-        return syntax.stderr.splitlines()[0], 0
+    if problem := syntax(new):
+        return problem, 0
     before = started(folder, name, old, slurm, [])
     after = started(folder, name, new, slurm, ["-m", "megatron_s3"])
     launches = [call for call in before if "--lr" in call]

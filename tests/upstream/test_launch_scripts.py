@@ -20,8 +20,21 @@ def test_launches_are_compared_with_what_they_have_to_become(tmp_path: Path) -> 
     )
     assert run.returncode == 1, run.stderr
     assert run.stdout.splitlines()[:3] == [
-        "refused  examples/refused.sh: --lr $1 is not a number in this text; write a number, or "
+        "refused   examples/refused.sh: --lr $1 is not a number in this text; write a number, or "
         "set the variable in the script",
-        "right    examples/right.sh (launches: 1)",
-        "WRONG    examples/silent.sh: nothing was started",
+        "right     examples/right.sh (launches: 1)",
+        "WRONG     examples/silent.sh: nothing was started",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.upstream.launch_scripts", tmp_path, "--convert-only"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[1:] == [
+        "converted examples/right.sh",
+        "converted examples/silent.sh",
+        "",
+        "3 scripts with --lr: {'converted': 2, 'refused': 1}",
     ]

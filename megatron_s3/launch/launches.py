@@ -270,7 +270,8 @@ def _common(char: Char, other: Char) -> int:
 
 def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
     """Returns the place of an ``--lr`` that no command uses; None if there is none."""
-    words = [word for command in found.commands for word in command.words]
+    taken = (c for c in found.commands if not (c.captured and c.prints))
+    words = [word for command in taken for word in command.words]
     words += [word for launch in launches for word in launch.words]
     used = {char.start for word in words for char in word}
     there = {char.start for char in _written(found.tree)}

@@ -34,11 +34,13 @@ class Command:
         words: its words after expansion.
         place: its place in the text.
         scripts: indices of words that hold commands, which are followed too.
+        captured: whether its output becomes a part of a word, as in ``$(...)``.
     """
 
     words: tuple[Argument, ...]
     place: int
     scripts: frozenset[int]
+    captured: bool = False
 
     @property
     def prints(self) -> bool:
@@ -90,6 +92,7 @@ class _Tracer(Expansion):
         self.exits: list[State] = []
         self.returns: list[State] = []
         self.depth = 0
+        self.captured = False
 
     # Constructs.
 
@@ -130,7 +133,9 @@ class _Tracer(Expansion):
         return states
 
     def follow(self, node: Node, state: State) -> None:
+        outer, self.captured = self.captured, True
         self._subshell(node, [state])
+        self.captured = outer
 
     def _pipeline(self, node: Node, states: list[State]) -> list[State]:
         here: list[HereDocument] = []
@@ -251,7 +256,7 @@ class _Tracer(Expansion):
             elif self.watched(text) and re.search(r"\s", text):
                 option = re.match(r"--[\w-]+=", text)
                 scripts[number] = words[number][option.end() if option else 0 :]
-        self.commands.append(Command(tuple(words), node.at, frozenset(scripts)))
+        self.commands.append(Command(tuple(words), node.at, frozenset(scripts), self.captured))
         if len(self.commands) > _COMMANDS:
             raise LaunchError("the script starts too many commands", node.at)
         if names[0] in _PRINTS:

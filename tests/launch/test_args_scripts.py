@@ -400,6 +400,14 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
             "line 1: no command in this text takes this --lr",
         ),
         ("$(cat cmd) --lr 1e-4", "is given --lr, but this text does not show"),
+        (
+            "ARGS=$(printf -- '--lr %s' 1e-4)\ntorchrun t.py $ARGS --weight-decay 0.1",
+            "line 1: no command in this text takes this --lr",
+        ),
+        (
+            'torchrun t.py $(if [ "$BIG" ]; then echo "--lr 1e-4"; fi) --weight-decay 0.1',
+            "no command in this text takes this --lr",
+        ),
     ],
 )
 def test_what_cannot_be_followed_is_refused(script: str, said: str) -> None:

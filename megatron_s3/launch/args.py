@@ -99,8 +99,8 @@ def _launches(text: str, found: Trace, optimizer: str) -> list[Launch]:
     left = unused(text, found, launches)
     if left is not None:
         raise LaunchError(
-            "no command in this text takes this --lr; add the command that starts the trainer, "
-            "or remove the flag",
+            f"no command in this text takes this {text[left:].split('=')[0].split()[0]}; add the "
+            "command that starts the trainer, write the flag out in it, or remove the flag",
             left,
         )
     if not any(launch.flags() for launch in launches):

@@ -269,15 +269,20 @@ def _common(char: Char, other: Char) -> int:
 
 
 def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
-    """Returns the place of an ``--lr`` that no command uses; None if there is none."""
-    taken = (c for c in found.commands if not (c.captured and c.prints))
-    words = [word for command in taken for word in command.words]
-    words += [word for launch in launches for word in launch.words]
-    used = {char.start for word in words for char in word}
+    """Returns the place of a flag that no command uses; None if there is none.
+
+    It is ``--lr`` anywhere, or one of `FLAGS` that ``echo`` or ``printf`` puts into a word: what
+    they print is not followed.
+    """
+    printed, used = set(), {char.start for each in launches for word in each.words for char in word}
+    for command in found.commands:
+        places = printed if command.captured and command.prints else used
+        places |= {char.start for word in command.words for char in word}
     there = {char.start for char in _written(found.tree)}
-    for flag in re.finditer(r"(?<![\w-])--lr(?=[\s=\"'])", text):
-        if flag.start() in there and flag.start() not in used:
-            return flag.start()
+    for flag in re.finditer(rf"(?<![\w-])(?:{'|'.join(FLAGS)})(?=[\s=\"'])", text):
+        start = flag.start()
+        if start in there - used and (flag[0] == "--lr" or start in printed):
+            return start
     return None
 
 

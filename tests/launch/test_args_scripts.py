@@ -405,6 +405,10 @@ def test_a_script_starts_the_launches_of_s3(name: str, tmp_path: Path) -> None:
             "line 1: no command in this text takes this --lr",
         ),
         (
+            "torchrun t.py --lr 1e-4 $(echo --weight-decay 0.1)",
+            "no command in this text takes this --weight-decay; add",
+        ),
+        (
             'torchrun t.py $(if [ "$BIG" ]; then echo "--lr 1e-4"; fi) --weight-decay 0.1',
             "no command in this text takes this --lr",
         ),

@@ -274,7 +274,8 @@ def unused(text: str, found: Trace, launches: Sequence[Launch]) -> int | None:
     It is ``--lr`` anywhere, or one of `FLAGS` that ``echo`` or ``printf`` puts into a word: what
     they print is not followed.
     """
-    printed, used = set(), {char.start for each in launches for word in each.words for char in word}
+    printed: set[int] = set()
+    used = {char.start for launch in launches for word in launch.words for char in word}
     for command in found.commands:
         places = printed if command.captured and command.prints else used
         places |= {char.start for word in command.words for char in word}

@@ -32,7 +32,8 @@ unpack() {
     --target "$folder.part" "$@" && mv "$folder.part" "$folder"
 }
 
-if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
+unpack_all() {
+  [ -z "${MEGATRON_S3_PYTHON:-}" ] || return 0
   # The other supported releases, for the tests of compatibility.
   unpack megatron-core/0.17.1 megatron-core==0.17.1
   unpack megatron-core/0.18.2 megatron-core==0.18.2
@@ -45,7 +46,12 @@ if [ -z "${MEGATRON_S3_PYTHON:-}" ]; then
   unpack torchtitan/0.3.0 torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 \
     spmd_types==0.2.3 tyro==1.0.17 docstring_parser==0.18.0 typeguard==4.6.1 ||
     echo "torchtitan cannot be installed here; its test will be skipped"
-fi
+}
+
+# Beside the checks, which take one core.
+unpack_all &
+unpacking=$!
+trap 'kill "$unpacking" 2>/dev/null || true' EXIT
 
 echo "ruff"
 "$PYTHON" -m ruff check .
@@ -54,6 +60,8 @@ echo "mypy"
 "$PYTHON" -m mypy
 echo "shellcheck"
 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh scripts/*.sbatch docker/*.sh tests/*/*.sh .ci/run
+
+wait "$unpacking"
 
 # pytest's status 5 means that it found no test of that kind, which is no failure.
 run_pytest() {

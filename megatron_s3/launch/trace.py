@@ -134,8 +134,10 @@ class _Tracer(Expansion):
 
     def follow(self, node: Node, state: State) -> None:
         outer, self.captured = self.captured, True
-        self._subshell(node, [state])
-        self.captured = outer
+        try:
+            self._subshell(node, [state])
+        finally:  # commands that cannot be read may be passed over
+            self.captured = outer
 
     def _pipeline(self, node: Node, states: list[State]) -> list[State]:
         here: list[HereDocument] = []
@@ -303,16 +305,20 @@ class _Tracer(Expansion):
         """Follows another process, whose end is none of this script."""
         outer = self.exits, self.returns
         self.exits, self.returns = [], []
-        yield
-        self.exits, self.returns = outer
+        try:
+            yield
+        finally:
+            self.exits, self.returns = outer
 
     @contextlib.contextmanager
     def _deeper(self, what: str, node: Node) -> Iterator[None]:
         self.depth += 1
         if self.depth > _DEPTH:
             raise LaunchError(f"{what} call one another too deeply", node.at)
-        yield
-        self.depth -= 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
 
     # Builtins.
 

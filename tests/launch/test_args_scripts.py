@@ -170,6 +170,12 @@ CASES = {
         + "LR=1e-4\ntorchrun t.py --lr $LR --weight-decay 0.1 $O1 $O2",
         ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
     ),
+    "what cannot be read is passed over": (
+        "f() { X=$(eval '( --clip-grad 1'); }\n"
+        + "eval f\n" * 13
+        + 'echo "--lr 1e-4"\ng() { torchrun t.py --lr 1e-4 --weight-decay 0.1; }\ng',
+        ["torchrun -m megatron_s3 t.py --lr 1e-3 --optimizer s3 --weight-decay 0.01"],
+    ),
     "a case of sizes": (
         'SIZE=big\ncase "$SIZE" in\n  small) LR=1e-3 ;;\n  big|huge) LR=1e-4 ;;\n'
         "  *) exit 1 ;;\nesac\ntorchrun t.py --lr $LR --weight-decay 0.1",

@@ -1,6 +1,7 @@
 """The command ``megatron-s3 VERB``, which imports the module of a verb when it is called."""
 
 import importlib
+import io
 import sys
 
 from megatron_s3.errors import MegatronS3Error
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         Its exit status; 2 for an unknown verb, or if a package is missing.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # A name that the output's encoding lacks must not end the work whose result is printed.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     if argv and argv[0] in ("-h", "--help"):
         print(_usage())
         return 0

@@ -1,6 +1,8 @@
 """``megatron-s3 VERB``: what it says before a verb's module is there."""
 
 import importlib
+import io
+import sys
 import types
 
 import pytest
@@ -30,3 +32,19 @@ def test_a_module_of_ones_own_that_is_missing_stays_a_fault(monkeypatch) -> None
     monkeypatch.setattr(importlib, "import_module", lambda _: types.SimpleNamespace(main=broken))
     with pytest.raises(ModuleNotFoundError):
         cli.main(["data"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_that_the_output_cannot_spell_ends_no_work(encoding: str, monkeypatch) -> None:
+    def told(argv: list[str]) -> int:
+        print(*argv)
+        return 0
+
+    monkeypatch.setattr(importlib, "import_module", lambda _: types.SimpleNamespace(main=told))
+    with io.TextIOWrapper(io.BytesIO(), encoding=encoding) as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert cli.main(["report", "runs/é-北"]) == 0
+        output.flush()
+        written = output.buffer.getvalue()
+    spelled = {"ascii": r"\xe9-\u5317", "latin-1": r"é-\u5317", "utf-8": "é-北"}[encoding]
+    assert written.decode(encoding) == f"runs/{spelled}\n"

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_s3.checkpoints import groups, rewriting, transfer
+from megatron_s3.checkpoints import groups, rates, rewriting, transfer
 from megatron_s3.checkpoints.errors import ConvertError, Mismatch
 from megatron_s3.checkpoints.source import Source
 from megatron_s3.checkpoints.transfer import ADAM, Settings
@@ -175,9 +175,11 @@ def _changes(source: Source, settings: Settings) -> tuple[dict[str, tuple[Any, A
     beta1, beta2 = settings.betas
     if before is not None and after is not None:
         names = ("optimizer", "lr", "min_lr", "weight_decay", "clip_grad")
-        changed = {name: (getattr(before, name), getattr(after, name)) for name in names}
+        others = rates.others(vars(before))
+        changed = {n: (getattr(before, n), getattr(after, n)) for n in (*names, *others)}
         flags = [f"--optimizer {after.optimizer} --lr {after.lr} --min-lr {after.min_lr}"]
         flags.append(f"--weight-decay {after.weight_decay} --clip-grad {after.clip_grad:g}")
+        flags += [f"--{name.replace('_', '-')} {getattr(after, name)}" for name in others]
         if settings.back:  # those by which the state was converted
             flags.append(f"--adam-beta1 {beta1:g} --adam-beta2 {beta2:g}")
         flags += [f"{flag(description, h)} {value:g}" for h, value in own.items()]
@@ -230,7 +232,7 @@ def main(argv: list[str]) -> int:
         metavar="N",
         help="iteration to convert (default: the last one saved)",
     )
-    rates = "; ".join(
+    factors = "; ".join(
         f"{own.lr_factor:g} to {name}, and {own.lr_factor_back:g} back"
         for name, own in ((name, each.from_adam) for name, each in known.items())
         if own
@@ -240,8 +242,8 @@ def main(argv: list[str]) -> int:
         type=float,
         metavar="X",
         help="ratio of the other optimizer's learning rate to AdamW's, in both directions; "
-        f"lr * weight_decay stays the same (default: {rates}). The default from AdamW suits a run "
-        "in progress; the one back to AdamW is the ratio between complete runs. Give the same "
+        f"lr * weight_decay stays the same (default: {factors}). The default from AdamW suits a "
+        "run in progress; the one back to AdamW is the ratio between complete runs. Give the same "
         "factor both ways to restore the first learning rate",
     )
     for description in known.values():

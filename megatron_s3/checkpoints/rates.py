@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
-__all__ = ["over", "scaled", "with_rates"]
+__all__ = ["others", "over", "scaled", "with_rates"]
 
 #: Names of learning rates in arguments and param groups, and in a schedule.
 _RATES = ("lr", "min_lr", "max_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
@@ -30,6 +30,14 @@ def _written(value: Decimal) -> float:
     """Returns the number with 14 digits if it differs only by rounding (1/3 times 3 is 1)."""
     exact, short = float(value), float(f"{value:.14g}")
     return short if math.isclose(exact, short, rel_tol=4e-16) else exact
+
+
+def others(args: Mapping[str, Any]) -> list[str]:
+    """Returns the arguments of a run that a factor changes, other than the three that all have."""
+    known = {"lr", "min_lr", "weight_decay"}
+    if args.get("weight_decay_incr_style", "constant") == "constant":
+        known |= {"start_weight_decay", "end_weight_decay"}  # Megatron sets them itself
+    return [name for name in (*_RATES, *_DECAYS) if args.get(name) and name not in known]
 
 
 def with_rates(

@@ -144,6 +144,21 @@ def corrections(settings: transfer.Settings) -> list[float]:
     return [change.correction for change in settings.states.values()]
 
 
+def test_every_rate_that_changes_is_said_with_its_flag(tmp_path: Path) -> None:
+    """Megatron refuses to resume with another one of them."""
+    more = {"decoupled_lr": 1e-3, "decoupled_min_lr": 1e-4, "lr_warmup_init": 0.0}
+    more |= {"start_weight_decay": 0.01, "end_weight_decay": 0.2}
+    linear = {"weight_decay_incr_style": "linear"}
+    wanted = "--decoupled-lr 0.003 --decoupled-min-lr 0.0003"
+    decays = "--start-weight-decay 0.0033333333333333335 --end-weight-decay 0.06666666666666667"
+    for style, flags in (({}, wanted), (linear, f"{wanted} {decays}")):
+        args = arguments(**more, **style)
+        given = write(tmp_path / f"adamw{len(style)}", states(), common(args=args))
+        record = convert.convert(given, tmp_path / f"s3-{len(style)}", "s3")
+        assert record["flags"].endswith(f"--clip-grad 0 {flags}")
+        assert record["changed"]["decoupled_lr"] == (1e-3, 3e-3)
+
+
 def test_a_step_beside_the_groups_is_found_and_put_back() -> None:
     """torch's AdamW where the state is not sharded."""
     group = {k: v for k, v in GROUP.items() if k != "step"}

@@ -69,6 +69,11 @@ def build(
         raise DataError(f"--split {split[0]},{split[1]}: both parts must be at least 1")
     if workers < 1:
         raise DataError(f"--workers {workers}: give at least 1")
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise DataError(
+            f"--output-prefix {prefix!r}: the names of the files begin with it, so give a path "
+            f"that ends in a name, such as {os.path.join(prefix, 'text')}"
+        )
     shards = src.shards(prefix)
     folder = f"{prefix}.parts"
     try:

@@ -133,19 +133,20 @@ def source(
         raise DataError(f"--glob {' '.join(globs)}: applies only to a directory, and not to {name}")
     if remote:
         address, key = hub.NAMED.get(name, (name, "text"))
+        json_key = key if json_key is None else json_key
         repository, _, config = address.removeprefix("hf:").partition(":")
         if not repository:
             raise DataError(f"--input {name}: no name after hf:; give hf:NAME or hf:NAME:CONFIG")
-        return Source("hub", repository, json_key=json_key or key, config=config, revision=revision)
-    key = json_key or "text"
+        return Source("hub", repository, json_key=json_key, config=config, revision=revision)
+    key = "text" if json_key is None else json_key
     if name == "stdlib":
         return Source("stdlib", sysconfig.get_paths()["stdlib"], ("*.py",), key)
-    if path.is_dir():
+    if name and path.is_dir():
         return Source("directory", str(path.resolve()), tuple(globs or ()), key)
-    if not path.exists():
+    if not name or not path.exists():
         raise DataError(
-            f"--input {name}: does not exist; give a directory, a {_endings()} file, 'stdlib', "
-            f"{', '.join(hub.NAMED)} or hf:NAME"
+            f"--input {name or repr(name)}: does not exist; give a directory, a {_endings()} file, "
+            f"'stdlib', {', '.join(hub.NAMED)} or hf:NAME"
         )
     if not _matches(path.name, DATA_GLOBS + JSON_GLOBS):
         raise DataError(

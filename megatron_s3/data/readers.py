@@ -74,15 +74,17 @@ def _checked(text: object, where: Callable[[], str], key: str) -> bytes:
         raise DataError(
             f"{where()}: the value of {key!r} is {kind}, not a string; repair or remove the record"
         )
-    if not text or text.isspace():
-        return b""
     try:
-        return text.encode()
+        return _encoded(text)
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where()}: character {error.start} of the text is half of a surrogate pair, "
             "which UTF-8 cannot hold; repair or remove the record"
         ) from error
+
+
+def _encoded(text: str) -> bytes:
+    return b"" if text.isspace() else text.encode()
 
 
 def _whole_file(path: str) -> bytes:
@@ -92,12 +94,12 @@ def _whole_file(path: str) -> bytes:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        text.decode()
+        # A mark of the encoding (U+FEFF) at the beginning is no text; nor is it in JSON lines.
+        return _encoded(text.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 at byte {error.start}; convert it, or leave it out with --glob"
         ) from error
-    return text if text.strip() else b""
 
 
 def _from_jsonl(shard: Shard) -> Iterator[bytes]:

@@ -232,6 +232,7 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
 
 
 BAD = {
+    "empty name": ([b"a", b"b"], "", ["--input ''", "does not exist"]),
     "nothing there": ([], "no-such-place", ["--input", "no-such-place", "does not exist"]),
     "not a text format": ([b"x"], "file0.csv", ["file0.csv", ".jsonl", "directory"]),
     "no key": ([b'{"text": "a"}\n{"body": "b"}\n'], "file0.jsonl",
@@ -277,6 +278,19 @@ def test_bad_input_gives_one_error_and_status_2(
         assert part in err
     assert not Path("out/set.json").exists()
     assert not Path("out").exists() or list(Path("out").iterdir()) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "out/", "out/.."])
+def test_a_prefix_without_a_name_is_refused(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell passes on a variable that is not set, or a folder."""
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
+    command = ["--input", "a.jsonl", "--tokenizer", "bytes", "--split", "1,1"]
+    assert main([*command, "--output-prefix", prefix]) == 2
+    assert f"--output-prefix {prefix!r}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("split", ["95", "95,0", "a,b", "95,5,1"])

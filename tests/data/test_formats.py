@@ -104,6 +104,22 @@ def test_documents_without_text_are_left_out_and_counted(
     assert made and made["blank_documents"] == 2
 
 
+def test_a_text_file_is_blank_as_a_record_is(tmp_path: Path) -> None:
+    """White space that only Unicode knows, and the mark that programs on Windows begin with."""
+    texts = ["\u3000\u00a0\u2028", "\x1c", "\ufeff", "\ufeff \n", "\ufeffone\r\n", "t\ufeffwo"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode())
+    found = data.source(str(tmp_path)).documents()
+    assert sorted(t.decode() for t in found) == ["one\r\n", "t\ufeffwo"]
+
+
+def test_an_empty_key_is_no_key_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "": "two"}\n')
+    assert list(data.source(str(path), "").documents()) == [b"two"]
+    assert data.source("openwebtext", "").json_key == ""
+
+
 def test_error_in_a_later_shard_names_the_line_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

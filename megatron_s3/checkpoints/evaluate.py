@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_s3.checkpoints import vocabulary
 from megatron_s3.checkpoints.accuracies import figure, table
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
 from megatron_s3.errors import MegatronS3Error
@@ -152,18 +153,18 @@ def _exported(folder: Path) -> Any:
 
 
 def _check_vocabulary(folder: Path, of: str | Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     try:
         rows = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
-        size = len(AutoTokenizer.from_pretrained(of, local_files_only=True))
+        size = vocabulary.rows(of)
     except Exception as error:
         raise EvaluationError(
             f"{folder}, tokenizer {of}: transformers cannot read them: {error}"
         ) from error
     if size > rows:
         raise EvaluationError(
-            f"{folder}: its vocabulary has {rows} rows, and the tokenizer {of} has {size} tokens; "
+            f"{folder}: its vocabulary has {rows} rows, and the tokenizer {of} needs {size}; "
             "give the folder of the model's tokenizer with --tokenizer FOLDER"
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_s3.checkpoints import gpt2
+from megatron_s3.checkpoints import gpt2, vocabulary
 from megatron_s3.checkpoints.errors import Mismatch
 from megatron_s3.errors import MegatronS3Error
 from megatron_s3.log import say_here
@@ -70,7 +70,7 @@ def export(
         iteration: the iteration to export; the last one saved if None.
         widen: whether to write float32, whatever the dtype of the checkpoint's weights.
         tokenizer: the folder of a tokenizer to copy; that of the run if None and it is a folder.
-        vocab_size: rows of the vocabulary to keep; the tokenizer's number of tokens if None.
+        vocab_size: rows of the vocabulary to keep; those of the tokenizer's tokens if None.
 
     Returns:
         The content of ``export.json``: where the model is from, and how far its logits differ.
@@ -80,7 +80,7 @@ def export(
         Mismatch: the logits differ by more than rounding explains; the output is removed.
     """
     output = Path(output)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists: choose another folder, or remove it")
     if not output.absolute().parent.is_dir():
         raise ExportError(f"{output.parent}: no such folder; make it first")
@@ -162,15 +162,13 @@ def _tokenizer_folder(args: argparse.Namespace, given: str | Path | None) -> Pat
 def _vocab_size(args: argparse.Namespace, folder: Path | None, given: int | None) -> int:
     padded: int = args.padded_vocab_size
     if given is None and folder is not None:
-        from transformers import AutoTokenizer
-
         try:
-            given = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+            given = vocabulary.rows(folder)
         except Exception as error:
             raise ExportError(
                 f"{folder}: transformers cannot read a tokenizer from it: {error}"
             ) from error
-        source = f"the tokenizer {folder} has {given} tokens"
+        source = f"the tokenizer {folder} numbers its tokens up to {given - 1}"
     else:
         source = f"--vocab-size {given}"
     if given is None:
@@ -288,7 +286,7 @@ def main(argv: list[str]) -> int:
         "--vocab-size",
         type=int,
         metavar="N",
-        help="rows of the vocabulary without padding (default: the tokenizer's number of tokens)",
+        help="rows of the vocabulary without padding (default: those of the tokenizer's tokens)",
     )
     args = parser.parse_args(argv)
     try:

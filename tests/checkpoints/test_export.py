@@ -202,6 +202,9 @@ def test_the_output_is_never_overwritten(
 ) -> None:
     assert export.main(["checkpoint", str(tmp_path)]) == 2
     assert "exists: choose another folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to("nowhere")
+    assert export.main(["checkpoint", str(tmp_path / "link")]) == 2
+    assert "exists: choose another folder" in capsys.readouterr().err
     assert export.main(["checkpoint", str(tmp_path / "a" / "b")]) == 2
     assert "no such folder; make it first" in capsys.readouterr().err
 
@@ -229,6 +232,21 @@ def test_rows_of_the_vocabulary_are_never_guessed() -> None:
     with pytest.raises(export.ExportError, match=r"--vocab-size 17, but the model .* with 16"):
         export._vocab_size(named, None, 17)
     assert export._vocab_size(named, None, 11) == 11
+
+
+def test_a_tokenizer_that_leaves_out_numbers_keeps_its_last_row(tmp_path: Path) -> None:
+    """Its tokens are fewer than the rows that they name."""
+    pytest.importorskip("transformers")
+    file = _tokenizer(tmp_path) / "tokenizer.json"
+    found = json.loads(file.read_text())
+    last = max(found["model"]["vocab"], key=found["model"]["vocab"].get)
+    found["model"]["vocab"][last] = 230
+    file.write_text(json.dumps(found))
+    named = arguments(padded_vocab_size=256)
+    assert export._vocab_size(named, tmp_path, None) == 231
+    named.padded_vocab_size = 230
+    with pytest.raises(export.ExportError, match=r"up to 230, but the model was .* with 230 rows"):
+        export._vocab_size(named, tmp_path, None)
 
 
 def _tokenizer(folder: Path) -> Path:

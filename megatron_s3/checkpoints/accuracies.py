@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.checkpoints.tasks import TASKS
+from megatron_s3.report.panels import spell_out
 from megatron_s3.report.styles import styles
 
 if TYPE_CHECKING:
@@ -94,4 +95,5 @@ def figure(models: Mapping[str, Results]) -> "Figure":
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     drawn.legend(loc="outside upper center", ncols=5, frameon=False)
+    spell_out(drawn)
     return drawn

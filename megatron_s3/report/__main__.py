@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "adds the MFU to the table of speed",
     )
     args = parser.parse_args(argv)
-    if args.peak_tflops is not None and args.peak_tflops <= 0:
-        parser.error(f"--peak-tflops {args.peak_tflops:g} must be greater than 0")
+    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
+        parser.error(f"--peak-tflops {args.peak_tflops:g} must be greater than 0, and finite")
     try:
         refuse_unwritable(args.output, "--output")
         suites = load(args.runs)
@@ -133,8 +133,8 @@ def _json(suites: Sequence[Suite]) -> str:
                     "iterations": run.iterations, "reached": run.reached,
                     "loss": [[i, runlog.finite(round(v, 6))] for i, v in run.loss],
                     "valid": [[i, runlog.finite(round(v, 7))] for i, v in run.valid],
-                    **({"test": runlog.finite(round(run.reported, 7))}
-                       if run.reported != run.final else {}),
+                    **({} if math.isnan(run.test)
+                       else {"test": runlog.finite(round(run.test, 7))}),
                     "max_abs_update": runlog.finite(
                         max((v for _, v in run.update("max_abs")), default=None)
                     ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_s3.report.runs import Suite, Trained
 
 __all__ = ["Table", "about", "adamw_label", "aligned", "best_rate", "difference", "final"]
-__all__ += ["finalists", "gaps", "labels", "mean"]
+__all__ += ["finalists", "gaps", "labels", "losses", "mean", "tested"]
 
 NOTHING = "-"
 #: The optimizers with which others are compared, by the names of --optimizer: AdamW, the plugin's
@@ -104,25 +104,28 @@ def final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | Non
             if (label := _label(among, optimizer)) is not None:
                 against[f"loss minus that of {label}"] = finalists(among, label)
                 break
+    finished = [run for run in runs if run.finished]
+    compared = [*finished, *(run for others in against.values() for run in others)]
+    by_test = tested(compared)
     rows = []
     for label in labels(runs):
         final = finalists(runs, label)
         if not final:
             continue
-        losses = [run.reported for run in final]
+        ends = losses(final, by_test)
         largest = [v for run in final for _, v in run.update("max_abs")]
         row = {
             "run": label,
             "learning rate": NOTHING if math.isnan(final[0].lr) else f"{final[0].lr:g}",
             "learning rates tried": _between(sorted({r.lr for r in runs if r.label == label})),
-            "loss": f"{statistics.fmean(losses):.4f}",
-            "s.d.": _spread(losses),
-            **{head: difference(final, others) for head, others in against.items()},
+            "loss": f"{statistics.fmean(ends):.4f}",
+            "s.d.": _spread(ends),
+            **{head: difference(final, others, by_test) for head, others in against.items()},
             "largest |u|": f"{max(largest):.3f}" if largest else NOTHING,
             "bound of |u|": NOTHING if final[0].bound is None else f"{final[0].bound:.4g}",
             "seeds": str(len(final)),
         }
-        rows.append((statistics.fmean(losses), row))
+        rows.append((statistics.fmean(ends), row))
     if not rows:
         return None
     cells = [row for _, row in sorted(rows, key=lambda row: row[0])]
@@ -133,11 +136,11 @@ def final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | Non
         several = any(row["seeds"] != "1" for row in cells)
         spread = ", with their mean and standard deviation (s.d.)" if several else ""
         notes.append(f"Differences are taken seed by seed{spread}.")
-    finished = [run for run in runs if run.finished]
-    tested = any(run.reported != run.final for run in finished)
+    if not by_test and any(tested([run]) for run in compared):
+        notes.append("Some runs have no test loss, so validation losses are compared.")
     if "learning rates tried" in heads:
         same = "the same validation data"
-        data = "validation data that are not the test data" if tested else same
+        data = "validation data that are not the test data" if by_test else same
         notes.append(
             "The learning rate of each row is the best of those that were tried; it was chosen on "
             f"{data}."
@@ -146,7 +149,7 @@ def final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | Non
         notes.append("|u| is the absolute value of an update divided by the learning rate.")
     lengths = {run.iterations for run in finished}
     upto = "up to " if len(lengths) > 1 else ""
-    kind = "test" if tested else "validation"
+    kind = "test" if by_test else "validation"
     return Table(
         f"{about(suite, experiment)}final {kind} loss after {upto}{max(lengths):,} iterations",
         heads,
@@ -166,15 +169,37 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.stdev(values):.4f}" if len(values) > 1 and finite else NOTHING
 
 
-def gaps(runs: Iterable[Trained], others: Iterable[Trained]) -> list[float]:
-    """Returns the final losses of runs minus those of others with the same seeds."""
-    by_seed = {run.seed: run.reported for run in others}
-    return [run.reported - by_seed[run.seed] for run in runs if run.seed in by_seed]
+def tested(runs: Iterable[Trained]) -> bool:
+    """Returns whether all runs have a test loss, by which they are then compared."""
+    return not any(math.isnan(run.test) for run in runs)
 
 
-def difference(runs: Sequence[Trained], others: Sequence[Trained]) -> str:
-    """Returns the mean and the standard deviation of differences of final losses, seed by seed."""
-    found = gaps(runs, others)
+def losses(runs: Iterable[Trained], by_test: bool) -> list[float]:
+    """Returns the final losses of runs on the test text, or on the validation text."""
+    return [run.test if by_test else run.final for run in runs]
+
+
+def gaps(
+    runs: Sequence[Trained], others: Sequence[Trained], by_test: bool | None = None
+) -> list[float]:
+    """Returns the final losses of runs minus those of others with the same seeds.
+
+    Args:
+        runs: finished runs.
+        others: finished runs.
+        by_test: whether their test losses are compared; None for whether all have one.
+    """
+    by_test = tested([*runs, *others]) if by_test is None else by_test
+    by_seed = dict(zip((run.seed for run in others), losses(others, by_test), strict=True))
+    ends = zip(runs, losses(runs, by_test), strict=True)
+    return [loss - by_seed[run.seed] for run, loss in ends if run.seed in by_seed]
+
+
+def difference(
+    runs: Sequence[Trained], others: Sequence[Trained], by_test: bool | None = None
+) -> str:
+    """Returns the mean and the standard deviation of :func:`gaps`."""
+    found = gaps(runs, others, by_test)
     return NOTHING if not found or list(runs) == list(others) else mean(found, 3)
 
 

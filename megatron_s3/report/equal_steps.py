@@ -5,7 +5,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from megatron_s3.report.compare import NOTHING, Table, adamw_label, finalists, labels
+from megatron_s3.report.compare import (
+    NOTHING,
+    Table,
+    adamw_label,
+    finalists,
+    labels,
+    losses,
+    tested,
+)
 from megatron_s3.report.runs import Suite, Trained
 
 __all__ = ["tables"]
@@ -33,11 +41,12 @@ def _table(title: str, parts: Sequence[Sequence[Trained]]) -> Table | None:
         title: beginning of its title.
         parts: the runs; best learning rates are chosen within one part and length.
     """
+    by_test = tested(run for runs in parts for run in runs if run.finished)
     ends: dict[str, dict[int, float]] = {}
     for runs in parts:
         for label, length in itertools.product(labels(runs), {run.iterations for run in runs}):
             if final := finalists([run for run in runs if run.iterations == length], label):
-                mean = statistics.fmean(run.reported for run in final)
+                mean = statistics.fmean(losses(final, by_test))
                 ends.setdefault(label, {})[length] = mean
     reference = adamw_label(run for runs in parts for run in runs if run.label in ends)
     lengths = sorted({n for label in ends.values() for n in label})

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["DARK", "FAINT", "OTHER", "Picture", "colour_of", "colour_unlike", "draw_band"]
-__all__ += ["draw_legend", "draw_line", "extent", "subplots"]
+__all__ += ["draw_legend", "draw_line", "extent", "spell_out", "subplots"]
 
 DARK, OTHER, FAINT = "#222222", "#888888", "#BBBBBB"
 
@@ -37,6 +37,16 @@ class Picture:
         if x:
             figure.supxlabel(x, fontsize=9)
             figure.supylabel(y, fontsize=9)
+        spell_out(figure)
+
+
+def spell_out(figure: "Figure") -> None:
+    """Lets dollar signs in the names of runs and models stand for themselves, and not for math."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and "$" in text.get_text():  # marks at an axis come later
+            text.set_parse_math(False)
 
 
 def subplots(

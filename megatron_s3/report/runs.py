@@ -16,6 +16,15 @@ from megatron_s3.telemetry import runlog
 
 __all__ = ["RunError", "Suite", "Trained", "load", "written"]
 
+#: The numbers that a record of each kind holds; the first is whole.
+_NUMBERS = {
+    "start": ("iteration", "train_iters"),
+    "train": ("iteration", "loss"),
+    "valid": ("iteration", "loss"),
+    "test": ("iteration", "loss"),
+    "spike": ("onset", "height"),
+}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -113,15 +122,15 @@ class Trained:
         return loss if math.isfinite(loss) else math.inf
 
     @property
-    def reported(self) -> float:
-        """The final loss of the test text, or that of the validation text without a test."""
+    def test(self) -> float:
+        """The final loss of the test text as :attr:`final`; NaN without a test."""
         tested = [
             float(r["loss"])
             for r in self.records
             if r["kind"] == "test" and r["iteration"] >= self.iterations
         ]
         if not (self.finished and tested):
-            return self.final
+            return math.nan
         return tested[-1] if math.isfinite(tested[-1]) else math.inf
 
 
@@ -279,18 +288,33 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             if line.startswith('{"') and not line.endswith("}"):
                 cut.append(f"{path}, line {number}: cut off; the report leaves this record out")
                 continue
-        if not isinstance(record, dict):
+        if not _is_record(record):
             raise RunError(
                 f"{path}, line {number}: damaged: not a record of a run; remove the line"
             )
-        if "kind" in record:
-            parsed.append(record)
+        parsed.append(record)
     records = runlog.resumed(parsed)
     if not records or records[0]["kind"] != "start":
         raise RunError(
             f"{path}: the log has no start record; wait until the run has begun to train"
         )
     return records, cut
+
+
+def _is_record(value: Any) -> bool:
+    """Returns whether a line's value has the fields by which a record is read."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _NUMBERS:
+        return isinstance(kind, str)
+    whole, other = _NUMBERS[kind]
+    try:
+        if value[other] is not None or kind not in ("start", "train"):
+            float(value[other])
+        if kind == "train" and (updates := value.get("updates")):
+            float(updates["all"]["mean_abs"]), float(updates["all"]["max_abs"])
+        return isinstance(value[whole], int) and (kind != "start" or "optimizer" in value)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _is_experiment(folder: Path) -> bool:
@@ -337,17 +361,22 @@ def _told_apart(runs: Sequence[Trained]) -> list[Trained]:
     The learning rate is not named, nor a weight decay that changes with it. Finished runs that
     differ in nothing are named by their folders, because they are not two seeds.
     """
-    named = []
+
+    def place(run: Trained, name: str) -> tuple[object, ...]:
+        return (run.label, name, *([run.lr] if name == "weight_decay" else []))
+
+    names = {name for run in runs for name in _settings(run)}
+    found: dict[tuple[object, ...], list[object]] = {}
     for run in runs:
         own = _settings(run)
-        words = [run.label]
-        for name, value in own.items():
-            others = (r for r in runs if r.label == run.label)
-            if name == "weight_decay":
-                others = (r for r in others if r.lr == run.lr)
-            if any(_settings(other).get(name) != value for other in others):
-                words.append(f"{name} {value}")
-        named.append(replace(run, label=", ".join(words)))
+        for name in names:
+            values = found.setdefault(place(run, name), [])
+            if own.get(name) not in values:
+                values.append(own.get(name))
+    named = []
+    for run in runs:
+        words = [f"{n} {v}" for n, v in _settings(run).items() if len(found[place(run, n)]) > 1]
+        named.append(replace(run, label=", ".join([run.label, *words])))
 
     def key(run: Trained) -> tuple[object, ...]:
         return run.label, run.lr, run.seed, run.iterations

@@ -12,6 +12,8 @@ from megatron_s3.report.compare import (
     finalists,
     gaps,
     labels,
+    losses,
+    tested,
 )
 from megatron_s3.report.runs import Suite, Trained
 
@@ -70,6 +72,7 @@ def tables(suites: Sequence[Suite]) -> list[Table]:
 
 def _table(suite: Suite, experiment: str, of: dict[str, list[Trained]]) -> Table:
     every = [run for runs in of.values() for run in runs if run.finished]
+    by_test = tested(every)
     trained = {run.label for runs in of.values() for run in runs if "setting" in run.tags}
     against = adamw_label(every)
     others = [label for label in labels(every) if label != against and label in trained]
@@ -79,10 +82,10 @@ def _table(suite: Suite, experiment: str, of: dict[str, list[Trained]]) -> Table
         base = finalists(runs, against) if against else []
         for label in ([against] if against else []) + others:
             final = finalists(runs, label)
-            losses = [run.reported for run in final]
-            row += [f"{statistics.fmean(losses):.4f}", f"{final[0].lr:g}"] if final else ["-", "-"]
+            ends = losses(final, by_test)
+            row += [f"{statistics.fmean(ends):.4f}", f"{final[0].lr:g}"] if final else ["-", "-"]
             if against and label != against:
-                row += [difference(final, base), str(len(gaps(final, base)))]
+                row += [difference(final, base, by_test), str(len(gaps(final, base)))]
         rows.append(row)
     heads = [experiment, *([against, "its learning rate"] if against else [])]
     for label in others:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s3.report import __main__ as verb
+from megatron_s3.report import runs as runs_module
 from megatron_s3.report.runs import RunError, load
 from megatron_s3.report.tables import tables as every_table
 from megatron_s3.version import __version__
@@ -159,7 +160,52 @@ def test_a_run_that_goes_on_for_longer_is_that_of_its_last_launch(tmp_path) -> N
         path.write_text(log.read_text() + "".join(f"{json.dumps(line)}\n" for line in more))
         (run,) = load([path.parent])[0].runs
         assert (run.iterations, run.reached, run.finished) == (200, end, finished)
-        assert run.reported == 1.0 or not finished
+        assert run.final == 1.0 or not finished
+        assert math.isnan(run.test)
+
+
+def test_a_validation_loss_is_not_compared_with_a_test_loss(tmp_path) -> None:
+    """One run was tested at its end, and one was killed before."""
+    write(tmp_path / "s3", "S3", 0.1, 1, 2.0, test=1.5)
+    log = write(tmp_path / "adamw", "AdamW", 0.1, 1, 2.1) / "metrics.jsonl"
+    table = named(every_table(load([tmp_path])), "final validation loss")
+    assert row(table, "S3")["loss"] == "2.0000"
+    assert row(table, "S3")["loss minus that of AdamW"] == "-0.100"
+    assert "Some runs have no test loss, so validation losses are compared." in table.note
+    with log.open("a") as file:
+        file.write('{"kind": "test", "iteration": 100, "loss": 1.7}\n')
+    table = named(every_table(load([tmp_path])), "final test loss")
+    assert row(table, "S3")["loss minus that of AdamW"] == "-0.200"
+    assert "no test loss" not in table.note
+    write(tmp_path / "longer", "S3", 0.1, 1, 1.9, 200)
+    equal = named(every_table(load([tmp_path])), "the steps of AdamW")
+    assert row(equal, "S3")["100 iterations"].startswith("2.0000")
+
+
+def test_many_runs_are_told_apart_in_no_time(tmp_path, monkeypatch) -> None:
+    """An array of runs: what a run differs in is found without comparing each with each."""
+    for k in range(100):
+        write(tmp_path / str(k), "S3", 0.1, k, 2.0, beta=0.9 if k % 2 else 0.95)
+    calls = []
+    settings = runs_module._settings
+    monkeypatch.setattr(runs_module, "_settings", lambda run: calls.append(run) or settings(run))
+    (found,) = load([tmp_path])
+    assert {run.label for run in found.runs} == {"S3, beta 0.9", "S3, beta 0.95"}
+    assert len(calls) <= 300
+
+
+def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path) -> None:
+    for k, name in enumerate(("$lr_$seed", "x$^$")):
+        write(tmp_path / name, "S3", 0.1, 1, 2.0 + k)
+    out = ["--output", str(tmp_path / "report")]
+    assert verb.main([str(tmp_path / "$lr_$seed"), str(tmp_path / "x$^$"), *out]) == 0
+
+
+@pytest.mark.parametrize("peak", ["0", "nan", "inf"])
+def test_a_peak_that_is_no_speed_is_refused(peak: str, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        verb.main([str(tmp_path), "--peak-tflops", peak])
+    assert f"--peak-tflops {peak} must be greater than 0" in capsys.readouterr().err
 
 
 def test_speed_and_mfu(tmp_path) -> None:
@@ -360,6 +406,13 @@ def test_a_damaged_log_is_named_and_a_cut_line_is_said(tmp_path, capsys) -> None
         (good.replace(b'"train"', b'"tr\xffin"', 1), "not UTF-8 at byte"),
         (good.replace(b'{"kind": "train", "iteration": 30', b"\0" * 40, 1), "line 4: damaged"),
         (good + b"[1, 2]\n", "damaged: not a record"),
+        (good.replace(b'"kind": "train"', b'"kjnd": "train"', 1), "line 2: damaged"),
+        (good.replace(b'"train_iters"', b'"train_ite2s"', 1), "line 1: damaged"),
+        (good.replace(b'"iteration": 10,', b'"iteration": "10",', 1), "line 2: damaged"),
+        (good.replace(b'"iteration": 20', b'"iterat\\u0000n": 20', 1), "line 3: damaged"),
+        (good.replace(b'"max_abs"', b'"max_bbs"', 1), "line 2: damaged"),
+        (good + b'{"kind": "valid", "iteration": 100, "loss": null}\n', "line 14: damaged"),
+        (good + b'{"kind": "spike", "onset": 30}\n', "line 14: damaged"),
     ):
         log.write_bytes(damage)
         assert verb.main([str(tmp_path / "run"), *out]) == 2

@@ -49,6 +49,11 @@ def row_groups(path: str, column: str, target: int) -> Iterator[tuple[int, int, 
             f"{path}: no column {column!r} (it has {', '.join(map(repr, names))}); "
             "name the column of the text with --json-key"
         )
+    if names.count(column) > 1:
+        raise DataError(
+            f"{path}: {names.count(column)} columns are named {column!r}; rename them, or name "
+            "another one with --json-key"
+        )
     kind = str(file.schema_arrow.field(column).type)
     if kind not in ("string", "large_string", "string_view"):
         raise DataError(
@@ -252,7 +257,7 @@ def _from_parquet(shard: Shard) -> Iterator[bytes]:
         for batch in file.iter_batches(
             1024, row_groups=list(range(shard.start, shard.stop)), columns=[shard.key]
         ):
-            for text in batch.column(0):
+            for text in batch.column(shard.key):  # "a.b" may also name a field b of a column a
                 row += 1
                 try:
                     plain = text.as_py()

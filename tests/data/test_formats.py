@@ -152,6 +152,18 @@ def test_parquet_without_the_column_is_refused_before_work(tmp_path: Path) -> No
         list(data.source(str(tmp_path)).documents())
 
 
+def test_the_column_is_the_one_that_has_the_name(tmp_path: Path) -> None:
+    """And not a field of another column, whose path is spelled alike; two are an error."""
+    arrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    arrow.parquet.write_table(arrow.table({"m": [{"text": "no"}], "m.text": ["yes"]}), path)
+    assert list(data.source(str(path), "m.text").documents()) == [b"yes"]
+    twice = [arrow.array(["a"]), arrow.array(["b"])]
+    arrow.parquet.write_table(arrow.Table.from_arrays(twice, ["text", "text"]), path)
+    with pytest.raises(data.DataError, match=r"a\.parquet: 2 columns are named 'text'"):
+        data.source(str(path)).shards()
+
+
 def test_options_that_do_not_go_with_the_input_are_refused(tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match="--revision main: "):
         data.source(str(tmp_path), revision="main")

@@ -93,29 +93,29 @@ class SpikeDetector:
         """
         step = 1 if self._last is None else iteration - self._last
         self._last = iteration
-        usable = math.isfinite(loss) and loss > 0
+        finite = math.isfinite(loss)
+        log_loss = math.log(loss) if finite and loss > 0 else -math.inf
         if len(self._accepted) < self.minimum and self.open is None:
-            if usable:
-                self._accept(iteration, math.log(loss))
+            self._accept(iteration, log_loss)
             return None
         if self._fit is None:
             self._fit = self._line()
         slope, level, sigma, recent = self._fit
         # After a steep beginning flattens, the line continues below the losses.
         expected = max(level + slope * iteration, recent)
-        height = loss - math.exp(expected) if usable else math.inf
-        deviations = (math.log(loss) - expected) / sigma if usable else math.inf
+        height = loss - math.exp(expected) if finite else math.inf
+        deviations = (log_loss - expected) / sigma if finite else math.inf
         if self.open is None:
             if deviations > self.enter and height > self.floor:
                 self.open = Spike(iteration, iteration, None, height, 0.0)
                 self._in_spike = 1
                 self._grow(iteration, height, step)
             else:
-                self._accept(iteration, math.log(loss))
+                self._accept(iteration, log_loss)
             return None
         if deviations < self.leave or height < self.floor / 2:
             spike = self._close(True)
-            self._accept(iteration, math.log(loss))
+            self._accept(iteration, log_loss)
             return spike
         self._grow(iteration, height, step)
         self._in_spike += 1
@@ -141,8 +141,9 @@ class SpikeDetector:
         return spike
 
     def _accept(self, iteration: int, log_loss: float) -> None:
-        self._accepted.append((iteration, log_loss))
-        self._fit = None
+        if math.isfinite(log_loss):  # a loss of 0, where a batch has no targets, is on no line
+            self._accepted.append((iteration, log_loss))
+            self._fit = None
 
     def _line(self) -> tuple[float, float, float, float]:
         """Returns slope, level and deviation of the trend, and the median of the last losses."""

@@ -70,6 +70,18 @@ def test_what_is_not_finite_is_a_spike_under_way() -> None:
     assert not feed([math.nan] * 10).spikes  # nothing is known yet
 
 
+def test_a_loss_of_zero_is_no_spike() -> None:
+    """As of a batch without targets; its logarithm is on no line, and it ends a spike."""
+    losses = decaying(300)
+    losses[5], losses[200], losses[202] = 0.0, 0.0, -1.0
+    detector = feed(losses)
+    assert not detector.spikes and detector.open is None
+    losses[250] += 1.5
+    losses[251] = 0.0
+    (spike,) = feed(losses).spikes
+    assert (spike.onset, spike.end) == (251, 251)
+
+
 def test_a_new_level_is_learned() -> None:
     losses = [*decaying(300), *(x + 1 for x in decaying(400, seed=1)[-300:])]
     detector = feed(losses, patience=100)

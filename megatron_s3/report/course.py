@@ -63,9 +63,10 @@ def speed(suite: Suite, peak_tflops: float | None) -> Table:
     rows = []
     for (named, ranks, tokens), own in alike.items():
         seconds = statistics.median(run.seconds for run in own)
+        rate = 1 / statistics.median(run.pace for run in own)
         flops = own[0].start.get("flops")
-        each = None if flops is None else flops / seconds / ranks / 1e12
-        row = [named, f"{1e3 * seconds:,.1f}", f"{tokens / seconds:,.0f}", str(ranks)]
+        each = None if flops is None else flops / tokens * rate / ranks / 1e12
+        row = [named, f"{1e3 * seconds:,.1f}", f"{rate:,.0f}", str(ranks)]
         row.append(NOTHING if each is None else f"{each:.3g}")
         if peak_tflops is not None:
             row.append(NOTHING if each is None else f"{100 * each / peak_tflops:.1f}")

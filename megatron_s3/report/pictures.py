@@ -120,9 +120,9 @@ def _curves(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture |
 
 def _iteration(runs: Sequence[Trained]) -> str:
     """Returns the name of the axis of iterations, with their tokens if all runs have as many."""
-    sizes = {(run.start.get("global_batch_size"), run.start.get("seq_length")) for run in runs}
-    batch, length = sizes.pop() if len(sizes) == 1 else (None, None)
-    return f"iteration of {batch * length:,} tokens" if batch and length else "iteration"
+    sizes = {tokens for run in runs for tokens, _ in run.intervals}
+    tokens = sizes.pop() if len(sizes) == 1 else math.nan
+    return "iteration" if math.isnan(tokens) else f"iteration of {tokens:,.0f} tokens"
 
 
 def _updates(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Picture | None:

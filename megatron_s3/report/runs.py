@@ -82,10 +82,35 @@ class Trained:
         ]
 
     @cached_property
+    def intervals(self) -> list[tuple[float, float]]:
+        """The tokens and seconds of an iteration, of each logged interval; NaN if unknown."""
+        found: list[tuple[float, float]] = []
+        before: Mapping[str, Any] = {}
+        usual = math.nan
+        for record in self.records:
+            if record["kind"] == "start":
+                sizes = (record.get("global_batch_size"), record.get("seq_length"))
+                before, usual = {}, math.prod(size or math.nan for size in sizes)
+            elif record["kind"] == "train":
+                # A schedule may change the batch.
+                iterations = record["iteration"] - before.get("iteration", math.inf)
+                more = record.get("tokens", 0) - before.get("tokens", 0)
+                tokens = more / iterations if iterations > 0 and more > 0 else usual
+                found.append((tokens, record.get("seconds") or math.nan))
+                before = record
+        return found
+
+    @cached_property
     def seconds(self) -> float:
         """The median seconds per iteration of the logged intervals; NaN before the second one."""
-        timed = [r["seconds"] for r in self.records if r["kind"] == "train" and r.get("seconds")]
+        timed = [seconds for _, seconds in self.intervals if not math.isnan(seconds)]
         return statistics.median(timed) if timed else math.nan
+
+    @property
+    def pace(self) -> float:
+        """The median seconds per token of the logged intervals; NaN before the second one."""
+        paces = [s / tokens for tokens, s in self.intervals if not math.isnan(s / tokens)]
+        return statistics.median(paces) if paces else math.nan
 
     @property
     def spikes(self) -> list[Mapping[str, Any]]:
@@ -390,5 +415,6 @@ def _told_apart(runs: Sequence[Trained]) -> list[Trained]:
 
 def _settings(run: Trained) -> dict[str, Any]:
     """Returns the settings of a run that its log tells, without the learning rate."""
-    sizes = {name: run.start.get(name) for name in ("global_batch_size", "seq_length")}
-    return {k: v for k, v in run.start.get("hyperparameters", {}).items() if k != "lr"} | sizes
+    more = {name: run.start.get(name) for name in ("global_batch_size", "seq_length")}
+    more["overrides"] = ", ".join(map(repr, run.start.get("overrides") or ())) or None
+    return {k: v for k, v in run.start.get("hyperparameters", {}).items() if k != "lr"} | more

@@ -224,6 +224,24 @@ def test_speed_and_mfu(tmp_path) -> None:
     assert not any("speed" in t.title for t in every_table(load([suite(tmp_path / "a")])))
 
 
+def test_the_speed_of_a_run_whose_batch_grows(tmp_path) -> None:
+    """8 samples at first, and 16 from iteration 21 on, in twice the time."""
+    folder = write(tmp_path / "run", "S3", 0.1, 1, 2.0)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[0] |= {"flops": 4e12, "world_size": 1}
+    tokens = 0
+    for k, line in enumerate(r for r in lines if r["kind"] == "train"):
+        tokens += 10 * 4 * (8 if k < 2 else 16)
+        line |= {"tokens": tokens, "seconds": None if k == 0 else (0.5 if k < 2 else 1.0)}
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = load([folder])
+    table = row(named(every_table(runs), "speed"), "S3")
+    assert (table["ms per iteration"], table["tokens per second"]) == ("1,000.0", "64")
+    assert table["TFLOP/s per rank"] == "8"
+    curves = next(picture for picture in pictures(runs) if picture.name.endswith("loss"))
+    assert curves.figure.get_supxlabel() == "iteration"
+
+
 def test_runs_of_other_batches_and_ranks_have_speeds_of_their_own(tmp_path) -> None:
     for k, (samples, ranks, setting) in enumerate([(8, 1, "8"), (64, 1, "64"), (64, 2, "64")]):
         more = {"tags": {"setting": setting}, "experiment": "batch size"}
@@ -326,6 +344,17 @@ def test_runs_of_a_launch_are_told_apart_by_what_differs(tmp_path) -> None:
     assert [run.label for run in found.runs] == ["S3, beta 0.9", "S3, beta 0.95", "S3, beta 0.95"]
     assert [run.finished for run in found.runs] == [True, True, False]
     assert "40 of 100" in str(named(every_table([found]), "not finished"))
+
+
+def test_runs_with_rules_of_their_own_are_no_seeds_of_the_others(tmp_path) -> None:
+    """--plugin-overrides, which the first record holds."""
+    for seed, rules in ((1, []), (2, ["*bias: lr=0.1"]), (3, None)):
+        log = write(tmp_path / str(seed), "S3", 0.1, seed, 1.0 + seed) / "metrics.jsonl"
+        first, rest = log.read_text().split("\n", 1)
+        log.write_text(json.dumps(json.loads(first) | {"overrides": rules}) + "\n" + rest)
+    table = named(every_table(load([tmp_path])), "final validation loss")
+    assert row(table, "S3, overrides None")["loss"] == "3.0000"
+    assert row(table, "S3, overrides '*bias: lr=0.1'")["loss"] == "3.0000"
 
 
 @pytest.mark.filterwarnings("error")  # such as that of a legend without labels

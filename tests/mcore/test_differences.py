@@ -43,6 +43,28 @@ def test_each_rate_that_differs_is_refused_or_said(name):
 
 
 @on_ranks()
+@pytest.mark.parametrize("style", ["constant", "linear"])
+def test_the_arguments_are_the_rates_that_are_used(style):
+    """A run that takes the checkpoint's logs and saves them, and the next one compares them."""
+    from megatron_s3.mcore.checkpoint.differences import compare_rates, in_force
+
+    other = dict.fromkeys(RATES, 0.5) | {"decoupled_lr": None, "weight_decay_incr_style": style}
+    now = Namespace(**other, use_checkpoint_opt_param_scheduler=True)
+    saved = RATES | {"weight_decay_incr_style": style}
+    if style == "constant":  # the ends are the weight decay, by Megatron's validation
+        saved |= {"start_weight_decay": 0.1, "end_weight_decay": 0.1}
+    compare_rates("there", now, Namespace(**saved))
+    assert {name: getattr(now, name) for name in RATES} == saved | {"decoupled_lr": None}
+
+    used = {"max_lr": 0.7, "min_lr": 0.6, "start_wd": 0.5, "end_wd": 0.4, "num_steps": 3}
+    rates = vars(in_force(Namespace(**saved), used))
+    names = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay")
+    decay = 0.5 if style == "constant" else 0.1
+    assert [rates[name] for name in names] == [0.7, 0.6, decay, 0.5, 0.4]
+    assert vars(in_force(Namespace(**saved), None)) == saved
+
+
+@on_ranks()
 def test_ends_of_a_decay_that_stays_are_not_compared():
     """Megatron sets them to the weight decay where it does not change."""
     from megatron_s3.mcore.checkpoint.differences import compare_rates

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_s3.telemetry.runlog import read
 from tests.harness.trainer import ITERATIONS, Run, assert_bitwise_equal, brief, tensors, train
 
 pytestmark = pytest.mark.slow
@@ -170,3 +171,21 @@ def test_a_run_goes_on_with_another_rate_where_it_is_said_whose_counts(
         run = train(*flags, f"--{whose}-opt_param-scheduler")
         rates = {i: float(lr) for i, lr in run.column("learning rate").items()}
         assert rates == {3: rate, 4: rate}
+
+
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+def test_a_run_with_the_checkpoints_rates_is_resumed_with_these_rates(tmp_path, form) -> None:
+    """Its arguments name others; what it saves and logs names those that it used."""
+    flags = [*S3, *BF16, "--lr-decay-iters", "9", "--ckpt-format", form, "--save-interval", "2"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(*flags, "--save", first, "--exit-interval", "2")
+    used = train(
+        *(*flags, "--load", first, "--save", second, "--exit-interval", "4", "--lr", "1e-3"),
+        *("--use-checkpoint-opt_param-scheduler", "--plugin-metrics"),
+    )
+    assert float(used.column("learning rate")[3]) > 1e-3
+    (start, *_) = read(second)
+    assert start["hyperparameters"]["lr"] == 3e-3
+    refused = train(*flags, "--load", second, "--lr", "1e-3", check=False)
+    assert "was saved with --lr 0.003, and this run has --lr 0.001." in refused.error
+    assert train(*flags, "--load", second).loaded == 4

@@ -1,6 +1,7 @@
 """Differences between a checkpoint's run and this one: errors or log lines."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_s3.log import say_once
@@ -12,7 +13,16 @@ from megatron_s3.optimizers import OPTIMIZERS
 from megatron_s3.optimizers.description import FORMAT
 from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 
-__all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies"]
+__all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies", "in_force"]
+
+#: The rates of a schedule's state, by their names in Megatron's arguments.
+_OF_SCHEDULE = {
+    "lr": "max_lr",
+    "min_lr": "min_lr",
+    "weight_decay": "start_wd",
+    "start_weight_decay": "start_wd",
+    "end_weight_decay": "end_wd",
+}
 
 _ADVICE = "load the model's weights alone with --no-load-optim"
 
@@ -41,8 +51,29 @@ def compare_vocabularies(load_dir: str, args: Any, saved: Any) -> None:
         )
 
 
+def in_force(saved: Any, schedule: Mapping[str, Any] | None) -> Any:
+    """Returns the arguments of a checkpoint with the rates that its run used.
+
+    They are those of the schedule. Megatron saves the arguments as they were given, also where
+    ``--use-checkpoint-opt_param-scheduler`` has replaced their rates.
+
+    Args:
+        saved: the arguments in the checkpoint.
+        schedule: the state of the schedule in the checkpoint, or None.
+    """
+    names = dict(_OF_SCHEDULE)
+    if getattr(saved, "weight_decay_incr_style", "constant") != "constant":
+        del names["weight_decay"]
+    schedule = schedule or {}
+    used = {name: schedule[own] for name, own in names.items() if own in schedule}
+    return argparse.Namespace(**vars(saved) | used)
+
+
 def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
     """Compares learning rates and weight decays before loading; Megatron compares them after it.
+
+    With ``--use-checkpoint-opt_param-scheduler`` the arguments receive those of the checkpoint, so
+    that the run logs and saves the ones that it uses.
 
     Raises:
         ValueError: they differ, and no flag says which of them to use.
@@ -64,6 +95,9 @@ def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
         say_once(f"{load_dir} was saved with {then}; the run continues with {now}")
     elif getattr(args, "use_checkpoint_opt_param_scheduler", False):
         say_once(f"{load_dir} was saved with {then}; the run uses these values instead of {now}")
+        for name in (*names, *_OF_SCHEDULE):
+            if None not in (getattr(saved, name, None), getattr(args, name, None)):
+                setattr(args, name, getattr(saved, name))
     else:
         raise ValueError(
             f"{load_dir} was saved with {then}, and this run has {now}. Nothing was loaded. Use "

@@ -35,7 +35,8 @@ def load_base_checkpoint(
     saved, error = (state_dict or {}).get("args"), None
     if saved is not None and not release:
         try:
-            _compare(load_dir or "the checkpoint", args, saved)
+            used = differences.in_force(saved, state_dict.get("opt_param_scheduler"))
+            _compare(load_dir or "the checkpoint", args, used)
         except ValueError as caught:
             error = str(caught)
     raise_first(error)

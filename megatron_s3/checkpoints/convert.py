@@ -11,6 +11,7 @@ block by block.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -73,6 +74,10 @@ def convert(
         raise ConvertError(
             f"{found} is a release, from which Megatron loads the weights alone: it loads into any "
             "optimizer without a conversion"
+        )
+    if output.absolute().parent.resolve().is_relative_to(found.resolve()):
+        raise ConvertError(
+            f"{output} is in {found}, which is copied as a whole: choose a folder outside of it"
         )
     source = Source(found)
     say_here(f"reading {source.folder}")
@@ -283,7 +288,7 @@ def main(argv: list[str]) -> int:
         return 1 if isinstance(error, Mismatch) else 2
     except KeyboardInterrupt:
         return 130
-    with_load = "" if record["iteration"] is None else f"--load {args.output} "
+    with_load = "" if record["iteration"] is None else f"--load {shlex.quote(args.output)} "
     print(f"wrote {args.output}; resume with {with_load}{record['flags']}")
     return 0
 

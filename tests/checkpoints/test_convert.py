@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shlex
 import shutil
 import sys
 import threading
@@ -142,6 +143,14 @@ def test_rates_stamps_and_steps_are_the_targets(tmp_path: Path) -> None:
 
 def corrections(settings: transfer.Settings) -> list[float]:
     return [change.correction for change in settings.states.values()]
+
+
+def test_the_flags_to_resume_with_are_words_of_a_shell(tmp_path: Path, capsys) -> None:
+    given = write(tmp_path / "adamw", states(), common())
+    output = tmp_path / "it's S3"
+    assert convert.main([str(given), str(output), "--to", "s3"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("resume with ")[2])
+    assert words[:4] == ["--load", str(output), "--optimizer", "s3"]
 
 
 def test_every_rate_that_changes_is_said_with_its_flag(tmp_path: Path) -> None:
@@ -308,6 +317,14 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     output.mkdir()
     assert f"{output} exists" in error(given, output, "--to", "s3")
     output.rmdir()
+    iteration = given / "iter_0000100"
+    (tmp_path / "link").symlink_to(iteration)
+    library = shutil.copytree(iteration, tmp_path / "library")
+    for folder, inside in ((given, iteration), (iteration, tmp_path / "link"), (library, library)):
+        assert "which is copied as a whole" in error(folder, inside / "out", "--to", "s3")
+        assert {path.name for path in iteration.iterdir()} == {
+            path.name for path in library.iterdir()
+        }
     file = given / "iter_0000100/__0_0.distcp"
     content = file.read_bytes()
     file.write_bytes(content[:-100])

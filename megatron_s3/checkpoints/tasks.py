@@ -172,14 +172,16 @@ def _check(name: str, file: Path) -> None:
                 )
                 raise TaskError(f"{file}:{number}: {what}; {expected}")
             for key in task.keys:
-                fits = list if key == "endings" else str
-                if not isinstance(record[key], fits):
-                    kind = "a list of strings" if fits is list else "a string"
+                several = key == "endings"
+                texts = record[key] if several else [record[key]]
+                if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+                    kind = "a list of strings" if several else "a string"
                     raise TaskError(f"{file}:{number}: {key} is not {kind}; {expected}")
             if "endings" in record and len(record["endings"]) != task.choices:
                 raise TaskError(f"{file}:{number}: endings must have {task.choices} elements")
             value = record[label]
-            if isinstance(value, bool) or value not in values:
+            # 1.0 and true equal 1 in Python, and are no index of an answer.
+            if type(value) is not type(values[0]) or value not in values:
                 raise TaskError(
                     f"{file}:{number}: {label} is {json.dumps(value)}, not one of "
                     f"{', '.join(json.dumps(v) for v in values)}; {expected}"

@@ -145,6 +145,7 @@ FAULTS = {
     "a key": ('\n{"goal": "a", "label": 0}', "piqa.jsonl:2: has no sol1, sol2"),
     "no text": ('{"goal": "a", "sol1": 1, "sol2": "b", "label": 0}', "sol1 is not a string"),
     "label": ('{"goal": "a", "sol1": "a", "sol2": "b", "label": 2}', "label is 2, not one of 0, 1"),
+    "no index": ('{"goal": "a", "sol1": "a", "sol2": "b", "label": 1.0}', "label is 1.0, not one"),
     "empty": ("\n", "is empty"),
 }
 
@@ -160,6 +161,14 @@ def test_a_fault_in_local_data_is_said_with_its_line_and_the_keys(
     with pytest.raises(TaskError) as error:
         load(["piqa"], tmp_path)
     assert message in str(error.value) and "goal, sol1, sol2 and label (0, 1)" in str(error.value)
+
+
+def test_every_ending_is_a_string(tmp_path: Path) -> None:
+    endings = {"endings": ["a", "b", 3, "d"]}
+    lines = [json.dumps(RECORDS["hellaswag"][0] | more) for more in ({}, endings)]
+    (tmp_path / "hellaswag.jsonl").write_text("\n".join(lines))
+    with pytest.raises(TaskError, match=r"hellaswag\.jsonl:2: endings is not a list of strings"):
+        load(["hellaswag"], tmp_path)
 
 
 def test_unusable_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

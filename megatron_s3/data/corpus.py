@@ -44,8 +44,9 @@ def build(
 
     A dataset is reused if it was made from the same source with the same split and tokenizer, the
     input's files have the same sizes and modification times as then, and its own files have the
-    sizes with which they were written. The written files are identical, byte for byte, for any
-    number of `workers` and however often the work was stopped.
+    sizes with which they were written; a tokenizer that is not there is written again. The written
+    files are identical, byte for byte, for any number of `workers` and however often the work was
+    stopped.
 
     Args:
         src: The documents. They are read one at a time, never all at once.
@@ -96,6 +97,7 @@ def build(
             old = load(prefix)
             settings = {**wanted, "versions": _versions()}
             if old and all(old.get(k) == v for k, v in wanted.items()) and _whole(old, prefix):
+                _restore_tokenizer(made, prefix)
                 if plan(folder) in ({}, settings):  # killed while its parts were removed
                     shutil.rmtree(folder)
                 return old, True
@@ -205,14 +207,29 @@ def _refuse_to_replace(prefix: str, old: dict[str, Any] | None, wanted: dict[str
 
 def _whole(old: dict[str, Any], prefix: str) -> bool:
     try:
-        sizes = all(
+        return all(
             os.path.getsize(f"{prefix}_{side}.{ending}") == old[side][f"{ending}_size"]
             for side in SPLITS
             for ending in ("bin", "idx")
         )
     except OSError:
         return False
-    return sizes and (old["tokenizer"]["name"] == "bytes" or os.path.isdir(f"{prefix}_tokenizer"))
+
+
+def _restore_tokenizer(made: Tokenizer, prefix: str) -> None:
+    """Puts back the tokenizer of a dataset that is reused, if its files are lost or damaged."""
+    if not made.folder:
+        return
+    there = Path(f"{prefix}_tokenizer")
+    try:
+        content = (there / "tokenizer.json").read_bytes()
+        names = {path.name for path in there.iterdir()}
+    except OSError:
+        content, names = b"", set()
+    lost = {path.name for path in Path(made.folder).iterdir()} - names
+    if lost or hashlib.sha256(content).hexdigest() != made.sha256:
+        shutil.rmtree(there, ignore_errors=True)
+        os.replace(made.folder, there)
 
 
 def _merge(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,28 @@ def test_folder_of_a_tokenizer_is_copied_beside_the_dataset(dataset: str, tmp_pa
     made = tokenizers.prepare(str(own), str(tmp_path / "copy"))
     assert (made.vocab_size, made.eod) == (50257, END)
     assert not (tmp_path / "copy" / "weights.bin").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", None])
+def test_a_dataset_is_reused_with_the_tokenizer_that_it_had(
+    name: str | None, tmp_path: Path
+) -> None:
+    """A file of it is damaged or removed, or the folder is."""
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "a b"}\n{"text": "b"}\n')
+    prefix, given = str(tmp_path / "set"), saved(tmp_path / "own", "plain")
+    data.build(data.source(str(text)), prefix, (1, 1), given)
+    folder = Path(f"{prefix}_tokenizer")
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if name == "tokenizer.json":
+        (folder / name).write_text("{}")
+    elif name:
+        (folder / name).unlink()
+    else:
+        shutil.rmtree(folder)
+    _, reused = data.build(data.source(str(text)), prefix, (1, 1), given)
+    assert reused and {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    assert not Path(f"{prefix}.parts").exists()
 
 
 def saved(folder: Path, kind: str) -> str:

@@ -135,9 +135,7 @@ def _json(suites: Sequence[Suite]) -> str:
                     "valid": [[i, runlog.finite(round(v, 7))] for i, v in run.valid],
                     **({} if math.isnan(run.test)
                        else {"test": runlog.finite(round(run.test, 7))}),
-                    "max_abs_update": runlog.finite(
-                        max((v for _, v in run.update("max_abs")), default=None)
-                    ),
+                    "max_abs_update": runlog.finite(run.largest),
                     **({"seconds": round(run.seconds, 4)} if math.isfinite(run.seconds) else {}),
                     "bound": run.bound, "spikes": list(run.spikes),
                     "start": {k: run.start[k] for k in _KEPT if k in run.start},

@@ -113,7 +113,8 @@ def final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | Non
         if not final:
             continue
         ends = losses(final, by_test)
-        largest = [v for run in final for _, v in run.update("max_abs")]
+        largest = [run.largest for run in final if run.largest is not None]
+        most = math.nan if any(map(math.isnan, largest)) else max(largest, default=None)
         row = {
             "run": label,
             "learning rate": NOTHING if math.isnan(final[0].lr) else f"{final[0].lr:g}",
@@ -121,7 +122,7 @@ def final(suite: Suite, experiment: str, runs: Sequence[Trained]) -> Table | Non
             "loss": f"{statistics.fmean(ends):.4f}",
             "s.d.": _spread(ends),
             **{head: difference(final, others, by_test) for head, others in against.items()},
-            "largest |u|": f"{max(largest):.3f}" if largest else NOTHING,
+            "largest |u|": NOTHING if most is None else f"{most:.3f}",
             "bound of |u|": NOTHING if final[0].bound is None else f"{final[0].bound:.4g}",
             "seeds": str(len(final)),
         }

@@ -81,6 +81,12 @@ class Trained:
             if r["kind"] == "train" and r.get("updates")
         ]
 
+    @property
+    def largest(self) -> float | None:
+        """The largest |u|, NaN if one was NaN; None without ``--plugin-log-updates``."""
+        found = [value for _, value in self.update("max_abs")]
+        return math.nan if any(map(math.isnan, found)) else max(found, default=None)
+
     @cached_property
     def intervals(self) -> list[tuple[float, float]]:
         """The tokens and seconds of an iteration, of each logged interval; NaN if unknown."""

@@ -164,6 +164,17 @@ def test_a_run_that_goes_on_for_longer_is_that_of_its_last_launch(tmp_path) -> N
         assert math.isnan(run.test)
 
 
+@pytest.mark.parametrize("at", [2, 9])
+def test_a_largest_update_that_is_nan_is_not_hidden(at: int, tmp_path) -> None:
+    log = write(tmp_path / "run", "S3", 0.1, 1, 2.0) / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[at]["updates"]["all"]["max_abs"] = "nan"
+    log.write_text("\n".join(map(json.dumps, lines)))
+    runs = load([log])
+    assert row(named(every_table(runs), "final validation loss"), "S3")["largest |u|"] == "nan"
+    assert '"max_abs_update": "nan"' in verb._json(runs)
+
+
 def test_a_validation_loss_is_not_compared_with_a_test_loss(tmp_path) -> None:
     """One run was tested at its end, and one was killed before."""
     write(tmp_path / "s3", "S3", 0.1, 1, 2.0, test=1.5)

@@ -238,16 +238,18 @@ def load(paths: Iterable[str | Path]) -> list[Suite]:
     """
     suites: list[Suite] = []
     alone: list[Trained] = []
+    places: dict[Path, Path] = {}
     for path in map(Path, paths):
+        places.setdefault(path.resolve(), path)
+    for place, path in places.items():
         folders = [record.parent for record in path.glob("*/*/run.json")]
         folders.sort(key=_numbers_in_order)
         if folders := [folder for folder in folders if _is_experiment(folder)]:
             described = path / "suite.json"
             words = written(described).get("megatron", []) if described.exists() else []
             runs = [_experiment(folder) for folder in folders]
-            place = path.resolve()
-            known = {suite.name for suite in suites}
-            name = place.name if place.name not in known else "-".join(place.parts[1:])
+            known = {suite.name.lower() for suite in suites}  # pictures' names are in lower case
+            name = place.name if place.name.lower() not in known else "-".join(place.parts[1:])
             suites.append(Suite(name, runs, tuple(words)))
         elif _is_experiment(path):
             alone.append(_experiment(path))

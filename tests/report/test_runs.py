@@ -164,6 +164,14 @@ def test_a_run_that_goes_on_for_longer_is_that_of_its_last_launch(tmp_path) -> N
         assert math.isnan(run.test)
 
 
+def test_a_suite_is_reported_once_and_has_pictures_of_its_own(tmp_path) -> None:
+    paths = [suite(tmp_path / name) for name in ("Big", "big")]
+    found = load([*paths, paths[0] / ".." / "Big"])
+    assert [found[0].name, len(found)] == ["Big", 2]
+    names = [picture.name for picture in pictures(found)]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("at", [2, 9])
 def test_a_largest_update_that_is_nan_is_not_hidden(at: int, tmp_path) -> None:
     log = write(tmp_path / "run", "S3", 0.1, 1, 2.0) / "metrics.jsonl"

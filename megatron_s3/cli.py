@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import sys
 
 from megatron_s3.errors import MegatronS3Error
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a verb with the arguments that follow it.
 
     Returns:
-        Its exit status; 2 for an unknown verb, or if a package is missing.
+        Its exit status; 2 for an unknown verb, or if a package is missing; 1 if what it prints or
+        writes cannot be written; 130 if it is interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     # A name that the output's encoding lacks must not end the work whose result is printed.
@@ -87,10 +89,21 @@ def main(argv: list[str] | None = None) -> int:
         what = f"error: unknown verb {argv[0]!r}\n" if argv else ""
         print(what + _usage(), file=sys.stderr)
         return 2
+    os.environ.pop("RANK", None)  # of a program around this one; a verb is no rank, and speaks
     if argv[0] in SLOW:
         tell("loading PyTorch")
     try:
         status: int = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # head(1) has read enough
+            _discard_output()
+        else:
+            print(f"error: megatron-s3 {argv[0]}: {error}", file=sys.stderr)
+        return 1
     except MegatronS3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -105,6 +118,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     return status
+
+
+def _discard_output() -> None:
+    """Sends the rest of the output nowhere, so that Python's end does not try to write it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import importlib
 import io
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +51,46 @@ def test_a_name_that_the_output_cannot_spell_ends_no_work(encoding: str, monkeyp
         written = output.buffer.getvalue()
     spelled = {"ascii": r"\xe9-\u5317", "latin-1": r"é-\u5317", "utf-8": "é-北"}[encoding]
     assert written.decode(encoding) == f"runs/{spelled}\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (
+            OSError(28, "No space left", "x"),
+            1,
+            "error: megatron-s3 plan: [Errno 28] No space left: 'x'\n",
+        ),
+    ],
+)
+def test_an_interrupt_and_a_full_disk_print_no_traceback(
+    monkeypatch, capsys, raised: BaseException, status: int, said: str
+) -> None:
+    def fails(argv: list[str]) -> int:
+        raise raised
+
+    monkeypatch.setattr(importlib, "import_module", lambda _: types.SimpleNamespace(main=fails))
+    assert cli.main(["plan"]) == status
+    assert capsys.readouterr().err == said
+
+
+def test_a_reader_that_has_enough_is_no_fault() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-m", "megatron_s3.cli", "launch", "tiny-s3", "--print-run-dir"],
+        stdout=write, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    os.close(write)
+    assert (run.returncode, run.stderr) == (1, "")
+
+
+def test_a_verb_speaks_whatever_rank_the_environment_names(monkeypatch, capsys) -> None:
+    """As the environment of a pod or of a program under torchrun does."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(
+        importlib, "import_module", lambda _: types.SimpleNamespace(main=lambda argv: 0)
+    )
+    assert cli.main(["convert"]) == 0
+    assert capsys.readouterr().err == "[megatron_s3] loading PyTorch\n"

@@ -150,6 +150,13 @@ def test_steps_have_the_bodys_environment(job) -> None:
     assert len(seen) == 5 and all(" --export=ALL " in line for line in seen)
 
 
+@pytest.mark.parametrize("setting", ["MAX_REQUEUES=many", "MAX_REQUEUES=-1", "PREFLIGHT=no"])
+def test_refuses_a_setting_that_it_would_not_heed(job, setting: str) -> None:
+    status, printed, seen = job("config", STATUS="75", SAVES="20", **dict([setting.split("=")]))
+    assert status == 2 and f"error: {setting}: must be " in printed
+    assert seen == []
+
+
 def test_does_not_start_when_requeued_too_often(job) -> None:
     status, printed, seen = job("config", SLURM_RESTART_COUNT="3", MAX_REQUEUES="2")
     assert status == 1 and "not started: requeued 3 times" in printed

@@ -71,14 +71,16 @@ class _Parsed(Exception):
 @pytest.fixture
 def parsed(monkeypatch):
     """Runs a program up to where it has accepted its arguments."""
-    parse = argparse.ArgumentParser.parse_args
-
-    def stop(self, *args, **kwargs):
-        parse(self, *args, **kwargs)
-        raise _Parsed
 
     def check(words: list[str], start) -> None:
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            parse = getattr(argparse.ArgumentParser, name)
+
+            def stop(self, *args, _parse=parse, **kwargs):
+                _parse(self, *args, **kwargs)
+                raise _Parsed
+
+            monkeypatch.setattr(argparse.ArgumentParser, name, stop)
         monkeypatch.setattr(sys, "argv", words)
         try:
             status = start()

@@ -1,6 +1,7 @@
 """The command lines of a run: Megatron's, and the one that starts the ranks."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from megatron_s3.launch.config import Config, ConfigError
 from megatron_s3.launch.content import LISTS, cache_folder
 from megatron_s3.launch.progress import load_folder, save_folder
 
-__all__ = ["MEETING", "first_node", "megatron_words", "torchrun"]
+__all__ = ["MEETING", "first_node", "megatron_words", "shell_word", "torchrun"]
 
 #: Megatron's arguments that name the training data.
 _DATA = ("data_path", "train_data_path", "mock_data", *LISTS)
@@ -30,7 +31,7 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
     """Returns Megatron's command line for a run, with its dataset and its folders.
 
     Raises:
-        ConfigError: no data are given, or the dataset does not exist.
+        ConfigError: no data are given, the dataset does not exist, or a folder has no name.
     """
     words = config.words()
     given = config.arguments
@@ -52,6 +53,11 @@ def megatron_words(config: Config, run_dir: Path) -> list[str]:
         "tensorboard_dir": run_dir.absolute() / "tensorboard",
         "data_cache_path": cache_folder(config, run_dir),
     }.items():
+        if given.get(name) == "":
+            raise ConfigError(
+                f"{config.where(name)}: {name} is empty; name a folder, or leave it out to use "
+                f"{folder}"
+            )
         if name not in given:
             words += ["--" + name.replace("_", "-"), str(folder)]
     return words
@@ -71,3 +77,11 @@ def torchrun(config: Config, words: list[str]) -> list[str]:
             command += [f"--{option}={os.environ.get(name) or f'${name}'}"]
     program = ["megatron_s3", launch.script] if launch.script else ["megatron_s3.pretrain_gpt"]
     return [*command, "-m", *program, *words]
+
+
+def shell_word(word: str) -> str:
+    """Returns a word of :func:`torchrun` for a shell, which fills in the meeting place of a job."""
+    option, _, name = word.partition("=$")
+    if MEETING.get(option.removeprefix("--")) == name:
+        return f'{option}="${name}"'
+    return shlex.quote(word)

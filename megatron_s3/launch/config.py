@@ -36,6 +36,7 @@ from typing import Any
 import yaml
 
 from megatron_s3.launch.config_paths import find, name_of
+from megatron_s3.launch.redact import redact_word
 from megatron_s3.launch.resolved import DERIVED, LAUNCH, Config, ConfigError, Launch, Origin, Value
 from megatron_s3.log import tell_once
 from megatron_s3.renamed import RENAMED, renamed
@@ -69,10 +70,14 @@ def load(files: Sequence[str], sets: Sequence[str] = ()) -> Config:
         ConfigError: naming file, line, reason and remedy.
     """
     merged: Settings = {}
-    for name in files:
-        _read(*find(name), merged, ())
-    for word in sets:
-        _override(merged, dict([_set(word)]))
+    try:
+        for name in files:
+            _read(*find(name), merged, ())
+        for word in sets:
+            _override(merged, dict([_set(word)]))
+    except RecursionError:
+        which = ", ".join([*files, *map(redact_word, sets)])
+        raise ConfigError(f"{which}: a list is nested too deeply, or holds itself") from None
     return _resolve(name_of(files[0]), merged)
 
 
@@ -125,13 +130,27 @@ def _read(path: Path, shown: str, merged: Settings, within: tuple[Path, ...]) ->
 
 
 def _section(section: str, node: yaml.Node, shown: str) -> Iterator[tuple[str, Setting]]:
-    """Yields the settings of a section of a file, with their keys."""
+    """Yields the settings of a section of a file, with their keys.
+
+    Raises:
+        ConfigError: a key is unknown, or is given in two spellings.
+    """
+    seen: dict[str, tuple[str, int]] = {}
     for name, inner, origin in _entries(node, shown, section):
         if section == "launch" and name in _TABLES:
             for entry, value, place in _entries(inner, shown, f"launch.{name}"):
-                yield f"launch.{name}.{entry}", (_value(value, place, entry), place)
+                setting = _value(value, place, entry, f"launch.{name}"), place
+                yield f"launch.{name}.{entry}", setting
         else:
-            yield _key(section, name, origin), (_value(inner, origin, name), origin)
+            key = _key(section, name, origin)
+            if key in seen:
+                other, line = seen[key]
+                raise ConfigError(
+                    f"{origin}: {name} is already set in line {line}, as {other}; remove one of "
+                    "them"
+                )
+            seen[key] = name, origin.line
+            yield key, (_value(inner, origin, name, section), origin)
 
 
 def _override(merged: Settings, read: Settings) -> None:
@@ -188,16 +207,28 @@ def _entries(node: yaml.Node, shown: str, what: str) -> Iterator[tuple[str, yaml
         yield key, value, Origin(shown, line)
 
 
-def _value(node: yaml.Node, origin: Origin, key: str) -> Value:
-    """Returns a scalar as it is written (3e-3 stays 3e-3), a bool, None, or a list of words."""
+def _value(node: yaml.Node, origin: Origin, key: str, section: str = "") -> Value:
+    """Returns a scalar as it is written (3e-3 stays 3e-3), a bool, None, or a list of words.
+
+    Args:
+        node: the YAML.
+        origin: its place.
+        key: its key, for messages.
+        section: where it belongs. Only an array may hold lists; a variable of the environment is
+            a word, also where YAML has another name for it (yes, off).
+    """
     if isinstance(node, yaml.SequenceNode):
+        if section != "array" and any(isinstance(item, yaml.SequenceNode) for item in node.value):
+            raise ConfigError(f"{origin}: {key} must be a value or a list, not a list of lists")
         items = (_value(item, origin, key) for item in node.value)
         return ["null" if item is None else str(item) for item in items]
     if not isinstance(node, yaml.ScalarNode):
         raise ConfigError(f"{origin}: {key} must be a value or a list, not a mapping")
+    if "\0" in node.value:
+        raise ConfigError(f"{origin}: {key} holds the character NUL, which no program can be given")
     if node.tag == "tag:yaml.org,2002:null":
         return None
-    if node.tag == "tag:yaml.org,2002:bool":
+    if node.tag == "tag:yaml.org,2002:bool" and section != "launch.environment":
         return str(node.value).lower() in ("true", "yes", "on")
     return str(node.value)
 
@@ -240,8 +271,13 @@ def _set(word: str) -> tuple[str, Setting]:
         # The problem without the text, which may hold a credential.
         problem = getattr(error, "problem", None) or type(error).__name__
         raise ConfigError(f"{origin}: not a valid YAML value: {problem}") from error
-    value = None if node is None else _value(node, origin, key)
+    if node is None or (node.tag == "tag:yaml.org,2002:null" and not node.value):
+        raise ConfigError(
+            f"{origin}: no value is given; {key}=null takes one away, and {key}='' is an empty one"
+        )
     section, dot, name = key.partition(".")
+    inside = "launch.environment" if key.startswith("launch.environment.") else section
+    value = _value(node, origin, key, inside)
     if not dot and key != "dataset":
         key = _key("arguments", key, origin)
     elif dot and section not in _SECTIONS:
@@ -272,7 +308,7 @@ def _resolve(config: str, merged: Settings) -> Config:
         elif section == "launch":
             _set_launch(launch, name, value, origin)
         elif key == "dataset":
-            if not isinstance(value, str):
+            if not isinstance(value, str) or not value:
                 raise ConfigError(f"{origin}: dataset must be a prefix that megatron-s3 data wrote")
             dataset = value
         origins[key] = origin
@@ -285,11 +321,12 @@ def _set_launch(launch: Launch, key: str, value: Value, origin: Origin) -> None:
     if dot:
         if isinstance(value, list):
             raise ConfigError(f"{origin}: {key} must be one value")
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        text = "" if value is True and table == "sbatch" else text
+        if table == "environment" and (not name or "=" in name or "\0" in name):
+            raise ConfigError(f"{origin}: {name!r} cannot be the name of a variable")
+        text = "" if value is True else str(value)
         getattr(launch, table)[name] = text
     elif key in ("time", "script"):
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value:
             raise ConfigError(f"{origin}: {key} must be one value")
         setattr(launch, key, value)
     else:

@@ -8,6 +8,7 @@ from megatron_s3.launch.check import arithmetic, check, iterations, megatron_is_
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.config_paths import shipped
 from megatron_s3.launch.planning import planned
+from megatron_s3.launch.selection import array_tasks
 from megatron_s3.log import tell
 
 __all__ = ["main", "names"]
@@ -70,6 +71,8 @@ def _rows(configs: list[tuple[str, Config]]) -> list[tuple[str, ...]]:
     checked = []
     for name, config in configs:
         try:
+            for sets in array_tasks(config).values() if config.array else ():
+                check(load([name], sets))
             checked.append((name, config, check(config), iterations(config)))
         except ConfigError as error:
             _say(error)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_s3.launch import lock, provenance, slurm
 from megatron_s3.launch.check import arithmetic, ask_megatron, refuse_missing_gpus, schedule
-from megatron_s3.launch.commands import MEETING, first_node, megatron_words, torchrun
+from megatron_s3.launch.commands import MEETING, first_node, megatron_words, shell_word, torchrun
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.content import changed
 from megatron_s3.launch.progress import (
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="check the configuration, print the commands and exit",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         return _main(args)
     except (ConfigError, slurm.SlurmError, lock.InUse) as error:
@@ -163,6 +163,9 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
         return 0
     if not dry_run:
         refuse_missing_gpus(config)
+        script = config.launch.script
+        if script and not os.path.isfile(script):
+            raise ConfigError(f"{config.where('launch.script')}: there is no script {script}")
     words, left_out = _check(config, run_dir)
     command = torchrun(config, words)
     say(
@@ -176,7 +179,7 @@ def _launch(config: Config, run_dir: Path, dry_run: bool, stop: StopRequest) -> 
         for name, value in config.launch.environment.items():
             hidden = HIDDEN if is_secret(name, value) else ""
             print(f"export {name}={hidden or shlex.quote(value)}")
-        print(shlex.join(command))
+        print(" ".join(map(shell_word, command)))
         return 0
     with _alone(config, run_dir) as held:
         before = progress(config, run_dir)

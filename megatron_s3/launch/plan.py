@@ -46,9 +46,11 @@ def main(argv: list[str]) -> int:
         ),
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to FILE")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
         return _refuse(f"--json {options.json}: the folder {options.json.parent} does not exist")
+    if options.json and options.json.is_dir():
+        return _refuse(f"--json {options.json}: it is a folder; name a file")
     # A plan is the same on every machine, so this machine's GPUs are hidden.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -73,7 +75,7 @@ def _refuse(message: str) -> int:
 def _positive(kind: type, most: float = float("inf")) -> Any:
     def value(word: str) -> Any:
         number = kind(word)
-        if not 0 < number <= most:
+        if not 0 < number <= most or number == float("inf"):
             limit = "" if most == float("inf") else f" and at most {most:g}"
             raise argparse.ArgumentTypeError(f"must be greater than 0{limit}, not {word}")
         return number

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         default=0,
         help="free space in the run directory, GiB (default: 0)",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     for number in FOR_THE_LAUNCHER:
         signal.signal(number, signal.SIG_IGN)  # the trainer handles a time limit
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # avoids pages of stack frames

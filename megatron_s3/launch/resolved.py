@@ -17,6 +17,7 @@ __all__ = [
     "Launch",
     "Origin",
     "Value",
+    "as_yaml",
     "refuse_credentials",
 ]
 
@@ -160,7 +161,7 @@ class Config:
                     continue
                 origin = self.origins.get(key)
                 place = f"  # {origin}" if origin else ""
-                lines.append(f"{indent}{_text(name)}: {_text(value)}{place}")
+                lines.append(f"{indent}{as_yaml(name)}: {as_yaml(value)}{place}")
         return lines
 
     @staticmethod
@@ -187,10 +188,10 @@ def refuse_credentials(config: Config) -> None:
                 )
 
 
-def _text(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """Returns a value as YAML that :func:`load` reads back unchanged, on one line and without #."""
     if isinstance(value, list):
-        return "[" + ", ".join(_text(item) for item in value) + "]"
+        return "[" + ", ".join(as_yaml(item) for item in value) + "]"
     if value is None:
         return "null"
     if value is True:

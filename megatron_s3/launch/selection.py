@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from megatron_s3.launch.config import Config, ConfigError, load
 from megatron_s3.launch.config_paths import name_of
+from megatron_s3.launch.resolved import as_yaml
 
 __all__ = ["add_config_arguments", "add_run_arguments", "array_tasks", "resolve", "run_dir_of"]
 
@@ -109,7 +110,14 @@ def array_tasks(config: Config) -> dict[str, list[str]]:
                 f"{where}: the folder of a run of the array would be named {name}, and file names "
                 "may have at most 255 bytes; use shorter values, or a file for each run"
             )
-        tasks[name] = [f"{key}={value}" for key, value in pairs]
+        tasks[name] = [f"{key}={_as_set(value)}" for key, value in pairs]
     if not tasks:
         raise ConfigError(f"{where}: the array has no run; give each of its keys a value")
     return tasks
+
+
+def _as_set(value: str) -> str:
+    """Returns a value of an array as --set reads it: a word as itself, also "a #b" or "yes"."""
+    if value in ("null", "True", "False") or value.startswith("["):
+        return value
+    return as_yaml(value)

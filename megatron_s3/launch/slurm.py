@@ -21,15 +21,15 @@ from megatron_s3.launch.redact import is_secret, redact_word
 
 __all__ = ["SlurmError", "command", "submit"]
 
-#: Variables that the script reads from its environment (see its head).
-_SETTINGS = (
-    "CONTAINER",
-    "MOUNTS",
-    "MAX_REQUEUES",
-    "PREFLIGHT",
-    "PREFLIGHT_TIMEOUT",
-    "MIN_FREE_GIB",
-)
+#: Variables that the script reads from its environment (see its head), with their forms.
+_SETTINGS = {
+    "CONTAINER": r"(pyxis|apptainer):.+",
+    "MOUNTS": r".+",
+    "MAX_REQUEUES": r"[0-9]+",
+    "PREFLIGHT": r"[01]",
+    "PREFLIGHT_TIMEOUT": r"(?=.*[1-9])[0-9]+(\.[0-9]*)?",
+    "MIN_FREE_GIB": r"[0-9]+(\.[0-9]*)?",
+}
 
 
 class SlurmError(MegatronS3Error):
@@ -55,7 +55,9 @@ def command(config: Config, words: list[str], run_dir: Path, tasks: int) -> list
     options: dict[str, str | None] = {
         "job-name": config.name,
         "nodes": str(config.launch.nodes),
-        "output": str(folder / ("slurm-%A_%a.out" if tasks else "slurm-%j.out")),
+        # A percent sign of the folder is none of sbatch's patterns.
+        "output": f"{folder}/".replace("%", "%%")
+        + ("slurm-%A_%a.out" if tasks else "slurm-%j.out"),
         "open-mode": "append",
         "chdir": os.getcwd(),
     }
@@ -85,8 +87,8 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
         dry_run: whether to print the command and do nothing else.
 
     Raises:
-        SlurmError: sbatch is not installed or fails, or a credential would not reach the job.
-        OSError: the run's folder cannot be written.
+        SlurmError: sbatch is not installed or fails, the run's folder cannot be written, a setting
+            has a wrong value, or a credential would not reach the job.
     """
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
     copy = run_dir.absolute() / "submitted" / now / f"{config.name}.yaml"
@@ -100,10 +102,13 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
         return 0
     if not shutil.which("sbatch"):
         raise SlurmError("sbatch is not installed on this machine; submit from a login node")
-    copy.parent.mkdir(parents=True)
-    private.write(copy, f"{COPY}\n{config.yaml(whole=True)}")
-    private.write(run_dir / body().name, _script(config, settings))
-    private.append(run_dir / "submitted.txt", shown + "\n")
+    try:
+        copy.parent.mkdir(parents=True)
+        private.write(copy, f"{COPY}\n{config.yaml(whole=True)}")
+        private.write(run_dir / body().name, _script(config, settings))
+        private.append(run_dir / "submitted.txt", shown + "\n")
+    except OSError as error:
+        raise SlurmError(f"cannot write to {run_dir}: {error}") from error
     # Variables of another job, if this runs inside one.
     foreign = ("MASTER_ADDR", "MASTER_PORT") if "SLURM_JOB_ID" in os.environ else ()
     environment = {name: value for name, value in os.environ.items() if name not in foreign}
@@ -114,9 +119,19 @@ def submit(config: Config, run_dir: Path, tasks: int, dry_run: bool) -> int:
 
 
 def _settings(run_dir: Path) -> dict[str, str]:
-    """Returns the script's variables and their values here."""
+    """Returns the script's variables and their values here.
+
+    Raises:
+        SlurmError: one has a value that the script or the preflight would reject.
+    """
     settings = {"RUN_DIR": str(run_dir.absolute())}
     settings |= {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
+    for name, form in _SETTINGS.items():
+        if name in settings and not re.fullmatch(form, settings[name], re.DOTALL):
+            raise SlurmError(
+                f"{name}={settings[name]}: the job cannot use this value; see the settings in the "
+                f"head of {body()}"
+            )
     if not settings.get("CONTAINER"):
         settings["VENV"] = os.path.abspath(os.environ.get("VENV") or sys.prefix)
         if not any(

@@ -65,6 +65,13 @@ def test_the_rule_for_weight_decay_follows_the_rate(tmp_path):
     assert "weight_decay" not in load([run], ["derived.lr_times_weight_decay=null"]).arguments
 
 
+def test_a_variable_is_passed_on_as_written(tmp_path):
+    """YAML takes yes and off for booleans, and a program may not."""
+    (run,) = write(tmp_path, run="launch: {environment: {A: yes, B: off, C: True, D: '', E: null}}")
+    given = {"A": "yes", "B": "off", "C": "True", "D": "", "F": "no"}
+    assert load([run], ["launch.environment.F=no"]).launch.environment == given
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -81,6 +88,25 @@ def test_the_rule_for_weight_decay_follows_the_rate(tmp_path):
         ("arguments: {lr: x}\nderived: {min_lr_over_lr: 1}", "run.yaml:1: lr must be a number"),
         ("extends: nowhere.yaml\n", "run.yaml:1: extends: nowhere.yaml: no such file"),
         ("extends: run.yaml\n", "extends itself through run.yaml"),
+        (
+            "arguments:\n  min-lr: 1\n  min_lr: 2\n",
+            "run.yaml:3: min_lr is already set in line 2, as min-lr; remove one of them",
+        ),
+        (
+            "arguments:\n  plugin_metrics: true\n  s3_metrics: false\n",
+            "run.yaml:3: s3_metrics is already set in line 2, as plugin_metrics",
+        ),
+        ("array:\n  seed: [1]\n  min-lr: [1]\n  min_lr: [2]\n", "run.yaml:4: min_lr is already"),
+        ("launch:\n  environment: {'A=B': 1}\n", "run.yaml:2: 'A=B' cannot be the name of a"),
+        ("launch:\n  environment: {'': 1}\n", "run.yaml:2: '' cannot be the name of a variable"),
+        ('launch:\n  environment: {A: "a\\0b"}\n', "run.yaml:2: A holds the character NUL"),
+        ('arguments:\n  data_path: [a, "\\0"]\n', "run.yaml:2: data_path holds the character NUL"),
+        ("dataset: ''\n", "run.yaml:1: dataset must be a prefix"),
+        ("launch:\n  script: ''\n", "run.yaml:2: script must be one value"),
+        ("arguments:\n  data_path: [[a, b]]\n", "run.yaml:2: data_path must be a value or a list"),
+        ("arguments:\n  lr: &a [*a]\n", "run.yaml:2: lr must be a value or a list"),
+        ("array:\n  lr: &a [*a]\n", "run.yaml:2: lr must be a value or a list"),
+        (f"arguments: {'[' * 999}", "run.yaml: a list is nested too deeply, or holds itself"),
     ],
 )
 def test_errors_name_file_line_and_reason(tmp_path, text, message):
@@ -96,6 +122,9 @@ def test_errors_name_file_line_and_reason(tmp_path, text, message):
         ("launch.sbatch=x", "must have the form launch.sbatch.NAME=VALUE"),
         ("lr={a: 1}", "lr must be a value or a list"),
         ("lr=[1", "not a valid YAML value"),
+        ("lr=", "--set lr=: no value is given; lr=null takes one away, and lr='' is an empty one"),
+        ("dataset=", "--set dataset=: no value is given"),
+        ("wandb_exp_name=#5", "--set wandb_exp_name=#5: no value is given"),
     ],
 )
 def test_overrides_are_checked_too(word, message):

@@ -52,16 +52,19 @@ def test_a_row_is_complete_whatever_the_end_is_given_in(tmp_path):
         f"{head}  lr_warmup_iters: null\n  train_samples: 247\n"
         "array: {seed: [1, 2], s3_p: [2, 3]}\n"
     )
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(f"extends: {samples}\narray: {{s3_p: [2, 0.5]}}\n")
     run = subprocess.run(
-        [sys.executable, "-c", UNCOUNTED, str(endless), str(samples)],
+        [sys.executable, "-c", UNCOUNTED, str(endless), str(samples), str(wrong)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 2, run.stderr
     assert "error: endless: no file sets train_iters or train_samples; add one" in run.stderr
+    assert "error: --set s3_p=0.5: s3_p " in run.stderr
     assert "samples: --fp8-format cannot be planned" in run.stderr
     _, row, last = run.stdout.splitlines()
     assert row.startswith(f"{samples} (seed: 1, 2; s3_p: 2, 3)  not counted")
     assert row.split()[-3:] == ["30", "1.536e-05", "B"]
-    assert last.endswith(": 1 accepted, 1 rejected")
+    assert last.endswith(": 1 accepted, 2 rejected")

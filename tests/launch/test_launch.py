@@ -61,6 +61,19 @@ def test_a_run_keeps_everything_in_its_folder(tmp_path):
     assert words[words.index("--tensorboard-dir") + 1] == str(tmp_path / "tensorboard")
 
 
+def test_a_list_of_an_array_is_several_words(tmp_path):
+    words = ["tiny-s3", "--set", "array.data_path=[[a, b], [c]]", "--task", "0"]
+    config, _ = selection.resolve(arguments(*words))
+    assert config.arguments["data_path"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["save", "load", "tensorboard_dir", "data_cache_path"])
+def test_a_folder_without_a_name_is_refused(tmp_path, name):
+    """Megatron takes it for none, and would save nothing or resume nothing."""
+    with pytest.raises(ConfigError, match=f"{name} is empty; name a folder, or leave it out to"):
+        commands.megatron_words(load(["tiny-s3"], [f"{name}=''"]), tmp_path)
+
+
 def test_without_data_nothing_starts(tmp_path):
     with pytest.raises(ConfigError, match="no data to train on; set dataset=PREFIX"):
         commands.megatron_words(load(["gpt2-7b-s3"]), tmp_path)
@@ -144,6 +157,7 @@ def test_null_in_an_array_is_the_run_without_the_flag(tmp_path):
     ("values", "names"),
     [
         ("[/data/a, ../../b]", ["data_path-%2Fdata%2Fa", "data_path-..%2F..%2Fb"]),
+        ("['a #b', 'c: d', 'yes']", ["data_path-a%20%23b", "data_path-c:%20d", "data_path-yes"]),
         ("['..', 'a b%']", ["data_path-..", "data_path-a%20b%25"]),
         ('["a\\nb", "1e-3,2"]', ["data_path-a%0Ab", "data_path-1e-3,2"]),
     ],
@@ -153,9 +167,9 @@ def test_a_run_of_an_array_stays_in_the_folder(tmp_path, values, names):
     config = load(words[:1], words[2:3])
     assert list(selection.array_tasks(config)) == names
     for task, name in enumerate(names):
-        if "\n" not in config.array["data_path"][task]:
-            _, folder = selection.resolve(arguments(*words, "--task", str(task)))
-            assert folder == tmp_path / name and folder.parent == tmp_path
+        one, folder = selection.resolve(arguments(*words, "--task", str(task)))
+        assert folder == tmp_path / name and folder.parent == tmp_path
+        assert one.arguments["data_path"] == config.array["data_path"][task]
 
 
 @pytest.mark.parametrize(
@@ -232,23 +246,66 @@ def test_the_copy_of_an_array_derives_for_each_run(submit, tmp_path):
 def test_a_job_has_the_submitters_settings(submit, tmp_path, monkeypatch):
     """In the script that sbatch takes away, whatever it is told about the environment."""
     monkeypatch.setenv("SBATCH_EXPORT", "NONE")
-    monkeypatch.setenv("MIN_FREE_GIB", "7 8")
+    monkeypatch.setenv("MOUNTS", "7 8")
     monkeypatch.setenv("PYTHONPATH", "/a b")
     *_, script, copy = submit("tiny-s3")[0]
     text = Path(script).read_text()
     begin, settings = text.index("\nexport RUN_DIR="), {}
-    for name in ("RUN_DIR", "VENV", "MIN_FREE_GIB", "PYTHONPATH"):
+    for name in ("RUN_DIR", "VENV", "MOUNTS", "PYTHONPATH"):
         shown = subprocess.run(
             ["bash", "-c", f"{text[begin : text.index('set -euo')]}\necho \"${name}\""],
             capture_output=True, text=True, env={"PATH": os.environ["PATH"], "RUN_DIR": "/other"},
         )  # fmt: skip
         settings[name] = shown.stdout.strip()
     assert settings == {
-        "RUN_DIR": f"{tmp_path}/run", "VENV": sys.prefix, "MIN_FREE_GIB": "7 8",
+        "RUN_DIR": f"{tmp_path}/run", "VENV": sys.prefix, "MOUNTS": "7 8",
         "PYTHONPATH": "/a b",
     }  # fmt: skip
     assert text.index("#SBATCH --signal") < begin < text.index("say()")
     assert Path(copy).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "ask_megatron", lambda *args: None)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    assert launch.main(["tiny-s3", "--slurm", "--run-dir", "/proc/run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot write to /proc/run: ") and said.count("\n") == 1
+
+
+def test_a_percent_sign_in_the_folder_is_none_of_sbatchs_patterns(tmp_path):
+    line = slurm.command(load(["tiny-s3"]), [], tmp_path / "50%joy", 0)
+    assert f"--output={tmp_path}/50%%joy/slurm-%j.out" in line
+    assert line[-1] == f"{tmp_path}/50%joy/pretrain.sbatch"
+
+
+def test_overlays_may_stand_behind_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "ask_megatron", lambda *args: None)
+    words = ["tiny-s3", "--set", "lr=1e-3", "overlays/seeds", "--task", "1"]
+    assert launch.main([*words, "--print-run-dir"]) == 0
+    assert capsys.readouterr().out == "runs/tiny-s3-seeds/seed-1235\n"
+
+
+def test_a_script_that_is_not_there_starts_no_ranks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "ask_megatron", lambda *args: None)
+    words = ["tiny-s3", "--run-dir", str(tmp_path), "--set", "launch.script=nowhere.py"]
+    assert launch.main(words) == 2
+    assert "launch.script=nowhere.py: there is no script nowhere.py" in capsys.readouterr().err
+
+
+def test_the_printed_command_of_several_nodes_can_be_pasted(tmp_path, monkeypatch, capsys):
+    """The shell fills in what a job's node knows, and nothing else."""
+    monkeypatch.setattr(launch, "ask_megatron", lambda *args: None)
+    sets = ["launch.nodes=2", "launch.nproc_per_node=1", "wandb_exp_name='$SLURM_NODEID a'"]
+    words = [word for s in sets for word in ("--set", s)]
+    assert launch.main(["tiny-s3", *words, "--run-dir", str(tmp_path), "--dry-run"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    place = {"SLURM_NODEID": "1", "MASTER_ADDR": "a b", "MASTER_PORT": "7"}
+    pasted = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, env=place
+    ).stdout.splitlines()
+    assert {"--node-rank=1", "--master-addr=a b", "--master-port=7"} <= set(pasted)
+    assert "$SLURM_NODEID a" in pasted
 
 
 def test_another_jobs_meeting_place_is_not_taken_along(submit, monkeypatch):
@@ -269,6 +326,11 @@ def test_another_jobs_meeting_place_is_not_taken_along(submit, monkeypatch):
             "global_batch_size 7 does not",
         ),
         (["tiny-s3"], {"VENV": "/no/such"}, "VENV=/no/such has no bin/python"),
+        (["tiny-s3"], {"MAX_REQUEUES": "many"}, "MAX_REQUEUES=many: the job cannot use this value"),
+        (["tiny-s3"], {"PREFLIGHT": "no"}, "PREFLIGHT=no: the job cannot use this value"),
+        (["tiny-s3"], {"PREFLIGHT_TIMEOUT": "0.0"}, "PREFLIGHT_TIMEOUT=0.0: the job cannot"),
+        (["tiny-s3"], {"MIN_FREE_GIB": "nan"}, "MIN_FREE_GIB=nan: the job cannot use this value"),
+        (["tiny-s3"], {"CONTAINER": "image.sif"}, "CONTAINER=image.sif: the job cannot use this"),
         (
             ["tiny-s3", "--set", "launch.environment.WANDB_API_KEY=hush"],
             {"SBATCH_EXPORT": "NONE"},

@@ -209,11 +209,16 @@ def test_the_vocabulary_is_the_datasets_where_it_is(monkeypatch):
     assert source == "the dataset far/away"
 
 
-@pytest.mark.parametrize("words", [["--mfu", "1.5"], ["--gpus", "0"], ["--peak-tflops", "x"]])
+@pytest.mark.parametrize("words", [["--mfu", "1.5"], ["--gpus", "0"], ["--peak-tflops", "inf"]])
 def test_options_are_checked(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["gpt2-7b-s3", *words])
     assert ended.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_a_folder_for_the_numbers_is_refused_before_the_plan(tmp_path, capsys):
+    assert main(["tiny-s3", "--json", str(tmp_path)]) == 2
+    assert f"--json {tmp_path}: it is a folder; name a file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -89,9 +89,7 @@ def training_log(
     if args.optimizer in OPTIMIZERS and not needs_grad_norm(asked):
         grad_norm = None
     if switches(args)["plugin_metrics"]:
-        if training.metrics is None:
-            training.metrics = MetricsLog(args, iteration - 1, training.update_log, training.spikes)
-        training.metrics.count(loss_dict, bool(skipped_iter))
+        _metrics(args, iteration - 1).count(loss_dict, bool(skipped_iter))
     if iteration % args.log_interval == 0 and not skipped_iter:
         _say_nonfinite(loss_dict, iteration)
     result = original(
@@ -102,6 +100,19 @@ def training_log(
     if training.metrics is not None and iteration % args.log_interval == 0:
         training.metrics.interval(args, iteration, learning_rate, grad_norm)
     return result
+
+
+def _metrics(args: Any, iteration: int) -> MetricsLog:
+    """Returns the log of the run, which this launch begins with its first iteration or evaluation.
+
+    Args:
+        args: Megatron's arguments.
+        iteration: the last iteration before this launch.
+    """
+    training = running()
+    if training.metrics is None:
+        training.metrics = MetricsLog(args, iteration, training.update_log, training.spikes)
+    return training.metrics
 
 
 def _say_nonfinite(loss_dict: dict[str, Tensor], iteration: int) -> None:
@@ -140,10 +151,21 @@ def evaluate_and_print_results(
 
 
 def evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Wraps the evaluation of one text, and writes its loss."""
+    """Wraps the evaluation of one text, and writes its loss.
+
+    A launch that resumes after the last iteration only evaluates.  With ``--skip-train`` nothing is
+    written, because the log may be that of a training which has gone on from the checkpoint.
+    """
+    from megatron.training import get_args
+
+    training = running()
+    kind, iteration = training.evaluating
+    if training.metrics is None and kind is not None:
+        asked = get_args()
+        if switches(asked)["plugin_metrics"] and not asked.skip_train:
+            _metrics(asked, iteration)
     begun = time.perf_counter()
     result = original(*args, **kwargs)
-    training = running()
     if training.metrics is not None:
         training.metrics.evaluated(begun, *training.evaluating, result[0])
     return result

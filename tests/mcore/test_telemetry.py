@@ -114,6 +114,22 @@ def test_a_resumed_run_is_one_log(tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_a_launch_that_resumes_after_the_last_iteration_logs_its_evaluations(tmp_path) -> None:
+    """One that was killed after the last save; to evaluate an earlier checkpoint is no launch."""
+    flags = (*S3, "--save-interval", "3", "--tensorboard-dir", tmp_path, "--save", tmp_path)
+    train(*flags)
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:-2]))  # those of the end
+    train(*flags, "--load", tmp_path)
+    kinds = [(r["kind"], r["iteration"]) for r in read(tmp_path)]
+    assert kinds[-3:] == [("start", 6), ("valid", 6), ("test", 6)]
+    assert kinds[:-3] == [("start", 0), *(("train", i) for i in range(1, 7))]
+    kept = log.read_text()
+    train(*flags, "--load", tmp_path, "--ckpt-step", "3", "--skip-train")
+    assert log.read_text() == kept
+
+
 def test_a_spike_after_a_resume(tmp_path) -> None:
     """The checkpoint holds what the detector knows: after a resume 32 losses would be too few.
 

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import torch
 
+from megatron_s3.mcore.arguments.checks import check_clip_grad
 from megatron_s3.mcore.arguments.flags import SWITCHES, Default, without_effect
 from megatron_s3.mcore.arguments.mask import as_adam, replaced
 from megatron_s3.mcore.arguments.names import destination
@@ -160,6 +161,8 @@ def settle(config: Any) -> None:
     if isinstance(config.clip_grad, Default):
         default = config.clip_grad if chosen is None else chosen.description.clip_grad
         config.clip_grad = float(default)
+    if chosen is not None:
+        check_clip_grad(config.clip_grad, "clip_grad")
     for name, _, default in _fields():
         if getattr(config, name, None) is None:
             setattr(config, name, default)

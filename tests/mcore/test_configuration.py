@@ -70,6 +70,10 @@ def test_a_wrong_field_is_refused_where_the_configuration_is_made():
         config(plugin_metrics=True)
     with pytest.raises(ValueError, match=r"s3_beta must be in \[0, 1\), not 2.0"):
         config(s3_beta=2.0)
+    for value in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"clip_grad must be at least 0, not {value}"):
+            config(clip_grad=value)
+        config(optimizer="adam", clip_grad=value)  # which Megatron accepts
     with pytest.raises(ValueError, match=r"s3_p=2.0 is a hyperparameter of the optimizer s3, and"):
         config(optimizer="adam", s3_p=2.0)
 

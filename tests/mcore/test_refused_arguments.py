@@ -41,6 +41,7 @@ def test_other_errors_are_no_refusals():
     ("flags", "message"),
     [
         ("--optimizer s3 --s3-grad-bound 0.5", "error: --s3-grad-bound must be in [1, inf), not"),
+        ("--optimizer s3 --clip-grad nan", "error: --clip-grad must be at least 0, not nan"),
         ("--optimizer adam --s3-beta .9", "error: --s3-beta is a flag of --optimizer s3, but"),
         (
             "--optimizer s3 --use-precision-aware-optimizer",

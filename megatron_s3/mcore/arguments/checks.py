@@ -26,6 +26,7 @@ from megatron_s3.optimizers import ElementwiseOptimizer
 from megatron_s3.optimizers.description import Description
 
 __all__ = [
+    "check_clip_grad",
     "check_config",
     "check_cuda_graph",
     "check_device",
@@ -53,6 +54,15 @@ def check_config(config: Any, ddp_config: Any, cls: type[ElementwiseOptimizer]) 
     holder = argparse.Namespace(**of_ddp | vars(config))
     holder.accumulate_allreduce_grads_in_fp32 = of_ddp.get("grad_reduce_in_fp32", True)
     check_memory(holder, cls, anywhere=True)
+
+
+def check_clip_grad(value: float, name: str) -> None:
+    """Raises ValueError for a limit that Megatron, which compares it with 0, would ignore."""
+    if not value >= 0:
+        raise ValueError(
+            f"{name} must be at least 0, not {value}: gradients would not be clipped. 0 turns "
+            "clipping off."
+        )
 
 
 def check_several(

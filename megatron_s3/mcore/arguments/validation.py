@@ -8,6 +8,7 @@ import torch
 
 from megatron_s3.log import say
 from megatron_s3.mcore.arguments.checks import (
+    check_clip_grad,
     check_device,
     check_megatron_fsdp,
     check_memory,
@@ -116,6 +117,7 @@ def _check_own(args: argparse.Namespace, cls: type[ElementwiseOptimizer]) -> Non
     """Sets hyperparameters that were not given to their defaults, and checks the arguments."""
     description = cls.description
     _settle_own(args, cls)
+    check_clip_grad(args.clip_grad, "--clip-grad")
     for name, unsupported, reason in UNSUPPORTED:
         if getattr(args, name, False):
             raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_s3.report import compare, page
-from megatron_s3.report.runs import RunError, Suite, load, written
+from megatron_s3.report.runs import RunError, Suite, left_out, load, written
 from megatron_s3.report.tables import tables
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.telemetry import runlog
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for damage in (damage for suite in suites for run in suite.runs for damage in run.damage):
         print(f"warning: {damage}", file=sys.stderr)
+    for folder in left_out(args.runs):
+        print(f"warning: {folder}: a run without a {runlog.NAME}; left out", file=sys.stderr)
     found = tables(suites, args.peak_tflops)
     for table in found:
         print(table, end="\n\n", flush=True)

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_s3.report.errors import RunError
 from megatron_s3.telemetry import runlog
 
-__all__ = ["RunError", "Suite", "Trained", "load", "written"]
+__all__ = ["RunError", "Suite", "Trained", "left_out", "load", "written"]
 
 #: The numbers that a record of each kind holds; the first is whole.
 _NUMBERS = {
@@ -282,9 +282,23 @@ def _log(folder: Path) -> Path | None:
 def _runs_in(folder: Path) -> list[Path]:
     """Returns a run's folder itself, or the runs that are folders in it."""
     if _log(folder) is None and folder.is_dir():
-        found = [each for each in folder.iterdir() if each.is_dir() and _log(each)]
-        return sorted(found, key=_numbers_in_order) or [folder]
+        return [each for each in _folders(folder) if _log(each)] or [folder]
     return [folder]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted((each for each in folder.iterdir() if each.is_dir()), key=_numbers_in_order)
+
+
+def left_out(paths: Iterable[str | Path]) -> list[Path]:
+    """Returns the launched runs beside those of :func:`load` that have no log, as failed ones."""
+    return [
+        each
+        for path in map(Path, paths)
+        if _log(path) is None and path.is_dir() and not any(path.glob("*/*/run.json"))
+        for each in _folders(path)
+        if not _log(each) and (each / "config.yaml").exists()
+    ]
 
 
 def _numbers_in_order(folder: Path) -> list[str | float]:

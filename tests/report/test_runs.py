@@ -54,6 +54,17 @@ def test_the_runs_in_a_folder(tmp_path) -> None:
         load([tmp_path / "quickstart" / "data"])
 
 
+def test_a_launched_run_without_a_log_is_said(tmp_path, capsys) -> None:
+    """As one of an array that failed before its training."""
+    write(tmp_path / "runs" / "1", "S3", 0.1, 1, 2.0)
+    (tmp_path / "runs" / "2").mkdir()
+    (tmp_path / "runs" / "2" / "config.yaml").touch()
+    (tmp_path / "runs" / "data").mkdir()
+    assert verb.main([str(tmp_path / "runs"), "--output", str(tmp_path / "report")]) == 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"warning: {tmp_path / 'runs' / '2'}: a run without a metrics.jsonl; left out"
+
+
 def test_final_losses_and_their_differences_seed_by_seed(tmp_path) -> None:
     table = named(every_table(load([suite(tmp_path / "a")])), "final validation loss")
     s3 = row(table, "S3")

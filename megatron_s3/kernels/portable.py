@@ -55,8 +55,7 @@ def step(
             x = _read_param(o, part, dtype)
             grad = o.grad[part].to(dtype)
             update = rule(grad, *state, **hyperparameters)
-            step = update * lr if statistics is not None else update.mul_(lr)
-            x.mul_(1 - lr * weight_decay).sub_(step)
+            x.mul_(1 - lr * weight_decay).sub_(update * lr)  # it may be a state or the gradient
             if statistics is not None:
                 # torch.tensor would wait for the copy to a GPU.
                 row = torch.full((1,), o.row, device=x.device)

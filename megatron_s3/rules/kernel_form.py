@@ -27,6 +27,8 @@ Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 #: A key that the function of numbers may add: why a variant is not exact, see :class:`Form`.
 INEXACT = "inexact"
+#: The most states for which a row of the kernels' tables has room.
+MOST_STATES = 4
 _PLAIN = {int, float, bool, type(None)}
 
 
@@ -74,6 +76,13 @@ class KernelForm:
     flags: Mapping[str, int] = field(default_factory=dict)
     cpp: str | None = None
     triton: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.states <= MOST_STATES:
+            raise ValueError(
+                f"the kernel {self.name} has {self.states} states, and kernels take 1 to "
+                f"{MOST_STATES}; leave the rule without one, and torch operations step it"
+            )
 
     @property
     def own(self) -> bool:

@@ -158,3 +158,10 @@ def test_a_number_that_may_change_in_place_is_read_in_each_step() -> None:
     after = form(s3_update, hyperparameters)
     assert [f.scalars[0] for f in (before, after)] == [0.5, 0.25]
     assert form(s3_update, {"beta": 0.5, "p": 3.0}) == before
+
+
+@pytest.mark.parametrize("states", [0, 5])
+def test_more_states_than_kernels_have_room_for_are_an_error(states: int) -> None:
+    """The fifth would be read behind the row of the table that the kernels are given."""
+    with pytest.raises(ValueError, match=f"kernel many has {states} states, .* take 1 to 4"):
+        KernelForm("many", states, (), dict)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_s3.kernels import portable
-from megatron_s3.kernels.operands import flatten, write_back
+from megatron_s3.kernels.operands import Operands, flatten, write_back
 from megatron_s3.kernels.statistics import Statistics
 from megatron_s3.rules.s3 import s3_update
 from tests.harness.tensors import random
@@ -298,3 +298,25 @@ def test_temporaries_are_bounded_by_a_chunk(dtype: torch.dtype, p: float) -> Non
         peaks.append(live.peak)
     assert peaks[0] == peaks[1]
     assert 4 * CHUNK * 4 <= peaks[0] <= 14 * CHUNK * 4
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
+def test_a_rule_may_return_its_state_or_the_gradient(rate: float | Tensor) -> None:
+    """Exact, with and without statistics: what a rule returns is not written to."""
+
+    def momentum(grad: Tensor, buffer: Tensor) -> Tensor:
+        return buffer.mul_(0.9).add_(grad)
+
+    def plain(grad: Tensor, buffer: Tensor) -> Tensor:
+        return grad
+
+    for rule, expected in ((momentum, 1.9), (plain, 0.0)):
+        for statistics in (None, Statistics("cpu")):
+            param, grad, buffer = torch.zeros(4), torch.ones(4), torch.zeros(4)
+            for _ in range(2):
+                portable.step(
+                    rule, [Operands(param, grad, (buffer,))], lr=rate, weight_decay=0.0,
+                    statistics=statistics,
+                )  # fmt: skip
+            assert torch.equal(grad, torch.ones(4))
+            assert torch.equal(buffer, torch.full((4,), expected))

@@ -18,6 +18,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_WITH_STEPS",
     "LARGEST",
+    "RESERVED",
     "Description",
     "Hyperparameter",
     "plain",
@@ -32,6 +33,12 @@ FORMAT_WITH_STEPS = 2
 
 #: The largest number that a step can represent: float32's, except for float64 parameters.
 LARGEST = (2 - 2**-23) * 2.0**127
+
+#: The keys of a param group that do not depend on its algorithm; no hyperparameter has them.
+RESERVED = (
+    *("params", "param_names", "lr", "weight_decay", "algorithm", "format", "step"),
+    *("steps", "fractions", "pattern", "betas"),
+)
 
 
 def plain(value: Any) -> Any:
@@ -150,3 +157,11 @@ class Description:
     momentum: str | None = None
     from_adam: FromAdam | None = None
     fractions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = self.state
+        if isinstance(names, str) or len(set(names)) < len(names) or "master_param" in names:
+            raise ValueError(
+                f"{self.label}: state must be a tuple of different names, none of which is "
+                f"master_param, not {names!r}"
+            )

@@ -42,6 +42,13 @@ class _Registry(Mapping[str, type[Any]]):
                 f"{_place(cls)}: the name {name!r} is taken by {_place(known)}; give its "
                 "description another one"
             )
+        for other in self._classes.values():
+            same = _keys(cls) & _keys(other)
+            if other.description.name != name and same:
+                raise ValueError(
+                    f"{_place(cls)}: its {min(same)} would also be one of {_place(other)}, with "
+                    "the same flag; give its description or its hyperparameter another name"
+                )
         self._classes[name] = cls
 
     def _look(self) -> dict[str, type[Any]]:
@@ -49,8 +56,10 @@ class _Registry(Mapping[str, type[Any]]):
             self._looked = True  # an imported module may access the registry, too
             for point in entry_points(group=ENTRY_POINTS):
                 try:
-                    point.load()
-                except Exception as error:
+                    loaded = point.load()
+                    if isinstance(loaded, type) and loaded not in self._classes.values():
+                        raise TypeError(f"{_place(loaded)} lacks the decorator @register")
+                except (Exception, SystemExit) as error:
                     self._looked = False
                     raise EntryPointError(
                         f"the entry point {point.name} = {point.value} of {ENTRY_POINTS} cannot be "
@@ -70,6 +79,11 @@ class _Registry(Mapping[str, type[Any]]):
         return len(self._look())
 
 
+def _keys(cls: type[Any]) -> set[str]:
+    """Returns the keys of Megatron's arguments that an optimizer's hyperparameters have."""
+    return {f"{cls.description.name}_{h.name}" for h in cls.description.hyperparameters}
+
+
 def _place(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -86,7 +100,8 @@ def register(cls: Class) -> Class:
     the optimizers.
 
     Raises:
-        ValueError: the name belongs to another class or is invalid.
+        ValueError: the name belongs to another class or is invalid, or a flag of its would be that
+            of another optimizer.
     """
     OPTIMIZERS.add(cls)
     return cls

@@ -109,8 +109,8 @@ class Step:
         values, description = algorithm.group_hyperparameters(watched), algorithm.description
         self._check_capture(group, values if watched.read else None, found)
         if watched.read:
-            name = description.state[0]
-            fresh = (p for p in group["params"] if name not in self._optimizer.state.get(p, ()))
+            first, states = description.state[:1], self._optimizer.state
+            fresh = (p for p in group["params"] if any(n not in states.get(p, ()) for n in first))
             self._optimizer.counts.begin(group, fresh)
         flat = [
             Update(param, grad, *self._flatten(description, param, grad)) for param, grad in found

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_a_name_is_given_once(ademamix) -> None:
             description = Description("AdEMAMix", "x", ("exp_avg",), 1.0, ademamix.description.rule)
 
 
+def test_a_flag_belongs_to_one_optimizer(ademamix) -> None:
+    """Both would have the flag --shared-key-rate."""
+
+    def signature(self, params: Params, *, rate: Annotated[float, About("x")] = 0.5) -> None: ...
+
+    for owner, name in (("shared", "key_rate"), ("shared_key", "rate")):
+        cls = of(("exp_avg",), signature)
+        h = replace(cls.description.hyperparameters[0], name=name)
+        cls.description = replace(cls.description, name=owner, hyperparameters=(h,))
+        cls.__qualname__ = owner
+        if owner == "shared":
+            register(cls)
+            continue
+        with pytest.raises(
+            ValueError, match="shared_key: its shared_key_rate would also be one of"
+        ):
+            register(cls)
+    assert "shared_key" not in OPTIMIZERS._classes
+
+
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
     """The environment of a machine with a package that announces the example."""
@@ -152,6 +173,25 @@ def test_a_package_that_cannot_be_imported_is_named(
     (said,) = done.stderr.splitlines()[-1:]
     assert said.startswith("error: the entry point ademamix = tests.optimizers.example.gone of ")
     assert said.endswith("fix or uninstall ademamix")
+
+
+@pytest.mark.parametrize(
+    ("text", "point", "said"),
+    [
+        ("import sys; sys.exit()", "module", "SystemExit"),
+        ("class Forgotten: pass", "module:Forgotten", "module.Forgotten lacks the decorator"),
+    ],
+)
+def test_a_package_that_registers_nothing_is_named(
+    installed: dict[str, str], tmp_path: Path, text: str, point: str, said: str
+) -> None:
+    (tmp_path / "site/module.py").write_text(text)
+    points = tmp_path / "site/ademamix-1.0.dist-info/entry_points.txt"
+    points.write_text(f"[megatron_s3.optimizers]\nademamix = {point}\n")
+    done = megatron_s3("launch", "tiny-s3", "--dry-run", environment=installed)
+    assert done.returncode == 2
+    assert f"cannot be loaded ({said}" in done.stderr or f": {said}" in done.stderr
+    assert done.stderr.endswith("fix or uninstall ademamix\n")
 
 
 @pytest.mark.thorough
@@ -186,3 +226,73 @@ def test_the_launcher_knows_an_installed_optimizer(
     assert "--optimizer ademamix" in done.stdout
     without = megatron_s3(*words, environment={"PYTHONPATH": str(REPOSITORY)})
     assert without.returncode == 2 and "ademamix" in without.stderr
+
+
+def of(state: Any, signature: Any = None, rule: Any = signsgd_update) -> type[ElementwiseOptimizer]:
+    """Returns an optimizer that is not registered."""
+    body = {} if signature is None else {"__init__": arguments(signature)}
+    description = Description("signum", "Signum", state, 1.0, rule)
+    return type("Signum", (ElementwiseOptimizer,), {"description": description, **body})
+
+
+def test_the_learning_rate_has_the_default_of_the_signature() -> None:
+    def default(self, params: Params, lr: Rate = 0.25, **options: Unpack[Options]) -> None: ...
+
+    def required(self, params: Params, lr: Rate, **options: Unpack[Options]) -> None: ...
+
+    param = torch.nn.Parameter(torch.ones(3))
+    assert of(("exp_avg",), default)([param]).param_groups[0]["lr"] == 0.25
+    assert of(("exp_avg",), required)([param], 0.5).param_groups[0]["lr"] == 0.5
+    with pytest.raises(TypeError, match="has no default for lr"):
+        of(("exp_avg",), required)([param])
+
+
+def test_what_would_be_ignored_in_a_signature_is_an_error() -> None:
+    momentum = Annotated[float, About("coefficient of the average", 0, 1)]
+
+    def ignored(self, params: Params, *, momentum: float = 0.9) -> None: ...
+
+    def without(self, params: Params, *, momentum: momentum) -> None: ...
+
+    def outside(self, params: Params, *, momentum: momentum = 1.0) -> None: ...
+
+    def text(self, params: Params, *, momentum: momentum = "0.9") -> None: ...
+
+    def step(self, params: Params, *, step: momentum = 0.9) -> None: ...
+
+    def rate(self, params: Params, lr: momentum = 0.9) -> None: ...
+
+    def decay(self, params: Params, *, weight_decay: momentum = 0.9) -> None: ...
+
+    for signature, words in (
+        (ignored, "ignored: momentum would be ignored. Annotate it"),
+        (without, "without: the default of momentum must be a number, not None"),
+        (outside, r"outside: the default of momentum must be in \[0, 1\), not 1.0"),
+        (text, "text: the default of momentum must be a number, not '0.9'"),
+        (step, "step: step cannot be a hyperparameter"),
+        (rate, "rate: lr cannot be a hyperparameter"),
+        (decay, "decay: weight_decay cannot be a hyperparameter"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            arguments(signature)
+
+
+@pytest.mark.parametrize("state", ["exp_avg", ("exp_avg", "exp_avg"), ("master_param",)])
+def test_states_have_different_names(state: Any) -> None:
+    with pytest.raises(ValueError, match="Signum: state must be a tuple of different names"):
+        of(state)
+
+
+def test_a_rule_without_state_may_read_the_step() -> None:
+    """Exact, also for a parameter that misses a step."""
+    cls = of((), rule=lambda grad, t: grad / t)
+    cls.group_hyperparameters = lambda self, group: {"t": float(group["step"])}
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = cls(params, lr=1.0)
+    for missing in (None, 1, None):
+        for i, param in enumerate(params):
+            param.grad = None if i == missing else torch.ones(3)
+        optimizer.step()
+    totals = [1 + 1 / 2 + 1 / 3, 1 + 1 / 2]
+    for param, total in zip(params, totals, strict=True):
+        torch.testing.assert_close(param.detach(), torch.full((3,), -total))

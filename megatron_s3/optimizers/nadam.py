@@ -12,7 +12,7 @@ from megatron_s3.rules.nadam import nadam_update
 
 __all__ = ["NAdam"]
 
-#: The number of schedules of mu whose product is kept; a scheduler may change beta1 every step.
+#: The number of products of mu that are kept; a scheduler may change beta1 every step.
 _MOST_KNOWN = 64
 
 
@@ -63,17 +63,17 @@ class NAdam(ElementwiseOptimizer):
     def _product(self, beta1: float, decay: float, step: int) -> float:
         """Returns ``mu_1 ... mu_step``.
 
-        It depends on the step alone, so a checkpoint does not hold it.  If the product of the
-        previous step is known, only one factor is multiplied.
+        It depends on the step alone, so a checkpoint does not hold it.  If the product of this or
+        of the previous step is known, at most one factor is multiplied, also where parameters
+        differ in their number of updates.
         """
-        known: dict[tuple[float, float], tuple[int, float]] = vars(self).setdefault("_known", {})
-        at, product = known.get((beta1, decay), (0, 1.0))
-        if at > step:
-            at, product = 0, 1.0
-        product = math.prod((_mu(beta1, decay, t) for t in range(at + 1, step + 1)), start=product)
-        if len(known) >= _MOST_KNOWN:
-            known.clear()
-        known[beta1, decay] = step, product
+        known: dict[tuple[float, float, int], float] = vars(self).setdefault("_known", {})
+        at = next((t for t in (step, step - 1) if (beta1, decay, t) in known), 0)
+        start = known.get((beta1, decay, at), 1.0)
+        product = math.prod((_mu(beta1, decay, t) for t in range(at + 1, step + 1)), start=start)
+        known[beta1, decay, step] = product
+        for oldest in list(known)[:-_MOST_KNOWN]:
+            known.pop(oldest, None)
         return product
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_s3.optimizers import OPTIMIZERS, SGDM, AdamW, Adan, Lion, NAdam, SignSGD
+from megatron_s3.optimizers import OPTIMIZERS, SGDM, AdamW, Adan, Lion, NAdam, SignSGD, nadam
 
 SHAPES = [(7, 5), (64,), (3, 3, 3)]
 
@@ -169,3 +169,19 @@ def test_nadam_remembers_few_schedules() -> None:
         fresh = NAdam([torch.zeros(1)]).group_hyperparameters(group | {"step": step})
         assert values == fresh
     assert len(vars(optimizer)["_known"]) <= 64
+
+
+def test_nadam_multiplies_once_a_step_where_counts_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step 1,000,000, each step would otherwise take a second."""
+    some = params(0, torch.float32)
+    optimizer = NAdam(some)
+    run(optimizer, some, 1)
+    saved = optimizer.state_dict()
+    steps = [3000 - 500 * i for i in range(len(some))]
+    saved["param_groups"][0] |= {"step": 3000, "steps": steps, "format": 2}
+    optimizer.load_state_dict(saved)
+    run(optimizer, some, 1)
+    calls, mu = [], nadam._mu
+    monkeypatch.setattr(nadam, "_mu", lambda *given: calls.append(given) or mu(*given))
+    run(optimizer, some, 3, 1)
+    assert len(calls) < 60

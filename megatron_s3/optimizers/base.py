@@ -20,7 +20,13 @@ from megatron_s3.optimizers.checks import (
     shares_memory,
 )
 from megatron_s3.optimizers.counts import Counts
-from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description, plain
+from megatron_s3.optimizers.description import (
+    FORMAT,
+    FORMAT_WITH_STEPS,
+    RESERVED,
+    Description,
+    plain,
+)
 from megatron_s3.optimizers.host import Host
 from megatron_s3.optimizers.loading import Loading
 from megatron_s3.optimizers.movable import MovableState
@@ -33,9 +39,6 @@ __all__ = ["ElementwiseOptimizer"]
 
 #: The key to which torch's schedulers write the momentum, if the optimizer's defaults have it.
 MOMENTUM = "momentum"
-
-#: The keys of a param group that do not depend on its algorithm.
-_FOR_ALL = ("params", "param_names", "lr", "weight_decay", "algorithm", "format", "step")
 
 #: Arguments of the constructor that are not for a param group.
 _FOR_WHOLE = {"error_if_nonfinite", "fused", "state_dtype"}
@@ -181,6 +184,13 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         names = self.description.state
         if isinstance(given, torch.dtype):
             return dict.fromkeys(names, given)
+        if not isinstance(given, Mapping) or not all(
+            isinstance(dtype, torch.dtype) for dtype in given.values()
+        ):
+            raise ValueError(
+                "state_dtype must be a torch.dtype, or a dict of them by the states' names "
+                f"({', '.join(names)}), not {given!r}"
+            )
         return {**dict.fromkeys(names, torch.float32), **given}
 
     @property
@@ -276,7 +286,7 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         group = translated(description, group)
         own = {h.name: h.default for h in description.hyperparameters}
         others = {h.name for cls in OPTIMIZERS.values() for h in cls.description.hyperparameters}
-        for name in group.keys() - own.keys() - {*_FOR_ALL, MOMENTUM}:
+        for name in group.keys() - own.keys() - {*RESERVED, MOMENTUM}:
             if name in others or difflib.get_close_matches(name, own, 1, 0.8):
                 raise ValueError(
                     f"a param group with algorithm={description.name!r} has {name}, but "
@@ -455,26 +465,19 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
         (such groups have an entry ``fractions``), and those of ``master_param`` in int16 copies in
         float32.  All others are the optimizer's own.
         """
-        saved = self.saved_groups()
-        states = saved["state"]
-        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
-            description = self.algorithm_of(own).description
-            for index, param in zip(group["params"], own["params"], strict=True):
-                if index in states:
-                    states[index] = values(description, param, states[index])
-        return saved
+        hook = self.register_state_dict_post_hook(_put_values, prepend=True)
+        try:  # before the caller's hooks, which may return anything
+            return self.saved_groups()
+        finally:
+            hook.remove()
 
     def saved_groups(self) -> dict[str, Any]:
         """Returns :meth:`state_dict` with the tensors in the form in which they are stored."""
-        saved = super().state_dict()
-        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
-            fractions = self.algorithm_of(own).description.fractions
-            stored = {n: of for n, of in fractions.items() if self.state_dtypes.get(n) == FRACTION}
-            if stored:
-                group["fractions"] = stored
-        for index in self.counts.save(self.param_groups, saved["param_groups"]):
-            saved["param_groups"][index]["format"] = FORMAT_WITH_STEPS
-        return saved
+        hook = self.register_state_dict_post_hook(_complete_groups, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as torch does, with hooks, after checking that it fits.
@@ -505,3 +508,24 @@ class ElementwiseOptimizer(MovableState, torch.optim.Optimizer):
     def place(self, name: str, param: Tensor) -> tuple[torch.device, torch.dtype]:
         """Returns the device and dtype of a parameter's state."""
         return self.host.device_of(param), self._state_dtype(name, param)
+
+
+def _put_values(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Puts values in place of the states that are stored in another form."""
+    states = saved["state"]
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        description = optimizer.algorithm_of(own).description
+        for index, param in zip(group["params"], own["params"], strict=True):
+            if index in states:
+                states[index] = values(description, param, states[index])
+
+
+def _complete_groups(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Adds to the saved groups what torch does not know."""
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        fractions = optimizer.algorithm_of(own).description.fractions
+        stored = {n: of for n, of in fractions.items() if optimizer.state_dtypes.get(n) == FRACTION}
+        if stored:
+            group["fractions"] = stored
+    for index in optimizer.counts.save(optimizer.param_groups, saved["param_groups"]):
+        saved["param_groups"][index]["format"] = FORMAT_WITH_STEPS

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_s3.kernels.compact import FRACTION, REMAINDER
 from megatron_s3.optimizers.checks import of_shape, state_fault
-from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description
+from megatron_s3.optimizers.description import FORMAT, FORMAT_WITH_STEPS, Description, plain
 from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 from megatron_s3.optimizers.values import excess, put
 
@@ -59,6 +59,8 @@ class Loading:
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         if sizes != [len(group["params"]) for group in saved_groups]:
             return state_dict  # torch raises the error
+        for index, group in enumerate(saved_groups):
+            _check_counts(index, group)
         rest = dict(state_dict["state"])
         params = [
             (optimizer.algorithm_of(group).description, param)
@@ -107,7 +109,7 @@ class Loading:
     def put(self, optimizer: Any) -> None:
         """Stores the states, each in the optimizer's dtype and on the right device."""
         for group in optimizer.param_groups:
-            group["format"] = FORMAT
+            group["format"], group["step"] = FORMAT, int(group["step"])
             group.pop("fractions", None)
         optimizer.counts.load(optimizer.param_groups)
         if optimizer.host.keep_hyperparameters:
@@ -152,6 +154,28 @@ def check_stamps(optimizer: Any, saved_groups: list[dict[str, Any]]) -> None:
                 "checkpoint into a state dict (torch.distributed.checkpoint), add such a list to "
                 "each of its groups first: group['steps'] = [0] * len(group['params'])."
             )
+
+
+def _check_counts(index: int, group: dict[str, Any]) -> None:
+    """Raises ValueError unless a saved group holds usable numbers of updates."""
+    wrong = None
+    if not _is_count(group.get("step")):
+        wrong = f"step={group.get('step')!r}, which must be a whole number from 0"
+    steps, length = group.get("steps"), len(group["params"])
+    if "steps" in group and not (
+        isinstance(steps, list | tuple) and len(steps) == length and all(map(_is_count, steps))
+    ):
+        wrong = f"steps={steps!r}, which must be a list of {length} whole numbers from 0"
+    if wrong:
+        raise ValueError(
+            f"the state to load has in param group {index} {wrong}. Nothing was loaded."
+        )
+
+
+def _is_count(value: Any) -> bool:
+    number = plain(value)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and number >= 0 and float(number).is_integer()
 
 
 def _called(ours: Description, name: str, value: Any) -> str:

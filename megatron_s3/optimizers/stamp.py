@@ -85,7 +85,7 @@ def check_parts(
         advice: what to do instead of resuming, for the message.
     """
     now, then = _parts(own), _parts(saved)
-    alone = [part for part, *others in (list(now), list(then)) if not others]
+    alone = [parts for parts in (now, then) if len(parts) == 1]
     unmarked = all(pattern is None for _, pattern in then)
     if now == then or (unmarked and len({name for name, _ in now | then}) == 1):
         return

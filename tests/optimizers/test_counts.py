@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -246,3 +247,44 @@ def test_a_parameter_that_is_not_made_yet_is_not_an_empty_one() -> None:
     """Torch does not tell its size."""
     assert not is_empty(torch.nn.UninitializedParameter())
     assert is_empty(Parameter(torch.zeros(0))) and not is_empty(Parameter(torch.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("step", value) for value in (None, "3", -1, 1.5, math.inf, True)],
+        *[("steps", value) for value in (None, [], [5], [5, 1, 1], [5, -1], [5, 1.5], "51")],
+    ],
+)
+def test_counts_that_cannot_be_are_refused(name: str, value: Any) -> None:
+    params = two()
+    optimizer = AdamW(params)
+    run(optimizer, params, range(5), late=3)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["steps"] == [5, 1]
+    new = AdamW(two())
+    before = new.state_dict()
+    with pytest.raises(ValueError, match=rf"in param group 0 {name}=.*\. Nothing was loaded"):
+        new.load_state_dict({**saved, "param_groups": [saved["param_groups"][0] | {name: value}]})
+    assert new.state_dict() == before
+
+
+def test_a_count_may_be_any_whole_number_and_must_be_there() -> None:
+    """As frameworks save it: a 0-dim tensor, or a float."""
+    params = two()
+    optimizer = AdamW(params)
+    run(optimizer, params, range(5), late=0)
+    saved = optimizer.state_dict()
+    for step in (torch.tensor(5), torch.tensor(5.0), 5.0):
+        saved["param_groups"][0]["step"] = step
+        new = AdamW(two())
+        new.load_state_dict(saved)
+        assert type(new.param_groups[0]["step"]) is int and new.param_groups[0]["step"] == 5
+    del saved["param_groups"][0]["step"]
+    with pytest.raises(ValueError, match="step=None, which must be a whole number"):
+        AdamW(two()).load_state_dict(saved)
+
+
+def test_a_state_without_groups_is_refused_as_torch_does() -> None:
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        AdamW(two()).load_state_dict({"state": {}, "param_groups": []})

@@ -131,6 +131,8 @@ def test_states_may_differ_in_dtype() -> None:
             "exp_avg in torch.bfloat16 with beta=0.999",
         ),
         ({"fused": "yes"}, "fused must be True, False or None"),
+        ({"state_dtype": "bfloat16"}, "state_dtype must be a torch.dtype, or a dict .*'bfloat16'"),
+        ({"state_dtype": {"exp_avg": "bf16"}}, "state_dtype must be a torch.dtype, or a dict"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict, message: str) -> None:

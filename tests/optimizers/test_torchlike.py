@@ -439,3 +439,29 @@ def test_a_wrong_main_parameter_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match=r"the master_param of a parameter, of shape .*group 0"):
         optimizer.step()
     assert all(map(torch.equal, before, params))
+
+
+def test_hooks_see_the_saved_state_as_it_is_returned_and_may_replace_it() -> None:
+    """Exact: values in place of int8 numbers, the entries of the groups, and any result."""
+    params = [parameter(5), parameter(4, 3, seed=1)]
+    dtypes = {"exp_avg": torch.int8, "exp_pnorm": torch.bfloat16}
+    optimizer = S3(params, beta_ramp=True, state_dtype=dtypes)
+    params[1].grad = None
+    optimizer.step()
+    params[1].grad = torch.ones(4, 3)
+    optimizer.step()
+    seen = []
+    hook = optimizer.register_state_dict_post_hook(
+        lambda _, saved: seen.append(copy.deepcopy(saved))
+    )
+    saved = optimizer.state_dict()
+    (group,) = seen[0]["param_groups"]
+    assert group == saved["param_groups"][0] and {"fractions", "steps"} <= group.keys()
+    assert seen[0]["state"][1]["exp_avg"].dtype == torch.bfloat16
+    hook.remove()
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved, "mine": 3})
+    assert optimizer.state_dict().keys() == {"optimizer", "mine"}
+    assert len(optimizer._optimizer_state_dict_post_hooks) == 1
+    S3(params, beta_ramp=True, state_dtype=dtypes).load_state_dict(
+        optimizer.state_dict()["optimizer"]
+    )

@@ -260,7 +260,7 @@ def test_the_callback_logs_validation_and_test_losses(finished):
     ]
     log = folder.with_suffix(".log").read_text()
     printed = re.findall(r"lm loss value: (\S+)", log)
-    assert [f"{float(loss):.5f}" for loss in printed] == [f"{r['loss']:.5f}" for r in lines]
+    assert printed == [f"{r['loss']:.6E}" for r in lines]
 
 
 @pytest.mark.thorough

@@ -284,7 +284,7 @@ def test_bad_input_gives_one_error_and_status_2(
 def test_a_prefix_without_a_name_is_refused(
     prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a shell passes on a variable that is not set, or a folder."""
+    """A shell passes on an empty word for a variable that is not set; a folder is no name."""
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
     command = ["--input", "a.jsonl", "--tokenizer", "bytes", "--split", "1,1"]

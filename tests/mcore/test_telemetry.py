@@ -115,7 +115,7 @@ def test_a_resumed_run_is_one_log(tmp_path) -> None:
 
 
 def test_a_launch_that_resumes_after_the_last_iteration_logs_its_evaluations(tmp_path) -> None:
-    """One that was killed after the last save; to evaluate an earlier checkpoint is no launch."""
+    """It was killed after the last save; the evaluation of an earlier checkpoint is no launch."""
     flags = (*S3, "--save-interval", "3", "--tensorboard-dir", tmp_path, "--save", tmp_path)
     train(*flags)
     log = tmp_path / "metrics.jsonl"

@@ -270,7 +270,7 @@ def test_counts_that_cannot_be_are_refused(name: str, value: Any) -> None:
 
 
 def test_a_count_may_be_any_whole_number_and_must_be_there() -> None:
-    """As frameworks save it: a 0-dim tensor, or a float."""
+    """Frameworks save it as a 0-dim tensor, or as a float."""
     params = two()
     optimizer = AdamW(params)
     run(optimizer, params, range(5), late=0)

@@ -55,7 +55,7 @@ def test_the_runs_in_a_folder(tmp_path) -> None:
 
 
 def test_a_launched_run_without_a_log_is_said(tmp_path, capsys) -> None:
-    """As one of an array that failed before its training."""
+    """A run of an array may fail before its training."""
     write(tmp_path / "runs" / "1", "S3", 0.1, 1, 2.0)
     (tmp_path / "runs" / "2").mkdir()
     (tmp_path / "runs" / "2" / "config.yaml").touch()
@@ -195,7 +195,7 @@ def test_a_largest_update_that_is_nan_is_not_hidden(at: int, tmp_path) -> None:
 
 
 def test_a_validation_loss_is_not_compared_with_a_test_loss(tmp_path) -> None:
-    """One run was tested at its end, and one was killed before."""
+    """The first run was tested at its end, and the other was killed before."""
     write(tmp_path / "s3", "S3", 0.1, 1, 2.0, test=1.5)
     log = write(tmp_path / "adamw", "AdamW", 0.1, 1, 2.1) / "metrics.jsonl"
     table = named(every_table(load([tmp_path])), "final validation loss")

@@ -87,7 +87,7 @@ def test_a_reader_that_has_enough_is_no_fault() -> None:
 
 
 def test_a_verb_speaks_whatever_rank_the_environment_names(monkeypatch, capsys) -> None:
-    """As the environment of a pod or of a program under torchrun does."""
+    """A pod, or a program under torchrun, may have set it."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(
         importlib, "import_module", lambda _: types.SimpleNamespace(main=lambda argv: 0)

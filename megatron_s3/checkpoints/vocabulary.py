@@ -6,9 +6,9 @@ __all__ = ["rows"]
 
 
 def rows(folder: str | Path) -> int:
-    """Returns the rows that a tokenizer's embedding needs: its largest token and one.
+    """Returns the rows that a tokenizer's embedding needs: one more than its largest token ID.
 
-    That may be more than its number of tokens, because numbers may be left out.
+    They may be more than its tokens, because IDs may be left out.
 
     Raises:
         Exception: transformers cannot read a tokenizer from the folder.

@@ -71,7 +71,7 @@ def test_what_is_not_finite_is_a_spike_under_way() -> None:
 
 
 def test_a_loss_of_zero_is_no_spike() -> None:
-    """As of a batch without targets; its logarithm is on no line, and it ends a spike."""
+    """A batch without targets has it; its logarithm is on no line, and it ends a spike."""
     losses = decaying(300)
     losses[5], losses[200], losses[202] = 0.0, 0.0, -1.0
     detector = feed(losses)

@@ -26,7 +26,7 @@ def process() -> Forks:
     """
     if not FOLDER.is_dir():
         pytest.skip(f"Megatron-Bridge is not unpacked at {FOLDER}; scripts/test.sh does it")
-    return Forks(FOLDER, Path(__file__).with_name("program.py"), plugin=False)
+    return Forks(FOLDER, Path(__file__).with_name("program.py"), imports="optimizers")
 
 
 def in_bridge(test: Callable) -> Callable:

@@ -38,20 +38,31 @@ _NEEDED = (
     "megatron.core.models.mimo",
 )
 
-#: What tests of torch's own sharding import.
-_PLAIN = (
-    "megatron_s3.optimizers",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "pytest",
-)
+#: What is imported where Megatron is not.
+_OTHERS = {
+    # For tests of torch's own sharding.
+    "optimizers": (
+        "megatron_s3.optimizers",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "pytest",
+    ),
+    # What takes long of what Megatron imports of torch.
+    "torch": (
+        "torch._inductor.compile_fx",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch.utils.cpp_extension",
+    ),
+}
 
 _READY = "ready to fork\n"
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Forks:
-    """A process that has imported torch and Megatron, with the plugin registered.
+    """A process that has imported torch and, unless told otherwise, Megatron with the plugin.
 
     It ends with the process that made it.
 
@@ -59,7 +70,8 @@ class Forks:
         megatron: folder that holds the ``megatron`` to import; the installed one if None.
         program: what the ranks run, a module's name or a script's path. A script is imported
             beforehand.
-        plugin: False to import torch alone.
+        imports: what it imports beforehand: ``megatron``, or of torch what ``optimizers`` or
+            Megatron (``torch``) import.
 
     Raises:
         RuntimeError: it cannot be imported; with the traceback.
@@ -70,13 +82,13 @@ class Forks:
         megatron: str | Path | None = None,
         program: str | Path = TRAINER,
         *,
-        plugin: bool = True,
+        imports: str = "megatron",
     ) -> None:
         self._program = str(program)
         # A Megatron-LM tree has a package `tests`, too.
         path = [str(p) for p in (_REPOSITORY, megatron, os.environ.get("PYTHONPATH")) if p]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self._program, *([] if plugin else ["plain"])],
+            [sys.executable, "-m", __name__, self._program, imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -136,11 +148,11 @@ class Forks:
 def main() -> None:
     """Answers each request, one JSON object a line of standard input, with the exit status."""
     answers = os.fdopen(os.dup(1), "w")
-    if "plain" in sys.argv[2:]:
-        for name in _PLAIN:
-            importlib.import_module(name)
-    else:
+    if sys.argv[2] == "megatron":
         prepare()
+    else:
+        for name in _OTHERS[sys.argv[2]]:
+            importlib.import_module(name)
     if sys.argv[1].endswith(".py"):
         _run_script(sys.argv[1], "imported")
     silent = os.open(os.devnull, os.O_WRONLY)

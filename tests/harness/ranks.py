@@ -57,7 +57,8 @@ def on_ranks(
             packed = base64.b64encode(pickle.dumps(arguments)).decode()
             argv = [inspect.getfile(test), test.__name__, packed, str(int(megatron))]
             with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-                process = started() if started else forks(folder, megatron)
+                imports = "megatron" if megatron else "optimizers"
+                process = started() if started else forks(folder, imports)
                 status = process.run(argv, count, log.name, program=__name__)
                 assert status == 0, log.read()[-8000:]
 

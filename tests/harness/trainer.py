@@ -133,6 +133,6 @@ def _why(log: str) -> str:
 
 
 @functools.cache
-def forks(megatron: str | Path | None = None, plugin: bool = True) -> _forks.Forks:
-    """The process that forks ranks, by the release of Megatron; one of torch's without plugin."""
-    return _forks.Forks(megatron, plugin=plugin)
+def forks(megatron: str | Path | None = None, imports: str = "megatron") -> _forks.Forks:
+    """Returns the process that forks ranks, by Megatron's release and what it has imported."""
+    return _forks.Forks(megatron, imports=imports)

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from megatron_s3.launch import check
 from megatron_s3.launch.check import arithmetic, schedule
 from megatron_s3.launch.config import ConfigError, load
+from tests.harness import fresh
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -95,10 +94,8 @@ def test_megatron_is_asked_and_its_refusals_name_the_lines():
         "plugin_overrides=lr=1": "plugin_overrides: --plugin-overrides 'lr=1': a rule is 'PATTERN",
         'plugin_overrides=["*: optimizer=adamx"]': "sets optimizer='adamx', which is no optimizer",
     }
-    run = subprocess.run(
-        [sys.executable, "-c", ASK, *cases],
-        capture_output=True,
-        text=True,
+    run = fresh.run(
+        *("-c", ASK, *cases),
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
@@ -124,10 +121,8 @@ for value in ("1", "8", "null"):
 
 
 def test_megatron_is_asked_in_the_environment_of_the_ranks():
-    run = subprocess.run(
-        [sys.executable, "-c", FSDP],
-        capture_output=True,
-        text=True,
+    run = fresh.run(
+        *("-c", FSDP),
         env={k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
         | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )

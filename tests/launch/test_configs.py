@@ -1,12 +1,11 @@
 """Every shipped configuration, through the parser and the validation of every release."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from megatron_s3.launch.configs import names
+from tests.harness import fresh
 from tests.harness.releases import INSTALLED, RELEASES, unpacked
 from tests.harness.trainer import REPOSITORY, brief
 
@@ -14,10 +13,8 @@ from tests.harness.trainer import REPOSITORY, brief
 @pytest.mark.slow
 @pytest.mark.parametrize("release", brief(RELEASES, INSTALLED))
 def test_every_configuration_is_accepted(release: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "megatron_s3.cli", "configs"],
-        capture_output=True,
-        text=True,
+    run = fresh.run(
+        *("-m", "megatron_s3.cli", "configs"),
         env=os.environ
         | {"PYTHONPATH": f"{unpacked(release)}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"},
     )
@@ -54,10 +51,8 @@ def test_a_row_is_complete_whatever_the_end_is_given_in(tmp_path):
     )
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(f"extends: {samples}\narray: {{s3_p: [2, 0.5]}}\n")
-    run = subprocess.run(
-        [sys.executable, "-c", UNCOUNTED, str(endless), str(samples), str(wrong)],
-        capture_output=True,
-        text=True,
+    run = fresh.run(
+        *("-c", UNCOUNTED, endless, samples, wrong),
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 2, run.stderr

@@ -4,14 +4,13 @@ import copy
 import dataclasses
 import math
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 import yaml
 
+from tests.harness import fresh
 from tests.harness.hyperparameters import NEEDED
 from tests.harness.releases import RELEASES
 from tests.mcore.library import build, inner, on_ranks, step, wrap
@@ -202,11 +201,7 @@ def test_subclasses_made_before_and_after_have_the_fields():
         first = next(f.name for f in dataclasses.fields(OptimizerConfig) if not f.kw_only)
         assert getattr(OptimizerConfig(None), first) is None
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run("-c", textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
 
 

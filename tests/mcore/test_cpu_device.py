@@ -3,8 +3,6 @@
 What changes torch for good runs in a process of its own.
 """
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from megatron_s3.mcore import cpu_device
+from tests.harness import fresh
 from tests.harness.trainer import REPOSITORY, train
 
 ON_CPU = """
@@ -24,12 +23,7 @@ cpu_device.use_cpu()
 
 
 def passes(program: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    run = fresh.run("-c", textwrap.dedent(program), cwd=REPOSITORY)
     assert run.returncode == 0, run.stderr
 
 

@@ -1,11 +1,11 @@
 """What `register` changes in a process: the device if it is asked for, and who holds names."""
 
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+
+from tests.harness import fresh
 
 HEAD = """
 import warnings; warnings.simplefilter("ignore")
@@ -15,10 +15,8 @@ had = torch.cuda.is_available()
 
 
 def run(code: str, *argv: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", HEAD + textwrap.dedent(code), *argv],
-        capture_output=True,
-        text=True,
+    done = fresh.run(
+        *("-c", HEAD + textwrap.dedent(code), *argv),
         env={k: v for k, v in os.environ.items() if k != "MEGATRON_S3_DEVICE"} | environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer, register
 from megatron_s3.optimizers.arguments import About, Options, Params, Rate, arguments
 from megatron_s3.optimizers.description import Description
 from megatron_s3.rules.signsgd import signsgd_update
+from tests.harness import fresh
 from tests.harness.trainer import REPOSITORY, assert_bitwise_equal, tensors, train
 
 EXAMPLE = Path(__file__).parent / "example"
@@ -157,9 +158,8 @@ def installed(tmp_path: Path) -> dict[str, str]:
 
 
 def megatron_s3(*words: object, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megatron_s3.cli", *map(str, words)]
-    return subprocess.run(
-        command, env=os.environ | environment, cwd=REPOSITORY, capture_output=True, text=True
+    return fresh.run(
+        *("-m", "megatron_s3.cli", *words), env=os.environ | environment, cwd=REPOSITORY
     )
 
 

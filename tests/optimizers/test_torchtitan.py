@@ -37,7 +37,7 @@ def test_torchtitan_trains_and_resumes_bitwise(tmp_path):
     (text,) = re.findall(
         r"^### torchtitan\n.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S
     )
-    ranks = Forks(FOLDER, plugin=False)
+    ranks = Forks(FOLDER, imports="optimizers")
 
     def train(folder: Path) -> str:
         folder.mkdir(exist_ok=True)

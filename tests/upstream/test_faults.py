@@ -22,7 +22,7 @@ RANKS = {"lion_partly_reduced": 2}
 def process(release: str) -> Forks:
     """Returns a process with a release and without the plugin, whose forks are the ranks."""
     path = os.pathsep.join(map(str, (unpacked(release), EMERGING)))
-    return Forks(path, plugin=False)
+    return Forks(path, imports="optimizers")
 
 
 def table() -> dict[str, dict[str, str]]:

@@ -102,6 +102,7 @@ def run_words(image: str, *words: str, options: tuple[str, ...] = ()) -> list[st
     return [
         "podman", "--cgroup-manager=cgroupfs", "--runtime=runc", "run", "--rm", "--network=host",
         "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096",
+        "--env=PYTHONPYCACHEPREFIX=/tmp/bytecode",  # once for all processes of the container
         _TORCH, *options, image, *words,
     ]  # fmt: skip
 
@@ -119,13 +120,15 @@ def remove(name: str) -> None:
 def pip_settings(folder: Path) -> list[str]:
     """Words for buildah that give pip in the build the settings that it has here.
 
-    They are mounted from `folder`, so that nothing of them stays in the image.
+    They are mounted from `folder`, so that nothing of them stays in the image.  Beside them pip is
+    told not to compile packages to bytecode, which would take most of its time; see `run_words`.
     """
     listed = _call(sys.executable, "-m", "pip", "config", "list").stdout.splitlines()
     values: dict[str, str] = {}
     for line in sorted(listed, key=lambda line: line.startswith(":env:")):  # as pip ranks them
         key, _, value = line.partition("=")
         values[key.rpartition(".")[2]] = value.strip("'\"")
+    values["no-compile"] = "false"  # pip's own way to turn a "no" on
     where = folder / "pip.conf"
     where.write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in values.items()))
     named = re.findall(r"(?:file://)?(/[^\s'\"]+)", " ".join(values.values()))

@@ -8,11 +8,11 @@ __all__ = ["GPT2", "ITERATIONS", "LOCAL", "PARAMETERS", "SHAPE", "TINY"]
 #: 2 layers, 120,576 parameters.
 SHAPE = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
 --max-position-embeddings 64""".split()
-#: :data:`SHAPE` with 8 sequences of 64 made-up tokens a step. Each rank makes them by itself:
+#: :data:`SHAPE` with 4 sequences of 64 made-up tokens a step. Each rank makes them by itself:
 #: forking processes that load data takes a third of such a short run.
 TINY = [
     *SHAPE,
-    *"""--micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --lr-warmup-iters 2
+    *"""--micro-batch-size 1 --global-batch-size 4 --lr 3e-3 --lr-warmup-iters 2
     --lr-decay-style cosine --weight-decay 0.01 --mock-data --tokenizer-type NullTokenizer
     --vocab-size 255 --log-interval 1 --eval-iters 1 --eval-interval 1000
     --num-workers 0""".split(),

@@ -29,7 +29,7 @@ def program(tmp_path_factory) -> Path:
 def run(program: Path, *argv: str | Path, ranks: int = RANKS, fails: bool = False) -> str:
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
         words = [str(word) for word in argv]
-        status = forks(None, True).run(words, ranks, log.name, program=str(program))
+        status = forks().run(words, ranks, log.name, program=str(program))
         said = log.read()
     assert (status != 0) is fails, said[-4000:]
     return said

@@ -37,12 +37,12 @@ def test_torchtitan_trains_and_resumes_bitwise(tmp_path):
     (text,) = re.findall(
         r"^### torchtitan\n.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S
     )
-    ranks = Forks(FOLDER, imports="optimizers")
+    ranks = Forks(FOLDER, PROGRAM, imports="optimizers")
 
     def train(folder: Path) -> str:
         folder.mkdir(exist_ok=True)
         (folder / "s3_configs.py").write_text(text)
-        status = ranks.run([folder, "4"], 2, folder / "log", program=PROGRAM)
+        status = ranks.run([folder, "4"], 2, folder / "log")
         log = (folder / "log").read_text()
         assert status == 0, log[-6000:]
         return log

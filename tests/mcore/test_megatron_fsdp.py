@@ -28,7 +28,7 @@ STRATEGY = "--data-parallel-sharding-strategy"
 WHOLE = (*FSDP, STRATEGY, "optim_grads_params")
 # One micro-batch a step: the strategies that shard gradients reduce those of each, the others and
 # plain data parallelism their sum.
-ONE_BATCH = ("--micro-batch-size", "4")
+ONE_BATCH = ("--micro-batch-size", "2")
 # As in plain data parallelism; its own default is the model's dtype.
 FP32_GRADS = ("--megatron-fsdp-main-grads-dtype", "fp32")
 PRECISIONS = {"fp32": (), "bf16": ("--bf16",)}

@@ -112,7 +112,7 @@ def test_mup_starts_from_the_optimizers_own_eps():
     from tests.harness.trainer import TINY
 
     sys.argv = ["pretrain", *TINY, "--train-iters", "6", "--optimizer", "adamw"]
-    sys.argv += ["--adamw-eps", "1e-4", "--micro-batch-size", "8"]
+    sys.argv += ["--adamw-eps", "1e-4", "--micro-batch-size", "4"]
     args = parse_args()
     validate_args(args, {"tokenizer_type": "NullTokenizer"})
     config, _ = get_megatron_optimizer_config(args)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 SHARDED = ["--use-torch-fsdp2"]
 COMMON = ["--untie-embeddings-and-output-weights", "--save-interval", "3"]
 #: One microbatch a step: FSDP2 reduces each, DDP what they add up to.
-AT_ONCE = ["--global-batch-size", "4"]
+AT_ONCE = ["--global-batch-size", "2"]
 DCP = ["--ckpt-format", "torch_dcp"]
 
 CASES = {

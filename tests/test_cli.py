@@ -94,3 +94,63 @@ def test_a_verb_speaks_whatever_rank_the_environment_names(monkeypatch, capsys) 
     )
     assert cli.main(["convert"]) == 0
     assert capsys.readouterr().err == "[megatron_s3] loading PyTorch\n"
+
+
+#: A verb that is given a path of the wrong kind, and the line that it prints.
+WRONG_PATHS = [
+    ("launch folder", "folder: it is a folder, not a file; give one YAML file of it"),
+    (
+        "launch zzz",
+        "zzz: no such file or shipped configuration; megatron-s3 configs lists the names",
+    ),
+    ("launch latin.txt", "latin.txt: cannot be read: it is not text in UTF-8 (byte 0)"),
+    ("args folder", "folder: cannot be read: it is a folder, not a file"),
+    ("args none", "none: cannot be read: no such file"),
+    ("args latin.txt", "latin.txt: cannot be read: it is not text in UTF-8 (byte 0)"),
+    (
+        "convert text.txt out --to s3",
+        "text.txt: it is a file, not a folder; name the folder of the run's --save",
+    ),
+    (
+        "convert folder out --to s3",
+        "folder: it holds no checkpoint, neither latest_checkpointed_iteration.txt nor an "
+        "iter_XXXXXXX; name the folder of the run's --save (of a launched run, "
+        "runs/NAME/checkpoints)",
+    ),
+    (
+        "convert folder text.txt/out --to s3",
+        "text.txt: it is a file, not a folder; make it first",
+    ),
+    ("report none", "none: no such folder; give the folder of a run, such as runs/NAME"),
+    (
+        "report text.txt",
+        "text.txt, line 1: damaged: not a record of a run; a log of a run (metrics.jsonl) begins "
+        "with one",
+    ),
+    ("eval none --output o", "none: no such folder; give the folder that megatron-s3 export wrote"),
+    (
+        "data --input . --output-prefix x --tokenizer text.txt",
+        "--tokenizer text.txt: it is a file, not a folder; give gpt2, bytes, or the folder of a "
+        "Hugging Face tokenizer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), WRONG_PATHS, ids=[line for line, _ in WRONG_PATHS])
+def test_a_path_of_the_wrong_kind_is_told_from_one_that_is_missing(
+    line: str, said: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("text.txt").write_text("hello\n")
+    Path("latin.txt").write_bytes(b"\xff\n")
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
+
+
+def test_a_verb_without_its_configuration_asks_for_that_alone(capsys) -> None:
+    """Further files are optional; argparse named them as required."""
+    for verb in ("launch", "plan"):
+        with pytest.raises(SystemExit):
+            cli.main([verb])
+        assert capsys.readouterr().err.endswith("are required: config\n")

@@ -24,6 +24,7 @@ from megatron_s3.checkpoints import groups, rates, rewriting, transfer
 from megatron_s3.checkpoints.errors import ConvertError, Mismatch
 from megatron_s3.checkpoints.source import Source
 from megatron_s3.checkpoints.transfer import ADAM, Settings
+from megatron_s3.errors import no_folder
 from megatron_s3.log import say_here
 from megatron_s3.mcore.arguments.names import destination, flag
 from megatron_s3.mcore.checkpoint import read
@@ -68,7 +69,7 @@ def convert(
     if output.exists() or output.is_symlink():
         raise ConvertError(f"{output} exists: choose another folder, or remove it")
     if not output.absolute().parent.is_dir():
-        raise ConvertError(f"{output.parent}: no such folder; make it first")
+        raise ConvertError(f"{output.parent}: {no_folder(output.parent)}; make it first")
     found = read.find(checkpoint, iteration)
     if found.name == RELEASE:
         raise ConvertError(

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_s3.checkpoints import vocabulary
 from megatron_s3.checkpoints.accuracies import figure, table
 from megatron_s3.checkpoints.tasks import TASKS, TaskError, load, manager
-from megatron_s3.errors import MegatronS3Error
+from megatron_s3.errors import MegatronS3Error, no_folder
 from megatron_s3.log import say_here
 from megatron_s3.storage.writable import refuse_unwritable
 from megatron_s3.version import __version__
@@ -128,6 +128,10 @@ def _check_device(device: str | None) -> None:
 
 
 def _check_files(folder: Path, tokenizer: str | Path | None) -> None:
+    if not folder.is_dir():
+        raise EvaluationError(
+            f"{folder}: {no_folder(folder)}; give the folder that megatron-s3 export wrote"
+        )
     if not (folder / "config.json").is_file():
         raise EvaluationError(
             f"{folder}: not a Hugging Face model, config.json is missing; make one from a "

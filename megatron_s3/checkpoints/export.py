@@ -13,7 +13,7 @@ import torch
 
 from megatron_s3.checkpoints import gpt2, vocabulary
 from megatron_s3.checkpoints.errors import Mismatch
-from megatron_s3.errors import MegatronS3Error
+from megatron_s3.errors import MegatronS3Error, no_folder
 from megatron_s3.log import say_here
 from megatron_s3.mcore.checkpoint import forward, read
 from megatron_s3.storage.layout import iteration_of
@@ -83,7 +83,7 @@ def export(
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists: choose another folder, or remove it")
     if not output.absolute().parent.is_dir():
-        raise ExportError(f"{output.parent}: no such folder; make it first")
+        raise ExportError(f"{output.parent}: {no_folder(output.parent)}; make it first")
     try:
         refuse_unwritable(output, "OUTPUT")
     except OSError as error:

@@ -33,8 +33,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--input",
         required=True,
         metavar="DIR|FILE|NAME",
-        help="text to convert: a directory of .jsonl, .jsonl.gz, .jsonl.zst and .parquet files; a "
-        "directory of text files, each of which is one document; a single data file, which may "
+        help="text to convert: a folder of .jsonl, .jsonl.gz, .jsonl.zst and .parquet files; a "
+        "folder of text files, each of which is one document; a single data file, which may "
         "also be JSON lines whose name ends in .json or .ndjson (.gz, .zst); 'stdlib', the "
         f"standard library of this Python; {', '.join(hub.NAMED)}; or hf:NAME[:CONFIG], any "
         "dataset on the Hugging Face hub",
@@ -68,7 +68,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--glob",
         action="append",
         metavar="PATTERN",
-        help="names of the files to read in a directory; may be repeated (default: the data files "
+        help="names of the files to read in a folder; may be repeated (default: the data files "
         "if there are any, otherwise *.txt *.md *.rst *.py)",
     )
     parser.add_argument(

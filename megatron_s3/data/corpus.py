@@ -50,7 +50,7 @@ def build(
 
     Args:
         src: The documents. They are read one at a time, never all at once.
-        prefix: Path that all file names begin with; its directory is created.
+        prefix: Path that all file names begin with; its folder is created.
         split: Proportion of documents for training and for validation.
         tokenizer: `gpt2`, `bytes` (a token is a byte of UTF-8) or the folder of a Hugging Face
             tokenizer.

@@ -19,7 +19,7 @@ from megatron_s3.data.dataset_parts import SPLITS
 from megatron_s3.data.errors import DataError
 from megatron_s3.data.shards import Shard
 
-#: Names of the files to read in a directory without data files when no --glob is given.
+#: Names of the files to read in a folder without data files when no --glob is given.
 TEXT_GLOBS = ("*.txt", "*.md", "*.rst", "*.py")
 #: Files that hold many documents each.
 DATA_GLOBS = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet")
@@ -54,8 +54,8 @@ class Source:
 
     Attributes:
         kind: `stdlib`, `directory`, `file` or `hub`.
-        path: The directory or file, or the dataset's name on the Hugging Face hub.
-        globs: File-name patterns for a directory; when empty, they depend on its content.
+        path: The folder or file, or the dataset's name on the Hugging Face hub.
+        globs: File-name patterns for a folder; when empty, they depend on its content.
         json_key: The key (JSONL) or column (parquet, hub) that holds the text.
         config: Configuration of a dataset on the hub.
         revision: Commit, tag or branch of a dataset on the hub.
@@ -112,11 +112,11 @@ def source(
     """Returns the source that `--input` names.
 
     Args:
-        name: `stdlib`; a directory; a file whose name ends in one of `DATA_GLOBS`; a name in
+        name: `stdlib`; a folder; a file whose name ends in one of `DATA_GLOBS`; a name in
             `hub.NAMED`; or `hf:NAME[:CONFIG]`, a dataset on the Hugging Face hub.
         json_key: The key or column that holds the text; when None, `text`, or the column of the
             named dataset.
-        globs: File-name patterns for a directory.
+        globs: File-name patterns for a folder.
         revision: Commit, tag or branch of a dataset on the hub.
 
     Raises:
@@ -130,7 +130,7 @@ def source(
             f"--revision {revision}: applies only to a dataset on the hub, and not to {name}"
         )
     if globs and (name == "stdlib" or not path.is_dir()):
-        raise DataError(f"--glob {' '.join(globs)}: applies only to a directory, and not to {name}")
+        raise DataError(f"--glob {' '.join(globs)}: applies only to a folder, and not to {name}")
     if remote:
         address, key = hub.NAMED.get(name, (name, "text"))
         json_key = key if json_key is None else json_key
@@ -145,13 +145,13 @@ def source(
         return Source("directory", str(path.resolve()), tuple(globs or ()), key)
     if not name or not path.exists():
         raise DataError(
-            f"--input {name or repr(name)}: does not exist; give a directory, a {_endings()} file, "
+            f"--input {name or repr(name)}: does not exist; give a folder, a {_endings()} file, "
             f"'stdlib', {', '.join(hub.NAMED)} or hf:NAME"
         )
     if not _matches(path.name, DATA_GLOBS + JSON_GLOBS):
         raise DataError(
             f"--input {name}: the name of a single file must end in {_endings()}; "
-            "for plain text, give the directory that holds the file"
+            "for plain text, give the folder that holds the file"
         )
     return Source("file", str(path.resolve()), json_key=key)
 
@@ -231,7 +231,7 @@ def _endings_of(names: list[str]) -> str:
 
 
 def left_out(src: Source, prefix: str | None = None) -> list[str]:
-    """Returns one line for each reason for which files of a directory are left out.
+    """Returns one line for each reason for which files of a folder are left out.
 
     Args:
         src: The source.
@@ -273,7 +273,7 @@ def _files(src: Source, prefix: str | None = None) -> list[str]:
         holds = _endings_of(there) or "no files at all"
         patterns = " ".join(src.globs or TEXT_GLOBS + DATA_GLOBS)
         raise DataError(
-            f"--input {src.path}: no file matches {patterns}; the directory holds {holds}; "
+            f"--input {src.path}: no file matches {patterns}; the folder holds {holds}; "
             "name the files with --glob"
         )
     # The files are shuffled so that related ones (of one package or author) fall on both sides.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_s3.data.errors import DataError
+from megatron_s3.errors import no_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,8 +154,8 @@ def prepare(name: str, folder: str) -> Tokenizer:
         return Tokenizer(name, BYTES_VOCAB_SIZE, BYTES_EOD)
     if name != "gpt2" and not os.path.isdir(name):
         raise DataError(
-            f"--tokenizer {name}: no such folder; give gpt2, bytes, or the folder of a Hugging "
-            "Face tokenizer"
+            f"--tokenizer {name}: {no_folder(name)}; give gpt2, bytes, or the folder of a "
+            "Hugging Face tokenizer"
         )
     try:
         import tokenizers  # noqa: F401

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from megatron_s3.errors import no_file
 from megatron_s3.launch.edits import Edits, WrongEdit, compare, line
 from megatron_s3.launch.launches import Launch, find, shown, unused
 from megatron_s3.launch.shell import UNKNOWN, LaunchError, value
@@ -274,6 +275,13 @@ def _check_syntax(text: str) -> None:
         raise LaunchError(f"bash cannot read the text as a shell script ({lines[0]})")
 
 
+def _text(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"{name}: cannot be read: {no_file(error)}") from error
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command.
 
@@ -311,16 +319,13 @@ def main(argv: Sequence[str]) -> int:
     if (args.file is None) == (after is None):
         parser.error("give either a file (- for stdin), or a command after --")
     try:
-        if after is not None:
-            text = shlex.join(after) + "\n"
-        else:
-            text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text()
+        text = _text(args.file) if after is None else shlex.join(after) + "\n"
         _check_syntax(text)
         found = translate(text, str(args.lr_factor))
         _check_syntax(found.text)
         if found.refused:
             raise LaunchError("; ".join(found.refused))
-    except (LaunchError, OSError, UnicodeDecodeError) as error:
+    except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(found.text, end="" if found.text.endswith("\n") else "\n", flush=True)

@@ -35,6 +35,7 @@ from typing import Any
 
 import yaml
 
+from megatron_s3.errors import no_file
 from megatron_s3.launch.config_paths import find, name_of
 from megatron_s3.launch.redact import redact_word
 from megatron_s3.launch.resolved import DERIVED, LAUNCH, Config, ConfigError, Launch, Origin, Value
@@ -87,7 +88,7 @@ def _composed(path: Path, shown: str) -> tuple[str, yaml.Node | None]:
         text = path.read_text(encoding="utf-8")
         return text, yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{shown}: cannot be read: {error}") from error
+        raise ConfigError(f"{shown}: cannot be read: {no_file(error)}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{shown}:{line}: not valid YAML: {error.problem}") from error

@@ -21,7 +21,7 @@ def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
 
     Args:
         name: ``my.yaml``, ``gpt2-7b-s3`` or ``configs/layouts/gpt2-7b-64gpu.yaml``.
-        beside: the folder in which a relative path is looked up first; the working directory by
+        beside: the folder in which a relative path is looked up first; the current folder by
             default.
 
     Raises:
@@ -36,10 +36,11 @@ def find(name: str, beside: Path | None = None) -> tuple[Path, str]:
         str(path.relative_to(shipped()).with_suffix("")) for path in shipped().rglob("*.yaml")
     )
     short = name.removeprefix("configs/").removesuffix(".yaml")
-    near = difflib.get_close_matches(short, known, n=3, cutoff=0.5) or known
-    raise ConfigError(
-        f"{name}: no such file or shipped configuration; similar names: {', '.join(near)}"
-    )
+    near = difflib.get_close_matches(short, known, n=3, cutoff=0.5)
+    if os.path.isdir(given):
+        raise ConfigError(f"{name}: it is a folder, not a file; give one YAML file of it")
+    remedy = f"similar names: {', '.join(near)}" if near else "megatron-s3 configs lists the names"
+    raise ConfigError(f"{name}: no such file or shipped configuration; {remedy}")
 
 
 def _shown(path: Path) -> str:

@@ -54,15 +54,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-s3 launch",
         description="Train a configuration on this node, or submit it to SLURM. The same command "
-        "resumes from the newest checkpoint in the run directory.",
+        "resumes from the newest checkpoint in the run folder.",
     )
     add_config_arguments(parser)
     add_run_arguments(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--slurm", action="store_true", help="submit with sbatch")
-    mode.add_argument(
-        "--print-run-dir", action="store_true", help="print the run directory and exit"
-    )
+    mode.add_argument("--print-run-dir", action="store_true", help="print the run folder and exit")
     mode.add_argument(
         "--print-checkpoint",
         action="store_true",

@@ -24,15 +24,25 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status: 2 if the configuration cannot run or cannot be planned.
     """
-    parser = argparse.ArgumentParser(prog="megatron-s3 plan", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="megatron-s3 plan",
+        description=(
+            "Print memory, traffic and days of a configuration, on any number of GPUs. The command "
+            "needs no GPU."
+        ),
+    )
     add_config_arguments(parser)
     parser.add_argument(
-        "--gpus", type=_positive(int), help="number of ranks (default: nodes x nproc_per_node)"
+        "--gpus",
+        type=_positive(int),
+        metavar="N",
+        help="number of ranks (default: nodes x nproc_per_node)",
     )
     parser.add_argument(
         "--mfu",
         type=_positive(float, 1),
         default=0.4,
+        metavar="X",
         help="fraction of the peak that you expect (default: 0.4)",
     )
     parser.add_argument(

@@ -3,7 +3,7 @@
 ``srun --ntasks-per-node=1 python -m megatron_s3.launch.preflight CONFIG [OVERLAY ...] --nodes
 NAME,NAME`` runs this module once on each node of a job. It checks
 
-1. the disk: the run directory can be written, is the same on all nodes, and has room; and the
+1. the disk: the run folder can be written, is the same on all nodes, and has room; and the
    devices: as many as the configuration wants ranks, and each computes correctly;
 2. the network: an all-reduce over all devices of all nodes, with NCCL for GPUs, and with gloo, of
    which Megatron makes groups too. Where that fails, all-reduces within pairs of nodes tell which
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "--min-free",
         type=float,
         default=0,
-        help="free space in the run directory, GiB (default: 0)",
+        help="free space in the run folder, GiB (default: 0)",
     )
     args = parser.parse_intermixed_args(argv)
     for number in FOR_THE_LAUNCHER:

@@ -20,14 +20,17 @@ _IN_A_NAME = "+,=:@"
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds CONFIG, OVERLAY and --set to the parser of a verb."""
     parser.add_argument("config", help="a YAML file, or the name of a shipped one (gpt2-7b-s3)")
-    parser.add_argument("overlay", nargs="*", help="more files; later ones override earlier ones")
+    parser.add_argument(
+        "overlay", nargs="*", default=[], help="more files; later ones override earlier ones"
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="sets",
-        help="override an argument of Megatron, dataset, or launch.NAME; may be repeated",
+        help="override a flag of Megatron (lr=1e-3), dataset, or launch.NAME, derived.NAME or "
+        "array.NAME; may be repeated",
     )
 
 
@@ -50,7 +53,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Returns the configuration and the run directory, for an array those of the task.
+    """Returns the configuration and the run folder, for an array those of the task.
 
     Args:
         args: parsed arguments of :func:`add_config_arguments` and :func:`add_run_arguments`.

@@ -60,17 +60,17 @@ class Summary:
 
 
 def read(folder: str | Path, name: str) -> Run:
-    """Reads a run from the directory that was Megatron's `--tensorboard-dir`.
+    """Reads a run from the folder that was Megatron's `--tensorboard-dir`.
 
     A run that was resumed has one file for each launch. Iterations that a later launch repeated are
     read from the later one.
 
     Args:
-        folder: The directory.
+        folder: The folder.
         name: A name for the run.
 
     Raises:
-        RunError: If there is no directory, no event file in it, or no training loss.
+        RunError: If there is no folder, no event file in it, or no training loss.
     """
     files = sorted(Path(folder).glob("events.out.tfevents.*"))  # their names begin with the time
     if not files:
@@ -190,7 +190,7 @@ def figure(
 def draw(
     runs: Sequence[Run], png: str | Path, title: str, unigram_entropy: float | None = None
 ) -> None:
-    """Writes :func:`figure` to the path `png`, whose directory is created if needed."""
+    """Writes :func:`figure` to the path `png`, whose folder is created if needed."""
     Path(png).parent.mkdir(parents=True, exist_ok=True)
     figure(runs, title, unigram_entropy).savefig(png)
 

@@ -314,6 +314,8 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
         RunError: there is no log, its first record is missing, or it is damaged in another way.
     """
     path = _log(folder)
+    if not folder.exists():
+        raise RunError(f"{folder}: no such folder; give the folder of a run, such as runs/NAME")
     if path is None:
         raise RunError(
             f"{folder}: neither it nor a folder in it has a {runlog.NAME}; train with "
@@ -324,7 +326,8 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
         lines = path.read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
         raise RunError(f"{path}: damaged: not UTF-8 at byte {error.start}") from error
-    parsed, cut = [], []
+    parsed: list[Any] = []
+    cut: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -336,9 +339,10 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 cut.append(f"{path}, line {number}: cut off; the report leaves this record out")
                 continue
         if not _is_record(record):
-            raise RunError(
-                f"{path}, line {number}: damaged: not a record of a run; remove the line"
+            remedy = (
+                "remove the line" if parsed else f"a log of a run ({runlog.NAME}) begins with one"
             )
+            raise RunError(f"{path}, line {number}: damaged: not a record of a run; {remedy}")
         parsed.append(record)
     records = runlog.resumed(parsed)
     if not records or records[0]["kind"] != "start":

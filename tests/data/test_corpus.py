@@ -234,7 +234,7 @@ def test_dying_while_files_are_put_in_place_leaves_no_whole_dataset(
 BAD = {
     "empty name": ([b"a", b"b"], "", ["--input ''", "does not exist"]),
     "nothing there": ([], "no-such-place", ["--input", "no-such-place", "does not exist"]),
-    "not a text format": ([b"x"], "file0.csv", ["file0.csv", ".jsonl", "directory"]),
+    "not a text format": ([b"x"], "file0.csv", ["file0.csv", ".jsonl", "folder"]),
     "no key": ([b'{"text": "a"}\n{"body": "b"}\n'], "file0.jsonl",
                ["file0.jsonl, line 2", "'text'", "'body'", "--json-key"]),
     "no object": ([b'{"text": "a"}\n[1]\n'], "file0.jsonl", ["line 2", "'text'"]),

@@ -131,7 +131,7 @@ def test_overrides_are_checked_too(word, message):
     assert message in refusal(["tiny-s3"], word)
 
 
-@pytest.mark.parametrize("name", ["/", "x" * 300, "a\0b"])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_what_cannot_be_the_name_of_a_file_is_answered_too(name):
     assert "no such file or shipped configuration" in refusal([name])
 

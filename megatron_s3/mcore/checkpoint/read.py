@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_s3.errors import MegatronS3Error
+from megatron_s3.errors import MegatronS3Error, no_folder
 from megatron_s3.storage import checksums, unpickle
 from megatron_s3.storage.errors import Damaged
 from megatron_s3.storage.layout import (
@@ -47,7 +47,7 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; name the folder of the run's --save")
+        raise CheckpointError(f"{folder}: {no_folder(folder)}; name the folder of the run's --save")
     is_one = iteration_of(folder) is not None or folder.name == RELEASE
     # A program that uses the library may save to a folder of any name.
     is_one = is_one or (folder / CONFIG).is_file()
@@ -89,6 +89,11 @@ def _newest(folder: Path) -> int | None:
     except Unclear as error:
         found, what = None, str(error)
     if found is None:
+        if not (saved(folder) or (folder / TRACKER).exists()):
+            raise CheckpointError(
+                f"{folder}: it holds no checkpoint, neither {TRACKER} nor an iter_XXXXXXX; name "
+                "the folder of the run's --save (of a launched run, runs/NAME/checkpoints)"
+            )
         raise CheckpointError(
             f"{what}; {_there(folder)}. Choose one with --iteration, or use another folder."
         )

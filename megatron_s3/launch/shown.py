@@ -66,6 +66,7 @@ def launch(words: list[str], log: Path, tokens: int) -> int:
             progress.close()
             if process.poll() is None:
                 process.terminate()
+                file.writelines(process.stdout)  # a rank that waits for a reader saves nothing
                 process.wait()
 
 

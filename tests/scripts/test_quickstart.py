@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,36 @@ def test_tail_is_the_last_launchs_and_ends_where_torchrun_reports(tmp_path: Path
     assert len(tail) == shown._TAIL_LINES
     log.write_text("$ two\nonly line")
     assert shown.tail(log) == ["$ two", "only line"]
+
+
+def test_an_interrupted_launch_ends_and_its_last_output_is_kept(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Ranks that save and end at a signal print more than a pipe holds."""
+    program = tmp_path / "python"
+    program.write_text(
+        "#!/bin/bash\ntrap 'yes line | head -n 50000; echo saved; exit 75' TERM\n"
+        "echo begun\nwhile true; do sleep 0.1; done\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def interrupted(self: object, line: str) -> None:
+        raise KeyboardInterrupt
+
+    def too_late(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(shown._Progress, "read", interrupted)
+    previous = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            shown.launch(["tiny-s3"], tmp_path / "train.log", tokens=1)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    assert shown.tail(tmp_path / "train.log")[-1] == "saved"
 
 
 def test_recipes_keep_the_papers_rule_for_weight_decay() -> None:

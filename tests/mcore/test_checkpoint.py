@@ -202,7 +202,6 @@ def test_other_rates_are_refused_before_anything_is_read_unless_it_is_said_whose
         assert "--override-opt_param-scheduler, or the checkpoint's with --use" in str(error.value)
         judge({name: value}, override_opt_param_scheduler=True)
         judge({name: value}, use_checkpoint_opt_param_scheduler=True)
-        judge({name: value}, RATES | {"no_save_optim": True})
 
 
 @on_ranks(1)
@@ -246,7 +245,28 @@ def test_whose_state_it_is_is_compared_where_there_is_one():
     ):
         with pytest.raises(ValueError, match=fault):
             judge(**saved)
-        judge(**saved, no_save_optim=True)
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("part", ["optim", "rng"])
+def test_what_was_not_saved_is_not_loaded(part, tmp_path):
+    from megatron_s3.mcore.checkpoint import loading
+
+    load = write(tmp_path, 3, tracker="3")
+    saved = Namespace(optimizer="s3", **RATES | {f"no_save_{part}": True})
+
+    def loaded(**other):
+        args = flags(**{"optimizer": "s3", "no_load_optim": False, "no_load_rng": False} | other)
+        vars(args).update(RATES)
+        original = lambda load_dir, args, **kwargs: ({"args": saved}, "", False, None)
+        loading.load_base_checkpoint(original, load, args, rank0=True)
+
+    with pytest.raises(ValueError) as error:
+        loaded()
+    assert f"was saved with --no-save-{part} and holds no " in str(error.value)
+    assert f"Add --no-load-{part} to start without it" in str(error.value)
+    loaded(**{f"no_load_{part}": True})
+    loaded(finetune=True)
 
 
 @on_ranks(1)

@@ -13,12 +13,13 @@ from megatron_s3.optimizers.counts import Watched
 from megatron_s3.renamed import RENAMED, renamed
 
 #: Optimizers of Megatron that leave some parameters to ``--muon-scalar-optimizer``.
-_MUONS = ("muon", "dist_muon", "adaptive_muon")
+MUONS = ("muon", "dist_muon", "adaptive_muon")
 
 #: The values of that flag which Megatron builds itself.
 _MEGATRONS = ("adam", "sgd", "lion")
 
 __all__ = [
+    "MUONS",
     "changes_by_step",
     "hyperparameters",
     "in_megatron_fsdp",
@@ -52,7 +53,7 @@ def scalar_optimizer(holder: Any) -> type[ElementwiseOptimizer] | None:
     Args:
         holder: Megatron's arguments or optimizer configuration.
     """
-    if str(getattr(holder.optimizer, "asked", holder.optimizer)) not in _MUONS:
+    if str(getattr(holder.optimizer, "asked", holder.optimizer)) not in MUONS:
         return None
     return scalar_named(getattr(holder, "muon_scalar_optimizer", None))
 

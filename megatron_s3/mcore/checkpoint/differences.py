@@ -7,13 +7,24 @@ from typing import Any
 from megatron_s3.log import say_once
 from megatron_s3.mcore import overrides
 from megatron_s3.mcore.arguments.names import flag, flag_named
-from megatron_s3.mcore.arguments.readers import hyperparameters, scalar_optimizer, state_dtypes
+from megatron_s3.mcore.arguments.readers import (
+    MUONS,
+    hyperparameters,
+    scalar_named,
+    state_dtypes,
+)
 from megatron_s3.mcore.arguments.rules import OVERRIDES
-from megatron_s3.optimizers import OPTIMIZERS
+from megatron_s3.optimizers import OPTIMIZERS, ElementwiseOptimizer
 from megatron_s3.optimizers.description import FORMAT
 from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 
-__all__ = ["compare_optimizers", "compare_rates", "compare_vocabularies", "in_force"]
+__all__ = [
+    "compare_optimizers",
+    "compare_rates",
+    "compare_vocabularies",
+    "in_force",
+    "refuse_missing",
+]
 
 #: The rates of a schedule's state, by their names in Megatron's arguments.
 _OF_SCHEDULE = {
@@ -24,7 +35,23 @@ _OF_SCHEDULE = {
     "end_weight_decay": "end_wd",
 }
 
+#: What a run may leave out of its checkpoints, by the ends of Megatron's flags.
+_PARTS = {"optim": "optimizer state", "rng": "state of the random number generators"}
+
 _ADVICE = "load the model's weights alone with --no-load-optim"
+
+
+def refuse_missing(load_dir: str, args: Any, saved: Any) -> None:
+    """Raises ValueError if the checkpoint was saved without something that this run would load.
+
+    Megatron ends with a KeyError then, or continues with other random numbers.
+    """
+    for part, what in _PARTS.items():
+        if getattr(saved, f"no_save_{part}", False) and not getattr(args, f"no_load_{part}", False):
+            raise ValueError(
+                f"{load_dir} was saved with --no-save-{part} and holds no {what}. Nothing was "
+                f"loaded. Add --no-load-{part} to start without it, or load another checkpoint."
+            )
 
 
 def compare_vocabularies(load_dir: str, args: Any, saved: Any) -> None:
@@ -87,7 +114,7 @@ def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
         for name in names
         if hasattr(saved, name) and getattr(saved, name) != getattr(args, name, None)
     ]
-    if not differing or getattr(saved, "no_save_optim", False):
+    if not differing:
         return
     then = " ".join(f"{flag} {value}" for flag, value, _ in differing)
     now = " ".join(f"{flag} {value}" for flag, _, value in differing)
@@ -109,20 +136,20 @@ def compare_rates(load_dir: str, args: Any, saved: Any) -> None:
 def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
     """Compares the optimizer and its hyperparameters with those of the checkpoint.
 
-    Megatron's own optimizers have Megatron's own checks.
+    Names are compared for all optimizers. Megatron would load whatever has the names of its own
+    states, such as those of an optimizer whose package is no longer installed.
 
     Raises:
         ValueError: the running optimizer cannot use the state.
     """
-    if getattr(saved, "no_save_optim", False):
+    names = [_name(each) for each in (args, saved)]
+    running = names[0]
+    _compare(load_dir, args, saved, names, "--optimizer", OPTIMIZERS.get(running))
+    if running in MUONS:
+        names = [getattr(each, "muon_scalar_optimizer", "adam") for each in (args, saved)]
+        _compare(load_dir, args, saved, names, "--muon-scalar-optimizer", scalar_named(names[0]))
+    if running not in OPTIMIZERS:
         return
-    running, written = names = [getattr(each, "optimizer", "adam") for each in (args, saved)]
-    if running not in OPTIMIZERS and written not in OPTIMIZERS:
-        if running == written and (scalar_optimizer(args) or scalar_optimizer(saved)):
-            names = [str(getattr(each, "muon_scalar_optimizer", None)) for each in (args, saved)]
-            _compare(load_dir, args, saved, names, "--muon-scalar-optimizer")
-        return
-    _compare(load_dir, args, saved, names, "--optimizer")
     check_parts(*map(_parts, (args, saved)), source=load_dir, advice=_ADVICE)
     rules, written_rules = (getattr(each, OVERRIDES, None) or [] for each in (args, saved))
     if rules != written_rules:
@@ -138,7 +165,19 @@ def compare_optimizers(load_dir: str, args: Any, saved: Any) -> None:
             )
 
 
-def _compare(load_dir: str, args: Any, saved: Any, names: Sequence[str], flag_name: str) -> None:
+def _name(args: Any) -> str:
+    """Returns the name of a run's optimizer, the same whether Megatron's is distributed or not."""
+    return str(getattr(args, "optimizer", "adam")).removeprefix("dist_")
+
+
+def _compare(
+    load_dir: str,
+    args: Any,
+    saved: Any,
+    names: Sequence[str],
+    flag_name: str,
+    cls: type[ElementwiseOptimizer] | None,
+) -> None:
     """Compares this run's optimizer with the saved one's, which one flag names.
 
     Args:
@@ -147,19 +186,20 @@ def _compare(load_dir: str, args: Any, saved: Any, names: Sequence[str], flag_na
         saved: those of the saved run.
         names: the names of the two optimizers.
         flag_name: the flag.
+        cls: the plugin's optimizer of the first name; None if it is Megatron's own.
 
     Raises:
         ValueError: the optimizers differ, or a hyperparameter that fixes the state's meaning.
     """
     (running, written), labels = names, {"optimizer": flag_name}
-    now, then, fixed, saved_fixed = {}, {}, {}, {}
-    if running == written:
-        cls = OPTIMIZERS[running]
+    now, then, fixed, saved_fixed, newest = {}, {}, {}, {}, 1
+    if running == written and cls is not None:
         labels |= {h.name: flag(cls.description, h) for h in cls.description.hyperparameters}
         now, then = (hyperparameters(cls, each) for each in (args, saved))
         fixed, saved_fixed = (settings(cls.description, values) for values in (now, then))
+        newest = getattr(saved, "s3_format", 1)
     Stamp(running, FORMAT, fixed).check(
-        Stamp(written, getattr(saved, "s3_format", 1), saved_fixed),
+        Stamp(written, newest, saved_fixed),
         source=load_dir,
         called=lambda name, value: f"{labels[name]} {value}",
         advice=_ADVICE,

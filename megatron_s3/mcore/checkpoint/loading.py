@@ -23,7 +23,7 @@ def load_base_checkpoint(
 
     Raises:
         ValueError: the files are damaged, or the optimizer state belongs to another optimizer than
-            the running one.  All ranks raise it before anything is loaded.
+            the running one or is missing.  All ranks raise it before anything is loaded.
     """
     rank0 = kwargs.get("rank0", rest[0] if rest else False)
     context = kwargs.get("checkpointing_context", rest[2] if len(rest) > 2 else None)
@@ -50,7 +50,10 @@ def load_base_checkpoint(
 
 def _compare(source: str, args: Any, saved: Any) -> None:
     differences.compare_vocabularies(source, args, saved)
-    if not args.finetune and not args.no_load_optim:
+    if args.finetune:
+        return
+    differences.refuse_missing(source, args, saved)
+    if not args.no_load_optim:
         differences.compare_rates(source, args, saved)
         differences.compare_optimizers(source, args, saved)
 

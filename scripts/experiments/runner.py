@@ -264,6 +264,8 @@ def _no_effect(args: argparse.Namespace) -> str | None:
 def _alike(args: argparse.Namespace) -> None:
     """Checks that the runs already in the folder have the same settings, so they can be compared.
 
+    The settings of the first runs are recorded; a dry run makes none, and records nothing.
+
     Raises:
         SystemExit: the runs in the folder have other settings, or unknown ones.
     """
@@ -285,7 +287,7 @@ def _alike(args: argparse.Namespace) -> None:
                 f"error: the runs in {args.out} have {before}, these {settings}: "
                 "they cannot be compared; give another --out"
             )
-    else:
+    elif args.known or not args.dry_run:
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 

@@ -186,6 +186,9 @@ def test_runs_that_cannot_be_compared_are_kept_apart(tmp_path, monkeypatch, caps
     *runs, count, waiting = shown.splitlines()
     assert all(line.endswith("--hidden-size 128") for line in runs)
     assert count == f"{len(runs)} runs are known" and waiting.startswith("burst: up to 12 runs")
+    assert runner.main(words) == 0  # a dry run has made no runs, and claims the folder for none
+    monkeypatch.setattr(runner, "_suite", lambda args, chosen: 0)
+    assert runner.main([*words[:-1], "--", "--hidden-size", "128"]) == 0
     with pytest.raises(SystemExit, match="another --out"):
         runner.main(words)
     (tmp_path / "suite.json").write_text('{"iters": 6')

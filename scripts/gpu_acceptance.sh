@@ -35,7 +35,7 @@
 #   MEGATRON_S3_PYTHON=python3 ./scripts/gpu_acceptance.sh --carried carried
 #
 # It holds the packages that a Python with torch, NumPy and Triton lacks, the commit, the shards that
-# are measured, and a dataset (about 25 MB, ignored by git).  The packages are added to the path of
+# are measured, and a dataset (22 MiB, ignored by git).  The packages are added to the path of
 # that Python, which stays unchanged.  Without MEGATRON_S3_PYTHON an environment is created from the
 # wheels alone, which then have to be all that is needed (about 3 GB):
 #

@@ -8,14 +8,14 @@ Usage: ./scripts/quickstart.sh [OPTIONS]
 
 Trains a GPT of about 1M parameters with S3 in Megatron-LM, with or without a GPU. It installs the
 required packages into .venv, makes a dataset, trains on several ranks with the distributed optimizer
-in bf16, resumes from its checkpoint in a new process, evaluates, prints a table and draws the loss
-curves. A second call reuses the finished steps.
+in bf16 (in fp32 on a CPU without AVX-512), resumes from its checkpoint in a new process, evaluates,
+prints a table and draws the loss curves. A second call reuses the finished steps.
 
   --compare         also train AdamW on the same data
-  --input PATH      text to train on: a directory or a FILE.jsonl (default: the standard library
+  --input PATH      text to train on: a folder or a FILE.jsonl (default: the standard library
                     of the running Python)
   --json-key KEY    the key of the text in a JSON line (default: text)
-  --glob PATTERN    names of the files to read in the directory; may be repeated
+  --glob PATTERN    names of the files to read in the folder; may be repeated
                     (default: *.txt *.md *.rst *.py)
   --iters N         training iterations (default: 700)
   --nproc N         number of ranks (default: one for each GPU; 2 without a GPU)

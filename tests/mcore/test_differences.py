@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import pytest
 
+from tests.mcore.checkpoints import flags, write
 from tests.mcore.library import on_ranks
 
 RATES = {
@@ -166,3 +167,33 @@ def test_megatrons_own_optimizers_resume(name):
 
     saved = Namespace(optimizer=name, s3_format=FORMAT + (name != "lion"))
     compare_optimizers("there", Namespace(optimizer=name.removeprefix("dist_")), saved)
+
+
+@on_ranks()
+@pytest.mark.parametrize(
+    ("now", "then", "remedy"),
+    [
+        (1, 2, "Use a size above 1, or load the model's weights alone with --no-load-optim"),
+        (2, 1, "Use the size 1, or load the model's weights alone with --no-load-optim"),
+        (2, 4, None),
+        (1, 1, None),
+    ],
+)
+def test_the_optimizer_of_experts_is_loaded_where_there_is_one(now, then, remedy, tmp_path):
+    from megatron_s3.mcore.checkpoint import loading
+
+    load = write(tmp_path, 3, tracker="3")
+    of_experts = {"optimizer": "adam", "num_experts": 4, **RATES}
+    saved = Namespace(expert_model_parallel_size=then, ckpt_format="torch_dist", **of_experts)
+
+    def loaded(**other):
+        args = flags(expert_model_parallel_size=now, **of_experts | other)
+        original = lambda load_dir, args, **kwargs: ({"args": saved}, "", False, None)
+        loading.load_base_checkpoint(original, load, args, rank0=True)
+
+    if remedy is not None:
+        with pytest.raises(ValueError, match=f"was saved with --expert-.* {then}, .*{remedy}"):
+            loaded(no_load_optim=False)
+        loaded()
+    else:
+        loaded(no_load_optim=False)

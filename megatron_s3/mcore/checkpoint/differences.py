@@ -19,6 +19,7 @@ from megatron_s3.optimizers.description import FORMAT
 from megatron_s3.optimizers.stamp import Stamp, check_parts, settings
 
 __all__ = [
+    "compare_experts",
     "compare_optimizers",
     "compare_rates",
     "compare_vocabularies",
@@ -94,6 +95,26 @@ def in_force(saved: Any, schedule: Mapping[str, Any] | None) -> Any:
     schedule = schedule or {}
     used = {name: schedule[own] for name, own in names.items() if own in schedule}
     return argparse.Namespace(**vars(saved) | used)
+
+
+def compare_experts(load_dir: str, args: Any, saved: Any) -> None:
+    """Raises ValueError if experts have an optimizer of their own in one of the two runs only.
+
+    Megatron gives them one where they are spread over ranks. It saves that one's states under other
+    names, and does not find them (0.19.2, ``torch_dist``, with every optimizer).
+    """
+    sizes = [
+        getattr(each, "expert_model_parallel_size", 1) if getattr(each, "num_experts", None) else 1
+        for each in (args, saved)
+    ]
+    now, then = sizes
+    if (now > 1) != (then > 1) and getattr(saved, "ckpt_format", None) == "torch_dist":
+        raise ValueError(
+            f"{load_dir} was saved with --expert-model-parallel-size {then}, and this run has "
+            f"--expert-model-parallel-size {now}: above 1, Megatron gives the experts an optimizer "
+            "of their own, and loads its states into no other. Nothing was loaded. Use "
+            f"{'a size above 1' if then > 1 else 'the size 1'}, or {_ADVICE}."
+        )
 
 
 def compare_rates(load_dir: str, args: Any, saved: Any) -> None:

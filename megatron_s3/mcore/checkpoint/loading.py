@@ -54,6 +54,7 @@ def _compare(source: str, args: Any, saved: Any) -> None:
         return
     differences.refuse_missing(source, args, saved)
     if not args.no_load_optim:
+        differences.compare_experts(source, args, saved)
         differences.compare_rates(source, args, saved)
         differences.compare_optimizers(source, args, saved)
 

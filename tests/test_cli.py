@@ -118,6 +118,12 @@ WRONG_PATHS = [
         "runs/NAME/checkpoints)",
     ),
     (
+        "convert folder out --to s3 --iteration 20",
+        "folder: it holds no checkpoint, neither latest_checkpointed_iteration.txt nor an "
+        "iter_XXXXXXX; name the folder of the run's --save (of a launched run, "
+        "runs/NAME/checkpoints)",
+    ),
+    (
         "convert folder text.txt/out --to s3",
         "text.txt: it is a file, not a folder; make it first",
     ),

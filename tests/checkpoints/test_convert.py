@@ -435,7 +435,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, monkeypat
     (left,) = tmp_path.glob(".s3.*.part")
     assert not (tmp_path / "s3").exists()
     assert not (left / "latest_checkpointed_iteration.txt").exists()
-    with pytest.raises(read.CheckpointError, match="no save has finished"):
+    with pytest.raises(read.CheckpointError, match="it holds no checkpoint"):
         read.find(left)
 
 

@@ -177,11 +177,13 @@ def test_unusable_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     for words, message in (
         (["x", "--tasks", "piqa,arc"], "no task 'arc'"),
         (["a/m", "b/m"], "two models are named 'm'"),
-        ([str(model)], "not a Hugging Face model"),
+        ([str(model)], "model: no such folder"),
     ):
         assert evaluate.main([*words, *rest]) == 2
         assert message in capsys.readouterr().err
     model.mkdir()
+    assert evaluate.main([str(model), *rest]) == 2
+    assert "not a Hugging Face model" in capsys.readouterr().err
     (model / "config.json").write_text("{}")
     assert evaluate.main([str(model), *rest]) == 2
     assert "no tokenizer" in capsys.readouterr().err

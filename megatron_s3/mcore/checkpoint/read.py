@@ -59,6 +59,11 @@ def find(folder: str | Path, iteration: int | None = None) -> Path:
             )
         found = folder
     else:
+        if not (saved(folder) or (folder / TRACKER).exists()):
+            raise CheckpointError(
+                f"{folder}: it holds no checkpoint, neither {TRACKER} nor an iter_XXXXXXX; name "
+                "the folder of the run's --save (of a launched run, runs/NAME/checkpoints)"
+            )
         found = folder_of(folder, _newest(folder) if iteration is None else iteration)
         if not found.is_dir():
             what = f"{folder / TRACKER} names a release, but {found} does not exist"
@@ -89,11 +94,6 @@ def _newest(folder: Path) -> int | None:
     except Unclear as error:
         found, what = None, str(error)
     if found is None:
-        if not (saved(folder) or (folder / TRACKER).exists()):
-            raise CheckpointError(
-                f"{folder}: it holds no checkpoint, neither {TRACKER} nor an iter_XXXXXXX; name "
-                "the folder of the run's --save (of a launched run, runs/NAME/checkpoints)"
-            )
         raise CheckpointError(
             f"{what}; {_there(folder)}. Choose one with --iteration, or use another folder."
         )

@@ -48,7 +48,7 @@ def run(
 
 
 def _main(folder: str) -> None:
-    """What the fork does: it becomes as new as a fork can be, and runs the program."""
+    """Makes the fork as new as one can be, and runs the program in it."""
     request = json.loads(Path(folder, "request").read_text())
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)

@@ -1,8 +1,8 @@
 """Programs in processes into which neither Megatron nor the plugin has been imported.
 
 They are forks of one process that has imported torch, with the parts of it that Megatron imports.
-That takes ten times as long as what follows.  What a test has to say about torch's own import needs
-``subprocess`` and :data:`sys.executable`.
+That takes several times as long as what follows.  What a test has to say about torch's own import
+needs ``subprocess`` and :data:`sys.executable`.
 """
 
 import functools

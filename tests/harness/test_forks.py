@@ -2,10 +2,12 @@
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.harness import fresh
 from tests.harness.forks import TIMED_OUT, Forks
 from tests.harness.trainer import forks
 
@@ -57,3 +59,18 @@ def test_a_megatron_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('not this one')")
     with pytest.raises(RuntimeError, match="not this one"):
         Forks(tmp_path)
+
+
+def test_a_fresh_process_is_new_and_its_end_is_seen() -> None:
+    """Its output, errors and status are its own, and so are its environment and modules."""
+    code = """
+        import os, sys
+        print([n for n in sys.modules if n.split(".")[0] in ("megatron", "megatron_s3", "tests")])
+        print(dict(os.environ), sys.argv, "torch" in sys.modules)
+        assert False, "seen"
+    """
+    done = fresh.run("-c", textwrap.dedent(code), "x", env={"A": "b"})
+    assert done.stdout == "[]\n{'A': 'b'} ['-c', 'x'] True\n"
+    assert done.returncode == 1 and done.stderr.endswith("AssertionError: seen\n")
+    assert fresh.run("-c", "raise SystemExit(3)").returncode == 3
+    assert fresh.run("-c", "raise SystemExit('why')").stderr == "why\n"

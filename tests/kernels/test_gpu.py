@@ -65,7 +65,7 @@ def _interpreted() -> Iterator[None]:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.reload(gpu_rules)
         importlib.reload(gpu_kernel)
-        # The interpreter takes a millisecond for each block: loops of four do what those of 16 do.
+        # The interpreter takes long for each block: here loops have four rounds, and not 16.
         patch.setattr(gpu_kernel, "CHUNK", 4 * gpu_kernel.BLOCK)
         yield
     importlib.reload(gpu_rules)

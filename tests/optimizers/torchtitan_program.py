@@ -8,7 +8,6 @@ What stands in for what a machine without a GPU lacks:
 - the CPU for torchtitan's device, with gloo, and no figures of its memory;
 - torch's causal attention for FlexAttention, which has no backward pass on the CPU;
 - sums for FSDP's reductions, since gloo multiplies no gradients by a factor;
-- float32 for the products of bfloat16, which CPUs without AVX-512 take twenty times as long for;
 - random tokens for the tokenizer and the text, which are not in torchtitan's wheel.
 """
 
@@ -113,7 +112,7 @@ def main() -> None:
         --module s3_configs --config llama3_debugmodel_s3
         --dump_folder {folder} --checkpoint.enable --checkpoint.interval 2
         --training.steps {steps} --lr_scheduler.total_steps 4
-        --training.mixed_precision_param float32 --training.seq_len 32 --training.local_batch_size 2
+        --training.seq_len 32 --training.local_batch_size 2
         --training.disable_cuda_graphs --parallelism.spmd_backend partial_dtensor
     """
     config = ConfigManager().parse_args(settings.split())

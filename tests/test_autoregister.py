@@ -46,7 +46,7 @@ def test_a_program_that_does_not_name_the_plugin_has_it(hook, tmp_path):
         "from megatron.core.optimizer import get_megatron_optimizer\n"
     )
     code = """
-        assert "megatron_s3.autoregister" in sys.modules
+        assert "megatron_s3.autoregister" in sys.modules and "torch" not in sys.modules
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         import framework, torch
         assert OptimizerConfig(optimizer="s3", s3_p=2.0).clip_grad == 0.0
@@ -58,7 +58,7 @@ def test_a_program_that_does_not_name_the_plugin_has_it(hook, tmp_path):
         import importlib
         importlib.reload(later)  # and the finder is out of the way
     """
-    done = run(hook, code, MEGATRON_S3="1")
+    done = run(hook, code, anew=True, MEGATRON_S3="1")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
